@@ -1,0 +1,74 @@
+"""longctx: train transformers on sequences as long as all your devices together can hold, with DeepSpeed.
+
+This file is the table of contents. Names load on first use, so ``import longctx`` imports neither torch, triton nor
+deepspeed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {  # public name -> module it lives in
+    "Mesh": "longctx.mesh",
+    "shard": "longctx.sharding",
+    "unshard": "longctx.sharding",
+    "positions": "longctx.sharding",
+    "block_attention": "longctx.attention.block",
+    "ring_attention": "longctx.attention.ring",
+    "register": "longctx.models.register",
+    "initialize": "longctx.engine.initialize",
+    "attach": "longctx.engine.attach",
+    "build": "longctx.engine.build",
+    "Engine": "longctx.engine.engine",
+    "token_logprobs": "longctx.engine.logprobs",
+    "LongctxError": "longctx.errors",
+}
+
+__all__ = [
+    "Engine",
+    "LongctxError",
+    "Mesh",
+    "attach",
+    "block_attention",
+    "build",
+    "initialize",
+    "positions",
+    "register",
+    "ring_attention",
+    "shard",
+    "token_logprobs",
+    "unshard",
+]
+
+if TYPE_CHECKING:
+    from longctx.attention.block import block_attention as block_attention
+    from longctx.attention.ring import ring_attention as ring_attention
+    from longctx.engine.attach import attach as attach
+    from longctx.engine.build import build as build
+    from longctx.engine.engine import Engine as Engine
+    from longctx.engine.initialize import initialize as initialize
+    from longctx.engine.logprobs import token_logprobs as token_logprobs
+    from longctx.errors import LongctxError as LongctxError
+    from longctx.mesh import Mesh as Mesh
+    from longctx.models.register import register as register
+    from longctx.sharding import positions as positions
+    from longctx.sharding import shard as shard
+    from longctx.sharding import unshard as unshard
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'longctx' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from importlib import import_module
+
+    module = import_module(_HOME[name])
+    # A public name may equal its module's (longctx.engine.attach.attach): bind the object, not the module.
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

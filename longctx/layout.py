@@ -1,0 +1,138 @@
+"""Which token of the global sequence lives on which rank: pure index arithmetic, no torch, no communication.
+
+A layout answers one question, ``spans``: the global indices a ring member holds, in local order, as a few
+arithmetic progressions. Masks, sharding, positions and the data loader all read their indices from here, so a
+token can never be in two places.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+from longctx.errors import LayoutError
+
+
+class Span(NamedTuple):
+    """The global indices ``start, start + stride, …`` (``count`` of them), contiguous in local memory."""
+
+    start: int
+    count: int
+    stride: int = 1
+
+    def slice(self, offset: int, count: int) -> Span:
+        """Return the ``count`` indices that begin at local ``offset`` of this span."""
+        return Span(self.start + offset * self.stride, count, self.stride)
+
+    @property
+    def last(self) -> int:
+        """The largest global index of the span."""
+        return self.start + (self.count - 1) * self.stride
+
+
+class Layout(ABC):
+    """How a padded sequence is dealt out to ``ring`` members; see the three subclasses."""
+
+    name: ClassVar[str]
+    chunks_per_rank: ClassVar[int] = 1
+
+    def multiple(self, ring: int, ulysses: int = 1) -> int:
+        """Return what a padded length must be a multiple of."""
+        return self.chunks_per_rank * ring * ulysses
+
+    def padded_length(self, length: int, ring: int, ulysses: int = 1) -> int:
+        """Return the smallest legal length that is not below ``length`` (at least one token a chunk).
+
+        Raises:
+            LayoutError: ``length`` is not positive.
+        """
+        if length < 1:
+            raise LayoutError(f"sequence length {length}: a sequence needs at least one token")
+        multiple = self.multiple(ring, ulysses)
+        return -(-length // multiple) * multiple
+
+    @abstractmethod
+    def spans(self, ring_rank: int, ring: int, padded_length: int) -> tuple[Span, ...]:
+        """Return the global indices that ring member ``ring_rank`` holds, in local order.
+
+        Raises:
+            LayoutError: ``padded_length`` is not a multiple of ``multiple(ring)``.
+        """
+
+    def member_spans(
+        self, ring_rank: int, ring: int, ulysses_rank: int, ulysses: int, padded_length: int
+    ) -> tuple[Span, ...]:
+        """Return the indices of one rank: the ring member's local sequence, split contiguously over its ulysses
+        members (so that the heads-to-sequence exchange restores exactly that local sequence)."""
+        self._check(ring * ulysses, padded_length)
+        part = padded_length // (ring * ulysses)
+        begin, end = ulysses_rank * part, (ulysses_rank + 1) * part
+        result, offset = [], 0
+        for span in self.spans(ring_rank, ring, padded_length):
+            first, last = max(begin - offset, 0), min(end - offset, span.count)
+            if first < last:
+                result.append(span.slice(first, last - first))
+            offset += span.count
+        return tuple(result)
+
+    def _check(self, parts: int, padded_length: int) -> None:
+        multiple = self.chunks_per_rank * parts
+        if padded_length < 1 or padded_length % multiple:
+            raise LayoutError(
+                f"{self.name} layout over {parts} ranks: padded length {padded_length} is not a positive multiple of "
+                f"{multiple}; use padded_length()"
+            )
+
+    def __repr__(self) -> str:
+        return f"Layout({self.name!r})"
+
+
+class Contiguous(Layout):
+    """Rank r holds the r-th of ``ring`` equal chunks. Simple; causal work is unbalanced by (2R − 1)/R."""
+
+    name = "contiguous"
+
+    def spans(self, ring_rank: int, ring: int, padded_length: int) -> tuple[Span, ...]:
+        self._check(ring, padded_length)
+        chunk = padded_length // ring
+        return (Span(ring_rank * chunk, chunk),)
+
+
+class Zigzag(Layout):
+    """Rank r holds chunks r and 2R − 1 − r of 2R: causal work is exactly equal on every rank and ring step."""
+
+    name = "zigzag"
+    chunks_per_rank = 2
+
+    def spans(self, ring_rank: int, ring: int, padded_length: int) -> tuple[Span, ...]:
+        self._check(ring, padded_length)
+        chunk = padded_length // (2 * ring)
+        if ring == 1:
+            return (Span(0, padded_length),)
+        return (Span(ring_rank * chunk, chunk), Span((2 * ring - 1 - ring_rank) * chunk, chunk))
+
+
+class Striped(Layout):
+    """Rank r holds tokens r, r + R, r + 2R, … (Striped Attention): every ring step is a triangle."""
+
+    name = "striped"
+
+    def spans(self, ring_rank: int, ring: int, padded_length: int) -> tuple[Span, ...]:
+        self._check(ring, padded_length)
+        return (Span(ring_rank, padded_length // ring, ring),)
+
+
+_LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Contiguous(), Zigzag(), Striped())}
+
+
+def get_layout(layout: str | Layout) -> Layout:
+    """Return the layout of that name.
+
+    Raises:
+        LayoutError: no such layout.
+    """
+    if isinstance(layout, Layout):
+        return layout
+    if layout not in _LAYOUTS:
+        raise LayoutError(f"layout {layout!r} is unknown; use one of {', '.join(map(repr, _LAYOUTS))}")
+    return _LAYOUTS[layout]

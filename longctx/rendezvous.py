@@ -1,0 +1,104 @@
+"""Start torch.distributed once, whoever launched this process, and make a mesh's groups.
+
+Apart from ``mesh`` so that grid arithmetic needs neither torch nor a network.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from longctx.errors import MeshError
+
+if TYPE_CHECKING:
+    from longctx.mesh import Mesh
+
+
+def local_device() -> torch.device:
+    """Return this rank's device: the local GPU, or the CPU where there is none or DS_ACCELERATOR=cpu."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+        return torch.device("cuda", _local_rank() % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def _local_rank() -> int:
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "RANK"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def start(world_size: int, rank: int) -> None:
+    """Start torch.distributed for ``world_size`` ranks, or check the world that somebody else started.
+
+    Raises:
+        MeshError: the running world has another size, or several ranks were started without a common address.
+    """
+    if not dist.is_initialized():
+        device = local_device()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), world_size=1, rank=0)
+        else:
+            _export_address(world_size, rank)
+            dist.init_process_group(backend, init_method="env://", world_size=world_size, rank=rank)
+    if dist.get_world_size() != world_size:
+        raise MeshError(
+            f"this mesh is a grid of {world_size} ranks, but torch.distributed runs {dist.get_world_size()}: "
+            f"build the mesh with world_size={dist.get_world_size()} (or leave it out)"
+        )
+
+
+def _export_address(world_size: int, rank: int) -> None:
+    """Put rank, world size and the meeting point into the environment, where env:// and DeepSpeed look for them."""
+    os.environ.setdefault("RANK", str(rank))
+    os.environ.setdefault("WORLD_SIZE", str(world_size))
+    os.environ.setdefault("LOCAL_RANK", str(_local_rank()))
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise MeshError(
+            f"{world_size} ranks, but MASTER_ADDR and MASTER_PORT are not set and mpi4py is not installed: start with "
+            "`longctx train`, `deepspeed` or `torchrun`, set both variables, or install longctx[mpi]"
+        ) from None
+    if MPI.COMM_WORLD.Get_size() != world_size:
+        raise MeshError(
+            f"{world_size} ranks, but MASTER_ADDR and MASTER_PORT are not set and MPI sees "
+            f"{MPI.COMM_WORLD.Get_size()}: start with `longctx train`, `deepspeed`, `torchrun` or `mpirun`"
+        )
+    address = bytearray(256)  # a raw buffer: mpi4py's object broadcast would unpickle what it receives
+    if rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            text = f"{socket.gethostbyname(socket.gethostname())} {probe.getsockname()[1]}".encode()
+        address[: len(text)] = text
+    MPI.COMM_WORLD.Bcast([address, MPI.BYTE], root=0)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = bytes(address).rstrip(b"\0").decode().split()
+
+
+def make_groups(mesh: Mesh) -> dict[str, dist.ProcessGroup]:
+    """Make every group of the grid. Every rank makes all of them in the same order, as torch requires."""
+    groups: dict[str, dist.ProcessGroup] = {"world": dist.group.WORLD}
+    sizes = range(mesh.data_size), range(mesh.ring_size), range(mesh.ulysses_size)
+    data, ring, ulysses = sizes
+    partitions = {
+        "ring": [[mesh.rank_at(d, r, u) for r in ring] for d in data for u in ulysses],
+        "ulysses": [[mesh.rank_at(d, r, u) for u in ulysses] for d in data for r in ring],
+        "sequence": [[mesh.rank_at(d, r, u) for r in ring for u in ulysses] for d in data],
+        "data": [[mesh.rank_at(d, r, u) for d in data] for r in ring for u in ulysses],
+        "self": [[rank] for rank in range(mesh.world_size)],
+    }
+    for name, members in partitions.items():
+        for ranks in members:
+            group = dist.new_group(ranks)
+            if mesh.rank in ranks:
+                groups[name] = group
+    return groups

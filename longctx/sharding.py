@@ -1,0 +1,137 @@
+"""shard, unshard, positions: move a tensor between the whole sequence and one rank's part of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.errors import LayoutError
+from longctx.layout import Layout, Span, get_layout
+from longctx.mesh import Mesh
+
+
+def local_spans(length: int, mesh: Mesh, layout: str | Layout = "zigzag") -> tuple[Span, ...]:
+    """Return the global indices that this rank holds of a sequence of ``length`` tokens (padding included)."""
+    layout = get_layout(layout)
+    padded = layout.padded_length(length, mesh.ring_size, mesh.ulysses_size)
+    return layout.member_spans(mesh.ring_rank, mesh.ring_size, mesh.ulysses_rank, mesh.ulysses_size, padded)
+
+
+def positions(length: int, mesh: Mesh, layout: str | Layout = "zigzag") -> torch.Tensor:
+    """Return the global indices of this rank's tokens.
+
+    Args:
+        length: tokens of the whole sequence; padding gets the indices ``length, length + 1, …``.
+
+    Returns:
+        (T,) int64, in local order; T is the same on every rank.
+    """
+    return _indices(local_spans(length, mesh, layout))
+
+
+def shard(
+    x: torch.Tensor, mesh: Mesh, dim: int = 1, layout: str | Layout = "zigzag", pad_value: float | int | bool = 0
+) -> torch.Tensor:
+    """Return this rank's part of ``x``, which every rank of the sequence group holds whole.
+
+    The sequence is padded on the right with ``pad_value`` to a multiple of 2·ring·ulysses (zigzag) or ring·ulysses,
+    so every rank gets the same T. No communication. Differentiable: the gradient lands at the tokens kept.
+
+    Args:
+        x: any shape; ``x.shape[dim]`` is the global length S.
+
+    Returns:
+        ``x``'s shape with S replaced by T = padded(S) / (ring·ulysses), contiguous.
+
+    Raises:
+        LayoutError: ``dim`` does not exist or the sequence is empty.
+    """
+    _check_dim(x, dim)
+    dim %= x.dim()
+    length = x.shape[dim]
+    pieces = []
+    for span in local_spans(length, mesh, layout):
+        count = min(max(-(-(length - span.start) // span.stride), 0), span.count)  # tokens before the padding
+        if count:
+            end = span.start + (count - 1) * span.stride + 1
+            pieces.append(x[(slice(None),) * dim + (slice(span.start, end, span.stride),)])
+        if span.count - count:
+            shape = (*x.shape[:dim], span.count - count, *x.shape[dim + 1 :])
+            pieces.append(x.new_full(shape, pad_value))
+    return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].contiguous()
+
+
+def unshard(
+    x: torch.Tensor, mesh: Mesh, dim: int = 1, *, length: int | None = None, layout: str | Layout = "zigzag"
+) -> torch.Tensor:
+    """Return the whole sequence on every rank of the sequence group, the inverse of ``shard``.
+
+    Differentiable for a loss that every rank computes alike from the whole sequence: each rank's gradient is its own
+    slice, so the ranks' parameter gradients add up to the true one (an all-gather whose backward sums over ranks
+    would make them ring·ulysses times too large).
+
+    Args:
+        x: this rank's part; the same shape on every rank of the group.
+        length: the true global length S, to trim the padding; None keeps it.
+
+    Returns:
+        ``x``'s shape with T replaced by S.
+
+    Raises:
+        LayoutError: ``dim`` does not exist, or ``length`` does not belong to T local tokens.
+    """
+    _check_dim(x, dim)
+    dim %= x.dim()
+    layout = get_layout(layout)
+    padded = x.shape[dim] * mesh.sequence_size
+    if length is None:
+        length = padded
+    if layout.padded_length(length, mesh.ring_size, mesh.ulysses_size) != padded:
+        raise LayoutError(
+            f"unshard(length={length}): {mesh.sequence_size} ranks of {x.shape[dim]} tokens hold {padded}, and a "
+            f"{layout.name} sequence of {length} tokens is padded to "
+            f"{layout.padded_length(length, mesh.ring_size, mesh.ulysses_size)}; pass the length given to shard"
+        )
+    if mesh.sequence_size == 1:
+        return x.narrow(dim, 0, length)
+    return _Unshard.apply(x, mesh, dim, length, layout)
+
+
+class _Unshard(torch.autograd.Function):
+    """All-gather over the sequence group, put back in global order; backward takes this rank's slice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, dim: int, length: int, layout: Layout) -> torch.Tensor:
+        ctx.arguments = (mesh, dim, layout)
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(mesh.sequence_size)]
+        dist.all_gather(parts, x.contiguous(), group=mesh.sequence_group)
+        padded = x.shape[dim] * mesh.sequence_size
+        whole = x.new_empty((*x.shape[:dim], padded, *x.shape[dim + 1 :]))
+        for member, part in enumerate(parts):
+            ring_rank, ulysses_rank = divmod(member, mesh.ulysses_size)
+            spans = layout.member_spans(ring_rank, mesh.ring_size, ulysses_rank, mesh.ulysses_size, padded)
+            offset = 0
+            for span in spans:
+                index = (slice(None),) * dim + (slice(span.start, span.last + 1, span.stride),)
+                whole[index] = part.narrow(dim, offset, span.count)
+                offset += span.count
+        return whole.narrow(dim, 0, length).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        mesh, dim, layout = ctx.arguments
+        return shard(gradient, mesh, dim, layout), None, None, None, None
+
+
+def _indices(spans: tuple[Span, ...]) -> torch.Tensor:
+    parts = [torch.arange(span.start, span.last + 1, span.stride, dtype=torch.int64) for span in spans]
+    return torch.cat(parts)
+
+
+def _check_dim(x: torch.Tensor, dim: int) -> None:
+    if not -x.dim() <= dim < x.dim():
+        raise LayoutError(f"dim={dim}: the tensor has shape {tuple(x.shape)}; name its sequence dimension")
+    if x.shape[dim] < 1:
+        raise LayoutError(f"dim={dim} of shape {tuple(x.shape)} is empty: a sequence needs at least one token")

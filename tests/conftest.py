@@ -1,0 +1,28 @@
+"""What every test shares: one thread, no network, and NaN in memory that nobody has written."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+def poison_uninitialised_memory() -> None:
+    """Make torch.empty return NaN (or the largest integer), so that a test sees a value nobody computed."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poisoned_memory() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    poison_uninitialised_memory()

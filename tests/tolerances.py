@@ -1,0 +1,14 @@
+"""Every numeric tolerance of the test suite, with its reason. Nothing loosens them: no retry, no environment."""
+
+from __future__ import annotations
+
+# name: (value, reason)
+_TABLE: dict[str, tuple[float, str]] = {
+    "fp64": (1e-10, "fp64 arithmetic in another order of summation; thousands of terms of size one"),
+    "fp32": (1e-5, "fp32 arithmetic in another order of summation, relative to the largest value"),
+}
+
+
+def tolerance(name: str) -> float:
+    """Return a tolerance by its name in the table."""
+    return _TABLE[name][0]
