@@ -1,0 +1,71 @@
+"""The building blocks of the schema: one strict base class, and numbers as people write them.
+
+Sections are frozen and refuse unknown keys; numbers are finite; ``1_000``, ``10k`` and ``8Ki`` are whole numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_SUFFIX = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_HUMAN = re.compile(r"(-?)([0-9]{1,15}|[0-9]{1,3}(?:_[0-9]{3}){1,4})(k|M|G|Ki|Mi|Gi)?", re.ASCII)
+_ENVIRONMENT_OK = "environment_ok"
+
+
+class Section(BaseModel):
+    """One block of the YAML: frozen, strict, without unknown keys, without nan or inf."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
+
+
+def human_int(value: Any) -> Any:
+    """Turn ``"1_000"``, ``"10k"`` (thousand), ``"8Ki"`` (1024) and integral floats such as ``1e4`` into an int.
+
+    Anything else is returned unchanged, for pydantic to refuse.
+    """
+    if isinstance(value, str):
+        match = _HUMAN.fullmatch(value)
+        if match:
+            number = int(match[2].replace("_", "")) * _SUFFIX[match[3] or ""]
+            return -number if match[1] else number
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return value
+
+
+def human_int_or_auto(value: Any) -> Any:
+    """Like ``human_int``; the word ``auto`` passes through."""
+    return value if value == "auto" else human_int(value)
+
+
+def listed(value: Any) -> Any:
+    """Turn one string, or a YAML list, into a tuple: ``sources: text/`` is ``sources: [text/]``."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+HumanInt = Annotated[int, BeforeValidator(human_int, json_schema_input_type=int | str)]
+AutoInt = Annotated[
+    Annotated[int, Field(ge=1, le=2**20)] | Literal["auto"],
+    BeforeValidator(human_int_or_auto, json_schema_input_type=int | str),
+]
+Texts = Annotated[tuple[str, ...], BeforeValidator(listed, json_schema_input_type=str | list[str])]
+Pair = Annotated[tuple[float, float], BeforeValidator(listed, json_schema_input_type=list[float])]
+Raw = dict[str, Any]
+
+
+def environment_field(default: Any = ..., **keywords: Any) -> Any:
+    """A field in which ``${env:NAME}`` may stand: paths and folders only, never anything secret."""
+    return Field(default, json_schema_extra={_ENVIRONMENT_OK: True}, **keywords)
+
+
+def environment_ok(field: Any) -> bool:
+    """Say whether ``${env:NAME}`` may stand in this pydantic field."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get(_ENVIRONMENT_OK))

@@ -1,0 +1,20 @@
+"""`attention:` how attention over the sharded sequence is computed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from longctx.config.fields import HumanInt, Section
+
+
+class Attention(Section):
+    """Exact softmax attention over the ring."""
+
+    layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
+    """which tokens a rank holds; zigzag and striped give every rank the same causal work, contiguous does not"""
+    backend: Literal["auto", "aten", "reference", "triton"] = "auto"
+    """who computes a block: aten (fused CPU), reference (plain PyTorch), triton (not built yet); auto says what it took"""
+    window: HumanInt | None = Field(None, ge=1, le=2**40)
+    """keys each token sees to its left, itself included, for architectures with sliding windows; default: the model's"""

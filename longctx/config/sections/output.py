@@ -1,0 +1,22 @@
+"""`output:` the run directory and what is written to it."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from longctx.config.fields import HumanInt, Section, environment_field
+
+
+class Output(Section):
+    """The run directory: resolved config, metrics.jsonl, checkpoints, loss.png, summary.json, logs."""
+
+    folder: str = environment_field(min_length=1)
+    """the run directory; made if missing"""
+    tensorboard: bool = False
+    """write TensorBoard events too (needs longctx[tensorboard])"""
+    plot: bool = True
+    """draw loss.png at the end (needs longctx[plot])"""
+    sample_prompt: HumanInt = Field(64, ge=1, le=2**20)
+    """tokens of a held-out document that the final sample continues"""
+    sample_tokens: HumanInt = Field(64, ge=0, le=2**20)
+    """tokens to write in the final sample; 0: no sample"""
