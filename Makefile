@@ -1,0 +1,48 @@
+# Two commands from a fresh clone: `make quickstart` trains, `make test` proves. Both need only Python >= 3.11 with its
+# headers and a C++ compiler, and name what is missing. Everything lands in .venv; nothing else is touched.
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PEERS := .venv/.peers
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart smoke test test-slow test-aot bench lint clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## make .venv and install longctx with everything the other targets need
+
+$(INSTALLED): tools/bootstrap.py tools/bootstrap.sh pyproject.toml setup.py constraints.txt
+	@sh tools/bootstrap.sh .venv
+
+quickstart: $(INSTALLED)  ## train a small Llama on this machine's own text, sequences sharded over a ring of ranks
+	$(BIN)/longctx train configs/quickstart.yaml
+
+smoke: $(INSTALLED)  ## the same in under a minute
+	$(BIN)/longctx train configs/smoke.yaml
+
+test: $(INSTALLED)  ## lint, types, layering and the test suite
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)  ## the full grids
+	$(BIN)/python -m pytest -m slow
+
+test-aot: $(INSTALLED)  ## every kernel configuration compiled ahead of time
+	$(BIN)/python -m pytest -m aot
+
+bench: $(INSTALLED) $(PEERS)  ## ring attention and a training step beside other libraries, in one run
+	$(BIN)/python -m benchmarks.run
+
+# A peer that cannot be installed is reported as 'not measured'; it does not stop the bench.
+$(PEERS): $(INSTALLED)
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[peers]'
+	@touch $@
+
+lint: $(INSTALLED)  ## ruff and mypy alone
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## remove what builds and tests leave behind (.venv and runs/ stay)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
