@@ -20,17 +20,17 @@ class RunConfig(Section):
 
     model: Model
     """what is trained"""
-    mesh: Mesh = Field(default_factory=Mesh)
+    mesh: Mesh = Mesh()
     """how ranks are arranged"""
-    attention: Attention = Field(default_factory=Attention)
+    attention: Attention = Attention()
     """how attention is computed"""
     data: Data
     """what it is trained on"""
     train: Train
     """the loop"""
-    zero: Zero = Field(default_factory=Zero)
+    zero: Zero = Zero()
     """what DeepSpeed shards"""
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    checkpoint: Checkpoint = Checkpoint()
     """saving and resuming"""
     output: Output
     """the run directory"""

@@ -13,25 +13,21 @@ class Data(Section):
     """Text sources, the tokenizer, and how documents are packed into rows."""
 
     sources: Annotated[Texts, Field(min_length=1)] = environment_field()
-    """files, folders or token files; `python-stdlib` is the source code of this Python's standard library"""
-    format: Literal["auto", "text", "jsonl"] = "auto"
-    """text: one document a file; jsonl: one document a line; auto: by extension"""
+    """text files, .jsonl files, folders of them, hf:NAME[[:CONFIG]:SPLIT]; python-stdlib is this Python's own source code"""
     text_field: str = Field("text", min_length=1)
-    """the key that holds the text in a JSONL line"""
-    extensions: Texts = (".txt", ".md", ".rst", ".py", ".jsonl")
-    """files of these kinds are taken from folders"""
-    max_bytes: HumanInt | None = Field(None, ge=1, le=2**50)
-    """stop reading after this much text; default: read everything"""
+    """the key that holds the text in a JSONL line or a dataset row"""
     tokenizer: str = environment_field("bpe", min_length=1)
-    """bpe: train a byte-level BPE of `vocab_size` on the text; bytes: one token a byte; else a path to tokenizer.json"""
-    vocab_size: HumanInt = Field(8192, ge=258, le=2**20)
+    """bpe: train a byte-level BPE of `vocab_size` on the text; bytes: one token a byte; else a tokenizer.json or its folder"""
+    vocab_size: HumanInt = Field(8192, ge=257, le=2**20)
     """size of the BPE to train (only for `tokenizer: bpe`)"""
+    sample_bytes: HumanInt = Field(10_000_000, ge=1000, le=2**40)
+    """how much text the BPE learns from (only for `tokenizer: bpe`)"""
     sequence_length: HumanInt = Field(ge=2, le=2**32)
     """tokens of one row, before it is split over the ring"""
     packing: Literal["concat", "best_fit"] = "concat"
     """concat: documents end to end, cut at row ends; best_fit: documents kept whole where they fit"""
-    held_out: float = Field(0.02, ge=0, lt=1)
-    """share of the documents kept for evaluation and never trained on"""
+    held_out: float = Field(0.02, ge=0, le=0.5)
+    """share of the documents kept for evaluation and never trained on; 0: no evaluation"""
     folder: str | None = environment_field(None, min_length=1)
     """where token files are kept and found again; default: the folder `tokens` in output.folder"""
     seed: HumanInt = Field(0, ge=0, lt=2**63)
