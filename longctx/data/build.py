@@ -1,0 +1,395 @@
+"""Text in, token files out: survey the documents, make or load the tokenizer, split, tokenise, publish.
+
+Runs in one process, before ranks start. The result is named by a hash of the documents and the settings, so a second
+build of the same data returns at once. Documents go to the held-out file by a hash of their own text: copies of one
+text are always on the same side.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from longctx.data.text import Document, Source, open_source
+from longctx.data.tokenfile import TokenFile
+from longctx.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from longctx.data.tokenwriter import TokenWriter, disk_errors, publish_bytes
+from longctx.errors import DataError
+
+RECORD = "build.json"
+_RECIPE = 1  # raise when the same text and settings would give other files
+_BATCH_BYTES = 4 * 2**20
+_PIECE_CHARACTERS = 8 * 2**20
+_CLOCK_NS = 2 * 10**9  # a file changed less than this before the survey may change again unnoticed
+
+Sources = str | Path | Sequence[str | Path]
+Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all (0 while unknown)
+
+
+@dataclass(frozen=True)
+class TokenBuild:
+    """What ``build_tokens`` made, and where.
+
+    Attributes:
+        folder, train, held_out, tokenizer: paths; ``held_out`` is None if no share was asked for.
+        vocabulary_size, tokenizer_hash: what the model and the loader must agree with.
+        report: counts (documents, bytes, tokens, held_out_documents, held_out_tokens, empty, skipped, seconds).
+        reused: nothing had to be done.
+    """
+
+    folder: Path
+    train: Path
+    held_out: Path | None
+    tokenizer: Path
+    vocabulary_size: int
+    tokenizer_hash: str
+    report: dict[str, Any]
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class _Settings:
+    tokenizer: str
+    vocabulary_size: int | None
+    held_out: float
+    seed: int
+    text_field: str
+    sample_bytes: int
+    sources: list[str]
+    recipe: int = _RECIPE
+
+
+def build_tokens(
+    sources: Sources,
+    tokenizer: str | Path | Tokenizer,
+    out_folder: str | Path,
+    *,
+    vocabulary_size: int = 16384,
+    held_out: float = 0.01,
+    seed: int = 0,
+    text_field: str = "text",
+    sample_bytes: int = 10_000_000,
+    reuse: bool = True,
+    progress: Progress | None = None,
+) -> TokenBuild:
+    """Make ``train.tokens``, ``held_out.tokens``, ``tokenizer/`` and ``build.json`` in ``out_folder``.
+
+    Args:
+        sources: text files, ``.jsonl`` files, folders, "python-stdlib", "hf:NAME[[:CONFIG]:SPLIT]"; one or several.
+        tokenizer: "bpe" (trained on the training documents), "bytes", a tokenizer.json or its folder, or a Tokenizer.
+        vocabulary_size: of a "bpe"; the result may be smaller on little text.
+        held_out: share of documents kept for evaluation, at least one; 0 for none. A single document is cut in two.
+        seed: of the choice of held-out documents and of the sample the BPE learns from.
+        text_field: key of the text in JSONL objects and dataset rows.
+        sample_bytes: how much text the BPE learns from.
+        reuse: return what is in the folder if it was made from the same documents and settings.
+        progress: called with (stage, bytes done, bytes in all).
+
+    Raises:
+        DataError: nothing to read, text that is not text, a full disk, or settings out of range.
+        MissingPackageError: ``tokenizers`` or ``datasets`` is needed and absent.
+    """
+    if not 0 <= held_out <= 0.5:
+        raise DataError(f"held_out {held_out}: the share of held-out documents is from 0 to 0.5")
+    if sample_bytes < 1:
+        raise DataError(f"sample_bytes {sample_bytes}: the BPE needs text to learn from")
+    started = time.monotonic()
+    given = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    if not given:
+        raise DataError("no source of text was given; give text files, JSONL files, folders or 'python-stdlib'")
+    fixed = _resolve(tokenizer)
+    settings = _Settings(
+        fixed.hash if fixed else "bpe",
+        None if fixed else vocabulary_size,
+        held_out,
+        seed,
+        text_field,
+        sample_bytes,
+        [str(source) for source in given],
+    )
+    opened = [open_source(source, text_field) for source in given]
+    folder = Path(out_folder)
+    with _locked(folder):
+        found = _recorded(folder) if reuse else None
+        stamp = _stamp(opened)
+        if found and stamp is not None and found["stamp"] == stamp and found["settings"] == asdict(settings):
+            return _opened(folder, found, reused=True)
+        survey = _Survey(opened, seed, progress or _silent)
+        key = hashlib.sha256(json.dumps([asdict(settings), survey.content]).encode()).hexdigest()
+        reused = found is not None and found["key"] == key
+        if found is None or not reused:
+            (folder / RECORD).unlink(missing_ok=True)  # from here on the folder's files may not belong together
+            found = _write(folder, survey, fixed, settings, time.monotonic() - started)
+        found |= {"key": key, "settings": asdict(settings), "stamp": stamp}
+        publish_bytes(json.dumps(found, indent=1).encode(), folder / RECORD)
+        return _opened(folder, found, reused=reused)
+
+
+def open_build(folder: str | Path) -> TokenBuild:
+    """Return what an earlier ``build_tokens`` left in ``folder``, fully verified. Raises: DataError."""
+    found = _recorded(Path(folder))
+    if found is None:
+        raise DataError(f"{folder}: no complete token files there; make them with `longctx data build`")
+    return _opened(Path(folder), found, reused=True)
+
+
+class _Survey:
+    """One pass over all documents: how many, how large, and 128 bits of hash of each (split and sample)."""
+
+    def __init__(self, sources: list[Source], seed: int, progress: Progress) -> None:
+        self.sources, self.seed, self.progress = sources, seed, progress
+        self.bytes = self.empty = 0
+        split, sample, sizes = array("Q"), array("Q"), array("Q")
+        content = hashlib.sha256()
+        for document in self._read():
+            digest = self.digest(document.text)
+            content.update(digest + document.name.encode(errors="replace") + b"\n")
+            split.append(int.from_bytes(digest[:8], "little"))
+            sample.append(int.from_bytes(digest[8:], "little"))
+            sizes.append(len(document.text.encode()))
+            self.bytes += sizes[-1]
+            progress("reading", self.bytes, 0)
+        self.skipped = {name: why for source in sources for name, why in source.skipped.items()}
+        if not split:
+            reason = next(iter(self.skipped.values()), "every document is blank")
+            raise DataError(
+                f"no text in {', '.join(getattr(s, 'name', None) or str(getattr(s, 'root', s)) for s in sources)} "
+                f"({len(self.skipped)} files left out; the first: {reason}); give UTF-8 text that is not empty"
+            )
+        self.content = content.hexdigest()
+        self.split, self.sample = np.array(split, np.uint64), np.array(sample, np.uint64)
+        self.sizes = np.array(sizes, np.int64)
+
+    def digest(self, text: str) -> bytes:
+        return hashlib.blake2b(text.encode(), digest_size=16, salt=(self.seed % 2**64).to_bytes(16, "little")).digest()
+
+    def _read(self) -> Iterator[Document]:
+        self.empty = 0
+        for source in self.sources:
+            for document in source.documents():
+                if document.text and not document.text.isspace():
+                    yield document
+                else:
+                    self.empty += 1
+
+    def documents(self) -> Iterator[tuple[int, Document]]:
+        """Read everything again. Raises: DataError if it is not what the survey saw."""
+        number = -1
+        for number, document in enumerate(self._read()):
+            digest = self.digest(document.text)
+            if number >= self.split.size or int.from_bytes(digest[:8], "little") != int(self.split[number]):
+                raise DataError(f"{document.name} changed while it was being read; build again when nothing writes to it")
+            yield number, document
+        if number + 1 != self.split.size:
+            raise DataError("documents disappeared while they were being read; build again when nothing writes to them")
+
+    def held_out(self, share: float) -> npt.NDArray[np.bool_]:
+        """Choose the documents with the smallest hashes: (documents,) bool."""
+        if share == 0 or self.split.size == 1:
+            return np.zeros(self.split.size, dtype=bool)
+        count = max(round(self.split.size * share), 1)
+        chosen = self.split <= np.partition(self.split, count - 1)[count - 1]
+        if bool(chosen.all()):
+            raise DataError(f"all {self.split.size} documents are the same text; give more text, or held_out 0")
+        return chosen
+
+
+def _write(folder: Path, survey: _Survey, fixed: Tokenizer | None, settings: _Settings, seconds: float) -> dict[str, Any]:
+    """Tokenise and publish; return the record."""
+    started = time.monotonic()
+    held_out = survey.held_out(settings.held_out)
+    tokenizer = fixed or _train(survey, held_out, settings)
+    tokenizer.save(folder / "tokenizer")
+    cut = settings.held_out if survey.split.size == 1 else 0.0
+    common: dict[str, Any] = {
+        "vocabulary_size": tokenizer.vocabulary_size,
+        "tokenizer_hash": tokenizer.hash,
+        "end_of_document": tokenizer.end_of_document,
+    }
+    metadata = {"sources": settings.sources, "seed": settings.seed, "content": survey.content}
+    wants_both = bool(held_out.any()) or cut > 0
+    with TokenWriter(folder / "train.tokens", **common, metadata={**metadata, "part": "train"}) as train:
+        if wants_both:
+            with TokenWriter(folder / "held_out.tokens", **common, metadata={**metadata, "part": "held_out"}) as other:
+                _tokenise(survey, tokenizer, held_out, cut, train, other)
+        else:
+            (folder / "held_out.tokens").unlink(missing_ok=True)
+            _tokenise(survey, tokenizer, held_out, cut, train, train)
+    report = {
+        "documents": survey.split.size,
+        "bytes": survey.bytes,
+        "tokens": train.token_count,
+        "held_out_documents": other.document_count if wants_both else 0,
+        "held_out_tokens": other.token_count if wants_both else 0,
+        "empty": survey.empty,
+        "skipped": len(survey.skipped),
+        "skipped_first": dict(list(survey.skipped.items())[:20]),
+        "seconds": round(seconds + time.monotonic() - started, 2),
+    }
+    names = ["train.tokens", "held_out.tokens"] if wants_both else ["train.tokens"]
+    files = {}
+    for name in names:
+        with TokenFile(folder / name) as file:
+            file.verify()
+            files[name] = file.identity
+    return {
+        "files": files,
+        "vocabulary_size": tokenizer.vocabulary_size,
+        "tokenizer_hash": tokenizer.hash,
+        "report": report,
+    }
+
+
+def _train(survey: _Survey, held_out: npt.NDArray[np.bool_], settings: _Settings) -> Tokenizer:
+    """Train a BPE on a sample of the training documents, chosen by their hashes."""
+    assert settings.vocabulary_size is not None
+    wanted = min(settings.sample_bytes / max(survey.bytes, 1), 1.0)
+    chosen = ~held_out & ((survey.sample.astype(np.float64) / 2**64 < wanted) | (wanted == 1.0))
+    if not bool(chosen.any()):
+        chosen = ~held_out  # few, large documents
+    budget = settings.sample_bytes + settings.sample_bytes // 4
+
+    def texts() -> Iterator[str]:
+        done = 0
+        for number, document in survey.documents():
+            if chosen[number] and done < budget:
+                text = document.text[: budget - done]
+                done += len(text.encode())
+                survey.progress("training the tokenizer", done, min(budget, survey.bytes))
+                yield text
+
+    return train_bpe(texts(), settings.vocabulary_size)
+
+
+def _tokenise(
+    survey: _Survey,
+    tokenizer: Tokenizer,
+    held_out: npt.NDArray[np.bool_],
+    cut: float,
+    train: TokenWriter,
+    other: TokenWriter,
+) -> None:
+    batch: list[tuple[TokenWriter, str, list[str]]] = []
+    size = done = 0
+
+    def flush() -> None:
+        nonlocal size, done
+        pieces = [piece for _, _, texts in batch for piece in texts]
+        encoded = iter(tokenizer.encode_batch(pieces))
+        for writer, name, texts in batch:
+            ids = np.concatenate([next(encoded) for _ in texts])
+            if ids.size:
+                writer.add(ids, name)
+        done += size
+        size = 0
+        batch.clear()
+        survey.progress("tokenising", done, survey.bytes)
+
+    for number, document in survey.documents():
+        parts = [(other if held_out[number] else train, document.name, document.text)]
+        if cut:  # the only document: its end is held out
+            middle = _line_start(document.text, round(len(document.text) * (1 - cut)))
+            parts = [(train, document.name, document.text[:middle]), (other, document.name, document.text[middle:])]
+        for writer, name, text in parts:
+            batch.append((writer, name, _pieces(text)))
+        size += int(survey.sizes[number])
+        if size >= _BATCH_BYTES:
+            flush()
+    flush()
+
+
+def _pieces(text: str) -> list[str]:
+    """Cut a very long text at line starts: the package needs some hundred bytes of memory for each token at once."""
+    pieces, begin = [], 0
+    while len(text) - begin > _PIECE_CHARACTERS:
+        end = _line_start(text, begin + _PIECE_CHARACTERS, begin + 1)
+        pieces.append(text[begin:end])
+        begin = end
+    return [*pieces, text[begin:]]
+
+
+def _line_start(text: str, place: int, least: int = 1) -> int:
+    """Return the start of a line at or before ``place``, or ``place`` if there is none after ``least``."""
+    found = text.rfind("\n", least, place) + 1
+    return found if found > least else max(min(place, len(text) - 1), 1)
+
+
+def _resolve(tokenizer: str | Path | Tokenizer) -> Tokenizer | None:
+    """Return a given tokenizer, or None if one is to be trained."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if str(tokenizer) == "bpe":
+        return None
+    return ByteTokenizer() if str(tokenizer) == "bytes" else load_tokenizer(tokenizer)
+
+
+def _stamp(sources: list[Source]) -> list[Any] | None:
+    """Return sizes and times of change of all files, or None where those cannot prove that nothing changed."""
+    result: list[Any] = []
+    now = time.time_ns()
+    for source in sources:
+        stamp = source.stamp()
+        if stamp is None or any(now - int(changed) < _CLOCK_NS for _, _, changed in stamp):
+            return None
+        result.append(stamp)
+    return result
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a complete build whose files are all there and unchanged, or None."""
+    try:
+        found: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
+        for name, identity in found["files"].items():
+            if name not in ("train.tokens", "held_out.tokens"):
+                return None
+            with TokenFile(folder / name, tokenizer_hash=found["tokenizer_hash"]) as file:
+                if file.identity != identity:
+                    return None
+                file.verify()
+        if load_tokenizer(folder / "tokenizer").hash != found["tokenizer_hash"]:
+            return None
+        return found if {"key", "settings", "stamp", "report", "vocabulary_size"} <= found.keys() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # DataError is a ValueError
+        return None
+
+
+def _opened(folder: Path, found: dict[str, Any], reused: bool) -> TokenBuild:
+    return TokenBuild(
+        folder,
+        folder / "train.tokens",
+        folder / "held_out.tokens" if "held_out.tokens" in found["files"] else None,
+        folder / "tokenizer",
+        found["vocabulary_size"],
+        found["tokenizer_hash"],
+        found["report"],
+        reused,
+    )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time build in a folder; the lock ends with the process."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass

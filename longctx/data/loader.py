@@ -1,0 +1,258 @@
+"""ShardedLoader: windows of local micro-batches, each rank reading only its own part of each row.
+
+The sample with number n of a run is always the same row, and the place of sample n in a window is a fixed function
+of n: samples run over micro-batches first, then data replicas, then rows of a micro-batch. Nothing else is state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from longctx.data.order import SampleOrder
+from longctx.data.prefetch import Prefetcher
+from longctx.data.rows import Files, PackedRows, Part, empty_part
+from longctx.errors import DataError
+from longctx.layout import Layout, get_layout
+
+Window = list[dict[str, Any]]
+
+
+class Grid(Protocol):
+    """What the loader asks of a ``longctx.Mesh``."""
+
+    ring_size: int
+    ring_rank: int
+    ulysses_size: int
+    ulysses_rank: int
+    data_size: int
+    data_rank: int
+
+
+class _OneRank:
+    ring_size = ulysses_size = data_size = 1
+    ring_rank = ulysses_rank = data_rank = 0
+
+
+def local_positions(
+    sequence_length: int, mesh: Grid | None = None, layout: str | Layout = "zigzag"
+) -> npt.NDArray[np.int64]:
+    """Return the (T,) int64 positions of the padded row that this rank holds, in local order."""
+    mesh = mesh or _OneRank()
+    layout = get_layout(layout)
+    padded = layout.padded_length(sequence_length, mesh.ring_size, mesh.ulysses_size)
+    spans = layout.member_spans(mesh.ring_rank, mesh.ring_size, mesh.ulysses_rank, mesh.ulysses_size, padded)
+    return np.concatenate([span.start + span.stride * np.arange(span.count, dtype=np.int64) for span in spans])
+
+
+def micro_batch_of(parts: list[Part]) -> dict[str, Any]:
+    """Stack parts of rows into the keywords of a model's forward."""
+    stacked = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*parts, strict=True)]
+    input_ids, position_ids, document_ids, labels = stacked
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "document_ids": document_ids,
+        "labels": labels,
+        "shift_labels": labels,
+        "use_cache": False,
+    }
+
+
+class ShardedLoader:
+    """Endless windows of training data; one window is the data of one optimizer step.
+
+    A window is a list of ``accumulation`` local micro-batches, each a dict of ``input_ids``, ``position_ids`` (B, T)
+    int64, ``document_ids`` (B, T) int32 (-1 at pads), ``labels`` and ``shift_labels`` (B, T) int64 (the same tensor:
+    the next token of the same document, -100 where there is none) and ``use_cache=False``; B is ``micro_batch``, T is
+    the padded sequence length over ring · ulysses, the same on every rank.
+
+    Args:
+        files: token file(s): paths or opened stores.
+        sequence_length: tokens of a whole row, before padding.
+        micro_batch, accumulation: rows of a micro-batch on one data replica, micro-batches of a window.
+        mesh: a ``longctx.Mesh``; None for one rank.
+        layout: "zigzag", "contiguous" or "striped".
+        seed: of the order of samples.
+        packing: "best_fit" or "concat".
+        samples_consumed: where to begin, counted over all data replicas; a multiple of nothing in particular.
+        tokenizer_hash, vocabulary_size: of the run; files that do not fit are refused.
+        prefetch: windows read ahead by a thread; 0 reads in the caller's.
+        shuffle: False reads rows in file order.
+
+    Raises:
+        DataError: files, sizes or position that cannot be used.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        sequence_length: int,
+        micro_batch: int = 1,
+        accumulation: int = 1,
+        mesh: Grid | None = None,
+        layout: str | Layout = "zigzag",
+        seed: int = 0,
+        packing: str = "best_fit",
+        samples_consumed: int = 0,
+        *,
+        tokenizer_hash: str | None = None,
+        vocabulary_size: int | None = None,
+        prefetch: int = 2,
+        shuffle: bool = True,
+    ) -> None:
+        for name, value, least in (
+            ("micro_batch", micro_batch, 1),
+            ("accumulation", accumulation, 1),
+            ("samples_consumed", samples_consumed, 0),
+            ("prefetch", prefetch, 0),
+        ):
+            if value < least:
+                raise DataError(f"{name} {value}: must be at least {least}")
+        self.mesh = mesh or _OneRank()
+        self.rows = PackedRows(
+            files, sequence_length, packing, tokenizer_hash=tokenizer_hash, vocabulary_size=vocabulary_size
+        )
+        self.order = SampleOrder(len(self.rows), seed, shuffle)
+        self.micro_batch, self.accumulation, self.seed = micro_batch, accumulation, seed
+        self.samples_per_window = micro_batch * accumulation * self.mesh.data_size
+        self.tokens_per_window = self.samples_per_window * sequence_length  # pads included
+        self._positions = local_positions(sequence_length, self.mesh, layout)
+        self._consumed = samples_consumed
+        self._depth = prefetch
+        self._ahead: Prefetcher[Window] | None = None
+
+    # -- where we are ---------------------------------------------------------------------------------------------
+
+    @property
+    def samples_consumed(self) -> int:
+        """Samples handed out so far, over all data replicas: the whole state of the loader (with the seed)."""
+        return self._consumed
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self._consumed / len(self.rows)
+
+    def sample_ids(self, samples_consumed: int) -> npt.NDArray[np.int64]:
+        """Return the rows of the window that begins there: (accumulation, data replicas, micro_batch) int64.
+
+        The same on every rank; flattened, it is the order of samples, which does not depend on the mesh.
+        """
+        numbers = samples_consumed + np.arange(self.samples_per_window, dtype=np.int64)
+        return self.order(numbers).reshape(self.accumulation, self.mesh.data_size, self.micro_batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep: samples consumed, the seed, and which data they counted."""
+        return {"samples_consumed": self._consumed, "seed": self.seed, "data": self.rows.identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken, on any number of ranks.
+
+        Raises:
+            DataError: the state counts other data, another packing or another seed.
+        """
+        for name, ours in (("data", self.rows.identity), ("seed", self.seed)):
+            if state[name] != ours:
+                raise DataError(
+                    f"cannot continue: the checkpoint counted samples of {name} {state[name]!r}, this run has {ours!r}; "
+                    "use the same files, packing, sequence_length and seed, or start a new run"
+                )
+        self.seek(int(state["samples_consumed"]))
+
+    def seek(self, samples_consumed: int) -> None:
+        """Continue from that many samples; windows read ahead are dropped."""
+        if samples_consumed < 0:
+            raise DataError(f"samples_consumed {samples_consumed}: must be at least 0")
+        self.close()
+        self._consumed = samples_consumed
+
+    # -- iteration ------------------------------------------------------------------------------------------------
+
+    def window(self, samples_consumed: int) -> Window:
+        """Read this rank's part of the window that begins there; needs no state."""
+        self.rows.check_unchanged()
+        mine = self.sample_ids(samples_consumed)[:, self.mesh.data_rank]
+        return [micro_batch_of([self.rows.read(int(row), self._positions) for row in rows]) for rows in mine]
+
+    def __iter__(self) -> Iterator[Window]:
+        return self
+
+    def __next__(self) -> Window:
+        if self._depth == 0:
+            window = self.window(self._consumed)
+        else:
+            if self._ahead is None:
+                self._ahead = Prefetcher(self._windows(self._consumed), self._depth)
+            window = next(self._ahead)
+        self._consumed += self.samples_per_window
+        return window
+
+    def _windows(self, samples_consumed: int) -> Iterator[Window]:
+        while True:
+            yield self.window(samples_consumed)
+            samples_consumed += self.samples_per_window
+
+    def close(self) -> None:
+        """Stop the reading thread, if there is one; iteration may go on afterwards."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def __enter__(self) -> ShardedLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class EvaluationLoader:
+    """Held-out rows in a fixed order, once per iteration; every rank of the mesh gets equally many micro-batches.
+
+    Where rows do not divide evenly the last micro-batches are filled with empty rows (pads only, no label), so that
+    no replica leaves a collective waiting. Iterate as often as you like; each yields one-micro-batch windows.
+
+    Args:
+        files, sequence_length, micro_batch, mesh, layout, packing, tokenizer_hash, vocabulary_size: as ShardedLoader.
+        max_rows: evaluate at most so many rows, evenly spread over the data; None for all.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        sequence_length: int,
+        micro_batch: int = 1,
+        mesh: Grid | None = None,
+        layout: str | Layout = "zigzag",
+        packing: str = "best_fit",
+        *,
+        max_rows: int | None = None,
+        tokenizer_hash: str | None = None,
+        vocabulary_size: int | None = None,
+    ) -> None:
+        if micro_batch < 1 or (max_rows is not None and max_rows < 1):
+            raise DataError(f"micro_batch {micro_batch} and max_rows {max_rows}: must be at least 1")
+        self.mesh = mesh or _OneRank()
+        self.rows = PackedRows(
+            files, sequence_length, packing, tokenizer_hash=tokenizer_hash, vocabulary_size=vocabulary_size
+        )
+        self.micro_batch = micro_batch
+        count = min(len(self.rows), max_rows or len(self.rows))
+        self.row_ids = np.arange(count, dtype=np.int64) * len(self.rows) // count
+        self._positions = local_positions(sequence_length, self.mesh, layout)
+
+    def __len__(self) -> int:
+        """Windows of one pass, the same on every rank."""
+        return -(-self.row_ids.size // (self.mesh.data_size * self.micro_batch))
+
+    def __iter__(self) -> Iterator[Window]:
+        self.rows.check_unchanged()
+        for step in range(len(self)):
+            first = (step * self.mesh.data_size + self.mesh.data_rank) * self.micro_batch
+            parts = [self.rows.read(int(row), self._positions) for row in self.row_ids[first : first + self.micro_batch]]
+            parts += [empty_part(self._positions.size)] * (self.micro_batch - len(parts))
+            yield [micro_batch_of(parts)]

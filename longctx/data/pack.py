@@ -1,0 +1,155 @@
+"""Packing: which pieces of which documents make one row of ``sequence_length`` tokens.
+
+``concat`` cuts the file every ``sequence_length`` tokens: nothing to compute, but documents are cut where it falls.
+``best_fit`` cuts only documents longer than a row, and packs the rest by best-fit decreasing (arXiv 2404.10830):
+a document that fits is never cut. Either way each token of the file is in exactly one row.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from longctx.errors import DataError
+
+PACKINGS = ("concat", "best_fit")
+
+Int64 = npt.NDArray[np.int64]
+
+
+class Pieces(NamedTuple):
+    """What one row is made of, in the row's order; each array is (pieces,) int64."""
+
+    starts: Int64  # first token, as an index into the file
+    lengths: Int64
+    documents: Int64  # index of the document in the file
+
+    @property
+    def fill(self) -> int:
+        """Tokens of the row; the rest of it is padding."""
+        return int(self.lengths.sum())
+
+
+class Packing(Protocol):
+    """Random access to the rows of one file."""
+
+    rows: int
+
+    def pieces(self, row: int) -> Pieces:
+        """Return what a row is made of, ``0 <= row < rows``."""
+        ...
+
+
+def pack(offsets: Int64, sequence_length: int, method: str = "best_fit") -> Packing:
+    """Lay the documents of a file out in rows.
+
+    Args:
+        offsets: (documents + 1,) int64, as in ``TokenStore.offsets``.
+        sequence_length: tokens in a row.
+        method: "concat" or "best_fit".
+
+    Raises:
+        DataError: unknown method or no room for a token and its label.
+    """
+    if sequence_length < 2:
+        raise DataError(f"sequence_length {sequence_length}: a row needs at least 2 tokens to predict one from another")
+    if method == "concat":
+        return ConcatPacking(offsets, sequence_length)
+    if method == "best_fit":
+        return BestFitPacking(offsets, sequence_length)
+    raise DataError(f"packing {method!r} is unknown; use one of {', '.join(map(repr, PACKINGS))}")
+
+
+class ConcatPacking:
+    """Row i is tokens i·S to (i + 1)·S of the file; the last row may be short. Constant memory."""
+
+    def __init__(self, offsets: Int64, sequence_length: int) -> None:
+        self.offsets, self.sequence_length = offsets, sequence_length
+        self.token_count = int(offsets[-1])
+        self.rows = -(-self.token_count // sequence_length)
+
+    def pieces(self, row: int) -> Pieces:
+        begin = row * self.sequence_length
+        end = min(begin + self.sequence_length, self.token_count)
+        first = int(np.searchsorted(self.offsets, begin, side="right")) - 1
+        last = int(np.searchsorted(self.offsets, end, side="left"))  # documents first … last − 1 touch the row
+        bounds = np.clip(self.offsets[first : last + 1], begin, end)
+        return Pieces(bounds[:-1], np.diff(bounds), np.arange(first, last, dtype=np.int64))
+
+
+class BestFitPacking:
+    """Rows of whole documents, and of pieces of documents longer than a row. 24 bytes of memory a piece."""
+
+    def __init__(self, offsets: Int64, sequence_length: int) -> None:
+        lengths = np.diff(offsets)
+        if bool((lengths < 1).any()):
+            document = int(np.argmin(lengths))
+            raise DataError(f"document {document} has {int(lengths[document])} tokens: the document index is damaged")
+        pieces_of = -(-lengths // sequence_length)
+        documents = np.repeat(np.arange(lengths.size, dtype=np.int64), pieces_of)
+        first_piece = np.cumsum(pieces_of) - pieces_of
+        inside = np.arange(documents.size, dtype=np.int64) - first_piece[documents]  # number of the piece in its document
+        starts = offsets[documents] + inside * sequence_length
+        piece_lengths = np.minimum(offsets[documents + 1] - starts, sequence_length)
+        row, self.rows = best_fit(piece_lengths, sequence_length)
+        order = np.argsort(row, kind="stable")  # inside a row, pieces keep the order of the file
+        self._starts, self._lengths, self._documents = starts[order], piece_lengths[order], documents[order]
+        self._bounds = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=self.rows))])
+
+    def pieces(self, row: int) -> Pieces:
+        here = slice(int(self._bounds[row]), int(self._bounds[row + 1]))
+        return Pieces(self._starts[here], self._lengths[here], self._documents[here])
+
+
+def best_fit(lengths: Int64, capacity: int) -> tuple[Int64, int]:
+    """Best-fit decreasing bin packing: longest first, each into the fullest row that still has room for it.
+
+    Pieces of one length and rows with one amount of room are handled together, so the cost follows the number of
+    distinct lengths rather than the number of pieces.
+
+    Args:
+        lengths: (n,) int64, each from 1 to ``capacity``.
+
+    Returns:
+        (n,) int64, the row of each piece, and the number of rows.
+    """
+    result = np.empty(lengths.size, dtype=np.int64)
+    longest_first = np.argsort(-lengths, kind="stable")
+    values, counts = np.unique(lengths, return_counts=True)
+    room: dict[int, list[Int64]] = {}  # room left -> rows that have it
+    rooms: list[int] = []  # its keys, sorted
+    rows = done = 0
+
+    def leave(left: int, which: Int64) -> None:
+        if left > 0 and which.size:
+            if left not in room:
+                room[left] = []
+                insort(rooms, left)
+            room[left].append(which)
+
+    for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:
+            place = bisect_left(rooms, length)
+            if place < len(rooms):
+                left = rooms.pop(place)
+                found = room.pop(left)
+                candidates = found[0] if len(found) == 1 else np.concatenate(found)
+            else:
+                left = capacity
+                needed = -(-count // (capacity // length))
+                candidates = np.arange(rows, rows + needed, dtype=np.int64)
+                rows += needed
+            each = left // length  # a row that took one piece is then the fullest with room for the next
+            used = candidates[: -(-count // each)]
+            placed = min(count, used.size * each)
+            result[longest_first[done : done + placed]] = np.repeat(used, each)[:placed]
+            in_last = placed - (used.size - 1) * each
+            leave(left, candidates[used.size :])
+            leave(left - each * length, used[:-1])
+            leave(left - in_last * length, used[-1:])
+            done += placed
+            count -= placed
+    return result, rows

@@ -1,0 +1,131 @@
+"""Packed rows of one or more token files, readable at any subset of positions: what a shard of a row is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from longctx.data.pack import Pieces, pack
+from longctx.data.tokenfile import TokenFile, TokenStore, bad_token
+from longctx.errors import DataError
+
+IGNORED = -100  # label of a token that predicts nothing
+PAD_DOCUMENT = -1
+
+Files = str | Path | TokenStore | Sequence[str | Path | TokenStore]
+
+
+class Part(NamedTuple):
+    """Some positions of a row; each array is (T,)."""
+
+    input_ids: npt.NDArray[np.int64]  # 0 at pads
+    position_ids: npt.NDArray[np.int64]  # from 0 in every document of the row; 0 at pads
+    document_ids: npt.NDArray[np.int32]  # 0, 1, … in the row; -1 at pads
+    labels: npt.NDArray[np.int64]  # the next token of the same document; -100 at its last token and at pads
+
+
+class PackedRows:
+    """The rows of a data set, numbered through all its files.
+
+    Args:
+        files: a token file or several (paths or opened stores).
+        sequence_length: tokens in a row.
+        packing: "concat" or "best_fit".
+        tokenizer_hash, vocabulary_size: refuse files that do not fit.
+
+    Raises:
+        DataError: no file, or one that is damaged or does not fit.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        sequence_length: int,
+        packing: str = "best_fit",
+        *,
+        tokenizer_hash: str | None = None,
+        vocabulary_size: int | None = None,
+    ) -> None:
+        given = [files] if isinstance(files, (str, Path, TokenStore)) else list(files)
+        if not given:
+            raise DataError("no token file was given; make one with `longctx data build`")
+        self.stores = [file if isinstance(file, TokenStore) else TokenFile(file) for file in given]
+        self.sequence_length, self.packing = sequence_length, packing
+        for store in self.stores:
+            if tokenizer_hash is not None:
+                store.require_tokenizer(tokenizer_hash)
+            if vocabulary_size is not None:
+                store.require_vocabulary(vocabulary_size)
+        self._packings = [pack(store.offsets, sequence_length, packing) for store in self.stores]
+        self._first_rows = np.cumsum([0] + [packed.rows for packed in self._packings])
+
+    def __len__(self) -> int:
+        return int(self._first_rows[-1])
+
+    @property
+    def token_count(self) -> int:
+        return sum(store.token_count for store in self.stores)
+
+    @property
+    def fill(self) -> float:
+        """The share of positions that hold a token and not padding."""
+        return self.token_count / (len(self) * self.sequence_length)
+
+    @property
+    def identity(self) -> str:
+        """Text that changes with the content, the packing and the length; a resumed run must find the same."""
+        files = "+".join(store.identity[:32] for store in self.stores)
+        return f"{files}:{self.packing}:{self.sequence_length}"
+
+    def pieces(self, row: int) -> tuple[TokenStore, Pieces]:
+        """Return the file of a row and what the row is made of. Raises: IndexError."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        return self.stores[file], self._packings[file].pieces(row - int(self._first_rows[file]))
+
+    def check_unchanged(self) -> None:
+        """Raise DataError if a file was written to since it was opened."""
+        for store in self.stores:
+            store.check_unchanged()
+
+    def read(self, row: int, positions: npt.NDArray[np.int64]) -> Part:
+        """Read a row at some positions, touching nothing else of the file but their labels.
+
+        Args:
+            positions: (T,) int64, at or above 0 in any order; those beyond the row's tokens are pads.
+
+        Raises:
+            DataError: a token is outside the file's vocabulary.
+        """
+        store, (starts, lengths, documents) = self.pieces(row)
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        part = empty_part(positions.size)
+        kept = positions < bounds[-1]
+        where = positions[kept]
+        piece = np.searchsorted(bounds, where, side="right") - 1
+        inside = where - bounds[piece]
+        source = starts[piece] + inside
+        last = store.offsets[documents + 1][piece] - 1  # the document's last token, in this row or in a later one
+        ids = store.tokens[source].astype(np.int64)
+        targets = store.tokens[np.minimum(source + 1, last)].astype(np.int64)
+        for values, at in ((ids, source), (targets, source + 1)):
+            if values.size and (int(values.max()) >= store.vocabulary_size or int(values.min()) < 0):
+                raise bad_token(store, int(at[np.argmax((values >= store.vocabulary_size) | (values < 0))]))
+        part.input_ids[kept], part.position_ids[kept], part.document_ids[kept] = ids, inside, piece
+        part.labels[kept] = np.where(source < last, targets, IGNORED)
+        return part
+
+
+def empty_part(count: int) -> Part:
+    """Return ``count`` pads."""
+    return Part(
+        np.zeros(count, np.int64),
+        np.zeros(count, np.int64),
+        np.full(count, PAD_DOCUMENT, np.int32),
+        np.full(count, IGNORED, np.int64),
+    )
