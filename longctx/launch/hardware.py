@@ -1,0 +1,59 @@
+"""What this machine has, asked without importing torch: GPUs that the installed torch can use, CPU cores."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+
+def cores() -> int:
+    """Return the CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_per_rank(local_ranks: int) -> int:
+    """Return how many threads each of ``local_ranks`` processes gets: an equal share, at least one."""
+    return max(cores() // local_ranks, 1)
+
+
+def gpus() -> int:
+    """Return the number of GPUs to use: 0 where DS_ACCELERATOR=cpu or torch was built without CUDA or ROCm."""
+    if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda" or not _torch_knows_gpus():
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    return _nvidia_gpus() or _amd_gpus()
+
+
+def default_world() -> int:
+    """Return how many ranks to start when nobody says: one per GPU, else two CPU processes."""
+    return gpus() or 2
+
+
+def _torch_knows_gpus() -> bool:
+    spec = importlib.util.find_spec("torch")
+    version = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    text = version.read_text() if version and version.is_file() else ""
+    return bool(re.search(r"^(cuda|hip)\b.*= *'", text, re.MULTILINE))
+
+
+def _nvidia_gpus() -> int:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    try:
+        listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return len(re.findall(r"^GPU \d+:", listing.stdout, re.MULTILINE))
+
+
+def _amd_gpus() -> int:
+    nodes = Path("/sys/class/kfd/kfd/topology/nodes")
+    simd = [path.read_text() for path in nodes.glob("*/properties")] if nodes.is_dir() else []
+    return sum(1 for text in simd if re.search(r"^simd_count [1-9]", text, re.MULTILINE))

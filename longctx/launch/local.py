@@ -1,0 +1,201 @@
+"""Start the ranks of a job on this machine, watch them, and leave none behind.
+
+Every rank is a process of its own session, started from an argument list, with its output in ``logs/``; rank 0 also
+gets this terminal for its progress line. They meet at a socket that is bound to 127.0.0.1 here and handed to rank 0, so
+no port is fixed and none can be taken in between. When one fails, the others are killed by their own process ids and
+the first cause is printed once. Ctrl-C asks the ranks to save and stop; a second one kills them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from longctx.errors import LaunchError
+from longctx.launch import hardware, report
+from longctx.launch.prepare import prepare
+
+PREEMPTED = 75
+GRACE_SECONDS = 3.0  # between the first failure and the kill: others may be about to report the real cause
+STOP_SECONDS = 300.0  # for saving a checkpoint after a request to stop
+
+
+def train(config_path: Path, overrides: Sequence[str], *, world: int, folder: Path) -> int:
+    """Run ``config_path`` on ``world`` local ranks and return the job's exit code.
+
+    Args:
+        config_path: the YAML; each rank reads it again.
+        overrides: ``a.b=c`` arguments, passed on as they are.
+        world: ranks to start.
+        folder: the run directory; logs go to ``folder/logs``.
+
+    Returns:
+        0 when done, 75 when stopped on request after saving, 1 after a failure, 130 when killed by a second Ctrl-C.
+
+    Raises:
+        LaunchError, MissingPackageError: the job cannot be started here.
+    """
+    on_gpu = hardware.gpus() > 0
+    if on_gpu and world > hardware.gpus():
+        raise LaunchError(
+            f"mesh asks for {world} ranks and this machine has {hardware.gpus()} GPUs, one rank each; lower "
+            "mesh.ring or mesh.data, or set DS_ACCELERATOR=cpu to run on the CPU"
+        )
+    if not on_gpu:
+        prepare()
+    command = [sys.executable, "-m", "longctx.launch.rank", "--config", str(config_path), *overrides]
+    extra = {} if on_gpu else {"DS_ACCELERATOR": "cpu"}
+    return run(command, world=world, logs=folder / "logs", environment=extra)
+
+
+def run(command: Sequence[str], *, world: int, logs: Path, environment: dict[str, str] | None = None) -> int:
+    """Run ``command`` as ``world`` ranks and return the job's exit code (as ``train`` does).
+
+    Raises:
+        LaunchError: the log folder or the meeting point cannot be made.
+    """
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(f"{logs} cannot be made: {error.strerror}; choose another output.folder") from None
+    with tempfile.TemporaryDirectory(prefix="longctx-") as errors, _listen() as listener:
+        job = _Job(logs, Path(errors))
+        previous = {number: signal.signal(number, job.forward) for number in (*job.FORWARDED, signal.SIGINT)}
+        try:
+            job.start(command, world, listener, environment or {})
+            return job.wait()
+        finally:
+            job.kill()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+class _Job:
+    """The processes of one job, by rank."""
+
+    FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, logs: Path, errors: Path) -> None:
+        self.logs, self.errors = logs, errors
+        self.ranks: list[subprocess.Popen[bytes]] = []
+        self.asked_to_stop = 0.0
+        self.interrupted_twice = False
+
+    def start(self, command: Sequence[str], world: int, listener: socket.socket, environment: dict[str, str]) -> None:
+        """Start all ranks; the caller kills those already started when this raises."""
+        address, port = listener.getsockname()
+        common = {
+            **os.environ,
+            **environment,
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": str(hardware.threads_per_rank(world)),
+            "PYTHONUNBUFFERED": "1",
+            "LONGCTX_PARENT": str(os.getpid()),
+            report.FOLDER: str(self.errors),
+        }
+        for transport in ("GLOO", "NCCL", "TP"):  # everything is on this machine: no other interface listens
+            common.setdefault(f"{transport}_SOCKET_IFNAME", "lo")
+        for rank in range(world):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            handed: list[int] = []
+            if rank == 0:
+                console = os.dup(_terminal())
+                handed = [listener.fileno(), console]
+                own |= {"LONGCTX_LISTENER": str(listener.fileno()), "LONGCTX_CONSOLE": str(console)}
+            with (self.logs / f"rank-{rank:05d}.log").open("ab") as log:
+                self.ranks.append(
+                    subprocess.Popen(
+                        list(command),
+                        env=common | own,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        pass_fds=handed,
+                        start_new_session=True,  # a Ctrl-C in the terminal reaches us only, and we decide
+                    )
+                )
+            if rank == 0:
+                os.close(console)
+
+    def wait(self) -> int:
+        """Wait for all ranks and return the job's exit code; print the cause if one failed."""
+        failed_at = 0.0
+        while True:
+            codes = {rank: process.poll() for rank, process in enumerate(self.ranks)}
+            ended = [code for code in codes.values() if code is not None]
+            now = time.monotonic()
+            if self.interrupted_twice:
+                return 130
+            if any(code not in (0, PREEMPTED) for code in ended):
+                failed_at = failed_at or now
+                if len(ended) == len(codes) or now - failed_at > GRACE_SECONDS:
+                    return self._explain(codes)
+            elif len(ended) == len(codes):
+                return PREEMPTED if PREEMPTED in ended else 0
+            if self.asked_to_stop and now - self.asked_to_stop > STOP_SECONDS:
+                print(f"longctx: not stopped {STOP_SECONDS:.0f} s after the request; killing", file=sys.stderr)
+                return 1
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """Kill every rank that lives, with what it started, and wait until they are gone."""
+        for process in self.ranks:
+            if process.poll() is None:
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)  # its session's id is its process id
+                except ProcessLookupError:
+                    pass
+        for process in self.ranks:
+            process.wait()
+
+    def forward(self, number: int, frame: FrameType | None) -> None:
+        """Pass a signal on to the ranks; the second SIGINT ends the wait."""
+        if number == signal.SIGINT and self.asked_to_stop:
+            self.interrupted_twice = True
+            return
+        self.asked_to_stop = self.asked_to_stop or time.monotonic()
+        for process in self.ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def _explain(self, codes: dict[int, int | None]) -> int:
+        if self.asked_to_stop and set(codes.values()) <= {130, PREEMPTED, 0, None}:
+            return 130  # interrupted before the loop could promise a checkpoint
+        print(f"longctx: {report.first_cause(self.errors, codes, self.logs)}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _terminal() -> int:
+    """Return the file descriptor of our standard output, also where Python's own was replaced."""
+    try:
+        return sys.stdout.fileno()
+    except (OSError, ValueError, AttributeError):
+        return 1
+
+
+def _listen() -> socket.socket:
+    """Return a listening socket on 127.0.0.1: at MASTER_PORT if the user set one, else at any free port."""
+    wanted = os.environ.get("MASTER_PORT", "0")
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", int(wanted)))
+        listener.listen(1024)
+    except (OSError, ValueError, OverflowError) as error:
+        listener.close()
+        reason = error.strerror if isinstance(error, OSError) else "not a port number"
+        raise LaunchError(
+            f"MASTER_PORT={wanted} cannot be used on 127.0.0.1 ({reason}); unset it, and a free port is taken"
+        ) from None
+    return listener

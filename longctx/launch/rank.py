@@ -1,0 +1,135 @@
+"""One rank of a training job, whoever started it: longctx's own launcher, deepspeed, torchrun, or a scheduler.
+
+``python -m longctx.launch.rank --config run.yaml [a.b=c …]`` with RANK, WORLD_SIZE and friends in the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from longctx.errors import LongctxError
+from longctx.launch import hardware, report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run this rank's job and return its exit code: 0 done, 75 stopped after saving, 1 failed, 130 interrupted."""
+    _die_with_parent()
+    faulthandler.enable()
+    options = _parse(arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        return _train(options.config, options.overrides, rank)
+    except KeyboardInterrupt:
+        return 130
+    except BaseException as error:
+        if not report.leave(rank, error):
+            _print_once(rank, error)
+        return 1
+
+
+def end(code: int) -> None:
+    """Leave the process with ``code``; after a failure at once, since other ranks may never come to a clean end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code not in (0, 75):
+        os._exit(code)
+    sys.exit(code)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.py", description="Train one configuration with longctx.")
+    parser.add_argument("--config", type=Path, required=True, help="the YAML of the run")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers insert it
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the YAML's")
+    return parser.parse_args(arguments)
+
+
+def _train(path: Path, overrides: list[str], rank: int) -> int:
+    """Load the configuration, set up this process, and hand over to the training loop."""
+    from longctx.config.load import load
+
+    config = load(path, overrides)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or _world())
+    threads = hardware.threads_per_rank(local_ranks)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if shutil.which("ninja") is None:  # a virtual environment that is used but not activated
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if hardware.gpus() == 0:
+        from longctx.launch.prepare import prepare
+
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        prepare(build=False)
+
+    import torch
+
+    torch.set_num_threads(threads)
+    _meet(rank)
+    from longctx.train.run import run
+
+    code = run(config, console=_console(rank))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return code
+
+
+def _meet(rank: int) -> None:
+    """Join the other ranks through the socket that our own launcher opened; elsewhere the mesh does it later."""
+    if "LONGCTX_PARENT" not in os.environ:
+        return
+    import torch
+    import torch.distributed as dist
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listener = os.environ.get("LONGCTX_LISTENER")
+    handed = {"is_master": True, "master_listen_fd": int(listener)} if listener else {}
+    store = dist.TCPStore(address, port, _world(), wait_for_workers=False, **handed)  # type: ignore[arg-type]
+    backend = "gloo"
+    if hardware.gpus() > 0:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=_world())
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _console(rank: int) -> TextIO | None:
+    """Return where rank 0 talks to the user; None on the other ranks."""
+    if rank != 0:
+        return None
+    handed = os.environ.get("LONGCTX_CONSOLE")
+    return os.fdopen(int(handed), "w", buffering=1) if handed else sys.stdout
+
+
+def _print_once(rank: int, error: BaseException) -> None:
+    """Print an error under a foreign launcher. A mistake in the YAML is every rank's, so only rank 0 names it."""
+    from longctx.errors import ConfigError
+
+    if rank == 0 or not isinstance(error, ConfigError):
+        where = "" if isinstance(error, LongctxError) and rank == 0 else f"rank {rank}: "
+        print(f"longctx: {where}{report.text_of(error)}", file=sys.stderr, flush=True)
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to kill this rank when our launcher dies, however that happens."""
+    parent = os.environ.get("LONGCTX_PARENT")
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    set_death_signal = 1
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        os._exit(1)  # it died before we asked
+
+
+if __name__ == "__main__":
+    end(main())

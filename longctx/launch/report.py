@@ -1,0 +1,73 @@
+"""How a rank tells its launcher why it failed, and how the launcher tells the user: once, the first cause only."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import traceback
+from pathlib import Path
+
+from longctx.errors import LongctxError
+
+FOLDER = "LONGCTX_ERROR_FOLDER"  # environment variable: where ranks leave their reports
+
+
+def text_of(error: BaseException) -> str:
+    """Return what to show for an error: one message for a user's mistake, the traceback for anything else."""
+    if isinstance(error, LongctxError):
+        return str(error)
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def leave(rank: int, error: BaseException) -> bool:
+    """Write a report for the launcher; False where no launcher of ours asked for one."""
+    folder = os.environ.get(FOLDER)
+    if folder is None:
+        return False
+    record = {"rank": rank, "time": time.time(), "user": isinstance(error, LongctxError), "text": text_of(error)}
+    try:
+        (Path(folder) / f"rank-{rank:05d}.json").write_text(json.dumps(record))
+    except OSError:
+        return False
+    return True
+
+
+def first_cause(folder: Path, exit_codes: dict[int, int | None], logs: Path) -> str:
+    """Return what to print about a failed job.
+
+    Args:
+        folder: where ranks left their reports.
+        exit_codes: by rank, negative for a signal, None for a rank that had not ended when the job was stopped.
+        logs: the folder of log files, named for further reading.
+    """
+    # a rank that died without a report (killed, crashed in native code) is the cause of what others then reported
+    for rank, code in sorted(exit_codes.items()):
+        silent = not (folder / f"rank-{rank:05d}.json").is_file()
+        if silent and code is not None and code not in (0, 75):
+            how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+            hint = "; the system may be out of memory" if code == -signal.SIGKILL else ""
+            log = logs / f"rank-{rank:05d}.log"
+            return f"rank {rank} {how}{hint}. The end of {log}:\n{_tail(log)}"
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+    if not records:
+        return f"the ranks ended without saying why; see {logs}"
+    record = min(records, key=lambda item: item["time"])
+    if record["user"]:
+        return str(record["text"])
+    return f"rank {record['rank']} failed (full output in {logs}):\n{record['text']}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _tail(path: Path, lines: int = 30) -> str:
+    try:
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return "(no log)"

@@ -1,0 +1,242 @@
+"""Save and load a run with all ranks: written aside, hashed, published by one rename, verified before it is read.
+
+Save: every rank writes its files into a hidden folder, pushes them to the disk and hashes them; when all have, rank 0
+writes the manifest and renames the folder. A kill at any moment leaves the older checkpoints and, at worst, a hidden
+folder that the next start deletes. Load: the newest checkpoint that verifies on all ranks, else the one before, said
+aloud; never a silent start from nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from longctx.errors import CheckpointError
+from longctx.train import durable, manifest, rng, store
+from longctx.train.agree import broadcast_json, gather_json, ranks, together
+from longctx.train.manifest import FileEntry, Manifest
+from longctx.train.safe_load import make_safe
+
+# fp32 weights and Adam's two moments are 12 bytes a parameter, half-precision weights 2 more; the rest is room
+BYTES_PER_PARAMETER = 16
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: updates made, packed rows and valid tokens consumed."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one run. All ranks make one and call its methods together.
+
+    Args:
+        root: the folder, on storage that all ranks see.
+        keep: how many to keep.
+        facts: a manifest with everything but progress and files filled in; a checkpoint that contradicts it
+            (world size, ZeRO stage, layout, seed, model, data) is refused by name.
+        say: where notices for the user go.
+    """
+
+    def __init__(self, root: Path, keep: int, facts: Manifest, say: Say) -> None:
+        self.root, self.keep, self.facts, self.say = root, keep, facts, say
+
+    def save(self, engine: Any, progress: Progress) -> Path:
+        """Save engine and random states as ``step-…`` and return the published folder.
+
+        Raises:
+            CheckpointError: on every rank, if any could not write; older checkpoints are intact, the new one removed.
+        """
+        temporary = self._begin(engine, progress.step)
+        try:
+            entries = self._write(engine, temporary, progress.step)
+            return self._publish(temporary, progress, entries)
+        except BaseException:
+            if ranks()[0] == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def find(self, resume: str) -> Manifest | None:
+        """Return the manifest of the newest checkpoint that verifies on all ranks, or None to start anew.
+
+        Args:
+            resume: ``auto``, ``must`` or ``never``.
+
+        Raises:
+            CheckpointError: nothing to resume under ``must``, something present under ``never``, all are damaged, or
+                the newest valid one belongs to a different run.
+        """
+        names: list[str] = broadcast_json([path.name for path in store.published(self.root)])
+        if resume == "never" and names:
+            raise CheckpointError(
+                f"{self.root} already holds {names[0]}, and checkpoint.resume is never: two runs in one folder cannot "
+                "be told apart; choose another output.folder, or delete this one"
+            )
+        for name in names:
+            try:
+                found = self._verify(self.root / name)
+            except CheckpointError as error:
+                self.say(f"checkpoint {name} is not used: {error}")
+                continue
+            self._require_same_run(name, found)
+            return found
+        if names:
+            raise CheckpointError(
+                f"{self.root}: none of {len(names)} checkpoints is valid (reasons above); restore one from a copy, or "
+                "delete the folder to start anew"
+            )
+        if resume == "must":
+            raise CheckpointError(
+                f"{self.root} holds no checkpoint, and checkpoint.resume is must; set it to auto to start anew"
+            )
+        return None
+
+    def load(self, engine: Any, found: Manifest) -> Progress:
+        """Restore engine and random states from a checkpoint that ``find`` returned.
+
+        Raises:
+            CheckpointError: a file needs more than plain data to be read, or does not fit the engine.
+        """
+        name = store.name_of(found.step)
+        if engine.load_universal_checkpoint():
+            raise CheckpointError("deepspeed.checkpoint.load_universal reads with pickle, which runs code; remove it")
+        make_safe(engine)
+        path, _ = engine.load_checkpoint(str(self.root), tag=name, load_lr_scheduler_states=False)
+        if path is None:
+            raise CheckpointError(f"{self.root / name}: DeepSpeed found nothing to load in it")
+        rng.load(self.root / name, ranks()[0])
+        return Progress(found.step, found.samples, found.tokens)
+
+    # ------------------------------------------------------------------------------------------------ save, in steps
+
+    def _begin(self, engine: Any, step: int) -> Path:
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+        folder = None
+        with together():
+            if ranks()[0] == 0:
+                try:
+                    folder = store.begin(self.root, step)
+                    store.require_space(self.root, BYTES_PER_PARAMETER * parameters + 2**20)
+                except (OSError, CheckpointError) as error:
+                    shutil.rmtree(folder or self.root / ".none", ignore_errors=True)
+                    raise _named(error, self.root) from None
+        return Path(broadcast_json(str(folder)))
+
+    def _write(self, engine: Any, temporary: Path, step: int) -> list[FileEntry]:
+        """Write this rank's files, push them to the disk, and return what was written by all ranks."""
+        folder = temporary / store.name_of(step)
+        written, failure = _save_engine(engine, temporary, folder.name)
+        entries = []
+        with together():
+            if failure is not None:
+                raise _named(failure, folder)
+            try:
+                written.append(rng.save(folder, ranks()[0]))
+                for path in written:
+                    durable.fsync_file(path)
+                    entry = FileEntry(path.name, path.stat().st_size, durable.sha256_of(path), ranks()[0])
+                    entries.append([entry.path, entry.bytes, entry.sha256, entry.rank])
+            except OSError as error:
+                raise _named(error, folder) from None
+        return sorted((FileEntry(*entry) for row in gather_json(entries) for entry in row), key=lambda e: e.path)
+
+    def _publish(self, temporary: Path, progress: Progress, entries: list[FileEntry]) -> Path:
+        folder = temporary / store.name_of(progress.step)
+        with together():
+            if ranks()[0] == 0:
+                full = replace(
+                    self.facts,
+                    step=progress.step,
+                    samples=progress.samples,
+                    tokens=progress.tokens,
+                    files=tuple(entries),
+                )
+                try:
+                    manifest.write_manifest(folder, full)
+                    manifest.verify_files(folder, full, hash_ranks=())
+                    store.publish(temporary, progress.step)
+                    store.retain(self.root, self.keep)
+                except OSError as error:
+                    raise _named(error, folder) from None
+        return self.root / folder.name
+
+    # ------------------------------------------------------------------------------------------------ load, in steps
+
+    def _verify(self, folder: Path) -> Manifest:
+        """Read the manifest and check the files, on all ranks together."""
+        rank, world = ranks()
+        digest, found = "", self.facts
+        with together():
+            found = manifest.read_manifest(folder)
+            # each rank hashes what it will read: its own files and rank 0's, and shares those of ranks not here
+            absent = {entry.rank for entry in found.files if entry.rank >= world and entry.rank % world == rank}
+            manifest.verify_files(folder, found, hash_ranks={rank, 0} | absent)
+            digest = durable.sha256_of(folder / manifest.NAME)
+        if len(set(gather_json(digest))) > 1:
+            raise CheckpointError(f"{folder}: ranks see different manifests; is it on storage that all ranks share?")
+        return found
+
+    def _require_same_run(self, name: str, found: Manifest) -> None:
+        here = self.facts
+        pairs = [
+            ("ranks", found.world.get("size"), here.world["size"], "start as many"),
+            ("zero.stage", found.zero_stage, here.zero_stage, "set it back"),
+            ("data.seed", found.seed, here.seed, "set it back: it orders the samples"),
+        ]
+        for key, remedy in (("model", "restore the model section"), ("data", "restore the data section and its files")):
+            pairs.append((f"the hash of its {key}", found.run.get(key), here.run.get(key), remedy))
+        for what, before, now, remedy in pairs:
+            if before != now:
+                raise CheckpointError(
+                    f"{self.root / name} was saved with {what} {before}, this run has {now}: {remedy}, or choose "
+                    "another output.folder to start anew"
+                )
+        for what in ("threads", "layout", "ring"):
+            before = {**found.run, **found.world, "layout": found.layout}.get(what)
+            now = {**here.run, **here.world, "layout": here.layout}.get(what)
+            if before != now:
+                self.say(f"{name} was saved with {what} {before}, now {now}: losses may differ in the last bits")
+
+
+def _save_engine(engine: Any, temporary: Path, tag: str) -> tuple[list[Path], Exception | None]:
+    """Let DeepSpeed write this rank's files. A failed write is returned, not raised: other ranks wait in DeepSpeed.
+
+    DeepSpeed's recovery scripts are left out: a checkpoint holds data, not code.
+    """
+    written: list[Path] = []
+    failures: list[Exception] = []
+    writer = engine.checkpoint_engine
+    original = writer.save
+
+    def save(state_dict: Any, path: str) -> None:
+        written.append(Path(path))
+        try:
+            original(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            failures.append(error)
+
+    writer.save = save
+    engine._copy_recovery_script = lambda path: None
+    try:
+        engine.save_checkpoint(str(temporary), tag=tag, save_latest=False)
+    finally:
+        del writer.save, engine._copy_recovery_script
+    return written, failures[0] if failures else None
+
+
+def _named(error: Exception, folder: Path) -> CheckpointError:
+    """Return an error that says where a save failed and that nothing older was lost."""
+    if isinstance(error, CheckpointError):
+        return error
+    free = shutil.disk_usage(folder if folder.is_dir() else Path("/")).free
+    return CheckpointError(
+        f"the checkpoint could not be written to {folder} ({str(error).splitlines()[0]}); the disk has "
+        f"{free / 2**20:,.0f} MiB free. Older checkpoints are intact, the unfinished one is removed"
+    )

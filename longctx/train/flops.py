@@ -1,0 +1,74 @@
+"""Useful arithmetic of a training step, and the share of the hardware's peak it reaches (MFU).
+
+Counted are the matrix products that the model needs: 6 per weight and token (2 forward, 4 backward), and for attention
+12 per head dimension and visible pair of query and key. Pairs that causality, a window or a document border hides are
+not counted, and neither is anything that a recomputation repeats.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Dense bf16 matrix throughput by the maker's data sheet, FLOP/s; matched as a substring of the device name, in order.
+PEAKS = (
+    ("B300", 2.25e15),
+    ("B200", 2.25e15),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H800", 989e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("A40", 149.7e12),
+    ("A10", 125e12),
+    ("MI325X", 1307e12),
+    ("MI300X", 1307e12),
+    ("MI250X", 383e12),
+)
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Return the device's dense bf16 peak in FLOP/s, or None where it is not known or the run is not in bf16."""
+    if device.type != "cuda" or dtype != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS if part in name), None)
+
+
+def visible_pairs(batch: dict[str, Any], window: int | None) -> int:
+    """Count the (query, key) pairs that causal attention sees from this rank's tokens.
+
+    ``position_ids`` (B, T) restart at 0 in every document, so a token sees position + 1 keys, at most ``window``;
+    pads have document id -1.
+    """
+    seen = batch["position_ids"] + 1
+    if window is not None:
+        seen = seen.clamp(max=window)
+    documents = batch.get("document_ids")
+    return int((seen if documents is None else seen[documents >= 0]).sum())
+
+
+class FlopsModel:
+    """FLOPs of a transformers decoder, from its configuration and its parameter count.
+
+    Args:
+        config: a transformers configuration.
+        parameters: number of parameters; the input embedding's (a table look-up) are taken off unless tied.
+    """
+
+    def __init__(self, config: Any, parameters: int) -> None:
+        self.heads = config.num_attention_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.layers = config.num_hidden_layers
+        embedding = config.vocab_size * config.hidden_size
+        self.matrix_weights = parameters - (0 if config.tie_word_embeddings else embedding)
+
+    def step(self, tokens: float, pairs: float) -> float:
+        """Return the FLOPs of forward and backward for ``tokens`` tokens that see ``pairs`` keys in all, per layer."""
+        return 6.0 * self.matrix_weights * tokens + 12.0 * self.layers * self.heads * self.head_dim * pairs

@@ -1,0 +1,170 @@
+"""The manifest of a checkpoint: which files it has, how long they are, what they hash to, and what run they belong to.
+
+A folder without a valid manifest does not exist for longctx. The text is canonical JSON that carries its own hash, so
+one flipped bit anywhere, in the manifest too, is found. The format is fixed: readers refuse a ``schema`` they do not
+know, and new facts go into ``run`` or ``versions``, which readers must not require to be complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from longctx.errors import CheckpointError
+from longctx.train.durable import sha256_of, write_atomically
+
+NAME = "manifest.json"
+FORMAT = "longctx-checkpoint"
+SCHEMA = 1
+MAX_BYTES = 64 * 2**20  # a manifest lists files; one of this size is not a manifest
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint: path inside its folder, length, SHA-256, and the rank that wrote it."""
+
+    path: str
+    bytes: int
+    sha256: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a reader needs before it opens a file of the checkpoint.
+
+    Attributes:
+        step: optimizer steps taken.
+        samples: packed rows consumed since the start of the run; with ``seed`` this is the whole data position.
+        seed: of the sample order.
+        tokens: valid tokens consumed since the start of the run.
+        world: sizes of the grid: ``size``, ``data``, ``ring``, ``ulysses``.
+        layout: how a sequence was spread over the ring.
+        zero_stage: DeepSpeed's ZeRO stage.
+        config_sha256: of the resolved configuration.
+        git_commit: of the checkout, or None outside one.
+        versions: of longctx, python, torch, deepspeed, transformers, numpy.
+        run: other facts of the run (threads, precision, data hashes, …).
+        files: every file, sorted by path; the manifest itself is not listed.
+    """
+
+    step: int
+    samples: int
+    seed: int
+    tokens: int
+    world: dict[str, int]
+    layout: str
+    zero_stage: int
+    config_sha256: str
+    git_commit: str | None
+    versions: dict[str, str]
+    run: dict[str, Any] = field(default_factory=dict)
+    files: tuple[FileEntry, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(entry.bytes for entry in self.files)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` into ``folder``, durably. Call it last: it declares the other files complete."""
+    write_atomically(folder / NAME, _render(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``folder/manifest.json`` itself, not yet the files it lists.
+
+    Raises:
+        CheckpointError: it is missing, not readable, altered, of an unknown schema, or names a path outside the folder.
+    """
+    path = folder / NAME
+    try:
+        if path.is_symlink() or path.stat().st_size > MAX_BYTES:
+            raise CheckpointError(f"{path}: not a manifest (a link, or larger than {MAX_BYTES} bytes)")
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{folder} is not a checkpoint: cannot read {NAME} ({error.strerror})") from None
+    try:
+        document = json.loads(text)
+        body = document["manifest"]
+        known = body["format"] == FORMAT and body["schema"] == SCHEMA
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{path}: damaged, it is not the JSON that longctx writes") from None
+    if not known:
+        raise CheckpointError(
+            f"{path}: format {body.get('format')!r} schema {body.get('schema')!r}; this longctx reads "
+            f"{FORMAT!r} schema {SCHEMA}"
+        )
+    try:
+        manifest = _parse(body)
+        altered = _render(manifest).encode() != text
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise CheckpointError(f"{path}: damaged, a field is missing or of the wrong type") from None
+    if altered:
+        raise CheckpointError(f"{path}: damaged, its contents do not match the hash it carries")
+    for entry in manifest.files:
+        _require_plain_path(path, entry.path)
+    return manifest
+
+
+def verify_files(folder: Path, manifest: Manifest, hash_ranks: Collection[int] | None = None) -> None:
+    """Check that exactly the listed files are there, each of its length, and that the chosen ones hash right.
+
+    Args:
+        folder: the checkpoint.
+        manifest: what it should hold.
+        hash_ranks: hash only files written by these ranks (the others' readers hash theirs); None hashes all.
+
+    Raises:
+        CheckpointError: a file is missing, unknown, a link, of another length, or altered; the message names it.
+    """
+    listed = {entry.path for entry in manifest.files} | {NAME}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: a symbolic link inside a checkpoint; it is refused")
+        if path.is_file() and name not in listed:
+            raise CheckpointError(f"{path}: this file is not in the manifest; a checkpoint holds what was saved, only")
+    for entry in manifest.files:
+        path = folder / entry.path
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing, but the manifest lists it")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise CheckpointError(f"{path}: {size} bytes, but {entry.bytes} were saved")
+    for entry in manifest.files:
+        if (hash_ranks is None or entry.rank in hash_ranks) and sha256_of(folder / entry.path) != entry.sha256:
+            raise CheckpointError(f"{folder / entry.path}: altered since it was saved (its SHA-256 differs)")
+
+
+def _render(manifest: Manifest) -> str:
+    """Return the one text that stands for this manifest: sorted keys, fixed spacing, its own hash at the end."""
+    body = {"format": FORMAT, "schema": SCHEMA, **asdict(manifest)}
+    text = json.dumps(body, sort_keys=True, indent=1, allow_nan=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f'{{"manifest": {text},\n"sha256": "{digest}"}}\n'
+
+
+def _parse(body: dict[str, Any]) -> Manifest:
+    fields = {key: value for key, value in body.items() if key not in ("format", "schema")}
+    entries = tuple(FileEntry(**entry) for entry in fields.pop("files"))
+    manifest = Manifest(**fields, files=entries)
+    counts = (manifest.step, manifest.samples, manifest.tokens, *(entry.bytes for entry in entries))
+    ranks = [entry.rank for entry in entries]
+    if any(type(value) is not int or value < 0 for value in (*counts, *ranks, *manifest.world.values())):
+        raise ValueError("a count is not a whole number")
+    if len({entry.path for entry in entries}) != len(entries):
+        raise ValueError("a file is listed twice")
+    return manifest
+
+
+def _require_plain_path(manifest: Path, name: str) -> None:
+    """Refuse a name that leaves the checkpoint's folder."""
+    parts = PurePosixPath(name).parts
+    if not parts or PurePosixPath(name).is_absolute() or any(part in ("..", "") for part in parts) or "\0" in name:
+        raise CheckpointError(f"{manifest}: lists {name!r}, which is outside the checkpoint; it is refused")

@@ -1,0 +1,51 @@
+"""Load DeepSpeed's checkpoint files without running anything that is in them.
+
+DeepSpeed reads with full pickle, which executes what a file says. Here every read is torch's weights-only unpickler
+with the few classes that DeepSpeed's own files need. There is no second try with a laxer reader: a file that needs
+more is refused, and the error names what it wanted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longctx.errors import CheckpointError
+
+# What ZeRO 0-3 files hold besides tensors and plain containers. Found in modules that are loaded already: nothing is
+# imported because a file asked for it.
+ALLOWED = (
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
+)
+
+
+def allowed_classes() -> list[type]:
+    """Return the classes of DeepSpeed that a checkpoint may contain, as far as DeepSpeed is loaded."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in ALLOWED)
+    return [value for value in found if isinstance(value, type)]
+
+
+def safe_load(path: str | Path, map_location: Any = None) -> Any:
+    """Read a file that ``torch.save`` wrote: tensors, plain containers, and the classes of ``ALLOWED``.
+
+    Raises:
+        CheckpointError: the file is damaged, or would need any other class or function to be called.
+    """
+    try:
+        with torch.serialization.safe_globals(allowed_classes()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch's readers raise a dozen kinds for damaged files; none may be retried
+        reason = str(error).split("This error")[0].strip() or type(error).__name__
+        unsafe = "Weights only load failed" in reason
+        what = "refused: reading it would run code, or needs a class longctx does not allow" if unsafe else "damaged"
+        raise CheckpointError(f"{path}: {what} ({reason.splitlines()[-1].strip()})") from None
+
+
+def make_safe(engine: Any) -> None:
+    """Replace the reader of a DeepSpeed engine's checkpoint engine by ``safe_load``."""
+    engine.checkpoint_engine.load = lambda path, map_location=None: safe_load(path, map_location)
