@@ -13,8 +13,8 @@ class Attention(Section):
     """Exact softmax attention over the ring."""
 
     layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
-    """which tokens a rank holds; zigzag and striped give every rank the same causal work, contiguous does not"""
+    """which tokens a rank holds; zigzag and striped share causal work equally, contiguous does not"""
     backend: Literal["auto", "aten", "reference", "triton"] = "auto"
-    """who computes a block: aten (fused CPU), reference (plain PyTorch), triton (not built yet); auto says what it took"""
+    """who computes a block: aten (fused, CPU), reference (plain PyTorch), triton (not built yet); auto chooses"""
     window: HumanInt | None = Field(None, ge=1, le=2**40)
     """keys each token sees to its left, itself included, for architectures with sliding windows; default: the model's"""

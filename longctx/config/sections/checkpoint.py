@@ -17,4 +17,4 @@ class Checkpoint(Section):
     keep: HumanInt = Field(2, ge=1, le=2**20)
     """newest checkpoints to keep"""
     resume: Literal["auto", "must", "never"] = "auto"
-    """auto: go on from the newest valid checkpoint if there is one; must: refuse to start without one; never: start anew"""
+    """auto: go on from the newest valid checkpoint, if any; must: refuse to start without one; never: start anew"""

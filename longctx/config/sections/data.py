@@ -13,11 +13,11 @@ class Data(Section):
     """Text sources, the tokenizer, and how documents are packed into rows."""
 
     sources: Annotated[Texts, Field(min_length=1)] = environment_field()
-    """text files, .jsonl files, folders of them, hf:NAME[[:CONFIG]:SPLIT]; python-stdlib is this Python's own source code"""
+    """text or .jsonl files, folders, hf:NAME[[:CONFIG]:SPLIT]; python-stdlib is this Python's own source code"""
     text_field: str = Field("text", min_length=1)
     """the key that holds the text in a JSONL line or a dataset row"""
     tokenizer: str = environment_field("bpe", min_length=1)
-    """bpe: train a byte-level BPE of `vocab_size` on the text; bytes: one token a byte; else a tokenizer.json or its folder"""
+    """bpe: train a byte-level BPE of `vocab_size`; bytes: a token a byte; else a tokenizer.json or its folder"""
     vocab_size: HumanInt = Field(8192, ge=257, le=2**20)
     """size of the BPE to train (only for `tokenizer: bpe`)"""
     sample_bytes: HumanInt = Field(10_000_000, ge=1000, le=2**40)

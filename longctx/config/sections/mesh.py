@@ -41,12 +41,12 @@ class Mesh(Section):
         Raises:
             ConfigError: ring x ulysses x data cannot be `world`.
         """
-        ring, data = self.ring, self.data
-        if ring == "auto":
-            data = 1 if data == "auto" else data
+        if self.ring == "auto":
+            data = 1 if self.data == "auto" else self.data
             ring = max(world // (data * self.ulysses), 1)
-        elif data == "auto":
-            data = max(world // (ring * self.ulysses), 1)
+        else:
+            ring = self.ring
+            data = max(world // (ring * self.ulysses), 1) if self.data == "auto" else self.data
         grid = Grid(ring, self.ulysses, data)
         if grid.world != world:
             raise ConfigError(

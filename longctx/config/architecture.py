@@ -1,0 +1,127 @@
+"""From our names to transformers' configuration, architecture by architecture. Plain dictionaries, no import of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longctx.config.schema import RunConfig
+from longctx.config.sections.model import Model
+
+WINDOWED = frozenset({"mistral", "qwen2", "qwen3", "gemma3_text"})
+"""architectures whose attention can have a sliding window"""
+FREE_HEAD_DIM = frozenset({"llama", "mistral", "qwen3", "gemma", "gemma3_text"})
+"""architectures in which heads x head_dim need not be hidden_size"""
+GROUPED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "olmo", "olmo2"})
+"""architectures with fewer key/value heads than query heads"""
+ROTARY = GROUPED
+_TWO_MATRIX_MLP = frozenset({"gpt2", "phi"})
+_GPT2_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+}
+
+OWNED_KEYWORDS = {
+    **dict.fromkeys(("hidden_size", "n_embd"), "model.hidden_size"),
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), "model.layers"),
+    **dict.fromkeys(("num_attention_heads", "n_head"), "model.heads"),
+    "num_key_value_heads": "model.kv_heads",
+    "head_dim": "model.head_dim",
+    **dict.fromkeys(("intermediate_size", "n_inner"), "model.intermediate_size"),
+    "vocab_size": "model.vocab_size",
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), "model.max_positions"),
+    "tie_word_embeddings": "model.tie_embeddings",
+    **dict.fromkeys(("dtype", "torch_dtype"), "model.dtype"),
+    **dict.fromkeys(("model_type", "architectures"), "model.architecture"),
+    **dict.fromkeys(("sliding_window", "use_sliding_window", "max_window_layers"), "attention.window"),
+}
+"""transformers keywords that have a key of their own here"""
+REFUSED_KEYWORDS = frozenset(
+    {
+        "auto_map",
+        "trust_remote_code",
+        "attn_implementation",
+        "experts_implementation",
+        "use_cache",
+        "quantization_config",
+    }
+    | {"is_encoder_decoder", "add_cross_attention"}
+)
+"""transformers keywords that would run foreign code or take attention away from us"""
+
+
+def head_dim(model: Model) -> int | None:
+    """Return the size of one head; None while sizes are missing."""
+    if model.head_dim is not None:
+        return model.head_dim
+    return model.hidden_size // model.heads if model.hidden_size and model.heads else None
+
+
+def intermediate_size(model: Model) -> int | None:
+    """Return the width of the MLP; None while sizes are missing."""
+    if model.intermediate_size is not None or model.hidden_size is None:
+        return model.intermediate_size
+    if model.architecture in _TWO_MATRIX_MLP:
+        return 4 * model.hidden_size
+    return -(-8 * model.hidden_size // 3 // 64) * 64
+
+
+def transformers_keywords(
+    config: RunConfig, vocabulary_size: int, end_of_document: int | None = None
+) -> dict[str, Any]:
+    """Return the keywords of ``AutoConfig.for_model(config.model.architecture, **keywords)``.
+
+    Args:
+        config: with ``model.architecture`` given.
+        vocabulary_size: the tokenizer's; ``model.vocab_size`` wins if it is given.
+        end_of_document: the tokenizer's id for it, or None.
+    """
+    model, window = config.model, config.attention.window
+    keywords: dict[str, Any] = {
+        "vocab_size": model.vocab_size or vocabulary_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "intermediate_size": intermediate_size(model),
+        "max_position_embeddings": model.max_positions or config.data.sequence_length,
+        "tie_word_embeddings": model.tie_embeddings,
+        "bos_token_id": end_of_document,
+        "eos_token_id": end_of_document,
+        "pad_token_id": None,  # a padding id would freeze that row of the embedding
+        "use_cache": False,
+    }
+    if model.architecture in GROUPED:
+        keywords["num_key_value_heads"] = model.kv_heads or model.heads
+    if model.architecture in FREE_HEAD_DIM:
+        keywords["head_dim"] = head_dim(model)
+    if model.architecture == "gemma3_text":
+        keywords["query_pre_attn_scalar"] = head_dim(model)
+    if model.architecture == "gpt2":
+        keywords |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+        keywords = {_GPT2_NAMES.get(name, name): value for name, value in keywords.items()}
+    if window is not None:
+        keywords["sliding_window"] = window
+        if model.architecture in ("qwen2", "qwen3"):
+            keywords |= {"use_sliding_window": True, "max_window_layers": 0}
+    return keywords | model.extra
+
+
+def parameter_count(config: RunConfig) -> int | None:
+    """Return about how many parameters the model has (norms and biases are left out), or None."""
+    model = config.model
+    vocabulary = model.vocab_size or vocabulary_size(config)
+    inner, size = intermediate_size(model), head_dim(model)
+    if not (model.hidden_size and model.layers and model.heads and inner and size and vocabulary):
+        return None
+    hidden = model.hidden_size
+    attention = 2 * hidden * size * (model.heads + (model.kv_heads or model.heads))
+    mlp = (2 if model.architecture in _TWO_MATRIX_MLP else 3) * hidden * inner
+    embeddings = vocabulary * hidden * (1 if model.tie_embeddings else 2)
+    return embeddings + model.layers * (attention + mlp)
+
+
+def vocabulary_size(config: RunConfig) -> int | None:
+    """Return the tokenizer's size as far as the configuration tells (a trained BPE may stay below it)."""
+    return {"bpe": config.data.vocab_size, "bytes": 257}.get(config.data.tokenizer)

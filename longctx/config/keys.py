@@ -1,0 +1,193 @@
+"""The schema seen as a flat list of keys: what each expects, and which valid key a wrong one was meant to be."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from functools import cache
+from typing import Any, Literal, NamedTuple, Union
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from longctx.config.fields import Section
+from longctx.config.schema import RunConfig
+from longctx.config.synonyms import SYNONYMS
+
+
+class Leaf(NamedTuple):
+    """One key that takes a value."""
+
+    key: str
+    """dotted path, ``train.lr``"""
+    field: FieldInfo
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The key as a path."""
+        return tuple(self.key.split("."))
+
+    @property
+    def required(self) -> bool:
+        """Whether the YAML must give it."""
+        return self.field.is_required()
+
+    @property
+    def default(self) -> Any:
+        """Its value where the YAML says nothing (None where it is required)."""
+        value = self.field.get_default(call_default_factory=True)
+        return None if value is PydanticUndefined else value
+
+    @property
+    def meaning(self) -> str:
+        """What the schema says about it."""
+        return self.field.description or ""
+
+    @property
+    def raw(self) -> bool:
+        """Whether it is a free block whose keys belong to somebody else."""
+        return dict in kinds(self.field)
+
+    @property
+    def text_only(self) -> bool:
+        """Whether every value is text, so that ``output.folder=2024`` needs no quotes."""
+        return all(kind is str for kind in kinds(self.field) if kind is not type(None))
+
+    @property
+    def texts(self) -> bool:
+        """Whether it is a list of texts."""
+        return typing.get_args(self.field.annotation) == (str, Ellipsis)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words it accepts; empty if it accepts others too."""
+        found = kinds(self.field)
+        words = tuple(kind for kind in found if isinstance(kind, str))
+        return words if len(words) == sum(kind is not type(None) for kind in found) else ()
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """Return the section class of a field, or None for a leaf."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+@cache
+def sections() -> dict[str, type[Section]]:
+    """Return the sections of the YAML by name."""
+    found = {name: section_of(field) for name, field in RunConfig.model_fields.items()}
+    return {name: kind for name, kind in found.items() if kind is not None}
+
+
+@cache
+def leaves() -> dict[str, Leaf]:
+    """Return every key that takes a value, by dotted path, in the order of the schema."""
+    result = {}
+    for name, field in RunConfig.model_fields.items():
+        kind = section_of(field)
+        inner = {name: field} if kind is None else {f"{name}.{key}": leaf for key, leaf in kind.model_fields.items()}
+        result.update({key: Leaf(key, leaf) for key, leaf in inner.items()})
+    return result
+
+
+def kinds(field: FieldInfo) -> tuple[Any, ...]:
+    """Return what a field accepts: types, and the words of a Literal as strings."""
+    return _kinds(field.annotation)
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _kinds(arguments[0])
+    if origin in (Union, types.UnionType):
+        return tuple(kind for argument in arguments for kind in _kinds(argument))
+    if origin is Literal:
+        return arguments
+    return (origin or annotation,)
+
+
+def expected(leaf: Leaf) -> str:
+    """Say in words what a key accepts: ``a whole number, at least 1, or auto``."""
+    found = kinds(leaf.field)
+    words = [kind for kind in found if isinstance(kind, str)]
+    parts = []
+    if int in found:
+        parts.append("a whole number" + _bounds(leaf))
+    if float in found:
+        parts.append("a number" + _bounds(leaf))
+    if bool in found:
+        parts.append("true or false")
+    if str in found:
+        parts.append("text")
+    if tuple in found:
+        parts.append("a list of texts" if leaf.texts else "two numbers [a, b]")
+    if dict in found:
+        parts.append("a block of keys")
+    if words:
+        parts.append(words[0] if len(words) == 1 else "one of " + ", ".join(words))
+    if type(None) in found:
+        parts.append("null")
+    return ", or ".join(parts)
+
+
+_LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def _bounds(leaf: Leaf) -> str:
+    items = (*leaf.field.metadata, *_inner_limits(leaf.field.annotation))
+    words = [
+        f"{word} {_number(getattr(item, name))}"
+        for name, word in _LIMITS.items()
+        for item in items
+        if hasattr(item, name)
+    ]
+    return " " + " and ".join(words) if words else ""
+
+
+def _inner_limits(annotation: Any) -> list[Any]:
+    """Return the metadata of ``Annotated`` types inside a union, where pydantic keeps the limits of one member."""
+    found: list[Any] = []
+    for item in getattr(annotation, "__metadata__", ()):
+        found += item.metadata if isinstance(item, FieldInfo) else [item]
+    for argument in typing.get_args(annotation):
+        found += _inner_limits(argument)
+    return found
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int) and value > 2**14 and value & (value - 1) == 0:
+        return f"2^{value.bit_length() - 1}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def nearest(section: str, name: str) -> tuple[str, ...]:
+    """Return the valid dotted keys (best first, at most two) that ``name`` in ``section`` ('' for the top) may mean."""
+    lowered = name.lower().replace("-", "_")
+    own = [key.removeprefix(f"{section}.") for key in leaves() if section and key.startswith(f"{section}.")]
+    here = own if section else list(RunConfig.model_fields)
+    close = _closest(lowered, here, 0.84)
+    if close:
+        return (_join(section, close),)
+    elsewhere = [key for key in leaves() if key.rpartition(".")[2] == lowered]
+    if elsewhere:
+        return tuple(sorted(elsewhere, key=lambda key: not key.startswith(("train.", "output."))))[:2]
+    if lowered in SYNONYMS:
+        return (SYNONYMS[lowered],)
+    if section and lowered in RunConfig.model_fields:
+        return (lowered,)
+    close = _closest(lowered, here, 0.6)
+    if close:
+        return (_join(section, close),)
+    names = {key.rpartition(".")[2]: key for key in reversed(leaves())}
+    close = _closest(lowered, [*names, *SYNONYMS], 0.75)
+    return (names.get(close) or SYNONYMS[close],) if close else ()
+
+
+def _closest(name: str, candidates: list[str], cutoff: float) -> str | None:
+    found = difflib.get_close_matches(name[:80], candidates, n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def _join(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name

@@ -1,0 +1,140 @@
+"""The door to the configuration: a YAML file and overrides in, one frozen RunConfig or every problem at once out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from longctx.config import overrides as command_line
+from longctx.config.keys import expected, leaves, sections
+from longctx.config.problems import InvalidConfig, Place, Problem, show
+from longctx.config.rules import Finding, broken
+from longctx.config.schema import RunConfig
+from longctx.config.strict_yaml import Document, Key, parse, read, show_key
+from longctx.config.tidy import tidy, unread
+
+
+class Loaded(NamedTuple):
+    """A valid configuration, and where each given key was written."""
+
+    config: RunConfig
+    sources: dict[str, Place]
+    """dotted key -> place; a key that is missing here has its default"""
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), *, world: int | None = None) -> RunConfig:
+    """Read, validate and cross-check a configuration.
+
+    Args:
+        path: a YAML file.
+        overrides: ``section.key=value`` strings, stronger than the file.
+        world: ranks in all; found out (launcher, GPUs, CPU) when None.
+
+    Raises:
+        InvalidConfig: a ConfigError with every problem, one line each.
+    """
+    return load_with_sources(path, overrides, world=world).config
+
+
+def load_with_sources(path: str | Path, overrides: Iterable[str] = (), *, world: int | None = None) -> Loaded:
+    """Like ``load``, and say where each value came from."""
+    return _finish(read(path), str(path), overrides, world)
+
+
+def loads(
+    text: str | bytes, overrides: Iterable[str] = (), *, name: str = "<text>", world: int | None = None
+) -> Loaded:
+    """Like ``load_with_sources`` for text that is already in memory."""
+    return _finish(parse(text, name), name, overrides, world)
+
+
+def _finish(document: Document, name: str, overrides: Iterable[str], world: int | None) -> Loaded:
+    if not isinstance(document.value, dict):
+        what = "is empty" if document.value is None else f"got {show(document.value)}; expected sections"
+        hint = f"write {', '.join(sections())}, or let `longctx init` write a first one"
+        raise InvalidConfig([Problem(Place(name, 1, 1), "", f"{what}; {hint}", "empty"), *document.problems])
+    command_line.apply(document, overrides)
+    tidy(document)
+    try:
+        config = RunConfig.model_validate(document.value)
+    except ValidationError as error:
+        raise InvalidConfig([*document.problems, *_translate(error, document, name)]) from None
+    if document.problems:
+        raise InvalidConfig(document.problems)
+    findings = broken(config, world)
+    if findings:
+        raise InvalidConfig(_locate(finding, document, name) for finding in findings)
+    sources = {key: document.values[path] for key in leaves() if (path := tuple(key.split("."))) in document.values}
+    return Loaded(config, sources)
+
+
+def _locate(finding: Finding, document: Document, name: str) -> Problem:
+    path = tuple(finding.key.split(".")) if finding.key else ()
+    return Problem(_place(document, path, name), finding.key, finding.message, finding.code)
+
+
+def _place(document: Document, path: Key, name: str) -> Place:
+    """Return where ``path`` is written, or the innermost block around it that is."""
+    for length in range(len(path), 0, -1):
+        found = document.values.get(path[:length]) if length == len(path) else document.keys.get(path[:length])
+        if found:
+            return found
+    return Place(name, 1, 1)
+
+
+def _translate(error: ValidationError, document: Document, name: str) -> list[Problem]:
+    """Turn pydantic's errors into ours: one per key, in the words of the schema."""
+    found: dict[Key, Problem] = {}
+    told = {problem.key for problem in document.problems}
+    for item in error.errors(include_url=False, include_context=False):
+        path, key = _schema_key(item["loc"])
+        if path in found or show_key(path) in told or unread(item["input"]):
+            continue
+        message, code = _describe(item, key)
+        found[path] = Problem(_place(document, path, name), show_key(path), message, code)
+    return list(found.values())
+
+
+def _schema_key(loc: tuple[int | str, ...]) -> tuple[Key, str]:
+    """Split pydantic's location into (path as users see it, dotted schema key); union members are dropped."""
+    if loc[0] in sections():
+        known: Key = loc[:2]
+    else:
+        known = loc[:1]
+    key = ".".join(str(part) for part in known)
+    index = tuple(
+        part for part in loc[2:3] if isinstance(part, int) and key == "data.sources" or key == "data.extensions"
+    )
+    return known + index, key
+
+
+def _describe(item: Any, key: str) -> tuple[str, str]:
+    leaf = leaves().get(key)
+    if leaf is None:
+        block = f"a block of keys ({', '.join(sections()[key].model_fields)})" if key in sections() else "a known key"
+        if item["type"] == "missing":
+            required = [name for name, field in sections()[key].model_fields.items() if field.is_required()]
+            return f"is missing; it needs {', '.join(required) or 'architecture or pretrained'}", "missing"
+        return f"got {show(item['input'])}; expected {block}", "wrong-type"
+    if item["type"] == "missing":
+        return f"is missing; expected {expected(leaf)}: {leaf.meaning}", "missing"
+    given = item["input"]
+    message = f"got {show(given)}; expected {expected(leaf)}{_hint(given, leaf)}"
+    return message, "out-of-range" if item["type"].startswith(("greater", "less", "too_")) else "wrong-type"
+
+
+def _hint(given: Any, leaf: Any) -> str:
+    if isinstance(given, str):
+        lowered = given.lower()
+        if leaf.choices or "auto" in expected(leaf):
+            near = difflib.get_close_matches(lowered[:80], leaf.choices or ["auto"], n=1, cutoff=0.5)
+            return f"; did you mean {near[0]!r}?" if near else ""
+        if lowered in ("yes", "on", "y", "no", "off", "n") and "true or false" in expected(leaf):
+            return f"; did you mean '{'true' if lowered in ('yes', 'on', 'y') else 'false'}'?"
+    elif leaf.text_only and isinstance(given, int | float):
+        return f"; quote it: '{show(given)}'"
+    return ""

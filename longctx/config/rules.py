@@ -1,0 +1,217 @@
+"""Rules between keys, checked before any process starts. Each rule is a few lines; all that are broken are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from longctx.config import architecture
+from longctx.config.deepspeed import conflicts, to_deepspeed
+from longctx.config.derived import derive, world_size
+from longctx.config.problems import redact, show
+from longctx.config.schema import RunConfig
+from longctx.engine.settings import load_settings
+from longctx.errors import ConfigError, LongctxError
+from longctx.mesh import Mesh
+
+
+class Finding(NamedTuple):
+    """A broken rule: the key to change, what is wrong and what to write, and a code."""
+
+    key: str
+    message: str
+    code: str
+
+
+def broken(config: RunConfig, world: int | None = None) -> list[Finding]:
+    """Return every rule that ``config`` breaks in a world of ``world`` ranks (found out when None)."""
+    findings = [finding for rule in _RULES for finding in rule(config)]
+    return findings + list(_sizes(config, world_size(config) if world is None else world, bool(findings)))
+
+
+def _model_source(config: RunConfig) -> Iterator[Finding]:
+    model = config.model
+    sizes = ("hidden_size", "layers", "heads")
+    if model.pretrained is None and model.architecture is None:
+        yield Finding("model", "give architecture and sizes (from scratch), or pretrained (a folder)", "model-source")
+    elif model.pretrained is not None:
+        own = {"pretrained", "dtype", "activation_checkpointing"}
+        for name in type(model).model_fields:
+            if name in model.model_fields_set - own and getattr(model, name) not in (None, {}):
+                message = "the pretrained folder decides this; remove the key, or remove model.pretrained"
+                yield Finding(f"model.{name}", message, "model-source")
+    else:
+        for name in sizes:
+            if getattr(model, name) is None:
+                message = f"is missing; architecture {model.architecture} from scratch needs {', '.join(sizes)}"
+                yield Finding(f"model.{name}", message, "missing")
+
+
+def _heads(config: RunConfig) -> Iterator[Finding]:
+    model = config.model
+    name, heads, hidden = model.architecture, model.heads, model.hidden_size
+    if name is None or heads is None or hidden is None:
+        return
+    even = hidden % heads == 0
+    if not even and (model.head_dim is None or name not in architecture.FREE_HEAD_DIM):
+        hint = "" if name not in architecture.FREE_HEAD_DIM else ", or set model.head_dim"
+        message = f"got {heads}, which does not divide hidden_size {hidden}; change one of them{hint}"
+        yield Finding("model.heads", message, "heads")
+    elif model.head_dim is not None and name not in architecture.FREE_HEAD_DIM and model.head_dim * heads != hidden:
+        message = (
+            f"got {model.head_dim}, but {name} has heads of hidden_size / heads = {hidden // heads}; remove the key"
+        )
+        yield Finding("model.head_dim", message, "heads")
+    if model.kv_heads is not None and name not in architecture.GROUPED and model.kv_heads != heads:
+        yield Finding(
+            "model.kv_heads", f"got {model.kv_heads}, but {name} has no grouped heads; remove the key", "heads"
+        )
+    elif model.kv_heads is not None and heads % model.kv_heads:
+        divisors = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
+        yield Finding(
+            "model.kv_heads", f"got {model.kv_heads}, which does not divide heads {heads}; use {divisors}", "heads"
+        )
+    size = architecture.head_dim(model)
+    if name in architecture.ROTARY and size is not None and size % 2 and (even or model.head_dim):
+        key = "model.head_dim" if model.head_dim else "model.heads"
+        yield Finding(key, f"a head of {size} is odd, and rotary positions need an even size; use {size + 1}", "heads")
+
+
+def _extra(config: RunConfig) -> Iterator[Finding]:
+    for key in config.model.extra:
+        if key in architecture.OWNED_KEYWORDS:
+            owner = architecture.OWNED_KEYWORDS[key]
+            yield Finding(f"model.extra.{key}", f"belongs to {owner}; remove it here and set {owner}", "conflict")
+        elif key in architecture.REFUSED_KEYWORDS or key.startswith("_"):
+            yield Finding(f"model.extra.{key}", "is refused: it would run foreign code or replace attention", "refused")
+
+
+def _attention(config: RunConfig) -> Iterator[Finding]:
+    model, attention, length = config.model, config.attention, config.data.sequence_length
+    if attention.backend == "triton":
+        yield Finding(
+            "attention.backend", "got 'triton', which is not built yet; use auto, aten or reference", "not-built"
+        )
+    if attention.window is None:
+        return
+    if model.pretrained is not None:
+        message = "the pretrained folder decides the window; remove the key"
+        yield Finding("attention.window", message, "window")
+    elif model.architecture is not None and model.architecture not in architecture.WINDOWED:
+        able = ", ".join(sorted(architecture.WINDOWED))
+        yield Finding(
+            "attention.window", f"{model.architecture} has no sliding window; architectures with one: {able}", "window"
+        )
+    elif attention.window >= length:
+        message = f"got {attention.window}, not below sequence_length {length}; remove the key for full attention"
+        yield Finding("attention.window", message, "window")
+
+
+def _mesh(config: RunConfig) -> Iterator[Finding]:
+    if config.mesh.ulysses > 1:
+        message = f"got {config.mesh.ulysses}; exchanging heads is not built yet, use 1 and a larger mesh.ring"
+        yield Finding("mesh.ulysses", message, "not-built")
+
+
+def _data(config: RunConfig) -> Iterator[Finding]:
+    data, model = config.data, config.model
+    for source in data.sources:
+        if "://" in source:
+            message = f"got {redact(source)!r}; nothing is downloaded: give a file, a folder or python-stdlib"
+            yield Finding("data.sources", message, "url")
+        elif not source.strip():
+            yield Finding("data.sources", "got an empty name; give a file, a folder or python-stdlib", "empty-name")
+    if data.tokenizer != "bpe":
+        for name in sorted({"vocab_size", "sample_bytes"} & data.model_fields_set):
+            message = f"is only for tokenizer: bpe, but tokenizer is {show(data.tokenizer)}; remove one of them"
+            yield Finding(f"data.{name}", message, "idle-key")
+    size = architecture.vocabulary_size(config)
+    if size and model.vocab_size is not None and model.vocab_size < size:
+        message = f"got {model.vocab_size}, below the tokenizer's {size} tokens; use at least {size}, or remove the key"
+        yield Finding("model.vocab_size", message, "vocabulary")
+    if model.max_positions is not None and model.max_positions < data.sequence_length:
+        message = (
+            f"got {model.max_positions}, below data.sequence_length {data.sequence_length}; raise it or remove the key"
+        )
+        yield Finding("model.max_positions", message, "length")
+    if data.held_out == 0 and config.train.eval_every > 0:
+        message = (
+            f"got {config.train.eval_every}, but data.held_out is 0, so there is nothing to evaluate on; change one"
+        )
+        yield Finding("train.eval_every", message, "idle-key")
+
+
+def _train(config: RunConfig) -> Iterator[Finding]:
+    train = config.train
+    given = train.model_fields_set
+    for beta in train.betas:
+        if not 0 <= beta < 1:
+            yield Finding("train.betas", f"got {show(train.betas)}; each is at least 0 and below 1", "out-of-range")
+            break
+    if train.warmup_steps > train.steps:
+        message = f"got {train.warmup_steps}, more than train.steps {train.steps}; lower it"
+        yield Finding("train.warmup_steps", message, "schedule")
+    idle = {"adamw": {"momentum"}, "sgd": {"betas", "eps"}}[train.optimizer]
+    for name in sorted(idle & given):
+        yield Finding(f"train.{name}", f"means nothing for optimizer {train.optimizer}; remove the key", "idle-key")
+    if train.schedule == "constant" and "min_lr_ratio" in given:
+        yield Finding("train.min_lr_ratio", "means nothing for schedule constant; remove the key", "idle-key")
+
+
+def _zero(config: RunConfig) -> Iterator[Finding]:
+    zero = config.zero
+    if zero.stage == 0:
+        if zero.offload_optimizer != "none":
+            message = "got 'cpu', but stage 0 shards no optimizer state to offload; use zero.stage 1, 2 or 3"
+            yield Finding("zero.offload_optimizer", message, "zero-stage")
+        for name in ("overlap_comm", "reduce_scatter", "contiguous_gradients"):
+            if name in zero.model_fields_set:
+                yield Finding(
+                    f"zero.{name}", "means nothing at zero.stage 0; remove the key, or use 1, 2 or 3", "zero-stage"
+                )
+
+
+def _deepspeed(config: RunConfig) -> Iterator[Finding]:
+    for key, message in conflicts(config):
+        yield Finding(f"deepspeed.{key}", message, "conflict")
+
+
+_RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
+    _model_source,
+    _heads,
+    _extra,
+    _attention,
+    _mesh,
+    _data,
+    _train,
+    _zero,
+    _deepspeed,
+)
+
+
+def _sizes(config: RunConfig, world: int, others: bool) -> Iterator[Finding]:
+    """Rules that need the world: the grid, the batch, the length, and DeepSpeed's own view of them."""
+    mesh, length, layout = config.mesh, config.data.sequence_length, config.attention.layout
+    try:
+        grid = mesh.grid(world)
+    except ConfigError as error:
+        key = next((name for name in ("ring", "data", "world") if name in mesh.model_fields_set), "ring")
+        yield Finding(f"mesh.{key}", str(error).removeprefix("mesh: "), "mesh")
+        return
+    least = grid.ring * grid.ulysses * (2 if layout == "zigzag" else 1)
+    if length < least:
+        message = f"got {length}; ring {grid.ring} with layout {layout} needs at least {least} tokens a row"
+        yield Finding("data.sequence_length", message, "length")
+        return
+    try:
+        derived = derive(config, world)
+    except ConfigError as error:
+        yield Finding("train.global_batch", str(error).removeprefix("global_batch "), "batch")
+        return
+    if config.deepspeed and not others:
+        try:
+            load_settings(
+                to_deepspeed(config, derived), Mesh(grid.ring, grid.ulysses, grid.data, world_size=world, rank=0)
+            )
+        except LongctxError as error:
+            yield Finding("deepspeed", str(error), "deepspeed")
