@@ -1,0 +1,42 @@
+"""Binding: how an attention module knows its mesh. One object per model, written onto its modules; never a global."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from longctx.mesh import Mesh
+
+ATTRIBUTE = "longctx_binding"
+
+
+@dataclass(eq=False)
+class Binding:
+    """The mesh and layout of one model, and what its first forward has shown so far."""
+
+    mesh: Mesh
+    layout: str
+    checked: bool = False  # the first forward has been judged
+    called: set[int] = field(default_factory=set)  # id of each module that reached longctx in the first forward
+    document_ids: torch.Tensor | None = None  # of the forward in progress; RoPE needs to know which tokens are padding
+    handles: list[Any] = field(default_factory=list)  # forward hooks, to be removed when the model is attached anew
+
+    @property
+    def sharded(self) -> bool:
+        """More than one rank holds a sequence."""
+        return self.mesh.sequence_size > 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
+        return self  # a copied model (an average of weights, say) stays on the same ranks
+
+    def bind(self, model: torch.nn.Module) -> None:
+        """Write this binding onto every module: which of them calls the attention function is the model's choice."""
+        for module in model.modules():
+            setattr(module, ATTRIBUTE, self)
+
+
+def binding_of(module: torch.nn.Module) -> Binding | None:
+    """Return the binding written onto ``module``, or None for a model that runs on one device."""
+    return getattr(module, ATTRIBUTE, None)

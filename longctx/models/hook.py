@@ -1,0 +1,241 @@
+"""The attention function that transformers calls for ``attn_implementation="longctx"``.
+
+It settles three questions that transformers leaves to every attention function: who may see whom (causality, window,
+documents, padding), whether it has been asked for something it does not do, and which mesh the module belongs to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from longctx.attention.block import block_attention
+from longctx.attention.ring import ring_attention
+from longctx.errors import ModelError
+from longctx.models.binding import Binding, binding_of
+from longctx.models.masks import Rule, documents_from_positions
+
+# Keywords that travel through a model to its attention and change nothing here.
+_HARMLESS = frozenset(
+    "use_cache cache_position num_items_in_batch labels shift_labels output_hidden_states output_router_logits "
+    "return_dict deterministic past_key_values past_key_value layer_idx position_embeddings".split()
+)
+# What to do about some of the others.
+_ADVICE = {
+    "softcap": "logit soft-capping (Gemma 2) is not built yet",
+    "s_aux": "attention sinks are not built yet",
+    "position_bias": "an additive position bias (T5, ALiBi) is not built yet",
+    "cu_seq_lens_q": "give the documents as document_ids or position_ids instead",
+    "cu_seq_lens_k": "give the documents as document_ids or position_ids instead",
+    "max_length_q": "give the documents as document_ids or position_ids instead",
+    "max_length_k": "give the documents as document_ids or position_ids instead",
+    "seq_idx": "give the documents as document_ids or position_ids instead",
+    "output_attentions": "attention weights are never formed; use attn_implementation='eager' to see them",
+    "encoder_hidden_states": "cross-attention is not built",
+}
+
+
+def longctx_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    document_ids: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend with the whole sequence, of which this rank holds a part if ``module`` is bound to a mesh.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, G, Tk, D), G dividing H; Tk > T only with a cache, on one device.
+        value: (B, G, Tk, Dv).
+        attention_mask: what ``document_mask`` returned, or None. A T×T mask is refused.
+        sliding_window: keys visible to the left including self (and as many to the right if not causal).
+        document_ids: (B, T) of the local tokens, -1 at padding: required when the sequence is sharded.
+        position_ids: (B or 1, T); gives the documents of an unsharded sequence when document_ids does not.
+
+    Returns:
+        (B, T, H, Dv), and None for the weights. Padded queries get 0.
+
+    Raises:
+        ModelError: anything was asked that longctx does not honour, or document_ids is missing on a shard.
+    """
+    binding = binding_of(module)
+    _refuse(module, dropout, others)
+    causal = _causal(module, is_causal)
+    _check_mask(module, attention_mask, key.shape[2])
+    _agree(module, getattr(attention_mask, "longctx_rule", None), causal, sliding_window)
+    if binding is not None and not binding.checked:
+        binding.called.add(id(module))
+    query, key, value = _autocast(query, key, value)
+    window = sliding_window
+    if window is not None and not causal:
+        window = (window - 1, window - 1)  # strictly left and right of a token
+    if binding is not None and binding.sharded:
+        ids = _sharded_documents(module, query, key, attention_mask, document_ids)
+        out = ring_attention(
+            query, key, value, mesh=binding.mesh, layout=binding.layout, causal=causal, window=window, document_ids=ids,
+            scale=scaling,
+        )  # fmt: skip
+    elif query.shape[2] == key.shape[2]:
+        ids = _documents(query, attention_mask, document_ids, position_ids)
+        out = ring_attention(
+            query, key, value, layout="contiguous", causal=causal, window=window, document_ids=ids, scale=scaling
+        )  # fmt: skip
+    else:
+        out = _cached(module, query, key, value, attention_mask, position_ids, causal, window, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse(module: torch.nn.Module, dropout: float, others: dict[str, Any]) -> None:
+    """Raise for every keyword that would change the result and is not honoured."""
+    name = type(module).__name__
+    for keyword, value in others.items():
+        if value is None or value is False or keyword in _HARMLESS:
+            continue
+        advice = _ADVICE.get(keyword, "longctx does not know it")
+        raise ModelError(f"{name} passes {keyword}= to its attention: {advice}")
+    if dropout and module.training:
+        raise ModelError(
+            f"{name} trains with attention dropout {dropout}, which is not built: set attention_dropout (GPT-2: "
+            "attn_pdrop, BERT: attention_probs_dropout_prob) to 0 in the model's config"
+        )
+    config = getattr(module, "config", None)
+    crossing = "Cross" in name or getattr(module, "is_cross_attention", False)
+    if crossing or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} belongs to an encoder-decoder or attends across sequences: longctx honours self-attention of "
+            "decoders and of encoders only"
+        )
+
+
+def _causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
+    if is_causal is not None:
+        return bool(is_causal)
+    if getattr(getattr(module, "config", None), "is_causal", None) is False:
+        return False  # a decoder used as an encoder: its mask is full although its modules say causal
+    return bool(getattr(module, "is_causal", True))
+
+
+def _check_mask(module: torch.nn.Module, mask: torch.Tensor | None, keys: int) -> None:
+    if mask is None:
+        return
+    ours = isinstance(mask, torch.Tensor) and mask.dtype == torch.int32 and mask.dim() == 4
+    if not ours or mask.shape[2] != 1 or mask.shape[3] not in (1, keys):
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ModelError(
+            f"{type(module).__name__} got an attention mask of {shape} for {keys} keys: longctx takes no T x T mask. Give "
+            "padding as a (B, T) attention_mask, or documents and padding as document_ids"
+        )
+
+
+def _agree(module: torch.nn.Module, rule: Rule | None, causal: bool, window: int | None) -> None:
+    """Raise when the mask that transformers would have built and the keywords of this layer say different things."""
+    if rule is not None and (rule.causal, rule.window) != (causal, window):
+        raise ModelError(
+            f"{type(module).__name__} asks for causal={causal}, window={window}, but its model builds a mask with "
+            f"causal={rule.causal}, window={rule.window}: longctx cannot tell which is meant"
+        )
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Do what autocast does for torch's own attention: bring all inputs to the lower precision."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return tuple(t.to(dtype) for t in tensors)
+    return tensors
+
+
+def _sharded_documents(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the (B, T) documents of this rank's tokens; they cannot be recovered from a shard, so they are required."""
+    if query.shape[2] != key.shape[2]:
+        raise ModelError(
+            f"{type(module).__name__}: {query.shape[2]} queries and {key.shape[2]} keys on a shard: a cache of a sharded "
+            "sequence is not built; pass use_cache=False"
+        )
+    if document_ids is None:
+        raise ModelError(
+            f"{type(module).__name__} runs on a shard without document_ids: pass the keyword document_ids=(B, T) int32 of "
+            "the local tokens (-1 at padding) to the model, as engine.shard does. If you did, this model does not hand "
+            "it to its attention and cannot be sharded"
+        )
+    ids = _shaped(document_ids, query)
+    if mask is not None and mask.shape[3] == ids.shape[1]:  # padding of the local tokens; packing seen there is local
+        ids = torch.where(mask[:, 0, 0] < 0, -1, ids)
+    return ids.to(torch.int32)
+
+
+def _documents(
+    query: torch.Tensor, mask: torch.Tensor | None, document_ids: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the (B, T) documents of a whole sequence from the best source there is, or None if there is only one.
+
+    position_ids comes before transformers' own finding, which does not look when a cache or a 2D mask is given (packed
+    documents then see each other).
+    """
+    found = None if mask is None or mask.shape[3] == 1 and query.shape[2] != 1 else mask[:, 0, 0]
+    if document_ids is not None:
+        ids = _shaped(document_ids, query)
+    elif position_ids is not None and position_ids.dim() == 2:
+        ids = documents_from_positions(_shaped(position_ids, query, "position_ids"))
+    elif found is not None:
+        ids = found
+    else:
+        return None
+    if found is not None:
+        ids = torch.where(found < 0, -1, ids)
+    ids = ids.to(torch.int32)
+    if ids.device.type == "cpu" and not ids.any():
+        return None
+    return ids
+
+
+def _shaped(ids: torch.Tensor, query: torch.Tensor, name: str = "document_ids") -> torch.Tensor:
+    batch, tokens = query.shape[0], query.shape[2]
+    if ids.dim() != 2 or ids.shape[0] not in (1, batch) or ids.shape[1] != tokens:
+        raise ModelError(f"{name} has shape {tuple(ids.shape)}; {batch} rows of {tokens} tokens need ({batch}, {tokens})")
+    return ids.expand(batch, tokens)
+
+
+def _cached(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    causal: bool,
+    window: int | tuple[int, int] | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attend from the last tokens to a growing cache on one device; the last query sees the last key."""
+    tokens, keys = query.shape[2], key.shape[2]
+    if tokens > keys:
+        raise ModelError(f"{type(module).__name__}: {tokens} queries and only {keys} keys; longctx honours self-attention only")
+    ids = None if mask is None or mask.shape[3] == 1 else mask[:, 0, 0]
+    if position_ids is not None and position_ids.dim() == 2 and getattr(module, "layer_idx", None) in (0, None):
+        known = keys if ids is None else (ids >= 0).sum(-1)
+        if bool((position_ids[:, -1] + 1 < known).any()):
+            raise ModelError(
+                "the cache holds more keys than the position of the last token allows: a packed prompt or a prefix was "
+                "cached, and which keys belong to this token's document is no longer known; use use_cache=False"
+            )
+    out, _ = block_attention(
+        query, key, value, causal=causal, window=window, scale=scaling, document_ids=ids if ids is None else ids[:, -tokens:],
+        key_document_ids=ids,
+    )  # fmt: skip
+    return out
