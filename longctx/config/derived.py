@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from longctx.config.architecture import parameter_count
+from longctx.config.fields import Section
 from longctx.config.schema import RunConfig
 from longctx.errors import ConfigError
 from longctx.layout import get_layout
@@ -13,7 +12,7 @@ from longctx.mesh import _discover as launched_world
 CPU_RANKS = 2
 
 
-class Derived(NamedTuple):
+class Derived(Section):
     """Sizes of a run that no key gives directly."""
 
     world: int
@@ -80,13 +79,15 @@ def derive(config: RunConfig, world: int | None = None) -> Derived:
         )
     padded = get_layout(config.attention.layout).padded_length(length, grid.ring, grid.ulysses)
     return Derived(
-        grid.world,
-        *grid,
-        train.micro_batch,
-        global_batch // at_once,
-        global_batch,
-        padded,
-        padded // (grid.ring * grid.ulysses),
-        global_batch * length,
-        parameter_count(config),
+        world=grid.world,
+        ring=grid.ring,
+        ulysses=grid.ulysses,
+        data=grid.data,
+        micro_batch=train.micro_batch,
+        accumulation=global_batch // at_once,
+        global_batch=global_batch,
+        padded_length=padded,
+        local_length=padded // (grid.ring * grid.ulysses),
+        tokens_per_step=global_batch * length,
+        parameters=parameter_count(config),
     )

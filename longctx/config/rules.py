@@ -8,6 +8,7 @@ from typing import NamedTuple
 from longctx.config import architecture
 from longctx.config.deepspeed import conflicts, to_deepspeed
 from longctx.config.derived import derive, world_size
+from longctx.config.fields import Section
 from longctx.config.problems import redact, show
 from longctx.config.schema import RunConfig
 from longctx.engine.settings import load_settings
@@ -29,6 +30,12 @@ def broken(config: RunConfig, world: int | None = None) -> list[Finding]:
     return findings + list(_sizes(config, world_size(config) if world is None else world, bool(findings)))
 
 
+def _changed(section: Section) -> set[str]:
+    """Return the keys of a section that are not at their default; writing a default out is never a mistake."""
+    fields = type(section).model_fields
+    return {key for key in fields if getattr(section, key) != fields[key].get_default(call_default_factory=True)}
+
+
 def _model_source(config: RunConfig) -> Iterator[Finding]:
     model = config.model
     sizes = ("hidden_size", "layers", "heads")
@@ -36,8 +43,8 @@ def _model_source(config: RunConfig) -> Iterator[Finding]:
         yield Finding("model", "give architecture and sizes (from scratch), or pretrained (a folder)", "model-source")
     elif model.pretrained is not None:
         own = {"pretrained", "dtype", "activation_checkpointing"}
-        for name in type(model).model_fields:
-            if name in model.model_fields_set - own and getattr(model, name) not in (None, {}):
+        for name in _changed(model):
+            if name not in own:
                 message = "the pretrained folder decides this; remove the key, or remove model.pretrained"
                 yield Finding(f"model.{name}", message, "model-source")
     else:
@@ -122,7 +129,7 @@ def _data(config: RunConfig) -> Iterator[Finding]:
         elif not source.strip():
             yield Finding("data.sources", "got an empty name; give a file, a folder or python-stdlib", "empty-name")
     if data.tokenizer != "bpe":
-        for name in sorted({"vocab_size", "sample_bytes"} & data.model_fields_set):
+        for name in sorted({"vocab_size", "sample_bytes"} & _changed(data)):
             message = f"is only for tokenizer: bpe, but tokenizer is {show(data.tokenizer)}; remove one of them"
             yield Finding(f"data.{name}", message, "idle-key")
     size = architecture.vocabulary_size(config)
@@ -143,7 +150,7 @@ def _data(config: RunConfig) -> Iterator[Finding]:
 
 def _train(config: RunConfig) -> Iterator[Finding]:
     train = config.train
-    given = train.model_fields_set
+    given = _changed(train)
     for beta in train.betas:
         if not 0 <= beta < 1:
             yield Finding("train.betas", f"got {show(train.betas)}; each is at least 0 and below 1", "out-of-range")
@@ -165,7 +172,7 @@ def _zero(config: RunConfig) -> Iterator[Finding]:
             message = "got 'cpu', but stage 0 shards no optimizer state to offload; use zero.stage 1, 2 or 3"
             yield Finding("zero.offload_optimizer", message, "zero-stage")
         for name in ("overlap_comm", "reduce_scatter", "contiguous_gradients"):
-            if name in zero.model_fields_set:
+            if name in _changed(zero):
                 yield Finding(
                     f"zero.{name}", "means nothing at zero.stage 0; remove the key, or use 1, 2 or 3", "zero-stage"
                 )

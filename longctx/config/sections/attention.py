@@ -15,6 +15,6 @@ class Attention(Section):
     layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
     """which tokens a rank holds; zigzag and striped share causal work equally, contiguous does not"""
     backend: Literal["auto", "aten", "reference", "triton"] = "auto"
-    """who computes a block: aten (fused, CPU), reference (plain PyTorch), triton (not built yet); auto chooses"""
+    """what computes a block: aten (fused, CPU), reference (plain PyTorch), triton (not built); auto: the best"""
     window: HumanInt | None = Field(None, ge=1, le=2**40)
-    """keys each token sees to its left, itself included, for architectures with sliding windows; default: the model's"""
+    """keys a token sees to its left, itself included, in architectures with sliding windows; default: the model's"""

@@ -1,0 +1,78 @@
+"""What each key is, where its value came from, and what it means."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from longctx.config.derived import Derived, derive
+from longctx.config.fields import environment_ok
+from longctx.config.keys import expected, leaves, nearest, sections
+from longctx.config.load import Loaded
+from longctx.config.problems import redact
+from longctx.config.write import scalar
+from longctx.errors import ConfigError
+
+
+class Row(NamedTuple):
+    """One line of an explanation."""
+
+    key: str
+    value: str
+    source: str
+    meaning: str
+    expected: str
+
+
+def explain(loaded: Loaded | None, wanted: list[str], world: int | None = None) -> list[Row]:
+    """Return a row for each wanted key or section (all keys when ``wanted`` is empty).
+
+    Args:
+        loaded: a configuration; None shows the schema's defaults.
+        wanted: dotted keys, section names, or ``derived``.
+        world: ranks in all, for derived sizes; found out when None.
+
+    Raises:
+        ConfigError: there is no such key.
+    """
+    rows = [_row(key, loaded) for key in leaves()]
+    if loaded is not None:
+        rows += _derived_rows(derive(loaded.config, world))
+    if not wanted:
+        return rows
+    chosen = []
+    for name in wanted:
+        found = [row for row in rows if row.key == name or row.key.startswith(f"{name}.")]
+        if not found:
+            section, _, last = name.rpartition(".")
+            near = nearest(section if section in sections() else "", last or name)
+            hint = f"did you mean {near[0]!r}?" if near else f"sections: {', '.join(sections())}"
+            raise ConfigError(f"explain {name}: there is no such key; {hint}")
+        chosen += found
+    return chosen
+
+
+def _row(key: str, loaded: Loaded | None) -> Row:
+    leaf = leaves()[key]
+    value, source = leaf.default, "required" if leaf.required else "default"
+    if loaded is not None:
+        value = loaded.config
+        for part in leaf.path:
+            value = getattr(value, part)
+        source = str(loaded.sources.get(key, "default"))
+    shown = "" if loaded is None and leaf.required else redact(scalar(value))
+    note = "; ${env:NAME} is read here" if environment_ok(leaf.field) else ""
+    return Row(key, shown, source, leaf.meaning, expected(leaf) + note)
+
+
+def _derived_rows(derived: Derived) -> list[Row]:
+    fields = type(derived).model_fields
+    return [
+        Row(
+            f"derived.{name}",
+            scalar(value),
+            "follows",
+            fields[name].description or "",
+            "no key: follows from the others",
+        )
+        for name, value in derived.model_dump().items()
+    ]

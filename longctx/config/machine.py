@@ -1,0 +1,160 @@
+"""What a configuration needs of this machine: files that exist, a folder to write to, room on the disk, packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from longctx.config.architecture import parameter_count
+from longctx.config.rules import Finding
+from longctx.config.schema import RunConfig
+
+_SPECIAL_SOURCES = ("python-stdlib",)
+
+
+class Report(NamedTuple):
+    """What is missing (findings stop a run), and what is worth knowing (notes do not)."""
+
+    findings: list[Finding]
+    notes: list[str]
+
+
+def inspect(config: RunConfig) -> Report:
+    """Look at this machine for everything that ``config`` needs. Nothing is created or changed."""
+    notes: list[str] = []
+    findings = [*_sources(config), *_tokenizer(config), *_pretrained(config), *_output(config, notes), *_resume(config)]
+    return Report(findings + list(_packages(config, notes)), notes)
+
+
+def token_folder(config: RunConfig) -> Path:
+    """Return where this run's token files are."""
+    return Path(config.data.folder) if config.data.folder else Path(config.output.folder) / "tokens"
+
+
+def _sources(config: RunConfig) -> Iterator[Finding]:
+    for source in config.data.sources:
+        if source in _SPECIAL_SOURCES:
+            continue
+        if source.startswith("hf:"):
+            if not _installed("datasets"):
+                message = f"{source!r} needs the package datasets: pip install 'longctx[data]', or give text files"
+                yield Finding("data.sources", message, "missing-package")
+            continue
+        path = Path(source)
+        if not _exists(path):
+            message = f"{source!r} does not exist; give text files, .jsonl files, folders, or python-stdlib"
+            yield Finding("data.sources", message, "no-file")
+        elif not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+            yield Finding("data.sources", f"{source!r} cannot be read; change its permissions", "no-access")
+        elif path.is_file() and path.stat().st_size == 0:
+            yield Finding("data.sources", f"{source!r} is empty; give a file with text", "empty-file")
+
+
+def _tokenizer(config: RunConfig) -> Iterator[Finding]:
+    name = config.data.tokenizer
+    if name in ("bpe", "bytes"):
+        return
+    path = Path(name)
+    file = path / "tokenizer.json" if _is_dir(path) else path
+    if not _exists(file):
+        message = f"{name!r} is not there; give bpe, bytes, a tokenizer.json, or a folder that holds one"
+        yield Finding("data.tokenizer", message, "no-file")
+
+
+def _pretrained(config: RunConfig) -> Iterator[Finding]:
+    if config.model.pretrained is None:
+        return
+    folder = Path(config.model.pretrained)
+    key = "model.pretrained"
+    if not _is_dir(folder):
+        yield Finding(key, f"{str(folder)!r} is not a folder here; models are read from local folders only", "no-file")
+        return
+    try:
+        settings: Any = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        yield Finding(
+            key, f"{str(folder / 'config.json')!r} is missing or not JSON; give a transformers folder", "no-file"
+        )
+        return
+    foreign = [name for name in settings if name == "auto_map" or name.startswith("_attn_implementation")]
+    if foreign:
+        message = f"its config.json has {foreign[0]}, which would run foreign code; use a folder without remote code"
+        yield Finding(key, message, "refused")
+    if not any(folder.glob("*.safetensors")):
+        message = f"{str(folder)!r} holds no .safetensors; pickled weights are never read: convert them first"
+        yield Finding(key, message, "no-file")
+
+
+def _output(config: RunConfig, notes: list[str]) -> Iterator[Finding]:
+    folder = Path(config.output.folder).absolute()
+    if _exists(folder) and not _is_dir(folder):
+        yield Finding("output.folder", f"{str(folder)!r} is a file; give a folder", "no-access")
+        return
+    parent = next((path for path in (folder, *folder.parents) if _exists(path)), Path("/"))
+    if not _is_dir(parent) or not os.access(parent, os.W_OK | os.X_OK):
+        yield Finding("output.folder", f"{str(parent)!r} cannot be written to; give another folder", "no-access")
+        return
+    free = shutil.disk_usage(parent).free
+    needed = disk_needed(config)
+    if needed is None:
+        notes.append(f"{_gib(free)} free at {parent}; the size of a checkpoint is not known before the model is loaded")
+    elif free < needed:
+        message = (
+            f"{_gib(free)} free at {str(parent)!r}, but {config.checkpoint.keep} + 1 checkpoints need about "
+            f"{_gib(needed)}; free space, lower checkpoint.keep, or give another folder"
+        )
+        yield Finding("output.folder", message, "disk")
+
+
+def disk_needed(config: RunConfig) -> int | None:
+    """Return about how many bytes the checkpoints of a run take, one being written included; None if not known."""
+    parameters = parameter_count(config)
+    if parameters is None:
+        return None
+    optimizer = {"adamw": 8, "sgd": 4 if config.train.momentum else 0}[config.train.optimizer]
+    weights = 4 if config.model.dtype == "fp32" else 2 + 4
+    return parameters * (weights + optimizer) * (config.checkpoint.keep + 1)
+
+
+def _resume(config: RunConfig) -> Iterator[Finding]:
+    folder = Path(config.output.folder) / "checkpoints"
+    if config.checkpoint.resume == "must" and not (_is_dir(folder) and any(folder.iterdir())):
+        message = f"got 'must', but {str(folder)!r} holds no checkpoint; use auto, or give the run's output.folder"
+        yield Finding("checkpoint.resume", message, "no-file")
+
+
+def _packages(config: RunConfig, notes: list[str]) -> Iterator[Finding]:
+    if config.output.tensorboard and not _installed("tensorboard"):
+        message = "got true, but tensorboard is not installed: pip install 'longctx[tensorboard]', or write false"
+        yield Finding("output.tensorboard", message, "missing-package")
+    if config.output.plot and not _installed("matplotlib"):
+        notes.append("matplotlib is not installed, so there will be no loss.png: pip install 'longctx[plot]'")
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, say
+        return False
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

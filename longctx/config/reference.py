@@ -1,0 +1,59 @@
+"""The reference of all keys, as Markdown: ``python -m longctx.config.reference > configs/README.md``."""
+
+from __future__ import annotations
+
+from longctx.config.fields import environment_ok
+from longctx.config.keys import expected, leaves, sections
+from longctx.config.presets import PRESETS
+from longctx.config.write import scalar
+
+_HEAD = """# Configurations
+
+A run is one YAML file: `longctx train FILE [section.key=value …]`. File names here say
+model_length_parallelism_hardware. `longctx check FILE` finds every mistake at once, `longctx explain FILE` says what
+each key means and where its value came from, `longctx init` writes a commented file to start from.
+
+This page is generated from the schema (`python -m longctx.config.reference > configs/README.md`).
+
+## Files
+
+| file | what for |
+|---|---|
+| `quickstart.yaml` | a small model on this Python's own source code, a few minutes on two cores |
+| `smoke.yaml` | the same in under a minute |
+"""
+
+_READING = """
+## How values are read
+
+- YAML 1.2, strictly: `1e-4` is a number; only `true` and `false` are booleans (`on`, `no` and `22:22` are text);
+  numbers with a leading zero, duplicate keys, tags (`!…`) and merge keys (`<<`) are errors.
+- Whole numbers may be written `1_000`, `10k` (thousand), `3M`, `2G`, `8Ki` (1024), `1Mi`, `1Gi`.
+- Paths are relative to the folder in which the command runs; `~/` is your home. `${env:NAME}` is read in the keys
+  marked with *env* and nowhere else: a configuration is saved with its run, so nothing secret belongs in it.
+- A file has at most 64 KiB, 24 levels, and 10,000 values with aliases expanded.
+- `section.key=value` on the command line is stronger than the file, and its value is read by the same rules.
+"""
+
+
+def reference() -> str:
+    """Return the text of ``configs/README.md``."""
+    lines = [_HEAD + "\n".join(f"| `{p.file}` | {p.about} (`init --preset {name}`) |" for name, p in PRESETS.items())]
+    lines += [_READING, "## Keys"]
+    for name, kind in sections().items():
+        lines += ["", f"### {name}", "", " ".join((kind.__doc__ or "").split()), ""]
+        lines += ["| key | default | accepts | meaning |", "|---|---|---|---|"]
+        for key, leaf in leaves().items():
+            if key.startswith(f"{name}."):
+                default = "**required**" if leaf.required else f"`{scalar(leaf.default)}`"
+                accepts = expected(leaf) + (" *env*" if environment_ok(leaf.field) else "")
+                lines.append(f"| `{key.rpartition('.')[2]}` | {default} | {accepts} | {_cell(leaf.meaning)} |")
+    return "\n".join([*lines, "", "### deepspeed", "", leaves()["deepspeed"].meaning, ""])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

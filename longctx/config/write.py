@@ -1,0 +1,60 @@
+"""Values and whole configurations as YAML text that the strict reader reads back unchanged."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from longctx.config.keys import leaves, sections
+from longctx.config.schema import RunConfig
+from longctx.config.strict_yaml import parse
+
+_PLAIN = re.compile(r"[A-Za-z./_][A-Za-z0-9./_-]*", re.ASCII)
+
+
+def scalar(value: Any) -> str:
+    """Return one value on one line: ``null``, ``true``, ``0.001``, ``text``, ``[a, b]``, ``{key: value}``."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(scalar, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{scalar(str(key))}: {scalar(item)}" for key, item in value.items()) + "}"
+    return value if _PLAIN.fullmatch(value) and isinstance(parse(value, "").value, str) else json.dumps(value)
+
+
+def dump(config: RunConfig) -> str:
+    """Return ``config`` with every key written out, as kept in the run directory."""
+    values = config.model_dump()
+    blocks = []
+    for name in sections():
+        blocks += [f"{name}:"] + [f"  {key}: {scalar(value)}" for key, value in values[name].items()]
+    return "\n".join([*blocks, f"deepspeed: {scalar(values['deepspeed'])}"]) + "\n"
+
+
+def template(values: dict[str, Any], title: str) -> str:
+    """Return a commented YAML: ``values`` (dotted key -> value) set, every other key shown with its default.
+
+    Args:
+        values: at least the required keys, unless a placeholder is to be seen where they are missing.
+        title: comment lines for the top.
+    """
+    lines = [f"# {line}".rstrip() for line in title.splitlines()]
+    for name, kind in sections().items():
+        lines += ["", f"# {' '.join((kind.__doc__ or '').split())}", f"{name}:"]
+        for key, leaf in leaves().items():
+            if key.startswith(f"{name}."):
+                given = key in values
+                value = scalar(values[key] if given else leaf.default)
+                lines.append(f"  # {leaf.meaning}")
+                lines.append(f"  {'' if given else '# '}{key.rpartition('.')[2]}: {value}")
+    leaf = leaves()["deepspeed"]
+    block = scalar(values["deepspeed"]) if "deepspeed" in values else "{}"
+    return "\n".join(
+        [*lines, "", f"# {leaf.meaning}", f"{'' if 'deepspeed' in values else '# '}deepspeed: {block}", ""]
+    )
