@@ -20,6 +20,13 @@ def threads_per_rank(local_ranks: int) -> int:
     return max(cores() // local_ranks, 1)
 
 
+def python_path() -> str:
+    """Return PYTHONPATH for child processes: with the checkout in front when longctx runs from one, installed or not."""
+    root = Path(__file__).resolve().parents[2]
+    given = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join(filter(None, [str(root), given])) if (root / "setup.py").is_file() else given
+
+
 def gpus() -> int:
     """Return the number of GPUs to use: 0 where DS_ACCELERATOR=cpu or torch was built without CUDA or ROCm."""
     if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda" or not _torch_knows_gpus():

@@ -100,6 +100,7 @@ class _Job:
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": str(hardware.threads_per_rank(world)),
+            "PYTHONPATH": hardware.python_path(),
             "PYTHONUNBUFFERED": "1",
             "LONGCTX_PARENT": str(os.getpid()),
             report.FOLDER: str(self.errors),
@@ -132,7 +133,7 @@ class _Job:
         """Wait for all ranks and return the job's exit code; print the cause if one failed."""
         failed_at = 0.0
         while True:
-            codes = {rank: process.poll() for rank, process in enumerate(self.ranks)}
+            codes = {rank: _exit_code(process) for rank, process in enumerate(self.ranks)}
             ended = [code for code in codes.values() if code is not None]
             now = time.monotonic()
             if self.interrupted_twice:
@@ -149,13 +150,12 @@ class _Job:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """Kill every rank that lives, with what it started, and wait until they are gone."""
+        """Kill what is left of every rank and of what it started, and wait until the ranks are gone."""
         for process in self.ranks:
-            if process.poll() is None:
-                try:
-                    os.killpg(process.pid, signal.SIGKILL)  # its session's id is its process id
-                except ProcessLookupError:
-                    pass
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # its session's id is its process id
+            except ProcessLookupError:
+                pass
         for process in self.ranks:
             process.wait()
 
@@ -166,14 +166,26 @@ class _Job:
             return
         self.asked_to_stop = self.asked_to_stop or time.monotonic()
         for process in self.ranks:
-            if process.poll() is None:
-                process.send_signal(number)
+            if _exit_code(process) is None:
+                os.kill(process.pid, number)
 
     def _explain(self, codes: dict[int, int | None]) -> int:
         if self.asked_to_stop and set(codes.values()) <= {130, PREEMPTED, 0, None}:
             return 130  # interrupted before the loop could promise a checkpoint
         print(f"longctx: {report.first_cause(self.errors, codes, self.logs)}", file=sys.stderr, flush=True)
         return 1
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
+    """Return how a rank ended (negative: the signal), or None while it runs.
+
+    Unlike ``poll`` this leaves the ended process in the process table, so that its id, by which ``kill`` reaches what
+    it started, cannot come to mean another process.
+    """
+    ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
 def _terminal() -> int:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from longctx.errors import LaunchError, MissingPackageError
+from longctx.launch.hardware import python_path
 
 EXTENSION = "deepspeed_shm_comm"
 BUILD_SECONDS = 300
@@ -123,7 +124,7 @@ def _build() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": python_path()},
         start_new_session=True,
     )
     try:

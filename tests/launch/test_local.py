@@ -1,0 +1,145 @@
+"""The local launcher: every rank is started right, the first cause is shown once, and no process is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from longctx.errors import LaunchError
+from longctx.launch import hardware, local
+
+SCRIPT = Path(__file__).with_name("ranks_for_tests.py")
+JOB = (
+    "import sys, pathlib; from longctx.launch import local\n"
+    "sys.exit(local.run([sys.executable, *sys.argv[2:]], world=2, logs=pathlib.Path(sys.argv[1])))"
+)
+
+
+def run(what: str, folder: Path) -> int:
+    return local.run([sys.executable, str(SCRIPT), what, str(folder)], world=2, logs=folder / "logs")
+
+
+def pids(folder: Path, kind: str = "pid") -> list[int]:
+    return [int(path.read_text()) for path in sorted(folder.glob(f"{kind}-*"))]
+
+
+def gone(process: int) -> bool:
+    """Whether a process has ended (a zombie that nobody waits for counts as ended)."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def wait_for(condition: object, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[object]:
+    """Start a job in a process of its own and wait until both ranks run."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(what: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", JOB, str(tmp_path / "logs"), str(SCRIPT), what, str(tmp_path)]
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        wait_for(lambda: len(pids(tmp_path)) == 2)
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_every_rank_gets_its_place(tmp_path: Path) -> None:
+    assert run("note", tmp_path) == 0
+    threads = hardware.threads_per_rank(2)
+    for rank in range(2):
+        assert (tmp_path / f"rank-{rank}").read_text() == f"2 {rank} {threads} 127.0.0.1 lo"
+        assert (tmp_path / "logs" / f"rank-{rank:05d}.log").exists()
+
+
+def test_ranks_meet_at_the_socket_that_was_handed_over(tmp_path: Path) -> None:
+    assert run("meet", tmp_path) == 0
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == ["3", "3"]
+
+
+def test_a_bug_on_one_rank_is_shown_once_with_its_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
+    assert run("raise", tmp_path) == 1
+    assert time.monotonic() - start < 15
+    shown = capsys.readouterr().err
+    assert shown.startswith("longctx: rank 1 failed") and shown.endswith("RuntimeError: a bug in rank one\n")
+    assert shown.count("Traceback") == 1
+    assert all(gone(process) for process in pids(tmp_path))
+
+
+def test_a_users_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("user", tmp_path) == 1
+    assert capsys.readouterr().err == "longctx: corpus.bin is truncated\n"
+
+
+def test_a_killed_rank_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("segfault", tmp_path) == 1
+    assert "rank 1 was killed by SIGSEGV" in capsys.readouterr().err
+
+
+def test_sigterm_reaches_the_ranks_and_their_answer_is_the_jobs(tmp_path: Path, job: object) -> None:
+    process = job("stop")  # type: ignore[operator]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75
+    assert all(gone(pid) for pid in pids(tmp_path))
+
+
+def test_a_second_ctrl_c_kills(tmp_path: Path, job: object) -> None:
+    process = job("stubborn")  # type: ignore[operator]
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert all(gone(pid) for pid in pids(tmp_path))
+
+
+def test_ranks_die_with_a_launcher_that_is_killed(tmp_path: Path, job: object) -> None:
+    process = job("stubborn")  # type: ignore[operator]
+    process.kill()
+    wait_for(lambda: all(gone(pid) for pid in pids(tmp_path)))
+
+
+def test_what_a_rank_started_is_killed_too(tmp_path: Path, job: object) -> None:
+    process = job("child")  # type: ignore[operator]
+    os.kill(pids(tmp_path)[1], signal.SIGKILL)
+    assert process.wait(20) == 1
+    assert all(gone(pid) for pid in pids(tmp_path) + pids(tmp_path, "child"))
+    assert "rank 1 was killed by SIGKILL; the system may be out of memory" in process.stderr.read()
+
+
+def test_a_port_in_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        with pytest.raises(LaunchError, match=f"MASTER_PORT={other.getsockname()[1]} cannot be used"):
+            run("note", tmp_path)
+    monkeypatch.setenv("MASTER_PORT", "99999999")
+    with pytest.raises(LaunchError, match="cannot be used"):
+        run("note", tmp_path)
+
+
+def test_a_log_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(LaunchError, match="another output.folder"):
+        run("note", tmp_path)
