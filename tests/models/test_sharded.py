@@ -1,0 +1,147 @@
+"""Models of transformers on a sharded sequence equal the same models, whole and eager: logits and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from models.zoo import CAUSAL, documents, eager_mask, positions_of, tiny_config, tiny_model
+from tolerances import tolerance
+
+import longctx
+from longctx.models.attach import attach_attention
+
+LENGTH = 45  # of no ring a multiple: every shard is padded
+
+
+def sharded_error(
+    mesh: Any, config: Any, kind: str, layout: str = "zigzag", length: int = LENGTH, checkpointing: dict[str, bool] | None = None
+) -> dict[str, float]:
+    """Return the largest differences between the sharded model and the eager one, relative to the largest value."""
+    ids = documents(kind, 2, length)
+    positions, valid = positions_of(ids), ids >= 0
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, config.vocab_size, ids.shape, generator=generator)
+    weights = torch.randn(*ids.shape, config.vocab_size, generator=generator, dtype=torch.float64) * valid[..., None]
+
+    eager = tiny_model(config, "eager").double().train()
+    model = tiny_model(config, "longctx").double().train()
+    attach_attention(model, mesh, layout)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+    more = {} if config.model_type == "bert" else {"use_cache": False}
+    mask = eager_mask(config, ids, torch.float64)
+    truth = eager(input_ids=tokens, position_ids=positions, attention_mask=mask, **more).logits
+    (truth * weights).sum().backward()
+
+    part = [longctx.shard(x, mesh, layout=layout) for x in (tokens, positions, weights)]
+    local_ids = longctx.shard(ids, mesh, layout=layout, pad_value=-1)
+    logits = model(input_ids=part[0], position_ids=part[1], document_ids=local_ids, **more).logits
+    assert torch.isfinite(logits).all(), "padded rows must stay finite"
+    (logits * part[2]).sum().backward()
+    whole = longctx.unshard(logits.detach(), mesh, length=length, layout=layout)
+
+    scale = truth.detach()[valid].abs().max()
+    gradients = []
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), eager.named_parameters(), strict=True):
+        assert ours.grad is not None, f"{name} has no gradient"
+        gradient = ours.grad.clone()
+        if mesh.sequence_size > 1:
+            dist.all_reduce(gradient, group=mesh.sequence_group)
+        assert theirs.grad is not None
+        gradients.append((gradient - theirs.grad).abs().max() / theirs.grad.abs().max().clamp(min=1e-3))
+    logits_error = (whole - truth.detach())[valid].abs().max() / scale
+    return {"logits": float(logits_error), "gradient": float(torch.stack(gradients).max())}  # NaN stays NaN
+
+
+def worker(rank: int, world: int, ring: int, cases: list[dict[str, Any]]) -> list[dict[str, float]]:
+    mesh = longctx.Mesh(ring=ring)
+    return [sharded_error(mesh, **case) for case in cases]
+
+
+def check(world: int, ring: int, cases: list[dict[str, Any]]) -> None:
+    for results in run_ranks(world, worker, ring, cases):
+        for case, errors in zip(cases, results, strict=True):
+            for what, error in errors.items():
+                named = {key: value for key, value in case.items() if key != "config"}
+                assert error <= tolerance("model"), f"{what} of {case['config'].model_type} {named}: {error:.1e}"
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "bert"])
+def test_every_model_on_a_ring_of_two(name: str) -> None:
+    config = tiny_config(name)
+    check(2, 2, [{"config": config, "kind": kind} for kind in ("whole", "packed", "left")])
+
+
+@pytest.mark.parametrize("world, ring", [(1, 1), (3, 3), (4, 4), (4, 2)])
+def test_llama_on_other_rings(world: int, ring: int) -> None:
+    config = tiny_config("llama")
+    check(world, ring, [{"config": config, "kind": kind} for kind in ("packed", "left")])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "striped"])
+def test_other_layouts(layout: str) -> None:
+    cases = [{"config": tiny_config(name), "kind": "packed", "layout": layout} for name in ("llama", "gemma3", "bert")]
+    check(2, 2, cases)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    keywords = {"use_reentrant": reentrant}
+    cases = [{"config": tiny_config(n), "kind": "packed", "checkpointing": keywords} for n in ("llama", "gemma3", "gpt2", "bert")]
+    check(2, 2, cases)
+
+
+ROPE: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 24,
+        "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0],
+    },
+}  # fmt: skip
+
+
+def rope_config(kind: str) -> Any:
+    config = tiny_config("llama", rope_parameters={"rope_theta": 10000.0, **ROPE[kind]})
+    if kind == "dynamic":
+        config.max_position_embeddings = 24  # the sequences must be longer than this for the frequencies to change
+    return config
+
+
+@pytest.mark.parametrize("kind", list(ROPE))
+def test_rope_variants(kind: str) -> None:
+    check(2, 2, [{"config": rope_config(kind), "kind": rows} for rows in ("whole", "packed")])
+
+
+def length_worker(rank: int, world: int, kind: str) -> list[float]:
+    """One sharded model on a long batch, a middling and a short one, against a fresh eager model each time."""
+    mesh = longctx.Mesh(ring=world)
+    config = rope_config(kind)
+    model = tiny_model(config, "longctx").double()
+    attach_attention(model, mesh)
+    errors = []
+    for length in (60, 33, 17):
+        tokens = torch.randint(0, config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            truth = tiny_model(config, "eager").double()(tokens, use_cache=False).logits
+            ids = longctx.shard(torch.zeros(1, length, dtype=torch.int32), mesh, pad_value=-1)
+            part = longctx.shard(tokens, mesh)
+            positions = longctx.positions(length, mesh)[None]  # padding continues past the end, and must not count
+            logits = model(input_ids=part, position_ids=positions, document_ids=ids, use_cache=False).logits
+            errors.append(float((longctx.unshard(logits, mesh, length=length) - truth).abs().max()))
+    return errors
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_depends_on_the_true_length_and_nothing_before(kind: str) -> None:
+    for errors in run_ranks(2, length_worker, kind):
+        assert max(errors) <= tolerance("model"), errors
