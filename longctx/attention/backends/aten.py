@@ -1,0 +1,175 @@
+"""torch's fused CPU flash attention, one call per tile: the fast CPU backend.
+
+`aten::_scaled_dot_product_flash_attention_for_cpu` and its backward return and accept (out, lse), which is all a ring
+needs. What it gets wrong for our purpose is mended here and nowhere else:
+
+- a row of a masked tile that sees no key reports lse 0: set to -inf from the mask;
+- a final lse of -inf makes the whole backward NaN: such rows are handed +inf, so their probabilities are exp(-inf) = 0;
+- d_v != d_k is refused: the narrower side is padded with zeros;
+- a last dimension that is not dense is read wrongly without a word, an empty tensor divides by zero;
+- its backward knows no gradient of the lse: dS = P * (dO V^T - delta + dlse), so dlse is one more column of dO against a
+  column of ones in V;
+- is_causal is aligned top-left, which is what a TRIANGLE tile means.
+
+Heads are done a few at a time, so that the operator's full-size results for a tile never add a whole tensor to the peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from longctx.attention.backends.base import Rows, accumulator_dtype
+from longctx.attention.band import TILE, Kind, Tile
+from longctx.attention.mask import BlockMask
+from longctx.attention.merge import merge_
+from longctx.attention.tiles import plan
+
+PAIRS = 1 << 22
+"""(query, key, head) triples a call should at least have, so that its overhead (some 50 us) stays below one per cent."""
+FINE = 512
+"""Half-precision tiles with a side up to this are differentiated in fp32: the operator is many times slower there."""
+
+
+class Heads(NamedTuple):
+    """The query heads and the key heads of one call."""
+
+    q: slice
+    k: slice
+
+
+class AtenBackend:
+    """The Backend protocol over the fused CPU operator; fp64, fp32, bf16 and fp16 (which it rounds to, tile by tile)."""
+
+    name = "aten"
+
+    def forward_step(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: BlockMask,
+        scale: float,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        width = max(q.shape[-1], v.shape[-1])
+        for batch, tile, bias, blind in _calls(mask, q):
+            rows, cols = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
+            for heads in _head_groups(q[batch], k, tile):
+                block, block_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    _pad(q[batch, heads.q, rows], width),
+                    _pad(_shared(k[batch, heads.k, cols], heads), width),
+                    _pad(_shared(v[batch, heads.k, cols], heads), width),
+                    is_causal=tile.kind == Kind.TRIANGLE,
+                    attn_mask=None if bias is None else bias.to(q.dtype),
+                    scale=scale,
+                )
+                if blind is not None:
+                    block_lse = block_lse.masked_fill(blind, -torch.inf)
+                block = block[..., : v.shape[-1]]
+                merge_(out[batch, heads.q, rows], lse[batch, heads.q, rows], block, block_lse)
+
+    def prepare_backward(self, rows: Rows) -> Rows:
+        lse = rows.lse.masked_fill(rows.lse == -torch.inf, torch.inf)
+        return replace(rows, q=_dense(rows.q), out=_dense(rows.out), dout=_dense(rows.dout), lse=lse)
+
+    def backward_step(
+        self,
+        prepared: Rows,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: BlockMask,
+        scale: float,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+    ) -> None:
+        q, dlse, (d_k, d_v) = prepared.q, prepared.dlse, (k.shape[-1], v.shape[-1])
+        width = max(d_k, d_v if dlse is None else d_v + 1)
+        for batch, tile, bias, _ in _calls(mask, q):
+            rows, cols = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
+            fine = min(tile.q1 - tile.q0, tile.k1 - tile.k0) <= FINE or dlse is not None
+            dtype = torch.float32 if fine and q.dtype.itemsize == 2 else q.dtype
+            for heads in _head_groups(q[batch], k, tile):
+                at, keys = (batch, heads.q, rows), (batch, heads.k, cols)
+                values, dout = v[keys].to(dtype), prepared.dout[at].to(dtype)
+                if dlse is not None:  # one more column: dO V^T gains dlse * 1
+                    values, dout = F.pad(values, (0, 1), value=1.0), torch.cat([dout, dlse[at][..., None].to(dtype)], -1)
+                grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    _pad(dout, width),
+                    _pad(q[at].to(dtype), width),
+                    _pad(_shared(k[keys].to(dtype), heads), width),
+                    _pad(_shared(values, heads), width),
+                    _pad(prepared.out[at].to(dtype), width),
+                    prepared.lse[at],
+                    0.0,
+                    tile.kind == Kind.TRIANGLE,
+                    attn_mask=None if bias is None else bias.to(dtype),
+                    scale=scale,
+                )
+                dq[at] += grads[0][..., :d_k]
+                dk[keys] += _summed(grads[1][..., :d_k], heads, dk.dtype)
+                dv[keys] += _summed(grads[2][..., :d_v], heads, dv.dtype)
+
+
+def _calls(
+    mask: BlockMask, q: torch.Tensor
+) -> Iterator[tuple[slice, Tile, torch.Tensor | None, torch.Tensor | None]]:
+    """(batch slice, tile, additive mask or None, rows that see nothing in the tile or None)."""
+    for batch, tiles in plan(mask, q.shape[0]):
+        row = mask.row(batch.start)
+        for tile in tiles:
+            allowed = row.tile(*tile[1:]) if tile.kind == Kind.DENSE else True
+            if allowed is False:
+                continue
+            if allowed is True:
+                yield batch, tile, None, None
+                continue
+            assert isinstance(allowed, torch.Tensor)
+            seen = allowed.any(-1)
+            bias = torch.zeros(allowed.shape, dtype=accumulator_dtype(q.dtype)).masked_fill_(~allowed, -torch.inf)
+            yield batch, tile, bias, None if bool(seen.all()) else ~seen
+
+
+def _head_groups(q: torch.Tensor, k: torch.Tensor, tile: Tile) -> Iterator[Heads]:
+    """Split the heads of a tile over calls: enough work in each, results small beside the whole tensor."""
+    rows, cols, heads, kv_heads = tile.q1 - tile.q0, tile.k1 - tile.k0, q.shape[1], k.shape[1]
+    batch, shared = q.shape[0], heads // kv_heads
+    want = max(-(-PAIRS // (batch * rows * cols)), -(-torch.get_num_threads() // batch))
+    if shared == 1 or (want >= heads and cols <= 2 * TILE):  # the second: small enough to repeat keys in memory
+        step = min(want, heads)
+        for first in range(0, heads, step):
+            last = min(first + step, heads)
+            yield Heads(slice(first, last), slice(first // shared, -(-last // shared)))
+        return
+    step = min(want, shared)
+    for kv in range(kv_heads):
+        for first in range(kv * shared, (kv + 1) * shared, step):
+            yield Heads(slice(first, min(first + step, (kv + 1) * shared)), slice(kv, kv + 1))
+
+
+def _shared(x: torch.Tensor, heads: Heads) -> torch.Tensor:
+    """One key head per query head: repeated by stride, in memory only for small tiles of several key heads."""
+    shared = (heads.q.stop - heads.q.start) // x.shape[1]
+    if shared == 1:
+        return x
+    return x.expand(-1, shared, -1, -1) if x.shape[1] == 1 else x.repeat_interleave(shared, 1)
+
+
+def _summed(x: torch.Tensor, heads: Heads, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient of `_shared`."""
+    kv_heads = heads.k.stop - heads.k.start
+    return x if x.shape[1] == kv_heads else x.unflatten(1, (kv_heads, -1)).sum(2, dtype=dtype)
+
+
+def _pad(x: torch.Tensor, width: int) -> torch.Tensor:
+    return _dense(x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])))
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

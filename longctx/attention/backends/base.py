@@ -1,0 +1,68 @@
+"""What a backend is: the arithmetic of one ring step, on one device, knowing nothing of ranks.
+
+A step continues running fp32 (fp64 for fp64 inputs) results in place, so a fused kernel needs one launch a step and no
+separate merge pass. To add one: write these methods, and name it in `block.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from longctx.attention.mask import BlockMask
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All that backward needs of this rank's queries; it stays here while keys and values pass by.
+
+    q (B, H, Tq, Dk); out, dout (B, H, Tq, Dv) in q's dtype; lse (B, H, Tq) over all keys, -inf where a row saw none;
+    dlse (B, H, Tq) or None where the lse has no gradient.
+    """
+
+    q: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    dout: torch.Tensor
+    dlse: torch.Tensor | None
+
+
+class Backend(Protocol):
+    """One step's arithmetic. Shapes and meanings as in kernels/flash/reference.py."""
+
+    name: str
+
+    def forward_step(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: BlockMask,
+        scale: float,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Merge attention to these keys into the running (out, lse)."""
+
+    def prepare_backward(self, rows: Rows) -> Any:
+        """What can be computed once from the rows before the first step (delta, say); handed to every step."""
+
+    def backward_step(
+        self,
+        prepared: Any,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: BlockMask,
+        scale: float,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+    ) -> None:
+        """Add this block's part to dq (all steps' sum) and to dk, dv (this block's)."""
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, else fp32: out, lse, dq, dk, dv are summed in it over the ring."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

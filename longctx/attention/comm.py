@@ -1,0 +1,223 @@
+"""Moves blocks between ranks: one message a hop, posted before the computation it hides behind, waited for after.
+
+A `Packet` holds several tensors in one buffer (keys, values, document ids; or dK and dV), so a hop is one message. A
+`Link` posts the messages of one stage and returns what to wait for. On CUDA messages run on a side stream, ordered with
+the compute stream by events alone (no host synchronisation), and every tensor is recorded on the streams that use it;
+this path has been exercised on one process (`LoopbackLink`) only, not on several GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+from longctx.mesh import Mesh
+
+
+@dataclass
+class Counters:
+    """What this process has sent over rings since the last reset()."""
+
+    hops: int = 0
+    """Blocks of keys and values (with their document ids) handed to a neighbour."""
+    gradient_hops: int = 0
+    """Blocks of dK and dV handed on or sent home."""
+    messages: int = 0
+    bytes: int = 0
+    kv_bytes: int = 0
+    gradient_bytes: int = 0
+    document_bytes: int = 0
+
+    def reset(self) -> None:
+        for field in fields(self):
+            setattr(self, field.name, 0)
+
+
+counters = Counters()
+"""Of this process; tests and metrics read it."""
+
+KV, GRADIENT, HOME = 0, 1, 2  # message kinds, used as tags: two kinds may be under way between one pair of ranks
+
+
+class Packet:
+    """Tensors that travel together: views of one contiguous buffer, widest elements first so that all are aligned."""
+
+    def __init__(self, like: Iterable[torch.Tensor | None], dtype: torch.dtype | None = None) -> None:
+        """Uninitialised; shapes, dtypes (unless `dtype` is given) and device of `like`. None stays None."""
+        like = list(like)
+        given = [x for x in like if x is not None]
+        sizes = {id(x): x.numel() * (dtype or x.dtype).itemsize for x in given}
+        self.buffer = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=given[0].device)
+        views, offset = {}, 0
+        for x in sorted(given, key=lambda x: -(dtype or x.dtype).itemsize):
+            views[id(x)] = self.buffer[offset : offset + sizes[id(x)]].view(dtype or x.dtype).view(x.shape)
+            offset += sizes[id(x)]
+        self.parts: tuple[torch.Tensor | None, ...] = tuple(None if x is None else views[id(x)] for x in like)
+
+    @classmethod
+    def of(cls, tensors: Iterable[torch.Tensor | None]) -> Packet:
+        """A packed copy."""
+        tensors = list(tensors)
+        packet = cls(tensors)
+        for part, x in zip(packet.parts, tensors, strict=True):
+            if part is not None and x is not None:
+                part.copy_(x)
+        return packet
+
+    def zero_(self) -> Packet:
+        self.buffer.zero_()
+        return self
+
+    def add_(self, other: Packet) -> None:
+        """Add another packet of the same make."""
+        for mine, theirs in zip(self.parts, other.parts, strict=True):
+            if mine is not None and theirs is not None:
+                mine.add_(theirs)
+
+    def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parts of a packet that holds (dK, dV)."""
+        dk, dv = self.parts
+        assert dk is not None and dv is not None
+        return dk, dv
+
+
+class Message(NamedTuple):
+    """One buffer to or from a ring rank."""
+
+    peer: int
+    packet: Packet
+    kind: int
+
+
+class Pending(Protocol):
+    """Messages under way."""
+
+    def wait(self) -> None:
+        """Return when what was received may be used and what was sent may be overwritten (by the current stream)."""
+
+
+class Link(Protocol):
+    """This rank's end of a ring."""
+
+    ring: int
+    rank: int
+
+    def exchange(self, sends: list[Message], receives: list[Message]) -> Pending:
+        """Start all messages of one stage."""
+
+
+def count(sends: list[Message], counters: Counters = counters) -> None:
+    """Book what is about to be sent."""
+    for message in sends:
+        nbytes = message.packet.buffer.numel()
+        counters.messages += 1
+        counters.bytes += nbytes
+        if message.kind == KV:
+            counters.hops += 1
+            documents = message.packet.parts[2]
+            ids = 0 if documents is None else documents.numel() * documents.element_size()
+            counters.document_bytes += ids
+            counters.kv_bytes += nbytes - ids
+        else:
+            counters.gradient_hops += 1
+            counters.gradient_bytes += nbytes
+
+
+class _Done:
+    def wait(self) -> None:
+        pass
+
+
+class LocalLink:
+    """A ring of one: nothing is ever sent."""
+
+    ring, rank = 1, 0
+
+    def exchange(self, sends: list[Message], receives: list[Message]) -> Pending:
+        assert not sends and not receives
+        return _Done()
+
+
+class ProcessLink:
+    """A ring of processes, over the mesh's own ring communicator."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.ring, self.rank = mesh.ring_size, mesh.ring_rank
+        self._group, self._ranks = mesh.ring_group, mesh.ring_ranks
+
+    def exchange(self, sends: list[Message], receives: list[Message]) -> Pending:
+        if not sends and not receives:
+            return _Done()
+        count(sends)
+        # One order on every rank (receives first, kinds ascending), as NCCL matches a pair's messages by order.
+        with _side_stream(sends, receives) as done:
+            operations = [self._operation(dist.irecv, m) for m in receives] + [self._operation(dist.isend, m) for m in sends]
+            done.works = dist.batch_isend_irecv(operations)
+        return done
+
+    def _operation(self, call: object, message: Message) -> dist.P2POp:
+        return dist.P2POp(call, message.packet.buffer, self._ranks[message.peer], self._group, message.kind)
+
+
+class LoopbackLink:
+    """A pretended ring on one process: each message it sends is the one it receives.
+
+    The result is what a ring would compute whose members all hold the same local tensors; it drives the whole path
+    (packets, stages, side stream and events) on one device.
+    """
+
+    def __init__(self, ring: int, rank: int = 0) -> None:
+        self.ring, self.rank = ring, rank
+
+    def exchange(self, sends: list[Message], receives: list[Message]) -> Pending:
+        if not receives:
+            return _Done()
+        count(sends)
+        by_kind = {KV if m.kind == KV else GRADIENT: m for m in sends}  # in a closed ring home is the next rank
+        with _side_stream(sends, receives) as done:
+            for message in receives:
+                message.packet.buffer.copy_(by_kind[KV if message.kind == KV else GRADIENT].packet.buffer)
+        return done
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+class _side_stream:
+    """Run the body on the device's communication stream, after all that the compute stream has done so far."""
+
+    def __init__(self, sends: list[Message], receives: list[Message]) -> None:
+        self._buffers = [m.packet.buffer for m in (*sends, *receives)]
+        self.works: list[dist.Work] = []
+        self._stream: torch.cuda.Stream | None = None
+        if self._buffers[0].is_cuda:
+            device = self._buffers[0].device
+            self._stream = _streams.setdefault(device, torch.cuda.Stream(device))
+
+    def __enter__(self) -> _side_stream:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            for buffer in self._buffers:  # the allocator must not hand them out while the side stream uses them
+                buffer.record_stream(self._stream)
+            self._context = torch.cuda.stream(self._stream)
+            self._context.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._stream is not None:
+            self._context.__exit__(*error)
+
+    def wait(self) -> None:
+        if self._stream is None:
+            for work in self.works:
+                work.wait()
+            return
+        with torch.cuda.stream(self._stream):
+            for work in self.works:  # NCCL: makes the side stream wait, not the host
+                work.wait()
+            done = self._stream.record_event()
+        torch.cuda.current_stream().wait_event(done)

@@ -1,0 +1,75 @@
+"""A whole ring inside one process, one thread a rank: the real steps and schedule with messages through a mailbox.
+
+For tests and for looking at rings larger than the machine: `run(64, worker)` takes the place of 64 processes.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from longctx.attention.comm import Counters, Link, Message, Pending, count
+
+TIMEOUT = 60.0
+"""Seconds to wait for a message: a schedule in which somebody waits for nobody must fail, not hang."""
+
+
+class Mailbox:
+    """Messages under way between simulated ranks, in order for each (sender, receiver, kind)."""
+
+    def __init__(self) -> None:
+        self._boxes: dict[tuple[int, int, int], queue.Queue[torch.Tensor]] = defaultdict(queue.Queue)
+        self._lock = threading.Lock()
+
+    def box(self, sender: int, receiver: int, kind: int) -> queue.Queue[torch.Tensor]:
+        with self._lock:
+            return self._boxes[sender, receiver, kind]
+
+    @property
+    def empty(self) -> bool:
+        """Whether everything that was sent has been received."""
+        return all(box.empty() for box in self._boxes.values())
+
+
+class SimulatedLink:
+    """One simulated rank's end of the ring, with counters of its own."""
+
+    def __init__(self, mailbox: Mailbox, ring: int, rank: int) -> None:
+        self.ring, self.rank, self.counters, self._mailbox = ring, rank, Counters(), mailbox
+
+    def exchange(self, sends: list[Message], receives: list[Message]) -> Pending:
+        count(sends, self.counters)
+        for message in sends:
+            self._mailbox.box(self.rank, message.peer, message.kind).put(message.packet.buffer.clone())
+        return _Waiting([(self._mailbox.box(m.peer, self.rank, m.kind), m) for m in receives])
+
+
+class _Waiting:
+    def __init__(self, receives: list[tuple[queue.Queue[torch.Tensor], Message]]) -> None:
+        self._receives = receives
+
+    def wait(self) -> None:
+        for box, message in self._receives:
+            message.packet.buffer.copy_(box.get(timeout=TIMEOUT))
+
+
+def run(ring: int, worker: Callable[[Link], Any]) -> tuple[list[Any], list[Counters]]:
+    """Call `worker(link)` for every rank of a ring at once; returns (results, counters), each a list by rank.
+
+    Raises:
+        RuntimeError: a message was sent that nobody received.
+        queue.Empty: a rank waited for a message that nobody sent.
+    """
+    mailbox = Mailbox()
+    links = [SimulatedLink(mailbox, ring, rank) for rank in range(ring)]
+    with ThreadPoolExecutor(ring) as pool:
+        results = [future.result() for future in [pool.submit(worker, link) for link in links]]
+    if not mailbox.empty:
+        raise RuntimeError("a message was sent that no rank received")
+    return results, [link.counters for link in links]

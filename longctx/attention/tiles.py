@@ -1,0 +1,160 @@
+"""BlockMask -> the fewest calls of a fused kernel: rectangles, aligned triangles, and small tiles under a mask.
+
+Without documents the plan is pure index arithmetic (and remembered): a zigzag step is one rectangle, its diagonal three
+calls. With documents, each batch row's tokens fall into runs of one document; a long run is planned like a sequence of
+its own, and neighbouring short runs are done together under a mask of at most 512 x 512.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from longctx.attention.band import TILE, Kind, Rule, Tile, band, pieces, trim
+from longctx.attention.mask import BlockMask
+from longctx.layout import Span
+
+SHORT = 64
+"""Runs below this length are not worth a call of their own (a call costs about as much as 100 x 100 pairs)."""
+CLUSTER = 128
+"""How many tokens of short runs are gathered into one masked tile."""
+
+
+class Segment(NamedTuple):
+    """Consecutive local tokens [begin, begin + span.count) whose document ids lie in [low, high]."""
+
+    begin: int
+    span: Span
+    low: int
+    high: int
+
+
+Plan = list[tuple[slice, tuple[Tile, ...]]]
+
+
+def plan(mask: BlockMask, batch: int) -> Plan:
+    """Which tiles to compute, for which slice of the batch; every visible pair is in exactly one tile."""
+    if mask.q_documents is None or mask.k_documents is None:
+        tiles = index_tiles(mask.q_spans, mask.k_spans, mask.rule)
+        return [(slice(0, batch), tiles)] if tiles else []
+    if not index_tiles(mask.q_spans, mask.k_spans, mask.rule):
+        return []
+    q_ids, k_ids = mask.q_documents, mask.k_documents
+    if batch > 1 and bool((q_ids == q_ids[:1]).all()) and bool((k_ids == k_ids[:1]).all()):
+        rows = [slice(0, batch)]  # every row is cut into documents alike
+    else:
+        rows = [slice(b, b + 1) for b in range(batch)]
+    plans = []
+    for row in rows:
+        q_segments = segments(q_ids[row.start], mask.q_spans, mask.rule.length)
+        k_segments = segments(k_ids[row.start], mask.k_spans, mask.rule.length)
+        tiles = _merged(_document_tiles(q_segments, k_segments, mask.rule))
+        if tiles:
+            plans.append((row, tiles))
+    return plans
+
+
+@lru_cache(maxsize=1024)
+def index_tiles(q_spans: tuple[Span, ...], k_spans: tuple[Span, ...], rule: Rule) -> tuple[Tile, ...]:
+    """The tiles of a block without documents."""
+    return _merged(
+        tile
+        for q0, q in _offsets(q_spans, rule.length)
+        for k0, k in _offsets(k_spans, rule.length)
+        for tile in _pair(q0, q, k0, k, rule)
+    )
+
+
+def _pair(q0: int, q: Span, k0: int, k: Span, rule: Rule) -> Iterator[Tile]:
+    limits = band(q, k, rule)
+    if limits:
+        yield from pieces(q.count, k.count, *limits, q0, k0)
+
+
+def _offsets(spans: tuple[Span, ...], length: int | None) -> Iterator[tuple[int, Span]]:
+    offset = 0
+    for span in spans:
+        yield offset, trim(span, length)
+        offset += span.count
+
+
+def segments(ids: torch.Tensor, spans: tuple[Span, ...], length: int | None) -> list[Segment]:
+    """Cut one row's local tokens into long runs of one document and clusters of short ones; padding is left out.
+
+    Args:
+        ids: (T,) document ids.
+        spans: the tokens' global indices.
+        length: global indices from here on are padding too.
+    """
+    result: list[Segment] = []
+    for offset, span in _offsets(spans, length):
+        if not span.count:
+            continue
+        own = ids[offset : offset + span.count]
+        starts = [0, *((own[1:] != own[:-1]).nonzero().flatten() + 1).tolist(), span.count]
+        values = own[torch.tensor(starts[:-1], device=own.device)].tolist()
+        cluster: Segment | None = None
+        for begin, end, value in zip(starts, starts[1:], values, strict=False):
+            piece = Segment(offset + begin, span.slice(begin, end - begin), value, value)
+            joins = value >= 0 and end - begin < SHORT
+            if cluster and joins and cluster.span.count + end - begin <= CLUSTER:
+                count = cluster.span.count + end - begin
+                cluster = Segment(
+                    cluster.begin, cluster.span._replace(count=count), min(cluster.low, value), max(cluster.high, value)
+                )
+                continue
+            if cluster:
+                result.append(cluster)
+            cluster = piece if joins else None
+            if value >= 0 and not joins:
+                result.append(piece)
+        if cluster:
+            result.append(cluster)
+    return result
+
+
+def _document_tiles(q_segments: list[Segment], k_segments: list[Segment], rule: Rule) -> Iterator[Tile]:
+    if not q_segments or not k_segments:
+        return
+    lows, highs = (torch.tensor([getattr(k, name) for k in k_segments]) for name in ("low", "high"))
+    for q in q_segments:
+        for index in ((lows <= q.high) & (highs >= q.low)).nonzero().flatten().tolist():
+            k = k_segments[index]
+            if q.low == q.high == k.low == k.high:
+                yield from _pair(q.begin, q.span, k.begin, k.span, rule)
+            else:
+                yield from _masked(q, k, rule)
+
+
+def _masked(q: Segment, k: Segment, rule: Rule) -> Iterator[Tile]:
+    """Tiles of at most 512 x 512 in which some pairs may be of one document; those hidden by index are left out."""
+    for i in range(0, q.span.count, TILE):
+        rows = q.span.slice(i, min(TILE, q.span.count - i))
+        for j in range(0, k.span.count, TILE):
+            cols = k.span.slice(j, min(TILE, k.span.count - j))
+            if band(rows, cols, rule):
+                first = (q.begin + i, k.begin + j)
+                yield Tile(Kind.DENSE, first[0], first[0] + rows.count, first[1], first[1] + cols.count)
+
+
+def _merged(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
+    """Join rectangles that share an edge, so that one large call does the work of several."""
+    rest, full = [], []
+    for tile in tiles:
+        (full if tile.kind == Kind.FULL else rest).append(tile)
+    joined: list[Tile] = []
+    for tile in sorted(full, key=lambda t: (t.k0, t.k1, t.q0)):
+        if joined and joined[-1][3:] == tile[3:] and joined[-1].q1 == tile.q0:
+            joined[-1] = joined[-1]._replace(q1=tile.q1)
+        else:
+            joined.append(tile)
+    full = []
+    for tile in sorted(joined, key=lambda t: (t.q0, t.q1, t.k0)):
+        if full and full[-1][1:3] == tile[1:3] and full[-1].k1 == tile.k0:
+            full[-1] = full[-1]._replace(k1=tile.k1)
+        else:
+            full.append(tile)
+    return tuple(rest + full)
