@@ -95,6 +95,11 @@ def weigh_window(window: Window | Batch, mesh: Mesh) -> Any:
     return batches[0] if isinstance(window, dict) else batches
 
 
+def cut_rows(batch: Batch, mesh: Mesh, layout: str | Layout = "zigzag") -> Batch:
+    """Return this rank's part of one batch of full rows, unweighted. No communication."""
+    return _cut(explicit_rows(_moved(batch, mesh.device)), mesh, layout)
+
+
 def tokens_to_divide_by(global_count: int, data_size: int) -> float:
     """Return what a rank divides the sum of its token losses by: global_count / data_size, and 1 if there is no token.
 

@@ -1,0 +1,78 @@
+"""longctx.attach: teach a model, or a DeepSpeed engine that somebody else made, that its sequences are sharded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longctx.engine.initialize import attach_attention
+from longctx.errors import EngineError
+from longctx.layout import Layout, get_layout
+from longctx.mesh import Mesh
+
+
+def attach(model_or_engine: Any, mesh: Mesh, layout: str | Layout = "zigzag") -> Any:
+    """Attach a mesh to a transformers model or to a DeepSpeed engine, in place, and return it.
+
+    A model gets its attention swapped; do this before ``deepspeed.initialize`` or accelerate's ``prepare``. An engine
+    gets that for its module, and becomes a ``longctx.Engine`` (same object): its own configuration and mpu are probed,
+    so one that was made without an mpu, and divides gradients by the world, comes out right too. The trainer goes on
+    calling ``engine(**batch)``, ``engine.backward(loss)`` and ``engine.step()``; its loader has to go through
+    ``engine.shard``. Collective over the world for an engine.
+
+    Raises:
+        EngineError: the engine splits its ranks in a way that contradicts the mesh, or its gradients are beyond repair.
+        ModelError: the model uses something that a sharded sequence would get wrong.
+    """
+    layout = get_layout(layout)
+    if not _is_engine(model_or_engine):
+        attach_attention(model_or_engine, mesh, layout)
+        return model_or_engine
+
+    from longctx.engine.engine import Engine
+    from longctx.engine.probe import gradient_factor
+    from longctx.engine.settings import load_settings
+
+    engine = model_or_engine
+    if getattr(engine, "mesh_device", None) is not None:
+        raise EngineError(
+            "this engine was made with mesh_param (or with both data_parallel_size and sequence_parallel_size in its "
+            "configuration), on which the ranks of one sequence keep different gradients: make it with mpu=mesh, or "
+            "with longctx.initialize"
+        )
+    mesh.connect()
+    sequence = engine.sequence_parallel_size
+    if sequence not in (1, mesh.sequence_size):
+        raise EngineError(
+            f"this engine splits sequences over {sequence} ranks, the mesh over {mesh.sequence_size}: make them equal"
+        )
+    attach_attention(engine.module, mesh, layout)
+    settings = load_settings(_own_settings(engine, mesh), mesh)
+    if engine.mpu is None:
+        settings.update(_without_mpu(settings, mesh))
+    return Engine.adopt(engine, mesh, layout, gradient_factor(settings, mesh, engine.mpu))
+
+
+def _is_engine(thing: Any) -> bool:
+    """Tell an engine without importing deepspeed for a plain model."""
+    import sys
+
+    module = sys.modules.get("deepspeed.runtime.engine")
+    return module is not None and isinstance(thing, module.DeepSpeedEngine)
+
+
+def _own_settings(engine: Any, mesh: Mesh) -> dict[str, Any]:
+    """Return the engine's configuration with batch sizes that count rows of a data replica."""
+    own = dict(engine.config)
+    own.update(
+        train_micro_batch_size_per_gpu=engine.train_micro_batch_size_per_gpu(),
+        gradient_accumulation_steps=engine.gradient_accumulation_steps(),
+        sequence_parallel_size=mesh.sequence_size,
+    )
+    own.pop("train_batch_size", None)
+    return own
+
+
+def _without_mpu(settings: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """An engine without an mpu counts every rank as a data replica."""
+    micro, steps = settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"]
+    return {"train_batch_size": micro * steps * mesh.world_size, "sequence_parallel_size": 1}

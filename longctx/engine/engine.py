@@ -1,0 +1,206 @@
+"""Engine: DeepSpeed's engine, taught that a sequence lives on several ranks.
+
+One rule carries the arithmetic: **the objective is the sum of all ranks' losses divided by data_size.** ``shard`` makes
+each rank's loss its share of the mean over all valid tokens of the accumulation window; ``backward`` applies the
+factor by which this ZeRO path divides gradients too much (found by ``probe``), so that gradients, norms and clipping
+are true ones on every stage; the reported loss never contains that factor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from longctx.engine import guard
+from longctx.engine.evaluate import Evaluation, evaluate
+from longctx.engine.loss import check_model_loss
+from longctx.engine.window import Window, shard_window, weigh_window
+from longctx.errors import EngineError, NonFiniteError
+from longctx.layout import Layout, get_layout
+from longctx.mesh import Mesh
+from longctx.sharding import unshard
+
+_CAREFUL_WINDOWS = 3  # windows in which rows are compared between ranks and the model's loss is recomputed
+
+
+class Engine(DeepSpeedEngine):
+    """DeepSpeedEngine with ``shard``, ``weigh``, ``unshard``, ``evaluate``, ``global_loss`` and ``grad_norm``.
+
+    Made by ``longctx.initialize`` (or ``longctx.attach``), never directly: DeepSpeed builds its engine as always and
+    the object's class is changed afterwards, which works for ZeRO 0 to 3.
+    """
+
+    mesh: Mesh
+    layout: Layout
+    _gradient_factor: float
+    _share: torch.Tensor  # this rank's part of the window's loss, () fp64
+    _mean_loss: float
+    _true_norm: float | None  # where DeepSpeed measures none
+    _careful: int
+    _check_loss: bool
+
+    @classmethod
+    def adopt(cls, engine: DeepSpeedEngine, mesh: Mesh, layout: str | Layout, factor: float) -> Engine:
+        """Turn a stock engine into this class, in place.
+
+        Args:
+            factor: what the probe found for the engine's settings.
+        """
+        engine.__class__ = cls
+        assert isinstance(engine, Engine)
+        engine.mesh, engine.layout = mesh, get_layout(layout)
+        engine._gradient_factor = factor
+        engine._share = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        engine._mean_loss = math.nan
+        engine._true_norm = None
+        engine._careful = _CAREFUL_WINDOWS
+        guard.close_doors(engine)
+        engine._check_loss = mesh.world_size > 1 or engine.gradient_accumulation_steps() > 1
+        return engine
+
+    # -- rows in ---------------------------------------------------------------------------------------------------
+
+    def shard(self, window: Any) -> Any:
+        """Return this rank's part of all micro-batches of one optimizer step, weighted; see ``window.shard_window``.
+
+        Args:
+            window: a list of ``gradient_accumulation_steps`` dictionaries of full rows (a dict, if that is one). Every
+                rank of a sequence group passes the same rows.
+
+        Returns:
+            a list for a list, a dict for a dict; pass each one as ``engine(**batch)``.
+
+        Raises:
+            EngineError: on every rank, when the windows of the ranks do not fit together.
+        """
+        self._check_size(window)
+        return shard_window(window, self.mesh, self.layout, compare_rows=self._careful > 0)
+
+    def weigh(self, window: Any) -> Any:
+        """Return a window of micro-batches that are already this rank's parts, with ``num_items_in_batch`` added.
+
+        For loaders that read only their shard; see ``window.weigh_window``.
+        """
+        self._check_size(window)
+        return weigh_window(window, self.mesh)
+
+    def unshard(self, x: torch.Tensor, dim: int = 1, *, length: int | None = None) -> torch.Tensor:
+        """Return the whole sequence (…, S, …) from this rank's part (…, T, …); see ``longctx.unshard``."""
+        return unshard(x, self.mesh, dim, length=length, layout=self.layout)
+
+    def _check_size(self, window: Window | dict[str, Any]) -> None:
+        """Refuse a window that is not one optimizer step; the same on all ranks, or window's exchange says so."""
+        size, wanted = 1 if isinstance(window, dict) else len(window), self.gradient_accumulation_steps()
+        if self.module.training and size != wanted:
+            raise EngineError(
+                f"a window of {size} micro-batches, but gradient_accumulation_steps is {wanted}: pass all micro-batches "
+                "of one optimizer step at once (a dict, if that is one): only then can their tokens be weighed"
+            )
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the model. In the first windows, check that its loss is this rank's share."""
+        output = super().forward(*inputs, **kwargs)
+        if self._check_loss and self._careful > 0 and "num_items_in_batch" in kwargs and torch.is_grad_enabled():
+            self._check_loss = not check_model_loss(output, kwargs, self.mesh, type(self.module).__name__)
+        return output
+
+    def backward(
+        self,
+        loss: torch.Tensor,
+        retain_graph: bool = False,
+        scale_wrt_gas: bool = False,
+        *,
+        replicated: bool = False,
+    ) -> torch.Tensor:
+        """Accumulate gradients of this rank's share of the objective.
+
+        Args:
+            loss: scalar; the objective is the sum of all ranks' losses over ``data_size``.
+            scale_wrt_gas: must stay False: the window is weighted already.
+            replicated: the loss was computed alike on all ranks of the sequence group from ``unshard``-ed values (a
+                preference loss, say). Gradients need nothing; the reported loss counts it once.
+
+        Returns:
+            the loss, detached, without the stage's factor.
+        """
+        if scale_wrt_gas:
+            raise EngineError(
+                "backward(scale_wrt_gas=True): a loss weighted over its accumulation window must not be divided by the "
+                "number of micro-batches once more; leave the argument out"
+            )
+        share = loss.detach()
+        self._share += share.double() / (self.mesh.sequence_size if replicated else 1)
+        super().backward(guard.scaled(loss, self._gradient_factor), retain_graph=retain_graph, scale_wrt_gas=False)
+        return share
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """Update the weights at the end of a window (every call before that only counts micro-batches).
+
+        Raises:
+            NonFiniteError: on every rank, when the loss or a gradient of any rank is not finite. Weights and optimizer
+                state are unchanged, the window's gradients dropped. (fp16 with loss scaling skips the step instead.)
+        """
+        if not self.is_gradient_accumulation_boundary():
+            super().step(lr_kwargs)
+            return
+        self._mean_loss = self._reduce_loss()
+        self._careful = max(self._careful - 1, 0)
+        self._true_norm = guard.plain_norm(self)
+        if self._true_norm is not None and not math.isfinite(self._true_norm):
+            guard.drop_plain(self)
+        else:
+            super().step(lr_kwargs)
+            if self.was_step_applied() or (self.fp16_enabled() and math.isfinite(self._mean_loss)):
+                return
+            guard.uncount_step(self)
+        raise NonFiniteError(
+            f"step {self.global_steps + 1}: loss {self._mean_loss:g}, gradient norm {self.grad_norm:g}; a loss or "
+            "gradient of some rank is not finite. Weights are unchanged on every rank. Look at the rows of this step, "
+            "lower the learning rate or lengthen warm-up, or resume from the last checkpoint"
+        )
+
+    def _reduce_loss(self) -> float:
+        """Return the window's loss, the mean over all valid tokens. Collective over the world."""
+        if self.mesh.world_size > 1:
+            dist.all_reduce(self._share, group=self.mesh.world_group)
+        mean = float(self._share) / self.mesh.data_size
+        self._share.zero_()
+        return mean
+
+    def clip_fp32_gradients(self) -> None:
+        """Clip by the norm that is reported (DeepSpeed calls this for ZeRO 0 in fp32 only)."""
+        guard.clip_plain(self, self._true_norm)
+
+    # -- what came out ---------------------------------------------------------------------------------------------
+
+    @property
+    def global_loss(self) -> float:
+        """Mean loss over all valid tokens of the last window, over all ranks; the same number on every rank.
+
+        Raises:
+            EngineError: no window has been finished yet.
+        """
+        if math.isnan(self._mean_loss) and self.global_steps == 0 and self.micro_steps == 0:
+            raise EngineError("global_loss: no window has been finished yet; it is known after engine.step()")
+        return self._mean_loss
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the last window's full gradient before clipping, on every stage; NaN before the first step."""
+        norm = self._true_norm if self._true_norm is not None else self.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def evaluate(self, batches: Any, *, sharded: bool = False) -> Evaluation:
+        """Return the mean loss over all valid tokens of ``batches``, which may differ in number between replicas.
+
+        Args:
+            batches: iterable of dictionaries of full rows with labels, the same on all ranks of a sequence group;
+                micro-batches already cut for this rank with ``sharded=True``.
+        """
+        return evaluate(self, batches, sharded=sharded)

@@ -1,0 +1,114 @@
+"""Mean loss over held-out batches, when data replicas have different numbers of them.
+
+Under ZeRO-3 a forward pass is a collective of all ranks, so a replica that runs out of batches would leave the others
+waiting. It keeps running a row of padding instead, until all have finished; the row counts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from longctx.engine.loss import token_loss
+from longctx.engine.rows import IGNORED, Batch
+from longctx.engine.window import cut_rows, exchange
+from longctx.errors import EngineError
+
+if TYPE_CHECKING:
+    from longctx.engine.engine import Engine
+
+
+class Evaluation(NamedTuple):
+    """Mean loss over ``tokens`` valid tokens, the same on every rank; NaN where there is none."""
+
+    loss: float
+    tokens: int
+
+
+def evaluate(engine: Engine, batches: Iterable[Batch], *, sharded: bool) -> Evaluation:
+    """Run ``batches`` in eval mode without gradients; the mode is restored. Collective over the world.
+
+    Raises:
+        EngineError: on every rank, when a batch of any rank has no labels or is refused.
+    """
+    training = engine.module.training
+    engine.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=engine.mesh.device)
+    iterator = iter(batches)
+    try:
+        with torch.no_grad():
+            while (batch := _next(iterator, engine, sharded)) is not None:
+                total += _sums(engine, batch)
+    finally:
+        engine.train(training)
+    if engine.mesh.world_size > 1:
+        torch.distributed.all_reduce(total, group=engine.mesh.world_group)
+    loss, tokens = total.tolist()
+    return Evaluation(loss / tokens if tokens else float("nan"), round(tokens))
+
+
+def _next(iterator: Any, engine: Engine, sharded: bool) -> Batch | None:
+    """Return this rank's next part, padding if it has run out, None when all ranks have."""
+    batch, problem = None, None
+    try:
+        batch = next(iterator, None)
+        if batch is not None:
+            batch = _prepared(batch, engine, sharded)
+    except Exception as error:  # the other ranks wait in the exchange: they must hear of it
+        problem = error
+    everyone = exchange([int(problem is not None), int(batch is not None)], engine.mesh)
+    if problem is not None:
+        raise problem
+    refused = [rank for rank, numbers in enumerate(everyone) if numbers[0]]
+    if refused:
+        raise EngineError(f"ranks {refused} refused an evaluation batch; their own messages say why")
+    _check_groups([bool(numbers[1]) for numbers in everyone], engine)
+    if not any(numbers[1] for numbers in everyone):
+        return None
+    return _padding(engine) if batch is None else batch
+
+
+def _check_groups(present: list[bool], engine: Engine) -> None:
+    size = engine.mesh.sequence_size
+    for first in range(0, len(present), size):
+        if len(set(present[first : first + size])) > 1:
+            raise EngineError(
+                f"ranks {list(range(first, first + size))} share one sequence but have different numbers of evaluation "
+                "batches: every rank of a sequence group must pass the same ones"
+            )
+
+
+def _prepared(batch: Batch, engine: Engine, sharded: bool) -> Batch:
+    if not sharded:
+        batch = cut_rows(batch, engine.mesh, engine.layout)
+    labels = batch.get("shift_labels", batch.get("labels"))
+    if labels is None:
+        raise EngineError(f"an evaluation batch needs labels; it has {sorted(map(str, batch))}")
+    device = engine.mesh.device
+    moved = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
+    labels = labels.to(device)
+    # Divided by one, the model's loss is the sum over this rank's tokens.
+    divisor = torch.ones((), device=device)
+    return {**moved, "labels": labels, "shift_labels": labels, "num_items_in_batch": divisor, "use_cache": False}
+
+
+def _padding(engine: Engine) -> Batch:
+    """A shortest possible row that counts nothing: every rank of the group holds one to two tokens of it."""
+    multiple = engine.layout.multiple(engine.mesh.ring_size, engine.mesh.ulysses_size)
+    ids = torch.zeros(1, multiple, dtype=torch.int64)
+    return _prepared({"input_ids": ids, "labels": torch.full_like(ids, IGNORED)}, engine, sharded=False)
+
+
+def _sums(engine: Engine, batch: Batch) -> torch.Tensor:
+    """Return [sum of losses, number of tokens] of this rank's part."""
+    output = engine(**batch)
+    logits = getattr(output, "logits", None)
+    loss = getattr(output, "loss", output)
+    if logits is not None:  # a model that ignores num_items_in_batch cannot mislead here
+        loss = token_loss(logits, batch["shift_labels"])
+    tokens = (batch["shift_labels"] != IGNORED).sum()
+    return torch.stack(
+        [loss.double().reshape(()) if tokens else loss.new_zeros((), dtype=torch.float64), tokens.double()]
+    )

@@ -1,0 +1,85 @@
+"""longctx.initialize: DeepSpeed's initialize for a model whose sequences live on several ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longctx.engine.engine import Engine
+from longctx.engine.loader import RowLoader
+from longctx.engine.probe import gradient_factor
+from longctx.engine.settings import load_settings
+from longctx.errors import EngineError
+from longctx.layout import Layout, get_layout
+from longctx.mesh import Mesh
+
+
+def initialize(
+    model: Any = None,
+    config: Any = None,
+    mesh: Mesh | None = None,
+    layout: str | Layout = "zigzag",
+    *,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    collate_fn: Any = None,
+    seed: int = 0,
+    args: Any = None,
+    **stock: Any,
+) -> tuple[Engine, Any, RowLoader | None, Any]:
+    """Return ``(engine, optimizer, loader, scheduler)``, as ``deepspeed.initialize`` does. Collective over the world.
+
+    Args:
+        model: any torch module; a transformers model gets its attention swapped for ring attention over ``mesh``.
+        config: DeepSpeed's configuration (a dictionary or a JSON file), unchanged by us; batch sizes count rows of a
+            data replica. ``args.deepspeed_config`` serves when it is None.
+        mesh: the grid of ranks, which is also DeepSpeed's mpu; None is one without a ring.
+        layout: how rows are dealt out to the ring: zigzag, striped or contiguous.
+        training_data: a map-style dataset of rows; ``loader`` then yields windows that are already sharded and weighed.
+        collate_fn: turns a list of ``training_data``'s items into a batch of full rows.
+        seed: of the loader's order of samples.
+        stock: other arguments of ``deepspeed.initialize``.
+
+    Raises:
+        EngineError: the configuration contradicts the mesh, or the start-up probe found gradients beyond repair.
+        ModelError: the model uses something that a sharded sequence would get wrong.
+    """
+    for name in ("mpu", "mesh_param"):
+        if stock.get(name) is not None:
+            raise EngineError(f"initialize({name}=…): the mesh is DeepSpeed's mpu here; pass mesh=longctx.Mesh(…) only")
+    if model is None:
+        raise EngineError("initialize needs a model")
+    layout = get_layout(layout)
+    mesh = (Mesh() if mesh is None else mesh).connect()
+    settings = load_settings(getattr(args, "deepspeed_config", None) if config is None else config, mesh)
+    attach_attention(model, mesh, layout)
+    factor = gradient_factor(settings, mesh, mesh)
+
+    import deepspeed
+
+    stock = {key: value for key, value in stock.items() if value is not None}
+    if args is not None and config is not None:
+        stock["args"] = args
+    engine, optimizer, _, scheduler = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        lr_scheduler=lr_scheduler,
+        config=settings,
+        mpu=mesh,
+        **stock,
+    )
+    engine = Engine.adopt(engine, mesh, layout, factor)
+    loader = None
+    if training_data is not None:
+        loader = RowLoader(training_data, engine, collate_fn=collate_fn, seed=seed)
+    return engine, optimizer, loader, scheduler
+
+
+def attach_attention(model: Any, mesh: Mesh, layout: Layout) -> None:
+    """Have a transformers model's attention run over ``mesh``; leave other modules alone."""
+    if hasattr(getattr(model, "config", None), "_attn_implementation"):
+        from longctx.models.attach import attach_attention as attach
+
+        attach(model, mesh, layout.name)

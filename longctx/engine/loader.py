@@ -1,0 +1,85 @@
+"""``training_data=``: windows from any map-style dataset of rows, cut and weighed for this rank.
+
+DeepSpeed's own loader cannot be used with an mpu that splits sequences. The order of samples is a function of
+(seed, samples consumed) only, so it does not depend on the number of ranks, and resuming needs one integer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import default_collate
+
+from longctx.engine.rows import Batch
+from longctx.errors import EngineError
+
+if TYPE_CHECKING:
+    from longctx.engine.engine import Engine
+
+
+class RowLoader:
+    """Iterates over the windows of one epoch after another's order; one pass of ``for`` is (the rest of) one epoch.
+
+    Args:
+        dataset: map-style; an item is a dictionary of (S,) tensors or lists, or what ``collate_fn`` takes.
+        engine: gives the batch sizes, and ``shard``.
+        collate_fn: turns a list of items into a batch of full rows; torch's default one stacks them.
+
+    Raises:
+        EngineError: the dataset is not map-style or is smaller than one global batch.
+    """
+
+    def __init__(
+        self, dataset: Any, engine: Engine, *, collate_fn: Callable[[list[Any]], Batch] | None = None, seed: int = 0
+    ) -> None:
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise EngineError(
+                f"training_data is a {type(dataset).__name__}; a map-style dataset (with __len__ and __getitem__) is "
+                "needed. For a stream, take your own loader and pass its windows to engine.shard"
+            )
+        self.dataset, self.engine, self.seed = dataset, engine, seed
+        self.collate = collate_fn or _collate
+        self.global_batch = engine.train_batch_size()
+        self.consumed = 0  # samples, over all replicas and epochs
+        if len(dataset) < self.global_batch:
+            raise EngineError(
+                f"training_data has {len(dataset)} rows, fewer than one optimizer step takes (train_batch_size "
+                f"{self.global_batch})"
+            )
+
+    def __len__(self) -> int:
+        """Windows in an epoch; rows left over at its end are not used."""
+        return len(self.dataset) // self.global_batch
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        micro = self.engine.train_micro_batch_size_per_gpu()
+        steps, mesh = self.engine.gradient_accumulation_steps(), self.engine.mesh
+        first = self.consumed // self.global_batch % len(self)
+        for index in range(first, len(self)):
+            order = self._order(self.consumed // self.global_batch // len(self))
+            # Rows of one step in the order of micro-batch, replica, row: the same set on any number of replicas.
+            rows = order[index * self.global_batch : (index + 1) * self.global_batch].view(steps, mesh.data_size, micro)
+            window = [self.collate([self.dataset[row] for row in part]) for part in rows[:, mesh.data_rank].tolist()]
+            sharded = self.engine.shard(window)
+            self.consumed += self.global_batch
+            yield sharded
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
+        return torch.randperm(len(self.dataset), generator=generator)
+
+    def state_dict(self) -> dict[str, int]:
+        """One integer and the seed."""
+        return {"seed": self.seed, "consumed": self.consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after ``consumed`` samples."""
+        self.seed, self.consumed = int(state["seed"]), int(state["consumed"])
+
+
+def _collate(items: list[Any]) -> Batch:
+    if not isinstance(items[0], dict):
+        raise EngineError(f"training_data gave a {type(items[0]).__name__}; give dictionaries of rows, or a collate_fn")
+    return default_collate([{key: torch.as_tensor(value) for key, value in item.items()} for item in items])
