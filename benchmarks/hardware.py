@@ -1,0 +1,45 @@
+"""What a number was measured on: goes into every row."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def describe() -> str:
+    """CPU model, cores, memory, and the versions that matter, in one line."""
+    import torch
+
+    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores, {gigabytes:.0f} GiB, "
+        f"Python {platform.python_version()}, torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()})"
+    )
+
+
+def cpu_model() -> str:
+    """The processor's own name, where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def load() -> float:
+    """Processes that want a core, averaged over a minute: wall times mean something only near zero at the start."""
+    return os.getloadavg()[0]
+
+
+@cache
+def commit() -> str:
+    """The revision measured, with a + when the tree had changes."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,67 @@
+"""What one measurement is: CPU time, wall time, time blocked on others, and exact bytes. No sampling anywhere.
+
+CPU time is the process's own (gloo's threads included), so it means the same on a busy machine; wall time only means
+something on a quiet one, which is why every row carries the load. ``blocked`` is the time in which the computing thread
+was neither running nor waiting for a core: it waited for another rank, which is communication nobody hid.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SCHEDSTAT = Path("/proc/thread-self/schedstat")
+
+
+def _scheduled() -> tuple[float, float] | None:
+    """(seconds on a core, seconds waiting for one) of this thread, where the kernel tells."""
+    try:
+        on_core, waiting, _ = _SCHEDSTAT.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return int(on_core) / 1e9, int(waiting) / 1e9
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call. Seconds; ``blocked`` is None where the kernel does not tell."""
+
+    cpu: float
+    wall: float
+    blocked: float | None
+
+
+def measure(call: Callable[[], Any]) -> Sample:
+    """Run ``call`` once and say what it took in this process."""
+    scheduled, cpu, wall = _scheduled(), time.process_time(), time.perf_counter()
+    call()
+    wall = time.perf_counter() - wall
+    cpu = time.process_time() - cpu
+    after = _scheduled()
+    if scheduled is None or after is None:
+        return Sample(cpu, wall, None)
+    return Sample(cpu, wall, max(wall - (after[0] - scheduled[0]) - (after[1] - scheduled[1]), 0.0))
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most bytes that ``call`` held at once beyond what was there before it, to the byte (CPU allocations)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    del result
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """‖value − truth‖ / ‖truth‖ in fp64; infinite where value is not finite."""
+    difference = (value.double() - truth.double()).norm() / truth.double().norm()
+    return float(difference) if bool(torch.isfinite(difference)) else float("inf")

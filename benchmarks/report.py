@@ -1,0 +1,123 @@
+"""Turns measurements into lines on the screen, rows in results/*.csv, and the table in the README."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import hardware
+from benchmarks.attention import ratios
+from benchmarks.registry import OURS, requirements
+from benchmarks.training_step import speed
+
+RESULTS = Path(__file__).parent / "results"
+MIB = 2**20
+
+
+def attention_rows(measured: dict[str, Any], load: float) -> list[dict[str, Any]]:
+    """One flat row per contestant."""
+    row = measured["row"]
+    own = next(result for result in measured["results"] if result["contestant"] == OURS.name)
+    flat = []
+    for result in measured["results"]:
+        timed = bool(result["cpu"])
+        flat.append({
+            "row": row["name"], "tokens": row["length"], "dtype": row["dtype"], "ranks": row["ranks"],
+            "heads": row["heads"], "kv_heads": row["kv_heads"], "head_dim": row["head_dim"],
+            "contestant": result["contestant"], "version": result["version"],
+            "turns": len(result["cpu"]),
+            "cpu_seconds": f"{median(result['cpu']):.4f}" if timed else "not measured",
+            "cpu_spread": f"{(max(result['cpu']) - min(result['cpu'])) / median(result['cpu']):.3f}" if timed else "",
+            "wall_seconds": f"{median(result['wall']):.4f}" if timed else "not measured",
+            "exposed_share": f"{median(result['blocked']):.3f}" if timed else "",
+            "peak_bytes_per_rank": result["peak"] if timed else "",
+            "ours_over_theirs_cpu": f"{ratios(own, result):.3f}" if timed and own["cpu"] else "",
+            "ours_over_theirs_wall": f"{ratios(own, result, 'wall'):.3f}" if timed and own["cpu"] else "",
+            "largest_error": f"{max(result['errors']):.1e}" if result["errors"] else "",
+            "note": result["reason"], **_origin(load),
+        })
+    return flat
+
+
+def memory_rows(measured: list[dict[str, Any]], load: float) -> list[dict[str, Any]]:
+    return [
+        {"local_tokens": entry["row"]["local"], "ranks": entry["row"]["ranks"], "peak_bytes_per_rank": entry["peak"],
+         "peak_in_local_tensors": f"{entry['peak_in_tensors']:.3f}", **_origin(load)}
+        for entry in measured
+    ]
+
+
+def step_rows(measured: dict[str, Any], load: float) -> list[dict[str, Any]]:
+    """One flat row per engine."""
+    row, ours, flat = measured["row"], measured["results"][0], []
+    for result in measured["results"]:
+        timed = bool(result["cpu"])
+        flat.append({
+            "row": f"step-{row['length']}", "tokens": row["length"], "ranks": row["ranks"],
+            "parameters": measured["parameters"], "contestant": result["contestant"], "version": result["version"],
+            "steps": len(result["cpu"]),
+            "tokens_per_cpu_second": f"{row['length'] / median(result['cpu']):.0f}" if timed else "not measured",
+            "tokens_per_second": f"{row['length'] / median(result['wall']):.0f}" if timed else "not measured",
+            "cpu_seconds": f"{median(result['cpu']):.3f}" if timed else "",
+            "wall_seconds": f"{median(result['wall']):.3f}" if timed else "",
+            "exposed_share": f"{median(result['blocked']):.3f}" if timed else "",
+            "peak_bytes_per_rank": result.get("peak", ""),
+            "ours_over_theirs_speed": f"{speed(ours, result, 'wall'):.3f}" if timed and ours["wall"] else "",
+            "ours_over_theirs_speed_cpu": f"{speed(ours, result, 'cpu'):.3f}" if timed and ours["cpu"] else "",
+            "loss_difference": f"{result['loss_difference']:.1e}" if "loss_difference" in result else "",
+            "note": result["note"], **_origin(load),
+        })
+    return flat
+
+
+def _origin(load: float) -> dict[str, Any]:
+    return {"load_at_start": f"{load:.2f}", "commit": hardware.commit(), "hardware": hardware.describe()}
+
+
+def verdicts(measured: dict[str, Any]) -> list[tuple[str, bool]]:
+    """Each requirement on a row, with whether it holds; what was not measured is not judged."""
+    row, by_name = measured["row"], {result["contestant"]: result for result in measured["results"]}
+    own, said = by_name[OURS.name], []
+    for required in requirements(row["length"], row["dtype"]):
+        other = by_name[required.against.name]
+        if own["cpu"] and other["cpu"]:
+            ratio = ratios(own, other)
+            said.append((f"{row['name']}: CPU time ÷ {required.against.name} = {ratio:.3f}, "
+                         f"required <= {required.ratio:.3f}", ratio <= required.ratio))
+    return said
+
+
+def show(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """Print rows as an aligned table."""
+    table = [columns, *(tuple(str(row.get(column, "")) for column in columns) for row in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    for line in table:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print("  " + "  ".join(cells).rstrip(), flush=True)
+
+
+def write(name: str, rows: list[dict[str, Any]], folder: Path) -> Path:
+    """Write rows to ``folder/name.csv``, replacing an older measurement."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def markdown(path: Path, columns: dict[str, str]) -> str:
+    """A Markdown table of a results file: ``columns`` maps its fields to headings. The README holds exactly this."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        shown = dict(row)
+        if shown.get("peak_bytes_per_rank"):
+            shown["peak_bytes_per_rank"] = f"{int(shown['peak_bytes_per_rank']) / MIB:.1f}"
+        lines.append("| " + " | ".join(shown[column] for column in columns) + " |")
+    machines = sorted({row["hardware"] for row in rows})
+    return "\n".join([*lines, "", "Measured on: " + "; ".join(machines) + "."])

@@ -1,0 +1,100 @@
+"""`python -m benchmarks.run`: measures the rows of registry.py, prints them, writes results/*.csv, judges them.
+
+The exit code is 1 when a requirement is missed, unless --quick: those rows are too short to judge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from benchmarks import attention, hardware, memory, registry, report, training_step
+from benchmarks.ranks import run_ranks
+
+ATTENTION_COLUMNS = (
+    "contestant", "cpu_seconds", "wall_seconds", "exposed_share", "peak_bytes_per_rank", "ours_over_theirs_cpu",
+    "ours_over_theirs_wall", "largest_error", "turns", "note",
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small rows, under a minute; nothing is judged")
+    parser.add_argument("--only", nargs="+", choices=("attention", "memory", "step"),
+                        default=["attention", "memory", "step"])
+    parser.add_argument("--rows", nargs="+", help="only the attention rows whose name contains one of these")
+    parser.add_argument("--output", type=Path, help="folder for the CSV files (default: benchmarks/results)")
+    chosen = parser.parse_args(arguments)
+    folder = chosen.output or (None if chosen.quick or chosen.rows else report.RESULTS)
+    load = hardware.load()
+    print(f"{hardware.describe()}; load {load:.2f}; commit {hardware.commit()}", flush=True)
+    if load > 0.5:
+        print("the machine is busy: CPU times hold, wall times and exposed shares do not", flush=True)
+    build_deepspeed_communication()
+    said = []
+    for kind in chosen.only:
+        said += {"attention": _attention, "memory": _memory, "step": _step}[kind](chosen, load, folder)
+    print()
+    for text, holds in said:
+        print(("ok      " if holds else "MISSED  ") + text)
+    return int(not chosen.quick and not all(holds for _, holds in said))
+
+
+def build_deepspeed_communication() -> None:
+    """Compile DeepSpeed's shared-memory operator once, before ranks race to do it."""
+    try:
+        from deepspeed.ops.op_builder import ShareMemCommBuilder
+
+        ShareMemCommBuilder().load(verbose=False)
+    except ImportError:
+        pass  # DeepSpeed's rows say for themselves that it is absent
+
+
+def _attention(chosen: argparse.Namespace, load: float, folder: Path | None) -> list[tuple[str, bool]]:
+    rows: list[dict[str, Any]] = []
+    said = []
+    for row in registry.QUICK_ATTENTION_ROWS if chosen.quick else registry.ATTENTION_ROWS:
+        if chosen.rows and not any(part in row.name for part in chosen.rows):
+            continue
+        measured = run_ranks(row.ranks, attention.worker, row)
+        flat = report.attention_rows(measured, load)
+        print(f"\n{row.name}: causal, forward + backward, {row.ranks} CPU ranks")
+        report.show(flat, ATTENTION_COLUMNS)
+        rows += flat
+        said += report.verdicts(measured)
+    if folder and rows:
+        report.write("attention_cpu", rows, folder)
+    return said
+
+
+def _memory(chosen: argparse.Namespace, load: float, folder: Path | None) -> list[tuple[str, bool]]:
+    listed = registry.QUICK_MEMORY_ROWS if chosen.quick else registry.MEMORY_ROWS
+    measured = [run_ranks(row.ranks, memory.worker, row) for row in listed]
+    flat = report.memory_rows(measured, load)
+    print("\nring attention, peak bytes per rank, forward + backward, 8 heads of 64, fp32")
+    report.show(flat, ("local_tokens", "ranks", "peak_bytes_per_rank", "peak_in_local_tensors"))
+    if folder:
+        report.write("memory_cpu", flat, folder)
+    return memory.verdicts(measured)
+
+
+def _step(chosen: argparse.Namespace, load: float, folder: Path | None) -> list[tuple[str, bool]]:
+    row = registry.QUICK_STEP_ROW if chosen.quick else registry.STEP_ROW
+    measured = training_step.measure_row(row)
+    flat = report.step_rows(measured, load)
+    print(f"\ntraining step: Llama of {measured['parameters'] / 1e6:.1f} M parameters, ZeRO-3, {row.length} tokens, "
+          f"{row.ranks} CPU ranks")
+    report.show(flat, ("contestant", "tokens_per_cpu_second", "tokens_per_second", "cpu_seconds", "wall_seconds",
+                       "peak_bytes_per_rank", "ours_over_theirs_speed", "loss_difference", "note"))
+    if folder:
+        report.write("step_cpu", flat, folder)
+    return training_step.verdicts(measured)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
