@@ -12,30 +12,25 @@ import hashlib
 import json
 import os
 import time
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from longctx.data.text import Document, Source, open_source
+from longctx.data.survey import Progress, Survey
+from longctx.data.text import Source, open_source
 from longctx.data.tokenfile import TokenFile
+from longctx.data.tokenise import tokenise
 from longctx.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from longctx.data.tokenwriter import TokenWriter, disk_errors, publish_bytes
 from longctx.errors import DataError
 
 RECORD = "build.json"
 _RECIPE = 1  # raise when the same text and settings would give other files
-_BATCH_BYTES = 4 * 2**20
-_PIECE_CHARACTERS = 8 * 2**20
 _CLOCK_NS = 2 * 10**9  # a file changed less than this before the survey may change again unnoticed
 
 Sources = str | Path | Sequence[str | Path]
-Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all (0 while unknown)
 
 
 @dataclass(frozen=True)
@@ -126,8 +121,9 @@ def build_tokens(
         stamp = _stamp(opened)
         if found and stamp is not None and found["stamp"] == stamp and found["settings"] == asdict(settings):
             return _opened(folder, found, reused=True)
-        survey = _Survey(opened, seed, progress or _silent)
-        key = hashlib.sha256(json.dumps([asdict(settings), survey.content]).encode()).hexdigest()
+        survey = Survey(opened, seed, progress or _silent)
+        named = {**asdict(settings), "sources": survey.content}  # the same text from another place is the same build
+        key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
         reused = found is not None and found["key"] == key
         if found is None or not reused:
             (folder / RECORD).unlink(missing_ok=True)  # from here on the folder's files may not belong together
@@ -145,72 +141,16 @@ def open_build(folder: str | Path) -> TokenBuild:
     return _opened(Path(folder), found, reused=True)
 
 
-class _Survey:
-    """One pass over all documents: how many, how large, and 128 bits of hash of each (split and sample)."""
-
-    def __init__(self, sources: list[Source], seed: int, progress: Progress) -> None:
-        self.sources, self.seed, self.progress = sources, seed, progress
-        self.bytes = self.empty = 0
-        split, sample, sizes = array("Q"), array("Q"), array("Q")
-        content = hashlib.sha256()
-        for document in self._read():
-            digest = self.digest(document.text)
-            content.update(digest + document.name.encode(errors="replace") + b"\n")
-            split.append(int.from_bytes(digest[:8], "little"))
-            sample.append(int.from_bytes(digest[8:], "little"))
-            sizes.append(len(document.text.encode()))
-            self.bytes += sizes[-1]
-            progress("reading", self.bytes, 0)
-        self.skipped = {name: why for source in sources for name, why in source.skipped.items()}
-        if not split:
-            reason = next(iter(self.skipped.values()), "every document is blank")
-            raise DataError(
-                f"no text in {', '.join(getattr(s, 'name', None) or str(getattr(s, 'root', s)) for s in sources)} "
-                f"({len(self.skipped)} files left out; the first: {reason}); give UTF-8 text that is not empty"
-            )
-        self.content = content.hexdigest()
-        self.split, self.sample = np.array(split, np.uint64), np.array(sample, np.uint64)
-        self.sizes = np.array(sizes, np.int64)
-
-    def digest(self, text: str) -> bytes:
-        return hashlib.blake2b(text.encode(), digest_size=16, salt=(self.seed % 2**64).to_bytes(16, "little")).digest()
-
-    def _read(self) -> Iterator[Document]:
-        self.empty = 0
-        for source in self.sources:
-            for document in source.documents():
-                if document.text and not document.text.isspace():
-                    yield document
-                else:
-                    self.empty += 1
-
-    def documents(self) -> Iterator[tuple[int, Document]]:
-        """Read everything again. Raises: DataError if it is not what the survey saw."""
-        number = -1
-        for number, document in enumerate(self._read()):
-            digest = self.digest(document.text)
-            if number >= self.split.size or int.from_bytes(digest[:8], "little") != int(self.split[number]):
-                raise DataError(f"{document.name} changed while it was being read; build again when nothing writes to it")
-            yield number, document
-        if number + 1 != self.split.size:
-            raise DataError("documents disappeared while they were being read; build again when nothing writes to them")
-
-    def held_out(self, share: float) -> npt.NDArray[np.bool_]:
-        """Choose the documents with the smallest hashes: (documents,) bool."""
-        if share == 0 or self.split.size == 1:
-            return np.zeros(self.split.size, dtype=bool)
-        count = max(round(self.split.size * share), 1)
-        chosen = self.split <= np.partition(self.split, count - 1)[count - 1]
-        if bool(chosen.all()):
-            raise DataError(f"all {self.split.size} documents are the same text; give more text, or held_out 0")
-        return chosen
-
-
-def _write(folder: Path, survey: _Survey, fixed: Tokenizer | None, settings: _Settings, seconds: float) -> dict[str, Any]:
+def _write(
+    folder: Path, survey: Survey, fixed: Tokenizer | None, settings: _Settings, seconds: float
+) -> dict[str, Any]:
     """Tokenise and publish; return the record."""
     started = time.monotonic()
     held_out = survey.held_out(settings.held_out)
-    tokenizer = fixed or _train(survey, held_out, settings)
+    tokenizer = fixed
+    if tokenizer is None:
+        assert settings.vocabulary_size is not None
+        tokenizer = train_bpe(survey.training_sample(held_out, settings.sample_bytes), settings.vocabulary_size)
     tokenizer.save(folder / "tokenizer")
     cut = settings.held_out if survey.split.size == 1 else 0.0
     common: dict[str, Any] = {
@@ -223,10 +163,10 @@ def _write(folder: Path, survey: _Survey, fixed: Tokenizer | None, settings: _Se
     with TokenWriter(folder / "train.tokens", **common, metadata={**metadata, "part": "train"}) as train:
         if wants_both:
             with TokenWriter(folder / "held_out.tokens", **common, metadata={**metadata, "part": "held_out"}) as other:
-                _tokenise(survey, tokenizer, held_out, cut, train, other)
+                tokenise(survey, tokenizer, held_out, cut, train, other)
         else:
             (folder / "held_out.tokens").unlink(missing_ok=True)
-            _tokenise(survey, tokenizer, held_out, cut, train, train)
+            tokenise(survey, tokenizer, held_out, cut, train, train)
     report = {
         "documents": survey.split.size,
         "bytes": survey.bytes,
@@ -235,14 +175,14 @@ def _write(folder: Path, survey: _Survey, fixed: Tokenizer | None, settings: _Se
         "held_out_tokens": other.token_count if wants_both else 0,
         "empty": survey.empty,
         "skipped": len(survey.skipped),
-        "skipped_first": dict(list(survey.skipped.items())[:20]),
+        "skipped_first": dict(list(survey.skipped.items())[:5]),
         "seconds": round(seconds + time.monotonic() - started, 2),
     }
     names = ["train.tokens", "held_out.tokens"] if wants_both else ["train.tokens"]
     files = {}
     for name in names:
         with TokenFile(folder / name) as file:
-            file.verify()
+            file.verify()  # read back: what is on the disk is what was meant
             files[name] = file.identity
     return {
         "files": files,
@@ -250,80 +190,6 @@ def _write(folder: Path, survey: _Survey, fixed: Tokenizer | None, settings: _Se
         "tokenizer_hash": tokenizer.hash,
         "report": report,
     }
-
-
-def _train(survey: _Survey, held_out: npt.NDArray[np.bool_], settings: _Settings) -> Tokenizer:
-    """Train a BPE on a sample of the training documents, chosen by their hashes."""
-    assert settings.vocabulary_size is not None
-    wanted = min(settings.sample_bytes / max(survey.bytes, 1), 1.0)
-    chosen = ~held_out & ((survey.sample.astype(np.float64) / 2**64 < wanted) | (wanted == 1.0))
-    if not bool(chosen.any()):
-        chosen = ~held_out  # few, large documents
-    budget = settings.sample_bytes + settings.sample_bytes // 4
-
-    def texts() -> Iterator[str]:
-        done = 0
-        for number, document in survey.documents():
-            if chosen[number] and done < budget:
-                text = document.text[: budget - done]
-                done += len(text.encode())
-                survey.progress("training the tokenizer", done, min(budget, survey.bytes))
-                yield text
-
-    return train_bpe(texts(), settings.vocabulary_size)
-
-
-def _tokenise(
-    survey: _Survey,
-    tokenizer: Tokenizer,
-    held_out: npt.NDArray[np.bool_],
-    cut: float,
-    train: TokenWriter,
-    other: TokenWriter,
-) -> None:
-    batch: list[tuple[TokenWriter, str, list[str]]] = []
-    size = done = 0
-
-    def flush() -> None:
-        nonlocal size, done
-        pieces = [piece for _, _, texts in batch for piece in texts]
-        encoded = iter(tokenizer.encode_batch(pieces))
-        for writer, name, texts in batch:
-            ids = np.concatenate([next(encoded) for _ in texts])
-            if ids.size:
-                writer.add(ids, name)
-        done += size
-        size = 0
-        batch.clear()
-        survey.progress("tokenising", done, survey.bytes)
-
-    for number, document in survey.documents():
-        parts = [(other if held_out[number] else train, document.name, document.text)]
-        if cut:  # the only document: its end is held out
-            middle = _line_start(document.text, round(len(document.text) * (1 - cut)))
-            parts = [(train, document.name, document.text[:middle]), (other, document.name, document.text[middle:])]
-        for writer, name, text in parts:
-            batch.append((writer, name, _pieces(text)))
-        size += int(survey.sizes[number])
-        if size >= _BATCH_BYTES:
-            flush()
-    flush()
-
-
-def _pieces(text: str) -> list[str]:
-    """Cut a very long text at line starts: the package needs some hundred bytes of memory for each token at once."""
-    pieces, begin = [], 0
-    while len(text) - begin > _PIECE_CHARACTERS:
-        end = _line_start(text, begin + _PIECE_CHARACTERS, begin + 1)
-        pieces.append(text[begin:end])
-        begin = end
-    return [*pieces, text[begin:]]
-
-
-def _line_start(text: str, place: int, least: int = 1) -> int:
-    """Return the start of a line at or before ``place``, or ``place`` if there is none after ``least``."""
-    found = text.rfind("\n", least, place) + 1
-    return found if found > least else max(min(place, len(text) - 1), 1)
 
 
 def _resolve(tokenizer: str | Path | Tokenizer) -> Tokenizer | None:

@@ -107,7 +107,8 @@ def _shards(rows: PackedRows, sample: int, layout: Layout, ring: int, ulysses: i
         table.add_row(Text(f"rank {rank}", style="bold"), _bar(document_ids[edges], share > 0.5))
     starts = (np.flatnonzero(np.diff(document_ids)) + 1).tolist()
     caption = f"{len(starts)} borders at {', '.join(map(str, starts[:12]))}{' …' if len(starts) > 12 else ''}"
-    title = f"row {sample}: {layout.name}, ring {ring} x ulysses {ulysses}, {padded // (ring * ulysses):,} tokens a rank"
+    local = padded // (ring * ulysses)
+    title = f"row {sample}: {layout.name}, ring {ring} x ulysses {ulysses}, {local:,} tokens a rank"
     return Panel(Group(table, Text(caption, style="dim")), title=title)
 
 

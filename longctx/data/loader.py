@@ -159,7 +159,8 @@ class ShardedLoader:
         for name, ours in (("data", self.rows.identity), ("seed", self.seed)):
             if state[name] != ours:
                 raise DataError(
-                    f"cannot continue: the checkpoint counted samples of {name} {state[name]!r}, this run has {ours!r}; "
+                    f"cannot continue: the checkpoint counted samples of {name} {state[name]!r}, this run has "
+                    f"{ours!r}; "
                     "use the same files, packing, sequence_length and seed, or start a new run"
                 )
         self.seek(int(state["samples_consumed"]))
@@ -253,6 +254,7 @@ class EvaluationLoader:
         self.rows.check_unchanged()
         for step in range(len(self)):
             first = (step * self.mesh.data_size + self.mesh.data_rank) * self.micro_batch
-            parts = [self.rows.read(int(row), self._positions) for row in self.row_ids[first : first + self.micro_batch]]
+            mine = self.row_ids[first : first + self.micro_batch]
+            parts = [self.rows.read(int(row), self._positions) for row in mine]
             parts += [empty_part(self._positions.size)] * (self.micro_batch - len(parts))
             yield [micro_batch_of(parts)]

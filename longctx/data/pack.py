@@ -91,10 +91,12 @@ class BestFitPacking:
         pieces_of = -(-lengths // sequence_length)
         documents = np.repeat(np.arange(lengths.size, dtype=np.int64), pieces_of)
         first_piece = np.cumsum(pieces_of) - pieces_of
-        inside = np.arange(documents.size, dtype=np.int64) - first_piece[documents]  # number of the piece in its document
+        inside = np.arange(documents.size, dtype=np.int64) - first_piece[documents]  # which piece of its document
         starts = offsets[documents] + inside * sequence_length
         piece_lengths = np.minimum(offsets[documents + 1] - starts, sequence_length)
         row, self.rows = best_fit(piece_lengths, sequence_length)
+        _, first = np.unique(row, return_index=True)
+        row = np.argsort(np.argsort(first))[row]  # number rows by where they begin in the file
         order = np.argsort(row, kind="stable")  # inside a row, pieces keep the order of the file
         self._starts, self._lengths, self._documents = starts[order], piece_lengths[order], documents[order]
         self._bounds = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=self.rows))])

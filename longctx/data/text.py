@@ -13,7 +13,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import IO, BinaryIO, NamedTuple, Protocol
 
 from longctx.errors import DataError, MissingPackageError
 
@@ -59,7 +59,7 @@ class Files:
         self.skipped: dict[str, str] = {}
 
     def stamp(self) -> list[list[str | int]]:
-        return [[str(file), (status := file.stat()).st_size, status.st_mtime_ns] for file in self.files]
+        return [[os.path.abspath(file), (status := file.stat()).st_size, status.st_mtime_ns] for file in self.files]
 
     def documents(self) -> Iterator[Document]:
         self.skipped = {}
@@ -180,7 +180,7 @@ def standard_library() -> Source:
 
 
 def walk(folder: Path, leave_out: set[str] | None = None) -> list[Path]:
-    """Return all regular files below ``folder`` that are not hidden, sorted by path; links to folders are not followed."""
+    """Return all visible regular files below ``folder``, sorted by path; links to folders are not followed."""
     found = []
     for base, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in (leave_out or ())]
@@ -197,7 +197,7 @@ def read_text(file: Path) -> str:
     with _opened(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > _MAX_TEXT_BYTES:
-            raise DataError(f"{file}: {size} bytes are too large for one document; split it, or make a JSONL file of it")
+            raise DataError(f"{file}: {size} bytes are too large for one document; split it, or make JSONL of it")
         data = stream.read(_MAX_TEXT_BYTES)
     if not data.strip():
         raise DataError(f"{file} is empty (or only blanks); give text")
@@ -219,7 +219,7 @@ def _opened(file: Path) -> BinaryIO:
         raise DataError(f"{file} cannot be read: {error.strerror}") from None
 
 
-def _line(stream: BinaryIO, file: Path, number: int) -> bytes:
+def _line(stream: IO[bytes] | gzip.GzipFile, file: Path, number: int) -> bytes:
     try:
         line = stream.readline(_MAX_LINE_BYTES + 1)
     except (OSError, EOFError, ValueError, zlib.error) as error:  # a damaged .gz

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -117,14 +117,15 @@ class TokenStore:
         """Let go of the file; the arrays stay valid while someone holds them."""
         self._stream.close()
 
-    def __enter__(self) -> TokenStore:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.path)!r}: {self.token_count} tokens in {self.document_count} documents)"
+        counts = f"{self.token_count} tokens in {self.document_count} documents"
+        return f"{type(self).__name__}({str(self.path)!r}: {counts})"
 
 
 class TokenFile(TokenStore):
@@ -183,7 +184,7 @@ class TokenFile(TokenStore):
         try:
             metadata = json.loads(raw.tobytes() or b"{}")
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: its metadata is damaged ({error}); build it again with `longctx data build`") from None
+            raise DataError(f"{path}: its metadata is damaged ({error}); run `longctx data build` again") from None
         return metadata if isinstance(metadata, dict) else {}
 
     def name(self, index: int) -> str:
@@ -201,7 +202,7 @@ class TokenFile(TokenStore):
         """
         digest = hashlib.sha256()
         for begin in range(HEADER_BYTES, self._raw.shape[0], _BLOCK):
-            digest.update(self._raw[begin : begin + _BLOCK])
+            digest.update(memoryview(self._raw[begin : begin + _BLOCK]))
         if digest.digest() != self.header.payload_hash:
             raise DataError(
                 f"{self.path}: offset {HEADER_BYTES}: the checksum of its content is wrong, the file is damaged; "
@@ -237,8 +238,8 @@ def bad_token(store: TokenStore, offset: int) -> DataError:
     """Return the error for a token outside the vocabulary at ``offset`` (in tokens)."""
     document = int(np.searchsorted(store.offsets, offset, side="right")) - 1
     return DataError(
-        f"{store.path}: token {offset} ({store.name(document)}) is {int(store.tokens[offset])}, outside the vocabulary of "
-        f"{store.vocabulary_size}: the file is damaged or was made with another tokenizer or integer type; build it again"
+        f"{store.path}: token {offset} ({store.name(document)}) is {int(store.tokens[offset])}, outside the vocabulary "
+        f"of {store.vocabulary_size}: the file is damaged, or was made with another tokenizer or integer type"
     )
 
 

@@ -115,7 +115,7 @@ def parse(raw: bytes, file_bytes: int, path: Path) -> Header:
         raise DataError(f"{path}: offset 0: {_foreign(raw)}")
     if len(raw) < HEADER_BYTES:
         raise DataError(
-            f"{path}: offset {len(raw)}: truncated inside its header of {HEADER_BYTES} bytes; copy it again or {_REBUILD}"
+            f"{path}: offset {len(raw)}: truncated inside its {HEADER_BYTES}-byte header; copy it again or {_REBUILD}"
         )
     version = struct.unpack_from("<I", raw, 8)[0]
     if hashlib.sha256(raw[:_CHECKED_BYTES]).digest() != raw[_CHECKED_BYTES:HEADER_BYTES]:
@@ -134,8 +134,8 @@ def parse(raw: bytes, file_bytes: int, path: Path) -> Header:
         )
     if header.file_bytes < file_bytes:
         raise DataError(
-            f"{path}: offset {header.file_bytes}: {file_bytes - header.file_bytes} bytes follow the end that its header "
-            f"states; copy it again or {_REBUILD}"
+            f"{path}: offset {header.file_bytes}: {file_bytes - header.file_bytes} bytes follow the end that its "
+            f"header states; copy it again or {_REBUILD}"
         )
     return header
 

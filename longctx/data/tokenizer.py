@@ -16,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from longctx.data.tokenwriter import disk_errors, publish_bytes
+from longctx.data.words import Tokens, WordTable, applies
 from longctx.errors import DataError, MissingPackageError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-
-Tokens = npt.NDArray[np.uint32]
 
 
 class Tokenizer:
@@ -112,9 +111,15 @@ class LibraryTokenizer(Tokenizer):
         backend.encode_special_tokens = True  # "<|endoftext|>" inside a text is text, it cannot end a document
         super().__init__(json.loads(backend.to_str()), end_of_document)
         self.backend = backend
+        self._words = WordTable(self._encode_batch) if applies(self.json) else None
         self.vocabulary_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        if self._words is None:
+            return self._encode_batch(texts)
+        return [self._words.encode(text) for text in texts]
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
@@ -206,7 +211,7 @@ def tokenizer_hash(content: dict[str, Any], end_of_document: int | None) -> str:
         "merges": merges,
         "added_tokens": sorted(added),
         "normalizer": _essential(content.get("normalizer")),
-        "pre_tokenizer": _essential({k: v for k, v in (content.get("pre_tokenizer") or {}).items() if k != "trim_offsets"}),
+        "pre_tokenizer": _essential(content.get("pre_tokenizer")),
         "end_of_document": end_of_document,
     }
     return hashlib.sha256(json.dumps(named, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from longctx.data.tokenfile import check_offsets
 from longctx.data.tokenformat import HEADER_BYTES, MAX_METADATA_BYTES, MAX_VOCABULARY, Header
 from longctx.errors import DataError
+
+_BLOCK = 2**22
 
 
 class TokenWriter:
@@ -90,6 +93,25 @@ class TokenWriter:
         self._names += name.encode(errors="replace")
         self._name_offsets.append(len(self._names))
 
+    def extend(self, tokens: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> None:
+        """Append many documents as they are: no end-of-document token is added, names stay empty.
+
+        Args:
+            tokens: (N,) integers.
+            offsets: (documents + 1,) int64, rising strictly from 0 to N.
+        """
+        check_offsets(offsets, tokens.size, self.path)
+        for begin in range(0, tokens.size, _BLOCK):
+            block = tokens[begin : begin + _BLOCK]
+            if int(block.max()) >= self.vocabulary_size or int(block.min()) < 0:
+                raise DataError(
+                    f"{self.path}: tokens outside the vocabulary of {self.vocabulary_size} were to be added"
+                )
+            self._write(block.astype(self._dtype).tobytes())
+        self._offsets.frombytes((offsets[1:] + self.token_count).astype(np.uint64).tobytes())
+        self._name_offsets.frombytes(np.full(offsets.size - 1, len(self._names), np.uint64).tobytes())
+        self.token_count += tokens.size
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._discard()
@@ -99,7 +121,7 @@ class TokenWriter:
 
     def _publish(self) -> None:
         if self.document_count == 0:
-            raise DataError(f"{self.path}: no document was added, so there is nothing to train on; give text that is not empty")
+            raise DataError(f"{self.path}: no document was added, there is nothing to train on; give text")
         self.metadata.setdefault("format", "longctx tokens")
         metadata = json.dumps(self.metadata, sort_keys=True).encode()
         if len(metadata) > MAX_METADATA_BYTES:
