@@ -76,8 +76,8 @@ def read_megatron(path: str | Path, vocabulary_size: int, *, end_of_document: in
     ends = np.cumsum([_MEGATRON_HEADER, 4 * sequences, 8 * sequences, 8 * documents], dtype=object).tolist()
     if sequences < 1 or documents < 2 or ends[-1] not in (raw.size, raw.size - sequences):  # a byte each for the mode
         raise DataError(
-            f"{index}: offset 18: {sequences} sequences in {documents - 1} documents need {ends[-1]} bytes, but the file "
-            f"has {raw.size}; copy it again"
+            f"{index}: offset 18: {sequences} sequences in {documents - 1} documents need {ends[-1]} bytes, but the "
+            f"file has {raw.size}; copy it again"
         )
     lengths = raw[ends[0] : ends[1]].view("<i4").astype(np.int64)
     pointers, borders = raw[ends[1] : ends[2]].view("<i8"), raw[ends[2] : ends[3]].view("<i8")
@@ -133,7 +133,7 @@ def write_nanogpt(store: TokenStore, path: str | Path) -> None:
 
 
 def write_megatron(store: TokenStore, path: str | Path) -> None:
-    """Write ``NAME.bin`` and ``NAME.idx``, a sequence a document; int32 from 65,500 tokens of vocabulary, as Megatron."""
+    """Write ``NAME.bin`` and ``NAME.idx``, a sequence a document; int32 from a vocabulary of 65,500, as Megatron."""
     path = Path(path)
     stem = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     code, kind = (8, "<u2") if store.vocabulary_size < 65500 else (4, "<i4")

@@ -202,7 +202,7 @@ class TokenFile(TokenStore):
         """
         digest = hashlib.sha256()
         for begin in range(HEADER_BYTES, self._raw.shape[0], _BLOCK):
-            digest.update(memoryview(self._raw[begin : begin + _BLOCK]))
+            digest.update(self._raw[begin : begin + _BLOCK].data)
         if digest.digest() != self.header.payload_hash:
             raise DataError(
                 f"{self.path}: offset {HEADER_BYTES}: the checksum of its content is wrong, the file is damaged; "
