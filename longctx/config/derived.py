@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from longctx.config.architecture import parameter_count
 from longctx.config.fields import Section
 from longctx.config.schema import RunConfig
@@ -15,28 +17,19 @@ CPU_RANKS = 2
 class Derived(Section):
     """Sizes of a run that no key gives directly."""
 
-    world: int
-    """ranks in all"""
-    ring: int
-    """ranks that pass keys and values of one sequence around"""
-    ulysses: int
-    """ranks that exchange heads of one sequence"""
-    data: int
-    """replicas"""
-    micro_batch: int
-    """rows in one forward of one replica"""
-    accumulation: int
-    """micro-batches of one optimizer step"""
-    global_batch: int
-    """rows of one optimizer step"""
-    padded_length: int
-    """tokens of a row after padding, so that every rank holds as many"""
-    local_length: int
-    """tokens of a row on one rank"""
-    tokens_per_step: int
-    """tokens of one optimizer step, without padding"""
-    parameters: int | None
-    """parameters of the model, about; None where they are not known before loading"""
+    world: int = Field(description="ranks in all")
+    ring: int = Field(description="ranks that pass keys and values of one sequence around")
+    ulysses: int = Field(description="ranks that exchange heads of one sequence")
+    data: int = Field(description="replicas")
+    micro_batch: int = Field(description="rows in one forward of one replica")
+    accumulation: int = Field(description="micro-batches of one optimizer step")
+    global_batch: int = Field(description="rows of one optimizer step")
+    padded_length: int = Field(description="tokens of a row after padding, so that every rank holds as many")
+    local_length: int = Field(description="tokens of a row on one rank")
+    tokens_per_step: int = Field(description="tokens of one optimizer step, without padding")
+    parameters: int | None = Field(
+        description="parameters of the model, about; None where they are not known before loading"
+    )
 
 
 def world_size(config: RunConfig, default: int = CPU_RANKS) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from longctx.config.derived import Derived, derive
+from longctx.config.derived import CPU_RANKS, Derived, derive, world_size
 from longctx.config.fields import environment_ok
 from longctx.config.keys import expected, leaves, nearest, sections
 from longctx.config.load import Loaded
@@ -23,20 +23,20 @@ class Row(NamedTuple):
     expected: str
 
 
-def explain(loaded: Loaded | None, wanted: list[str], world: int | None = None) -> list[Row]:
+def explain(loaded: Loaded | None, wanted: list[str], default_world: int = CPU_RANKS) -> list[Row]:
     """Return a row for each wanted key or section (all keys when ``wanted`` is empty).
 
     Args:
         loaded: a configuration; None shows the schema's defaults.
         wanted: dotted keys, section names, or ``derived``.
-        world: ranks in all, for derived sizes; found out when None.
+        default_world: ranks this machine starts by itself.
 
     Raises:
         ConfigError: there is no such key.
     """
     rows = [_row(key, loaded) for key in leaves()]
     if loaded is not None:
-        rows += _derived_rows(derive(loaded.config, world))
+        rows += _derived_rows(derive(loaded.config, world_size(loaded.config, default_world)))
     if not wanted:
         return rows
     chosen = []

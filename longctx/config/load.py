@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from longctx.config import overrides as command_line
+from longctx.config.derived import CPU_RANKS, world_size
 from longctx.config.keys import expected, leaves, sections
+from longctx.config.machine import inspect
 from longctx.config.problems import InvalidConfig, Place, Problem, show
 from longctx.config.rules import Finding, broken
 from longctx.config.schema import RunConfig
@@ -24,35 +26,42 @@ class Loaded(NamedTuple):
     config: RunConfig
     sources: dict[str, Place]
     """dotted key -> place; a key that is missing here has its default"""
+    document: Document
+    name: str
+
+    def problem(self, finding: Finding) -> Problem:
+        """Return a finding about this configuration with its place."""
+        path = tuple(finding.key.split(".")) if finding.key else ()
+        return Problem(_place(self.document, path, self.name), finding.key, finding.message, finding.code)
 
 
-def load(path: str | Path, overrides: Iterable[str] = (), *, world: int | None = None) -> RunConfig:
+def load(path: str | Path, overrides: Iterable[str] = (), *, default_world: int = CPU_RANKS) -> RunConfig:
     """Read, validate and cross-check a configuration.
 
     Args:
         path: a YAML file.
         overrides: ``section.key=value`` strings, stronger than the file.
-        world: ranks in all; found out (launcher, GPUs, CPU) when None.
+        default_world: ranks this machine starts by itself where neither a launcher nor `mesh` says how many.
 
     Raises:
         InvalidConfig: a ConfigError with every problem, one line each.
     """
-    return load_with_sources(path, overrides, world=world).config
+    return load_with_sources(path, overrides, default_world=default_world).config
 
 
-def load_with_sources(path: str | Path, overrides: Iterable[str] = (), *, world: int | None = None) -> Loaded:
+def load_with_sources(path: str | Path, overrides: Iterable[str] = (), *, default_world: int = CPU_RANKS) -> Loaded:
     """Like ``load``, and say where each value came from."""
-    return _finish(read(path), str(path), overrides, world)
+    return _finish(read(path), str(path), overrides, default_world)
 
 
 def loads(
-    text: str | bytes, overrides: Iterable[str] = (), *, name: str = "<text>", world: int | None = None
+    text: str | bytes, overrides: Iterable[str] = (), *, name: str = "<text>", default_world: int = CPU_RANKS
 ) -> Loaded:
     """Like ``load_with_sources`` for text that is already in memory."""
-    return _finish(parse(text, name), name, overrides, world)
+    return _finish(parse(text, name), name, overrides, default_world)
 
 
-def _finish(document: Document, name: str, overrides: Iterable[str], world: int | None) -> Loaded:
+def _finish(document: Document, name: str, overrides: Iterable[str], default_world: int) -> Loaded:
     if not isinstance(document.value, dict):
         what = "is empty" if document.value is None else f"got {show(document.value)}; expected sections"
         hint = f"write {', '.join(sections())}, or let `longctx init` write a first one"
@@ -65,16 +74,24 @@ def _finish(document: Document, name: str, overrides: Iterable[str], world: int 
         raise InvalidConfig([*document.problems, *_translate(error, document, name)]) from None
     if document.problems:
         raise InvalidConfig(document.problems)
-    findings = broken(config, world)
-    if findings:
-        raise InvalidConfig(_locate(finding, document, name) for finding in findings)
     sources = {key: document.values[path] for key in leaves() if (path := tuple(key.split("."))) in document.values}
-    return Loaded(config, sources)
+    loaded = Loaded(config, sources, document, name)
+    findings = broken(config, world_size(config, default_world))
+    if findings:
+        raise InvalidConfig(map(loaded.problem, findings))
+    return loaded
 
 
-def _locate(finding: Finding, document: Document, name: str) -> Problem:
-    path = tuple(finding.key.split(".")) if finding.key else ()
-    return Problem(_place(document, path, name), finding.key, finding.message, finding.code)
+def require_machine(loaded: Loaded) -> list[str]:
+    """Check that this machine has what a configuration needs, and return what is worth knowing besides.
+
+    Raises:
+        InvalidConfig: a file is missing, a folder cannot be written, the disk is too small, a package is absent.
+    """
+    report = inspect(loaded.config)
+    if report.findings:
+        raise InvalidConfig(map(loaded.problem, report.findings))
+    return report.notes
 
 
 def _place(document: Document, path: Key, name: str) -> Place:

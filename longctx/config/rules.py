@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from longctx.config import architecture
 from longctx.config.deepspeed import conflicts, to_deepspeed
-from longctx.config.derived import derive, world_size
+from longctx.config.derived import derive
 from longctx.config.fields import Section
 from longctx.config.problems import redact, show
 from longctx.config.schema import RunConfig
@@ -24,10 +24,10 @@ class Finding(NamedTuple):
     code: str
 
 
-def broken(config: RunConfig, world: int | None = None) -> list[Finding]:
-    """Return every rule that ``config`` breaks in a world of ``world`` ranks (found out when None)."""
+def broken(config: RunConfig, world: int) -> list[Finding]:
+    """Return every rule that ``config`` breaks in a world of ``world`` ranks."""
     findings = [finding for rule in _RULES for finding in rule(config)]
-    return findings + list(_sizes(config, world_size(config) if world is None else world, bool(findings)))
+    return findings + list(_sizes(config, world, bool(findings)))
 
 
 def _changed(section: Section) -> set[str]:
@@ -199,6 +199,9 @@ _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
 def _sizes(config: RunConfig, world: int, others: bool) -> Iterator[Finding]:
     """Rules that need the world: the grid, the batch, the length, and DeepSpeed's own view of them."""
     mesh, length, layout = config.mesh, config.data.sequence_length, config.attention.layout
+    if mesh.world not in ("auto", world):
+        yield Finding("mesh.world", f"got {mesh.world}, but the launcher started {world} ranks; remove the key", "mesh")
+        return
     try:
         grid = mesh.grid(world)
     except ConfigError as error:

@@ -18,21 +18,16 @@ from longctx.config.sections.zero import Zero
 class RunConfig(Section):
     """A training run. Validated once by `longctx.config.load.load`, then only read."""
 
-    model: Model
-    """what is trained"""
-    mesh: Mesh = Mesh()
-    """how ranks are arranged"""
-    attention: Attention = Attention()
-    """how attention is computed"""
-    data: Data
-    """what it is trained on"""
-    train: Train
-    """the loop"""
-    zero: Zero = Zero()
-    """what DeepSpeed shards"""
-    checkpoint: Checkpoint = Checkpoint()
-    """saving and resuming"""
-    output: Output
-    """the run directory"""
-    deepspeed: Raw = Field(default_factory=dict)
-    """further keys of DeepSpeed's own configuration, merged in; those that a section above owns are refused"""
+    model: Model = Field(description="what is trained")
+    mesh: Mesh = Field(Mesh(), description="how ranks are arranged")
+    attention: Attention = Field(Attention(), description="how attention is computed")
+    data: Data = Field(description="what it is trained on")
+    train: Train = Field(description="the loop")
+    zero: Zero = Field(Zero(), description="what DeepSpeed shards")
+    checkpoint: Checkpoint = Field(Checkpoint(), description="saving and resuming")
+    output: Output = Field(description="the run directory")
+    deepspeed: Raw = Field(
+        default_factory=dict,
+        description="further keys of DeepSpeed's own configuration, merged in; those that a section above owns are "
+        "refused",
+    )

@@ -12,23 +12,38 @@ from longctx.config.fields import HumanInt, Section, Texts, environment_field
 class Data(Section):
     """Text sources, the tokenizer, and how documents are packed into rows."""
 
-    sources: Annotated[Texts, Field(min_length=1)] = environment_field()
-    """text or .jsonl files, folders, hf:NAME[[:CONFIG]:SPLIT]; python-stdlib is this Python's own source code"""
-    text_field: str = Field("text", min_length=1)
-    """the key that holds the text in a JSONL line or a dataset row"""
-    tokenizer: str = environment_field("bpe", min_length=1)
-    """bpe: train a byte-level BPE of `vocab_size`; bytes: a token a byte; else a tokenizer.json or its folder"""
-    vocab_size: HumanInt = Field(8192, ge=257, le=2**20)
-    """size of the BPE to train (only for `tokenizer: bpe`)"""
-    sample_bytes: HumanInt = Field(10_000_000, ge=1000, le=2**40)
-    """how much text the BPE learns from (only for `tokenizer: bpe`)"""
-    sequence_length: HumanInt = Field(ge=2, le=2**32)
-    """tokens of one row, before it is split over the ring"""
-    packing: Literal["concat", "best_fit"] = "concat"
-    """concat: documents end to end, cut at row ends; best_fit: documents kept whole where they fit"""
-    held_out: float = Field(0.02, ge=0, le=0.5)
-    """share of the documents kept for evaluation and never trained on; 0: no evaluation"""
-    folder: str | None = environment_field(None, min_length=1)
-    """where token files are kept and found again; default: the folder `tokens` in output.folder"""
-    seed: HumanInt = Field(0, ge=0, lt=2**63)
-    """order of the samples, and the choice of held-out documents"""
+    sources: Annotated[Texts, Field(min_length=1)] = environment_field(
+        description="text or .jsonl files, folders, hf:NAME[[:CONFIG]:SPLIT], or python-stdlib (this Python's source)",
+    )
+    text_field: str = Field(
+        "text", min_length=1, description="the key that holds the text in a JSONL line or a dataset row"
+    )
+    tokenizer: str = environment_field(
+        "bpe",
+        min_length=1,
+        description="bpe: train a byte-level BPE of `vocab_size`; bytes: a token a byte; else a tokenizer.json or its "
+        "folder",
+    )
+    vocab_size: HumanInt = Field(
+        8192, ge=257, le=2**20, description="size of the BPE to train (only for `tokenizer: bpe`)"
+    )
+    sample_bytes: HumanInt = Field(
+        10_000_000, ge=1000, le=2**40, description="how much text the BPE learns from (only for `tokenizer: bpe`)"
+    )
+    sequence_length: HumanInt = Field(ge=2, le=2**32, description="tokens of one row, before it is split over the ring")
+    packing: Literal["concat", "best_fit"] = Field(
+        "concat",
+        description="concat: documents end to end, cut at row ends; best_fit: documents kept whole where they fit",
+    )
+    held_out: float = Field(
+        0.02,
+        ge=0,
+        le=0.5,
+        description="share of the documents kept for evaluation and never trained on; 0: no evaluation",
+    )
+    folder: str | None = environment_field(
+        None,
+        min_length=1,
+        description="where token files are kept and found again; default: the folder `tokens` in output.folder",
+    )
+    seed: HumanInt = Field(0, ge=0, lt=2**63, description="order of the samples, and the choice of held-out documents")

@@ -26,14 +26,22 @@ class Grid(NamedTuple):
 class Mesh(Section):
     """The grid of ranks. One sequence is split over ring x ulysses ranks; data is the number of replicas."""
 
-    ring: AutoInt = "auto"
-    """ranks that share one sequence by passing keys and values around; auto: what `data` and `ulysses` leave"""
-    ulysses: HumanInt = Field(1, ge=1, le=1024)
-    """ranks that share one sequence by exchanging heads; only 1 is built so far"""
-    data: AutoInt = "auto"
-    """replicas, each with sequences of its own; auto: world / (ring x ulysses), and 1 when ring is auto too"""
-    world: AutoInt = "auto"
-    """ranks in all; auto: what the launcher started, else one per GPU, else 2 CPU processes"""
+    ring: AutoInt = Field(
+        "auto",
+        description="ranks that share one sequence by passing keys and values around; auto: what `data` and `ulysses` "
+        "leave",
+    )
+    ulysses: HumanInt = Field(
+        1, ge=1, le=1024, description="ranks that share one sequence by exchanging heads; only 1 is built so far"
+    )
+    data: AutoInt = Field(
+        "auto",
+        description="replicas, each with sequences of its own; auto: world / (ring x ulysses), and 1 when ring is auto "
+        "too",
+    )
+    world: AutoInt = Field(
+        "auto", description="ranks in all; auto: what the launcher started, else one per GPU, else 2 CPU processes"
+    )
 
     def grid(self, world: int) -> Grid:
         """Fill in `auto` for a world of `world` ranks.

@@ -14,31 +14,48 @@ Architecture = Literal["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_te
 class Model(Section):
     """The model: `architecture` and sizes to start from random weights, or `pretrained` to start from a folder."""
 
-    architecture: Architecture | None = None
-    """transformers model type to build from scratch; leave it out when `pretrained` is given"""
-    pretrained: str | None = environment_field(None, min_length=1)
-    """local folder with config.json and safetensors; nothing is downloaded and no code in it is run"""
-    hidden_size: HumanInt | None = Field(None, ge=8, le=2**20)
-    """width of the residual stream"""
-    layers: HumanInt | None = Field(None, ge=1, le=4096)
-    """number of transformer blocks"""
-    heads: HumanInt | None = Field(None, ge=1, le=4096)
-    """query heads of each layer"""
-    kv_heads: HumanInt | None = Field(None, ge=1, le=4096)
-    """key/value heads (grouped-query attention); default: as many as `heads`"""
-    head_dim: HumanInt | None = Field(None, ge=2, le=1024)
-    """size of one head; default: hidden_size / heads"""
-    intermediate_size: HumanInt | None = Field(None, ge=8, le=2**22)
-    """width of the MLP; default: 8/3 of hidden_size (4 of it for gpt2 and phi), rounded up to a multiple of 64"""
-    vocab_size: HumanInt | None = Field(None, ge=2, le=2**24)
-    """rows of the embedding; default: the tokenizer's size"""
-    max_positions: HumanInt | None = Field(None, ge=2, le=2**32)
-    """longest sequence the model is declared for (learned positions, RoPE scaling); default: data.sequence_length"""
-    tie_embeddings: bool = False
-    """share the embedding with the output layer"""
-    extra: Raw = Field(default_factory=dict)
-    """further keywords for the transformers config, e.g. rope_parameters; they win over nothing that is named above"""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """arithmetic of forward and backward; bf16 keeps fp32 master weights in the optimizer"""
-    activation_checkpointing: bool = False
-    """recompute each layer in backward instead of keeping its activations; needed for long sequences"""
+    architecture: Architecture | None = Field(
+        None, description="transformers model type to build from scratch; leave it out when `pretrained` is given"
+    )
+    pretrained: str | None = environment_field(
+        None,
+        min_length=1,
+        description="local folder with config.json and safetensors; nothing is downloaded and no code in it is run",
+    )
+    hidden_size: HumanInt | None = Field(None, ge=8, le=2**20, description="width of the residual stream")
+    layers: HumanInt | None = Field(None, ge=1, le=4096, description="number of transformer blocks")
+    heads: HumanInt | None = Field(None, ge=1, le=4096, description="query heads of each layer")
+    kv_heads: HumanInt | None = Field(
+        None, ge=1, le=4096, description="key/value heads (grouped-query attention); default: as many as `heads`"
+    )
+    head_dim: HumanInt | None = Field(None, ge=2, le=1024, description="size of one head; default: hidden_size / heads")
+    intermediate_size: HumanInt | None = Field(
+        None,
+        ge=8,
+        le=2**22,
+        description="width of the MLP; default: 8/3 of hidden_size (4 for gpt2 and phi), rounded up to a multiple "
+        "of 64",
+    )
+    vocab_size: HumanInt | None = Field(
+        None, ge=2, le=2**24, description="rows of the embedding; default: the tokenizer's size"
+    )
+    max_positions: HumanInt | None = Field(
+        None,
+        ge=2,
+        le=2**32,
+        description="longest sequence the model is declared for (learned positions, RoPE scaling); default: "
+        "data.sequence_length",
+    )
+    tie_embeddings: bool = Field(False, description="share the embedding with the output layer")
+    extra: Raw = Field(
+        default_factory=dict,
+        description="further keywords for the transformers config, e.g. rope_parameters; they win over nothing that is "
+        "named above",
+    )
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="arithmetic of forward and backward; bf16 keeps fp32 master weights in the optimizer"
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="recompute each layer in backward instead of keeping its activations; needed for long sequences",
+    )

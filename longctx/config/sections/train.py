@@ -12,41 +12,41 @@ from longctx.config.fields import HumanInt, Pair, Section
 class Train(Section):
     """One optimizer step trains on `global_batch` rows = micro_batch x accumulation x data replicas."""
 
-    steps: HumanInt = Field(ge=1, le=2**40)
-    """optimizer steps in all"""
-    global_batch: HumanInt | None = Field(None, ge=1, le=2**30)
-    """rows per optimizer step over the whole mesh; default: micro_batch x data replicas (no accumulation)"""
-    micro_batch: HumanInt = Field(1, ge=1, le=2**20)
-    """rows in one forward and backward of one replica"""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """update rule"""
-    lr: float = Field(3e-4, gt=0, le=1e3)
-    """peak learning rate"""
-    betas: Pair = (0.9, 0.95)
-    """AdamW's two decay rates, each at least 0 and below 1"""
-    eps: float = Field(1e-8, gt=0, le=1)
-    """AdamW's epsilon"""
-    weight_decay: float = Field(0.1, ge=0, le=1)
-    """decoupled weight decay of matrices; vectors (norms, biases) have none"""
-    momentum: float = Field(0.0, ge=0, lt=1)
-    """SGD's momentum"""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """shape of the learning rate after warm-up, down to min_lr_ratio at the last step"""
-    warmup_steps: HumanInt = Field(0, ge=0, le=2**40)
-    """steps of linear warm-up from 0"""
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    """last learning rate / lr"""
-    clip: float | None = Field(1.0, gt=0, le=1e9)
-    """largest norm of the whole gradient; null: no clipping"""
-    seed: HumanInt = Field(0, ge=0, lt=2**63)
-    """initial weights and dropout"""
-    deterministic: bool = False
-    """refuse operations whose result changes from run to run"""
-    eval_every: HumanInt = Field(0, ge=0, le=2**40)
-    """steps between evaluations on held-out documents; 0: only at the end, if anything is held out"""
-    eval_batches: HumanInt = Field(8, ge=1, le=2**30)
-    """rows evaluated each time on every replica"""
-    log_every: HumanInt = Field(1, ge=1, le=2**30)
-    """steps between progress lines; metrics.jsonl has every step"""
-    non_finite: Literal["stop"] = "stop"
-    """what a nan or inf in loss or gradient does: stop before the update"""
+    steps: HumanInt = Field(ge=1, le=2**40, description="optimizer steps in all")
+    global_batch: HumanInt | None = Field(
+        None,
+        ge=1,
+        le=2**30,
+        description="rows per optimizer step over the whole mesh; default: micro_batch x data replicas (no "
+        "accumulation)",
+    )
+    micro_batch: HumanInt = Field(1, ge=1, le=2**20, description="rows in one forward and backward of one replica")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="update rule")
+    lr: float = Field(3e-4, gt=0, le=1e3, description="peak learning rate")
+    betas: Pair = Field((0.9, 0.95), description="AdamW's two decay rates, each at least 0 and below 1")
+    eps: float = Field(1e-8, gt=0, le=1, description="AdamW's epsilon")
+    weight_decay: float = Field(
+        0.1, ge=0, le=1, description="decoupled weight decay of matrices; vectors (norms, biases) have none"
+    )
+    momentum: float = Field(0.0, ge=0, lt=1, description="SGD's momentum")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="shape of the learning rate after warm-up, down to min_lr_ratio at the last step"
+    )
+    warmup_steps: HumanInt = Field(0, ge=0, le=2**40, description="steps of linear warm-up from 0")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate / lr")
+    clip: float | None = Field(1.0, gt=0, le=1e9, description="largest norm of the whole gradient; null: no clipping")
+    seed: HumanInt = Field(0, ge=0, lt=2**63, description="initial weights and dropout")
+    deterministic: bool = Field(False, description="refuse operations whose result changes from run to run")
+    eval_every: HumanInt = Field(
+        0,
+        ge=0,
+        le=2**40,
+        description="steps between evaluations on held-out documents; 0: only at the end, if anything is held out",
+    )
+    eval_batches: HumanInt = Field(8, ge=1, le=2**30, description="rows evaluated each time on every replica")
+    log_every: HumanInt = Field(
+        1, ge=1, le=2**30, description="steps between progress lines; metrics.jsonl has every step"
+    )
+    non_finite: Literal["stop"] = Field(
+        "stop", description="what a nan or inf in loss or gradient does: stop before the update"
+    )

@@ -12,13 +12,12 @@ from longctx.config.fields import HumanInt, Section
 class Zero(Section):
     """Optimizer states (1), gradients (2) and parameters (3) sharded over every rank of the mesh."""
 
-    stage: HumanInt = Field(3, ge=0, le=3)
-    """0: nothing sharded; 1: optimizer states; 2: and gradients; 3: and parameters"""
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    """cpu: keep optimizer states in host memory (stages 1 to 3)"""
-    overlap_comm: bool = False
-    """reduce gradients while backward still runs (stages 1 to 3)"""
-    reduce_scatter: bool = True
-    """reduce-scatter gradients instead of all-reduce (stages 1 to 3)"""
-    contiguous_gradients: bool = True
-    """copy gradients into one buffer as they come (stages 1 to 3)"""
+    stage: HumanInt = Field(
+        3, ge=0, le=3, description="0: nothing sharded; 1: optimizer states; 2: and gradients; 3: and parameters"
+    )
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none", description="cpu: keep optimizer states in host memory (stages 1 to 3)"
+    )
+    overlap_comm: bool = Field(False, description="reduce gradients while backward still runs (stages 1 to 3)")
+    reduce_scatter: bool = Field(True, description="reduce-scatter gradients instead of all-reduce (stages 1 to 3)")
+    contiguous_gradients: bool = Field(True, description="copy gradients into one buffer as they come (stages 1 to 3)")

@@ -1,0 +1,241 @@
+"""The command line: `longctx train|check|explain|schema|init|data|plot|doctor`. Parses, then imports.
+
+Nothing heavy is imported up here, so that whatever only reads a configuration answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from longctx.errors import ConfigError, LaunchError, LongctxError
+
+if TYPE_CHECKING:
+    from longctx.config.derived import Derived
+    from longctx.config.load import Loaded
+
+app = typer.Typer(
+    name="longctx",
+    help="Train transformers on sequences sharded over a ring of devices.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Make token files from text, and look into them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (`longctx init` writes one)")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=100")]
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train, on this machine's GPUs or on two CPU processes."""
+    from longctx.mesh import _discover as launched_world
+
+    if launched_world()[0] is not None:
+        raise LaunchError(
+            "`longctx train` starts its own ranks, but this shell is inside a launched job (WORLD_SIZE is set); "
+            f"run launch/train.py --config {config} under that launcher, or unset WORLD_SIZE and RANK"
+        )
+    loaded, derived = _checked(config, overrides or [])
+    from longctx.launch import local
+
+    folder = Path(loaded.config.output.folder)
+    raise typer.Exit(local.train(config, overrides or [], world=derived.world, folder=folder))
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Find every mistake in a configuration before anything starts."""
+    loaded, derived = _checked(config, overrides or [], notes=True)
+    run, size = loaded.config, derived
+    what = run.model.architecture or run.model.pretrained
+    count = f", about {size.parameters / 1e6:,.1f} M parameters" if size.parameters else ""
+    typer.echo(f"{config}: no mistake found")
+    typer.echo(f"  model  {what}{count}, {run.model.dtype}, ZeRO-{run.zero.stage}")
+    typer.echo(f"  ranks  {size.world} = data {size.data} x ring {size.ring} x ulysses {size.ulysses}")
+    typer.echo(
+        f"  rows   {run.data.sequence_length:,} tokens, {size.local_length:,} on each rank ({run.attention.layout})"
+    )
+    batch = f"{size.global_batch} rows = {size.micro_batch} x {size.accumulation} accumulated x {size.data} replicas"
+    typer.echo(f"  step   {batch}, {size.tokens_per_step:,} tokens; {run.train.steps:,} steps")
+
+
+@app.command()
+def explain(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [KEY|KEY=VALUE]...")] = None,
+) -> None:
+    """Say what keys mean, their values in CONFIG (if given), and where each value came from."""
+    from longctx.config.explain import explain as rows_of
+    from longctx.config.load import load_with_sources
+    from longctx.launch import hardware
+
+    words = list(arguments or [])
+    given = words.pop(0) if words and _names_a_file(words[0]) else None
+    overrides = [word for word in words if "=" in word]
+    keys = [word for word in words if "=" not in word]
+    if overrides and given is None:
+        raise ConfigError("explain: overrides change a configuration; give its file first")
+    world = hardware.default_world()
+    loaded = load_with_sources(given, overrides, default_world=world) if given else None
+    _print_rows(rows_of(loaded, keys, default_world=world), long=bool(keys))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a configuration, for editors."""
+    from longctx.config.schema import RunConfig
+
+    typer.echo(
+        json.dumps(
+            RunConfig.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}, indent=1
+        )
+    )
+
+
+@app.command()
+def init(
+    output: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="default: print it")] = None,
+    preset: Annotated[str, typer.Option(help="cpu-tiny, 1-gpu-32k, 8-gpu-256k or 64-gpu-1M")] = "cpu-tiny",
+) -> None:
+    """Write a commented configuration to start from."""
+    from longctx.config.presets import PRESETS, render
+
+    if preset not in PRESETS:
+        raise ConfigError(f"init --preset {preset}: there is no such preset; choose one of {', '.join(PRESETS)}")
+    text = render(preset)
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        with output.open("x") as stream:
+            stream.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{output} exists already and is left alone; give another name") from None
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}; give another name") from None
+    typer.echo(f"wrote {output}; next: longctx check {output} && longctx train {output}")
+
+
+@data_app.command("build")
+def data_build(config: Config, overrides: Overrides = None) -> None:
+    """Turn the text of a configuration's `data` section into token files (training does it by itself)."""
+    loaded, _ = _checked(config, overrides or [])
+    from longctx.config.machine import token_folder
+    from longctx.data.build import build_tokens
+
+    data = loaded.config.data
+    built = build_tokens(
+        data.sources,
+        data.tokenizer,
+        token_folder(loaded.config),
+        vocabulary_size=data.vocab_size,
+        held_out=data.held_out,
+        seed=data.seed,
+        text_field=data.text_field,
+        sample_bytes=data.sample_bytes,
+    )
+    counts = {name: value for name, value in built.report.items() if isinstance(value, int | float)}
+    typer.echo(f"{built.folder}: {'unchanged since the last build' if built.reused else 'built'}")
+    typer.echo("  " + ", ".join(f"{name} {value:,}" for name, value in counts.items()))
+
+
+@data_app.command("inspect")
+def data_inspect(
+    file: Annotated[Path, typer.Argument(help="a .tokens file, or a folder that `data build` made")],
+    row: Annotated[int, typer.Option(help="which packed row to show", min=0)] = 0,
+    sequence_length: Annotated[int, typer.Option(help="tokens of a row", min=2)] = 8192,
+    packing: Annotated[str, typer.Option(help="concat or best_fit")] = "concat",
+    ring: Annotated[int, typer.Option(help="ring members to deal the row out to", min=1)] = 2,
+    layout: Annotated[str, typer.Option(help="zigzag, contiguous or striped")] = "zigzag",
+) -> None:
+    """Verify a token file and show one packed row of it: its documents, and which rank holds what."""
+    from longctx.data.inspect import inspect
+
+    path = file / "train.tokens" if file.is_dir() else file
+    inspect(path, row, sequence_length=sequence_length, packing=packing, ring=ring, layout=layout)
+
+
+@app.command()
+def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:
+    """Draw loss.png from a run's metrics.jsonl."""
+    from longctx.train.plot import plot_loss
+
+    typer.echo(str(plot_loss(run)))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Is this machine ready to train? Names what is missing, and the fix."""
+    from longctx.launch.doctor import FAIL, examine
+
+    checks = examine()
+    if as_json:
+        typer.echo(json.dumps([item._asdict() for item in checks], indent=1))
+    else:
+        for item in checks:
+            typer.secho(f"{item.status:<5}", nl=False, fg={"ok": "green", "warn": "yellow"}.get(item.status, "red"))
+            typer.echo(f"{item.name:<16} {item.seen}" + (f"\n      -> {item.fix}" if item.fix else ""))
+    raise typer.Exit(1 if any(item.status == FAIL for item in checks) else 0)
+
+
+def _checked(config: Path, overrides: list[str], notes: bool = False) -> tuple[Loaded, Derived]:
+    """Load, cross-check, and look at the machine; raises with everything that is wrong."""
+    from longctx.config.derived import derive, world_size
+    from longctx.config.load import load_with_sources, require_machine
+    from longctx.launch import hardware
+
+    default = hardware.default_world()
+    loaded = load_with_sources(config, overrides, default_world=default)
+    for note in require_machine(loaded):
+        if notes:
+            typer.echo(f"note: {note}", err=True)
+    return loaded, derive(loaded.config, world_size(loaded.config, default))
+
+
+def _names_a_file(word: str) -> bool:
+    return word.endswith((".yaml", ".yml")) or os.sep in word or ("=" not in word and Path(word).is_file())
+
+
+def _print_rows(rows: list, long: bool) -> None:
+    if long:
+        for row in rows:
+            value = f" = {row.value}" if row.value else ""
+            typer.echo(f"{row.key}{value}  ({row.source})\n    {row.meaning}\n    {row.expected}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("key", no_wrap=True)
+    for name in ("value", "source", "meaning"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(row.key, row.value, row.source, row.meaning)
+    Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. A user's mistake is one message on stderr and exit code 2 (configuration) or 1."""
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some reads every package's metadata
+    try:
+        app(args=arguments)
+    except ConfigError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(2)
+    except LongctxError as error:
+        typer.echo(f"longctx: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
