@@ -54,7 +54,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def check(config: Config, overrides: Overrides = None) -> None:
     """Find every mistake in a configuration before anything starts."""
-    loaded, derived = _checked(config, overrides or [], notes=True)
+    loaded, derived = _checked(config, overrides or [], starting=False)
     run, size = loaded.config, derived
     what = run.model.architecture or run.model.pretrained
     count = f", about {size.parameters / 1e6:,.1f} M parameters" if size.parameters else ""
@@ -186,7 +186,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
     raise typer.Exit(1 if any(item.status == FAIL for item in checks) else 0)
 
 
-def _checked(config: Path, overrides: list[str], notes: bool = False) -> tuple[Loaded, Derived]:
+def _checked(config: Path, overrides: list[str], starting: bool = True) -> tuple[Loaded, Derived]:
     """Load, cross-check, and look at the machine; raises with everything that is wrong."""
     from longctx.config.derived import derive, world_size
     from longctx.config.load import load_with_sources, require_machine
@@ -194,9 +194,8 @@ def _checked(config: Path, overrides: list[str], notes: bool = False) -> tuple[L
 
     default = hardware.default_world()
     loaded = load_with_sources(config, overrides, default_world=default)
-    for note in require_machine(loaded):
-        if notes:
-            typer.echo(f"note: {note}", err=True)
+    for note in require_machine(loaded, starting):
+        typer.echo(f"note: {note}", err=True)
     return loaded, derive(loaded.config, world_size(loaded.config, default))
 
 

@@ -82,13 +82,17 @@ def _finish(document: Document, name: str, overrides: Iterable[str], default_wor
     return loaded
 
 
-def require_machine(loaded: Loaded) -> list[str]:
+def require_machine(loaded: Loaded, starting: bool = True) -> list[str]:
     """Check that this machine has what a configuration needs, and return what is worth knowing besides.
+
+    Args:
+        loaded: what ``load_with_sources`` returned.
+        starting: the run starts here and now (see ``machine.inspect``).
 
     Raises:
         InvalidConfig: a file is missing, a folder cannot be written, the disk is too small, a package is absent.
     """
-    report = inspect(loaded.config)
+    report = inspect(loaded.config, starting)
     if report.findings:
         raise InvalidConfig(map(loaded.problem, report.findings))
     return report.notes

@@ -24,11 +24,24 @@ class Report(NamedTuple):
     notes: list[str]
 
 
-def inspect(config: RunConfig) -> Report:
-    """Look at this machine for everything that ``config`` needs. Nothing is created or changed."""
+def inspect(config: RunConfig, starting: bool) -> Report:
+    """Look at this machine for everything that ``config`` needs. Nothing is created or changed.
+
+    Args:
+        config: what to look for.
+        starting: the run starts here and now; otherwise a disk too small for it is only a note, as the run may be
+            meant for another machine.
+    """
     notes: list[str] = []
-    findings = [*_sources(config), *_tokenizer(config), *_pretrained(config), *_output(config, notes), *_resume(config)]
-    return Report(findings + list(_packages(config, notes)), notes)
+    findings = [*_sources(config), *_tokenizer(config), *_pretrained(config), *_folder(config), *_resume(config)]
+    findings += _packages(config, notes)
+    disk = _disk(config)
+    if disk is not None:
+        if starting:
+            findings.append(disk)
+        else:
+            notes.append(disk.message)
+    return Report(findings, notes)
 
 
 def token_folder(config: RunConfig) -> Path:
@@ -92,25 +105,31 @@ def _pretrained(config: RunConfig) -> Iterator[Finding]:
         yield Finding(key, message, "no-file")
 
 
-def _output(config: RunConfig, notes: list[str]) -> Iterator[Finding]:
+def _folder(config: RunConfig) -> Iterator[Finding]:
     folder = Path(config.output.folder).absolute()
     if _exists(folder) and not _is_dir(folder):
         yield Finding("output.folder", f"{str(folder)!r} is a file; give a folder", "no-access")
         return
-    parent = next((path for path in (folder, *folder.parents) if _exists(path)), Path("/"))
-    if not _is_dir(parent) or not os.access(parent, os.W_OK | os.X_OK):
+    parent = _nearest_folder(folder)
+    if not os.access(parent, os.W_OK | os.X_OK):
         yield Finding("output.folder", f"{str(parent)!r} cannot be written to; give another folder", "no-access")
-        return
-    free = shutil.disk_usage(parent).free
-    needed = disk_needed(config)
-    if needed is None:
-        notes.append(f"{_gib(free)} free at {parent}; the size of a checkpoint is not known before the model is loaded")
-    elif free < needed:
-        message = (
-            f"{_gib(free)} free at {str(parent)!r}, but {config.checkpoint.keep} + 1 checkpoints need about "
-            f"{_gib(needed)}; free space, lower checkpoint.keep, or give another folder"
-        )
-        yield Finding("output.folder", message, "disk")
+
+
+def _nearest_folder(path: Path) -> Path:
+    """Return ``path``, or the innermost folder above it that exists."""
+    return next((parent for parent in (path, *path.parents) if _is_dir(parent)), Path("/"))
+
+
+def _disk(config: RunConfig) -> Finding | None:
+    parent = _nearest_folder(Path(config.output.folder).absolute())
+    free, needed = shutil.disk_usage(parent).free, disk_needed(config)
+    if needed is None or free >= needed:
+        return None
+    message = (
+        f"{_gib(free)} free at {str(parent)!r}, but {config.checkpoint.keep} + 1 checkpoints need about "
+        f"{_gib(needed)}; free space, lower checkpoint.keep, or give another folder"
+    )
+    return Finding("output.folder", message, "disk")
 
 
 def disk_needed(config: RunConfig) -> int | None:
