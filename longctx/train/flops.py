@@ -41,19 +41,6 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     return next((peak for part, peak in PEAKS if part in name), None)
 
 
-def visible_pairs(batch: dict[str, Any], window: int | None) -> int:
-    """Count the (query, key) pairs that causal attention sees from this rank's tokens.
-
-    ``position_ids`` (B, T) restart at 0 in every document, so a token sees position + 1 keys, at most ``window``;
-    pads have document id -1.
-    """
-    seen = batch["position_ids"] + 1
-    if window is not None:
-        seen = seen.clamp(max=window)
-    documents = batch.get("document_ids")
-    return int((seen if documents is None else seen[documents >= 0]).sum())
-
-
 class FlopsModel:
     """FLOPs of a transformers decoder, from its configuration and its parameter count.
 
@@ -65,10 +52,28 @@ class FlopsModel:
     def __init__(self, config: Any, parameters: int) -> None:
         self.heads = config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.layers = config.num_hidden_layers
         embedding = config.vocab_size * config.hidden_size
         self.matrix_weights = parameters - (0 if config.tie_word_embeddings else embedding)
+        self.window: int | None = getattr(config, "sliding_window", None)
+        if getattr(config, "use_sliding_window", True) is False:
+            self.window = None
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+        self.sliding_layers = kinds.count("sliding_attention") if self.window is not None else 0
+        self.full_layers = config.num_hidden_layers - self.sliding_layers
+
+    def pairs(self, batch: dict[str, Any]) -> int:
+        """Count the (query, key) pairs that this rank's tokens see by causal attention, over all layers.
+
+        Args:
+            batch: ``position_ids`` (B, T), which restart at 0 in every document, so that a token sees position + 1
+                keys; ``document_ids`` (B, T), -1 at pads.
+        """
+        seen = (batch["position_ids"] + 1)[batch["document_ids"] >= 0]
+        total = self.full_layers * int(seen.sum())
+        if self.window is not None:
+            total += self.sliding_layers * int(seen.clamp(max=self.window).sum())
+        return total
 
     def step(self, tokens: float, pairs: float) -> float:
-        """Return the FLOPs of forward and backward for ``tokens`` tokens that see ``pairs`` keys in all, per layer."""
-        return 6.0 * self.matrix_weights * tokens + 12.0 * self.layers * self.heads * self.head_dim * pairs
+        """Return the FLOPs of forward and backward over ``tokens`` tokens that see ``pairs`` keys over all layers."""
+        return 6.0 * self.matrix_weights * tokens + 12.0 * self.heads * self.head_dim * pairs

@@ -1,0 +1,162 @@
+"""Set a run up on all ranks: mesh, token files, model, engine, checkpoints. The loop then only loops."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longctx.config.deepspeed import to_deepspeed
+from longctx.config.derived import Derived, derive
+from longctx.config.schema import RunConfig
+from longctx.config.write import dump
+from longctx.data.loader import EvaluationLoader, ShardedLoader
+from longctx.engine.engine import Engine
+from longctx.engine.initialize import initialize
+from longctx.mesh import Mesh
+from longctx.train.agree import broadcast_json, ranks, together
+from longctx.train.checkpoint import Checkpoints, Progress
+from longctx.train.corpus import Corpus, Say, prepare_corpus
+from longctx.train.environment import git_commit, versions
+from longctx.train.manifest import Manifest
+from longctx.train.model import build_model, hash_of_model, model_config
+from longctx.train.optimizer import make_optimizer
+
+
+@dataclass
+class Job:
+    """Everything one rank needs to train."""
+
+    config: RunConfig
+    sizes: Derived
+    mesh: Mesh
+    output: Path
+    corpus: Corpus
+    loader: ShardedLoader
+    held_out: EvaluationLoader | None
+    engine: Engine
+    checkpoints: Checkpoints
+    start: Progress
+    parameters: int
+    description: Any  # the transformers config
+
+
+def set_up(config: RunConfig, mesh: Mesh, sizes: Derived, say: Say) -> Job:
+    """Return a job at the place where it starts or goes on. All ranks call it.
+
+    Raises:
+        LongctxError: on every rank, when data, model, engine or checkpoint cannot be had on any.
+    """
+    output = Path(config.output.folder).absolute()
+    corpus = _prepare(config, say)
+    with together():
+        loader, held_out = _loaders(config, sizes, mesh, corpus)
+        description = model_config(config, corpus.vocabulary_size, corpus.end_of_document)
+    say(
+        f"mesh: {sizes.world} ranks = data {sizes.data} x ring {sizes.ring} x ulysses {sizes.ulysses}; rows of "
+        f"{config.data.sequence_length:,} tokens, {sizes.local_length:,} on each rank"
+    )
+    facts = _facts(config, sizes, loader, description)
+    checkpoints = Checkpoints(output / "checkpoints", config.checkpoint.keep, facts, say)
+    found = checkpoints.find(config.checkpoint.resume)
+    engine = _engine(config, sizes, mesh, description)
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    start = Progress()
+    if found is not None:
+        start = checkpoints.load(engine, found)
+        loader.seek(start.samples)
+        say(f"resumed at step {start.step} of {config.train.steps} from {checkpoints.root}")
+    kind = config.model.architecture or config.model.pretrained
+    say(f"model: {kind}, {parameters:,} parameters, {config.model.dtype}, ZeRO-{config.zero.stage}")
+    return Job(
+        config, sizes, mesh, output, corpus, loader, held_out, engine, checkpoints, start, parameters, description
+    )
+
+
+def sizes_of(config: RunConfig) -> Derived:
+    """Return the run's sizes for the world that was really started."""
+    return derive(config, ranks()[1] if torch.distributed.is_initialized() else None)
+
+
+def _prepare(config: RunConfig, say: Say) -> Corpus:
+    """Have rank 0 build the token files while the others wait, and tell them where they are."""
+    corpus = None
+    with together():
+        if ranks()[0] == 0:
+            corpus = prepare_corpus(config, say)
+    return Corpus(**broadcast_json(asdict(corpus) if corpus else None))
+
+
+def _loaders(
+    config: RunConfig, sizes: Derived, mesh: Mesh, corpus: Corpus
+) -> tuple[ShardedLoader, EvaluationLoader | None]:
+    data = config.data
+    expected: dict[str, Any] = {
+        "tokenizer_hash": corpus.tokenizer_hash,
+        "vocabulary_size": config.model.vocab_size or corpus.vocabulary_size,
+    }
+    loader = ShardedLoader(
+        corpus.train,
+        data.sequence_length,
+        sizes.micro_batch,
+        sizes.accumulation,
+        mesh,
+        config.attention.layout,
+        data.seed,
+        data.packing,
+        **expected,
+    )
+    if corpus.held_out is None:
+        return loader, None
+    held_out = EvaluationLoader(
+        corpus.held_out,
+        data.sequence_length,
+        sizes.micro_batch,
+        mesh,
+        config.attention.layout,
+        data.packing,
+        max_rows=config.train.eval_batches * sizes.data,
+        **expected,
+    )
+    return loader, held_out
+
+
+def _engine(config: RunConfig, sizes: Derived, mesh: Mesh, description: Any) -> Engine:
+    """Build the model (alike on all ranks), wrap it, and give each rank its own random stream for dropout."""
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    settings = to_deepspeed(config, sizes)
+    model = build_model(config, description, settings, mesh)
+    optimizer = make_optimizer(model, config.train)
+    engine, *_ = initialize(
+        model=model, config=settings, mesh=mesh, layout=config.attention.layout, optimizer=optimizer
+    )
+    torch.manual_seed(config.train.seed * 1_000_003 + 1 + mesh.rank)
+    return engine
+
+
+def _facts(config: RunConfig, sizes: Derived, loader: ShardedLoader, description: Any) -> Manifest:
+    """Return what every checkpoint of this run says about it."""
+    return Manifest(
+        step=0,
+        samples=0,
+        tokens=0,
+        seed=config.data.seed,
+        world={"size": sizes.world, "data": sizes.data, "ring": sizes.ring, "ulysses": sizes.ulysses},
+        layout=config.attention.layout,
+        zero_stage=config.zero.stage,
+        config_sha256=hashlib.sha256(dump(config).encode()).hexdigest(),
+        git_commit=git_commit(),
+        versions=versions(),
+        run={
+            "model": hash_of_model(config, description),
+            "data": loader.rows.identity,
+            "optimizer": config.train.optimizer,
+            "dtype": config.model.dtype,
+            "threads": torch.get_num_threads(),
+            "global_batch": sizes.global_batch,
+        },
+    )

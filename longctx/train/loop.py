@@ -1,0 +1,171 @@
+"""The training loop: one optimizer step after another, with evaluation, checkpoints, numbers, and a stop on request.
+
+All ranks run it in step. What one rank alone may know (a signal, its token counts, its memory) is exchanged once a
+step, in one small collective.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from longctx.errors import NonFiniteError
+from longctx.train.agree import gather_floats
+from longctx.train.checkpoint import Progress
+from longctx.train.flops import FlopsModel, peak_flops
+from longctx.train.job import Job
+from longctx.train.metrics import Metrics
+from longctx.train.optimizer import set_learning_rate
+from longctx.train.progress import Progress as Display
+from longctx.train.schedule import learning_rate
+from longctx.train.signals import StopFlag
+
+
+@dataclass
+class Outcome:
+    """How the loop ended."""
+
+    progress: Progress
+    stopped: bool = False  # on request, before the last step
+    first_loss: float | None = None
+    last_loss: float | None = None
+    held_out: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
+    seconds: float = 0.0  # of the whole loop
+    step_seconds: float = 0.0  # of the training steps alone
+    tokens: int = 0  # trained on in this loop
+    peak_memory_bytes: int = 0
+
+
+class Loop:
+    """Runs a job from where it starts to its last step.
+
+    Args:
+        job: what ``set_up`` returned.
+        stop: raised by a signal on this rank.
+        display: rank 0's progress line; silent elsewhere.
+        metrics: where rank 0 writes numbers; None elsewhere.
+    """
+
+    def __init__(self, job: Job, stop: StopFlag, display: Display, metrics: Metrics | None) -> None:
+        self.job, self.stop, self.display, self.metrics = job, stop, display, metrics
+        self.flops = FlopsModel(job.description, job.parameters)
+        peak = peak_flops(job.mesh.device, job.config.model.dtype)
+        self.peak = None if peak is None else peak * job.mesh.world_size
+        self.outcome = Outcome(job.start)
+
+    def run(self) -> Outcome:
+        """Train until the last step or a request to stop; save as configured.
+
+        Raises:
+            NonFiniteError: on every rank, before the update, when a loss or gradient is not finite on any.
+            CheckpointError: on every rank, when a checkpoint cannot be written.
+        """
+        job, settings = self.job, self.job.config.train
+        started = time.monotonic()
+        at_start = self._evaluate(0) if job.start.step == 0 and settings.eval_every else None
+        while self.outcome.progress.step < settings.steps and not self.outcome.stopped:
+            record = self._step()
+            if at_start is not None:
+                record["eval_loss_at_start"], at_start = at_start, None
+            step = self.outcome.progress.step
+            last = step == settings.steps
+            if last or (settings.eval_every and step % settings.eval_every == 0):
+                loss = self._evaluate(step)
+                if loss is not None:
+                    record["eval_loss"] = loss
+            if self.metrics is not None:
+                self.metrics.write(record)
+            self.display.step(record)
+            every = job.config.checkpoint.every
+            if last or self.outcome.stopped or (every and step % every == 0):
+                job.checkpoints.save(job.engine, self.outcome.progress)
+        self.outcome.seconds = time.monotonic() - started
+        return self.outcome
+
+    def _step(self) -> dict[str, Any]:
+        """Make one update and return its record for metrics.jsonl."""
+        job, settings, engine = self.job, self.job.config.train, self.job.engine
+        step = self.outcome.progress.step + 1
+        started = time.monotonic()
+        window = next(job.loader)
+        data_seconds = time.monotonic() - started
+        rate = learning_rate(
+            step,
+            peak=settings.lr,
+            warmup=settings.warmup_steps,
+            total=settings.steps,
+            schedule=settings.schedule,
+            final_ratio=settings.min_lr_ratio,
+        )
+        set_learning_rate(engine.optimizer, rate)
+        tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in window)
+        pairs = sum(self.flops.pairs(batch) for batch in window)
+        try:
+            for batch in engine.weigh(window):
+                loss = engine(**batch).loss
+                engine.backward(loss)
+                engine.step()
+        except NonFiniteError as error:
+            raise self._named(error, step) from None
+        everyone = gather_floats(
+            [float(self.stop.raised is not None), tokens, pairs, _peak_memory(job.mesh.device), data_seconds]
+        )
+        seconds = time.monotonic() - started
+        tokens, pairs = int(everyone[:, 1].sum()), int(everyone[:, 2].sum())
+        memory, waited = int(everyone[:, 3].max()), float(everyone[:, 4].max())
+        self._advance(step, tokens, seconds, memory, stopped=bool(everyone[:, 0].any()))
+        return {
+            "step": step,
+            "loss": engine.global_loss,
+            "learning_rate": rate,
+            "grad_norm": engine.grad_norm,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "mfu": None if self.peak is None else self.flops.step(tokens, pairs) / seconds / self.peak,
+            "peak_memory_bytes": memory,
+            "step_seconds": seconds,
+            "data_seconds": waited,
+            "tokens_total": self.outcome.progress.tokens,
+            "samples_total": self.outcome.progress.samples,
+        }
+
+    def _advance(self, step: int, tokens: int, seconds: float, memory: int, stopped: bool) -> None:
+        outcome, before = self.outcome, self.outcome.progress
+        samples = before.samples + self.job.loader.samples_per_window
+        outcome.progress = Progress(step, samples, before.tokens + tokens)
+        outcome.stopped = stopped and step < self.job.config.train.steps
+        outcome.last_loss = self.job.engine.global_loss
+        outcome.first_loss = outcome.last_loss if outcome.first_loss is None else outcome.first_loss
+        outcome.step_seconds += seconds
+        outcome.tokens += tokens
+        outcome.peak_memory_bytes = max(outcome.peak_memory_bytes, memory)
+
+    def _evaluate(self, step: int) -> float | None:
+        """Return the loss on held-out documents, or None where nothing is held out."""
+        if self.job.held_out is None:
+            return None
+        batches = (batch for window in self.job.held_out for batch in window)
+        loss = self.job.engine.evaluate(batches, sharded=True).loss
+        self.outcome.held_out.append((step, loss))
+        return loss
+
+    def _named(self, error: NonFiniteError, step: int) -> NonFiniteError:
+        """Return the error with the rows of the step, so that they can be looked at."""
+        begin = self.outcome.progress.samples
+        rows = self.job.loader.sample_ids(begin).flatten().tolist()
+        shown = ", ".join(map(str, rows[:16])) + (f", … ({len(rows)} in all)" if len(rows) > 16 else "")
+        return NonFiniteError(
+            f"{error}. It was step {step}, samples {begin} to {begin + len(rows) - 1}, rows {shown} of "
+            f"{self.job.corpus.train}; `longctx data inspect` shows them"
+        )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Return the most memory this rank has held so far: allocated by torch on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

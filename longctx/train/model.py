@@ -1,0 +1,67 @@
+"""From the `model:` section to a transformers model: by architecture and sizes, or from a pretrained folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from longctx.config.architecture import transformers_keywords
+from longctx.config.schema import RunConfig
+from longctx.engine.build import build
+from longctx.errors import ModelError
+from longctx.mesh import Mesh
+from longctx.models.pretrained import read_config
+from longctx.models.scratch import make_config
+
+
+def model_config(config: RunConfig, vocabulary_size: int, end_of_document: int | None) -> Any:
+    """Return the transformers config of the run's model.
+
+    Args:
+        vocabulary_size: of the tokenizer; the embedding has as many rows unless `model.vocab_size` asks for more.
+        end_of_document: the tokenizer's id for it, at which generation stops.
+
+    Raises:
+        ModelError: the embedding is smaller than the tokenizer, or transformers refuses the sizes.
+    """
+    model = config.model
+    if model.pretrained is not None:
+        found = read_config(model.pretrained)
+        _require_rows(found.vocab_size, vocabulary_size, f"{model.pretrained} has")
+        return found
+    assert model.architecture is not None
+    _require_rows(model.vocab_size or vocabulary_size, vocabulary_size, "model.vocab_size gives")
+    keywords = transformers_keywords(config, vocabulary_size, end_of_document)
+    return make_config(model.architecture, tie_embeddings=model.tie_embeddings, extra=keywords)
+
+
+def build_model(config: RunConfig, description: Any, settings: dict[str, Any], mesh: Mesh) -> torch.nn.Module:
+    """Return the model, alike on every rank, and made shard by shard under ZeRO-3.
+
+    Args:
+        description: what ``model_config`` returned.
+        settings: DeepSpeed's configuration of the run.
+    """
+    source = config.model.pretrained or description
+    model: torch.nn.Module = build(source, mesh, config=settings, seed=config.train.seed)
+    if config.model.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    return model
+
+
+def hash_of_model(config: RunConfig, description: Any) -> str:
+    """Return a short hash of what decides shapes and meaning of the weights; a resumed run must find the same."""
+    ours = config.model.model_dump(exclude={"pretrained", "activation_checkpointing", "vocab_size", "max_positions"})
+    facts = [ours, config.attention.window, description.model_type, description.vocab_size, description.hidden_size]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _require_rows(rows: int, vocabulary_size: int, who: str) -> None:
+    if rows < vocabulary_size:
+        raise ModelError(
+            f"{who} an embedding of {rows} rows, but the tokenizer has {vocabulary_size} tokens; use the model's own "
+            "tokenizer (data.tokenizer), or raise model.vocab_size"
+        )

@@ -1,0 +1,185 @@
+"""The whole job of one rank: take the output folder, set up, loop, then leave model, plot, sample and summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from longctx.config.schema import RunConfig
+from longctx.config.write import dump
+from longctx.errors import CheckpointError, MissingPackageError
+from longctx.mesh import Mesh
+from longctx.train import durable, store
+from longctx.train.agree import ranks, together
+from longctx.train.environment import environment, git_commit
+from longctx.train.export import export_model
+from longctx.train.job import Job, set_up, sizes_of
+from longctx.train.lock import FolderLock
+from longctx.train.loop import Loop, Outcome
+from longctx.train.metrics import Metrics
+from longctx.train.plot import plot_loss
+from longctx.train.progress import Progress as Display
+from longctx.train.progress import duration
+from longctx.train.sample import draw_sample
+from longctx.train.signals import PREEMPTED, StopFlag
+
+
+def run(config: RunConfig, console: TextIO | None = None) -> int:
+    """Train ``config`` as this rank of the world that was started.
+
+    Args:
+        config: the same on every rank.
+        console: where rank 0 talks to the user; None to be silent.
+
+    Returns:
+        0 when the last step is done, 75 when stopped by a signal after saving a checkpoint.
+
+    Raises:
+        LongctxError: on every rank, if anything cannot be done on any.
+    """
+    started = time.monotonic()
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopFlag())
+        mesh = _connect(config)
+        output = Path(config.output.folder).absolute()
+        stack.enter_context(_folder(output))
+        display = Display(console if mesh.rank == 0 else None, config.train.steps, config.train.log_every)
+        stack.callback(display.close)
+        _describe(config, mesh, output)
+        job = set_up(config, mesh, sizes_of(config), display.say)
+        stack.callback(job.loader.close)
+        metrics = _metrics(job)
+        if metrics is not None:
+            stack.callback(metrics.close)
+        outcome = Loop(job, stop, display, metrics).run()
+        display.close()
+        summary = _summary(job, outcome, time.monotonic() - started)
+        if outcome.stopped:
+            _write(output, summary | {"status": "stopped"})
+            display.say(f"stopped on request after step {outcome.progress.step}; start again to resume")
+            return PREEMPTED
+        _finish(job, summary, display)
+    return 0
+
+
+def _connect(config: RunConfig) -> Mesh:
+    sizes = sizes_of(config)
+    return Mesh(sizes.ring, sizes.ulysses, sizes.data).connect()
+
+
+@contextmanager
+def _folder(output: Path) -> Iterator[None]:
+    """Hold the run directory while the run lasts; all ranks fail if another run has it."""
+    lock = FolderLock(output)
+    with ExitStack() as stack:
+        with together():
+            if ranks()[0] == 0:
+                stack.enter_context(lock)
+                store.clean(output / "checkpoints")
+        yield
+
+
+def _describe(config: RunConfig, mesh: Mesh, output: Path) -> None:
+    """Write down what is run, and with what, before anything can go wrong."""
+    with together():
+        if mesh.rank == 0:
+            world = {"size": mesh.world_size, "data": mesh.data_size, "ring": mesh.ring_size}
+            facts = environment({**world, "ulysses": mesh.ulysses_size}, git_commit())
+            try:
+                durable.write_atomically(output / "config.yaml", dump(config))
+                durable.write_json(output / "environment.json", facts)
+            except OSError as error:
+                raise CheckpointError(f"{output} cannot be written: {error.strerror}") from None
+
+
+def _metrics(job: Job) -> Metrics | None:
+    metrics = None
+    with together():
+        if job.mesh.rank == 0:
+            metrics = Metrics(job.output, job.start.step, job.config.output.tensorboard)
+    return metrics
+
+
+def _summary(job: Job, outcome: Outcome, wall: float) -> dict[str, Any]:
+    held_out = [(step, loss) for step, loss in outcome.held_out if math.isfinite(loss)]
+    return {
+        "status": "completed",
+        "step": outcome.progress.step,
+        "steps": job.config.train.steps,
+        "started_at_step": job.start.step,
+        "first_loss": outcome.first_loss,
+        "last_loss": outcome.last_loss,
+        "first_held_out_loss": held_out[0][1] if held_out else None,
+        "last_held_out_loss": held_out[-1][1] if held_out else None,
+        "held_out_losses": [{"step": step, "loss": loss} for step, loss in held_out],
+        "tokens": outcome.progress.tokens,
+        "samples": outcome.progress.samples,
+        "epochs": outcome.progress.samples / len(job.loader.rows),
+        "tokens_per_second": outcome.tokens / outcome.step_seconds if outcome.step_seconds else None,
+        "peak_memory_bytes": outcome.peak_memory_bytes,
+        "seconds": wall,
+        "seconds_in_loop": outcome.seconds,
+        "share_of_time_training": outcome.step_seconds / wall,
+        "parameters": job.parameters,
+        "world": {"size": job.sizes.world, "data": job.sizes.data, "ring": job.sizes.ring},
+        "sequence_length": job.config.data.sequence_length,
+        "checkpoint": str(job.checkpoints.root / store.name_of(outcome.progress.step)),
+    }
+
+
+def _finish(job: Job, summary: dict[str, Any], display: Display) -> None:
+    """Leave what people look at: the model as a transformers folder, loss.png, a sample, summary.json."""
+    folder = export_model(job.engine, Path(job.corpus.tokenizer), job.output)
+    sample = None
+    with together():
+        if job.mesh.rank == 0:
+            settings = job.config.output
+            if job.corpus.held_out and settings.sample_tokens:
+                held_out = Path(job.corpus.held_out)
+                sample = draw_sample(folder, held_out, settings.sample_prompt, settings.sample_tokens)
+            plot = _plot(job, display)
+            summary |= {
+                "model": str(folder),
+                "plot": plot,
+                "sample": None if sample is None else vars(sample),
+            }
+            _write(job.output, summary)
+    if job.mesh.rank == 0:
+        if sample is not None:
+            display.say(f"\na held-out document, {sample.document}:\n{sample.prompt}")
+            display.say(f"--- and how the model goes on:\n{sample.continuation}\n---")
+        _report(summary, display)
+
+
+def _plot(job: Job, display: Display) -> str | None:
+    if not job.config.output.plot:
+        return None
+    try:
+        return str(plot_loss(job.output))
+    except MissingPackageError as error:
+        display.say(f"no loss.png: {error}")
+        return None
+
+
+def _report(summary: dict[str, Any], display: Display) -> None:
+    first, last = summary["first_held_out_loss"], summary["last_held_out_loss"]
+    if last is not None:
+        display.say(f"held-out loss {first:.3f} -> {last:.3f}" if first != last else f"held-out loss {last:.3f}")
+    speed = f" at {summary['tokens_per_second']:,.0f} tokens/s" if summary["tokens_per_second"] else ""
+    display.say(f"{summary['step']} steps, {summary['tokens']:,} tokens{speed}, {duration(summary['seconds'])} in all")
+    for key in ("plot", "checkpoint", "model"):
+        if summary[key]:
+            display.say(f"{key}: {summary[key]}")
+
+
+def _write(output: Path, summary: dict[str, Any]) -> None:
+    if ranks()[0] == 0:
+        try:
+            durable.write_json(output / "summary.json", json.loads(json.dumps(summary)))
+        except OSError as error:
+            raise CheckpointError(f"{output / 'summary.json'} cannot be written: {error.strerror}") from None
