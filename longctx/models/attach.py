@@ -16,7 +16,9 @@ from longctx.models.rope import attach_rope
 from longctx.models.verify import watch
 
 # Heads that pick or compare tokens of the whole sequence: on a shard each rank would pick among its own.
-_GLOBAL_HEADS = re.compile(r"For(SequenceClassification|MultipleChoice|NextSentencePrediction|QuestionAnswering)|DoubleHeads")
+_GLOBAL_HEADS = re.compile(
+    r"For(SequenceClassification|MultipleChoice|NextSentencePrediction|QuestionAnswering)|DoubleHeads"
+)
 
 
 def attach_attention(model: torch.nn.Module, mesh: Mesh, layout: str = "zigzag") -> None:
@@ -36,7 +38,7 @@ def attach_attention(model: torch.nn.Module, mesh: Mesh, layout: str = "zigzag")
     register()
     configs = _configs(model)
     if not configs:
-        raise ModelError(f"{type(model).__name__} holds no module with a transformers config; pass a transformers model")
+        raise ModelError(f"{type(model).__name__} holds no module with a transformers config; give it such a model")
     binding = Binding(mesh, layout)
     for config in configs:
         if binding.sharded:
@@ -77,13 +79,13 @@ def _configs(model: torch.nn.Module) -> list[Any]:
 def _refuse(name: str, config: Any) -> None:
     if _GLOBAL_HEADS.search(name):
         raise ModelError(
-            f"{name} picks tokens of the whole sequence, and on a shard it would pick among its own: use the model with "
-            "a head per token (ForCausalLM, ForMaskedLM, ForTokenClassification)"
+            f"{name} picks tokens of the whole sequence, and on a shard it would pick among its own: use the model "
+            "with a head per token (ForCausalLM, ForMaskedLM, ForTokenClassification)"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder; longctx shards decoders and encoders only")
     if getattr(config, "output_router_logits", False):
         raise ModelError(
-            f"{name}: output_router_logits adds a load-balancing loss over the local tokens only, which is not the loss of "
-            "the whole sequence; set output_router_logits=False"
+            f"{name}: output_router_logits adds a load-balancing loss over the local tokens only, which is not that "
+            "of the whole sequence; set output_router_logits=False"
         )

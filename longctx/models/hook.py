@@ -13,7 +13,7 @@ import torch
 from longctx.attention.block import block_attention
 from longctx.attention.ring import ring_attention
 from longctx.errors import ModelError
-from longctx.models.binding import Binding, binding_of
+from longctx.models.binding import binding_of
 from longctx.models.masks import Rule, documents_from_positions
 
 # Keywords that travel through a model to its attention and change nothing here.
@@ -75,22 +75,21 @@ def longctx_attention(
     if binding is not None and not binding.checked:
         binding.called.add(id(module))
     query, key, value = _autocast(query, key, value)
-    window = sliding_window
-    if window is not None and not causal:
-        window = (window - 1, window - 1)  # strictly left and right of a token
+    window: int | tuple[int, int] | None = sliding_window
+    if sliding_window is not None and not causal:
+        window = (sliding_window - 1, sliding_window - 1)  # strictly left and right of a token
+    mesh, layout, ids = None, "contiguous", None
     if binding is not None and binding.sharded:
+        mesh, layout = binding.mesh, binding.layout
         ids = _sharded_documents(module, query, key, attention_mask, document_ids)
-        out = ring_attention(
-            query, key, value, mesh=binding.mesh, layout=binding.layout, causal=causal, window=window, document_ids=ids,
-            scale=scaling,
-        )  # fmt: skip
     elif query.shape[2] == key.shape[2]:
         ids = _documents(query, attention_mask, document_ids, position_ids)
-        out = ring_attention(
-            query, key, value, layout="contiguous", causal=causal, window=window, document_ids=ids, scale=scaling
-        )  # fmt: skip
     else:
         out = _cached(module, query, key, value, attention_mask, position_ids, causal, window, scaling)
+        return out.transpose(1, 2).contiguous(), None
+    out = ring_attention(  # type: ignore[assignment]  # return_lse is off: one tensor
+        query, key, value, mesh=mesh, layout=layout, causal=causal, window=window, document_ids=ids, scale=scaling
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -131,8 +130,8 @@ def _check_mask(module: torch.nn.Module, mask: torch.Tensor | None, keys: int) -
     if not ours or mask.shape[2] != 1 or mask.shape[3] not in (1, keys):
         shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ModelError(
-            f"{type(module).__name__} got an attention mask of {shape} for {keys} keys: longctx takes no T x T mask. Give "
-            "padding as a (B, T) attention_mask, or documents and padding as document_ids"
+            f"{type(module).__name__} got an attention mask of {shape} for {keys} keys: longctx takes no T x T mask. "
+            "Give padding as a (B, T) attention_mask, or documents and padding as document_ids"
         )
 
 
@@ -161,17 +160,17 @@ def _sharded_documents(
     mask: torch.Tensor | None,
     document_ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the (B, T) documents of this rank's tokens; they cannot be recovered from a shard, so they are required."""
+    """Return the (B, T) documents of this rank's tokens; a shard cannot recover them, so they are required."""
     if query.shape[2] != key.shape[2]:
         raise ModelError(
-            f"{type(module).__name__}: {query.shape[2]} queries and {key.shape[2]} keys on a shard: a cache of a sharded "
-            "sequence is not built; pass use_cache=False"
+            f"{type(module).__name__}: {query.shape[2]} queries and {key.shape[2]} keys on a shard: a cache of a "
+            "sharded sequence is not built; pass use_cache=False"
         )
     if document_ids is None:
         raise ModelError(
-            f"{type(module).__name__} runs on a shard without document_ids: pass the keyword document_ids=(B, T) int32 of "
-            "the local tokens (-1 at padding) to the model, as engine.shard does. If you did, this model does not hand "
-            "it to its attention and cannot be sharded"
+            f"{type(module).__name__} runs on a shard without document_ids: pass the keyword document_ids=(B, T) int32 "
+            "of the local tokens (-1 at padding) to the model, as engine.shard does. If you did, this model does not "
+            "hand it to its attention and cannot be sharded"
         )
     ids = _shaped(document_ids, query)
     if mask is not None and mask.shape[3] == ids.shape[1]:  # padding of the local tokens; packing seen there is local
@@ -207,7 +206,7 @@ def _documents(
 def _shaped(ids: torch.Tensor, query: torch.Tensor, name: str = "document_ids") -> torch.Tensor:
     batch, tokens = query.shape[0], query.shape[2]
     if ids.dim() != 2 or ids.shape[0] not in (1, batch) or ids.shape[1] != tokens:
-        raise ModelError(f"{name} has shape {tuple(ids.shape)}; {batch} rows of {tokens} tokens need ({batch}, {tokens})")
+        raise ModelError(f"{name} has shape {tuple(ids.shape)}; these tokens need ({batch}, {tokens})")
     return ids.expand(batch, tokens)
 
 
@@ -225,7 +224,7 @@ def _cached(
     """Attend from the last tokens to a growing cache on one device; the last query sees the last key."""
     tokens, keys = query.shape[2], key.shape[2]
     if tokens > keys:
-        raise ModelError(f"{type(module).__name__}: {tokens} queries and only {keys} keys; longctx honours self-attention only")
+        raise ModelError(f"{type(module).__name__}: {tokens} queries, only {keys} keys: this is not self-attention")
     ids = None if mask is None or mask.shape[3] == 1 else mask[:, 0, 0]
     if position_ids is not None and position_ids.dim() == 2 and getattr(module, "layer_idx", None) in (0, None):
         known = keys if ids is None else (ids >= 0).sum(-1)
@@ -234,8 +233,8 @@ def _cached(
                 "the cache holds more keys than the position of the last token allows: a packed prompt or a prefix was "
                 "cached, and which keys belong to this token's document is no longer known; use use_cache=False"
             )
+    own = None if ids is None else ids[:, -tokens:]
     out, _ = block_attention(
-        query, key, value, causal=causal, window=window, scale=scaling, document_ids=ids if ids is None else ids[:, -tokens:],
-        key_document_ids=ids,
-    )  # fmt: skip
+        query, key, value, causal=causal, window=window, scale=scaling, document_ids=own, key_document_ids=ids
+    )
     return out

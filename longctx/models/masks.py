@@ -51,15 +51,15 @@ def document_mask(
     """
     if use_vmap:
         raise ModelError(
-            "this model lays a mask of its own over the attention (or_mask_function / and_mask_function), which longctx "
-            "does not honour; use attn_implementation='sdpa' for it, without sharding"
+            "this model lays a mask of its own over the attention (or_mask_function / and_mask_function), which "
+            "longctx does not honour; use attn_implementation='sdpa' for it, without sharding"
         )
     rule = read_rule(mask_function)
     static = isinstance(q_offset, torch.Tensor)
     if static or (rule.causal and q_offset + q_length != kv_offset + kv_length):
         raise ModelError(
-            f"{q_length} queries, {kv_length} keys, and the queries do not end where the keys end: longctx attends to a "
-            "cache that grows (cache_implementation='dynamic'), not to a StaticCache"
+            f"{q_length} queries, {kv_length} keys, and the queries do not end where the keys end: longctx attends "
+            "to a cache that grows (cache_implementation='dynamic'), not to a StaticCache"
         )
     ids: torch.Tensor | None = None
     if rule.documents is not None:

@@ -7,12 +7,14 @@ class declares, dangerous ones are refused, and the rest is left out.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from longctx.errors import ModelError
-from longctx.models.scratch import known_keys
+from longctx.models.scratch import REFUSALS, known_keys
 
 _REFUSED = {
     "auto_map": "names Python code to run; convert the model to an architecture of transformers",
@@ -24,7 +26,7 @@ _REFUSED = {
     "quantization_config": "quantised weights cannot be trained here; give the original weights",
     "per_layer_config": "a config per layer is not supported",
 }
-_PRIVATE_KEPT = frozenset({"_name_or_path", "_commit_hash"})  # old files hold them; they are left out all the same
+_IMPLEMENTATION = re.compile(r"^_(attn|attention|experts|kernel).*")  # CVE-2026-4372's field and its like
 _ALWAYS_KNOWN = frozenset({"rope_scaling", "rope_theta", "torch_dtype", "dtype", "num_labels"})
 
 
@@ -51,10 +53,11 @@ def read_config(folder: str | Path) -> Any:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ModelError(f"{path}: model_type {kind!r} is no architecture of the installed transformers")
     config_class = CONFIG_MAPPING[kind]
-    known = known_keys(config_class) | _ALWAYS_KNOWN
+    declared = {field.name for field in dataclasses.fields(config_class)}  # some are private: _sliding_window_pattern
+    known = known_keys(config_class) | declared | _ALWAYS_KNOWN
     try:
         config = config_class.from_dict({key: value for key, value in raw.items() if key in known})
-    except (ValueError, TypeError, KeyError) as problem:
+    except REFUSALS as problem:
         raise ModelError(f"{path}: transformers refuses this {kind} config: {problem}") from problem
     return config
 
@@ -67,14 +70,14 @@ def weight_files(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
-        raise ModelError(f"{folder} holds an adapter, which names another model; merge it first and give the merged folder")
+        raise ModelError(f"{folder} holds an adapter to another model; merge them and give the merged folder")
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
         other = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
         also = f" ({', '.join(sorted(other)[:3])} may run code when loaded, and is not read)" if other else ""
-        raise ModelError(f"{folder}: no model.safetensors and no model.safetensors.index.json{also}; save as safetensors")
+        raise ModelError(f"{folder}: no model.safetensors, no model.safetensors.index.json{also}; save as safetensors")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as problem:
@@ -98,21 +101,23 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
         ModelError: see ``read_config`` and ``weight_files``; or a weight is missing or has another shape.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from longctx.models.register import NAME, register
 
     register()
-    weight_files(folder)
+    loader: Any = AutoModelForCausalLM
     config = read_config(folder) if config is None else config
+    weight_files(folder)
     if dtype is None:
         dtype = config.dtype or torch.float32
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = loader.from_pretrained(
             str(folder), config=config, dtype=dtype, attn_implementation=NAME, local_files_only=True,
             use_safetensors=True, trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
-    except (RuntimeError, OSError, ValueError) as problem:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as problem:
         raise ModelError(f"{folder} cannot be loaded: {problem}") from problem
     missing = sorted(report["missing_keys"])
     if missing:
@@ -138,7 +143,9 @@ def _refuse_keys(raw: dict[str, Any], where: str) -> None:
     for key, value in raw.items():
         if key in _REFUSED and value not in (None, False):
             raise ModelError(f"{where}: {key!r} {_REFUSED[key]}")
-        if key.startswith("_") and key not in _PRIVATE_KEPT:
-            raise ModelError(f"{where}: private key {key!r} is not data of a model; remove it")
+        if _IMPLEMENTATION.search(key):
+            raise ModelError(
+                f"{where}: private key {key!r} chooses an implementation, which may be downloaded; remove it"
+            )
         if isinstance(value, dict):
             _refuse_keys(value, where)

@@ -25,7 +25,7 @@ _NEUTRAL = "longctx"  # a rope_type that transformers' per-forward update leaves
 def attach_rope(model: torch.nn.Module, binding: Binding) -> None:
     """Make every rotary module of ``model`` use the true length and fp32 frequencies, by forward hooks."""
     for module in model.modules():
-        if hasattr(module, "rope_type") and any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
+        if hasattr(module, "rope_type") and _inverse_frequencies(module):
             rotary = Rotary(module, binding)
             binding.handles.append(module.register_forward_pre_hook(rotary.before, with_kwargs=True))
             binding.handles.append(module.register_forward_hook(rotary.after, always_call=True))
@@ -34,12 +34,14 @@ def attach_rope(model: torch.nn.Module, binding: Binding) -> None:
 class Rotary:
     """The hooks of one rotary module, and the fp32 frequencies that its class computes from its config."""
 
-    def __init__(self, module: torch.nn.Module, binding: Binding) -> None:
+    def __init__(self, module: Any, binding: Binding) -> None:
         self.binding = binding
         with torch.device("cpu"):
             twin = type(module)(module.config)  # built outside zero.Init and before any cast
-        self.frequencies = {name: buffer for name, buffer in twin.named_buffers(recurse=False) if name.endswith("inv_freq")}
-        kinds = module.rope_type if isinstance(module.rope_type, dict) else {None: module.rope_type}
+        self.frequencies = _inverse_frequencies(twin)
+        kinds: dict[str | None, str] = (
+            module.rope_type if isinstance(module.rope_type, dict) else {None: module.rope_type}
+        )
         self.growing = {layer: kind for layer, kind in kinds.items() if "dynamic" in kind or kind == "longrope"}
         self.kept = module.rope_type
 
@@ -72,6 +74,10 @@ class Rotary:
         if self.binding.sharded:
             dist.all_reduce(length, op=dist.ReduceOp.MAX, group=self.binding.mesh.sequence_group)
         return length
+
+
+def _inverse_frequencies(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")}
 
 
 def _frequencies(kind: str, config: Any, length: torch.Tensor, layer: str | None) -> torch.Tensor:

@@ -6,7 +6,11 @@ import dataclasses
 import difflib
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from longctx.errors import ModelError
+
+REFUSALS = (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)  # what config classes raise
 
 # longctx's size -> transformers' name; GPT-2's own names are attribute-mapped by its config class, except the MLP's.
 _SIZES = {
@@ -92,7 +96,7 @@ def make_config(
             arguments.setdefault(token, None)
     try:
         return config_class(**arguments)
-    except (ValueError, TypeError, KeyError) as problem:
+    except REFUSALS as problem:
         raise ModelError(f"transformers refuses this {architecture} config: {problem}") from problem
 
 

@@ -24,6 +24,7 @@ _MIXER = re.compile(
     r"Mamba|SSM|Mixer|Rwkv|Recurrent|Recursion|DeltaNet|ShortConv|Hyena|Fourier|Retention|Lightning|MultiheadAttention"
     r"|Pooler|Pooling"
 )
+_PER_TOKEN = re.compile(r"(Norm|Norm2d|MLP|Mlp|FeedForward|Embeddings?|Activation|Router|Experts?|Linear|Dropout)$")
 _MIXING_TYPES = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.RNNBase, torch.nn.MultiheadAttention)
 
 
@@ -99,15 +100,15 @@ def judge(model: torch.nn.Module, ran: dict[int, torch.nn.Module], called: set[i
         called: ids of the modules that called longctx's attention function.
     """
     reached = {id(module) for module in model.modules() if any(id(child) in called for child in module.modules())}
-    inside_reached = {id(child) for module in model.modules() if id(module) in called for child in module.modules()}
+    used = reached | {id(child) for module in model.modules() if id(module) in called for child in module.modules()}
     suspects: list[tuple[str, str, str]] = []
     for path, module in model.named_modules():
-        if id(module) not in ran:
-            continue
         name = type(module).__name__
+        if id(module) not in ran or id(module) in called or _PER_TOKEN.search(name):
+            continue
         if _MIXER.search(name) or _convolves(module):
             suspects.append((path, name, "mixes tokens in a way that longctx does not shard"))
-        elif _ATTENTION.search(name) and id(module) not in reached | inside_reached and any(True for _ in module.children()):
+        elif _ATTENTION.search(name) and id(module) not in used and any(True for _ in module.children()):
             suspects.append((path, name, "attends without calling the attention function it was given"))
     for path, name, what in suspects:
         if not any(other.startswith(path + ".") for other, _, _ in suspects):  # the innermost says it best

@@ -7,18 +7,24 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_ranks
 from models.zoo import CAUSAL, documents, eager_mask, positions_of, tiny_config, tiny_model
-from tolerances import tolerance
 
 import longctx
 from longctx.models.attach import attach_attention
+
+from distributed import run_ranks
+from tolerances import tolerance
 
 LENGTH = 45  # of no ring a multiple: every shard is padded
 
 
 def sharded_error(
-    mesh: Any, config: Any, kind: str, layout: str = "zigzag", length: int = LENGTH, checkpointing: dict[str, bool] | None = None
+    mesh: Any,
+    config: Any,
+    kind: str,
+    layout: str = "zigzag",
+    length: int = LENGTH,
+    checkpointing: dict[str, bool] | None = None,
 ) -> dict[str, float]:
     """Return the largest differences between the sharded model and the eager one, relative to the largest value."""
     ids = documents(kind, 2, length)
@@ -91,7 +97,10 @@ def test_other_layouts(layout: str) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant: bool) -> None:
     keywords = {"use_reentrant": reentrant}
-    cases = [{"config": tiny_config(n), "kind": "packed", "checkpointing": keywords} for n in ("llama", "gemma3", "gpt2", "bert")]
+    cases = [
+        {"config": tiny_config(n), "kind": "packed", "checkpointing": keywords}
+        for n in ("llama", "gemma3", "gpt2", "bert")
+    ]
     check(2, 2, cases)
 
 
