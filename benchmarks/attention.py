@@ -8,6 +8,7 @@ are taken turn by turn.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -39,8 +40,14 @@ class Result:
     peak: int = 0  # the largest rank's
 
 
-def worker(rank: int, ranks: int, row: AttentionRow) -> dict[str, Any]:
-    """Run one row on one rank; rank 0's return value is the row's."""
+def worker(rank: int, ranks: int, rows: list[AttentionRow]) -> Iterator[dict[str, Any]]:
+    """Run rows one after another on one rank; what rank 0 yields is the row's result."""
+    for row in rows:
+        yield run_row(rank, ranks, row)
+
+
+def run_row(rank: int, ranks: int, row: AttentionRow) -> dict[str, Any]:
+    """Check everyone, then time them in turns."""
     inputs = make_inputs(row)
     truth = true_results(rank, ranks, row, inputs)
     ready: dict[str, tuple[Contestant, Step, Tensors]] = {}

@@ -7,6 +7,7 @@ values in flight); at fixed ranks it is proportional to the local length.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +20,13 @@ from benchmarks.registry import OURS, MemoryRow
 HEADS, HEAD_DIM = 8, 64
 
 
-def worker(rank: int, ranks: int, row: MemoryRow) -> dict[str, Any]:
+def worker(rank: int, ranks: int, rows: list[MemoryRow]) -> Iterator[dict[str, Any]]:
+    """Measure rows one after another."""
+    for row in rows:
+        yield run_row(rank, row)
+
+
+def run_row(rank: int, row: MemoryRow) -> dict[str, Any]:
     """Peak bytes of one forward + backward on the largest rank."""
     generator = torch.Generator().manual_seed(rank)
     local = tuple(torch.randn(1, HEADS, row.local, HEAD_DIM, generator=generator) for _ in range(4))

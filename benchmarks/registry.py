@@ -32,8 +32,8 @@ class AttentionRow:
     kv_heads: int = 8
     head_dim: int = 64
     batch: int = 1
-    ranks: int = 2
     repeats: int = 7
+    ranks: int = 2
 
     @property
     def name(self) -> str:
@@ -84,7 +84,7 @@ ATTENTION_ROWS = tuple(
 QUICK_ATTENTION_ROWS = (AttentionRow(1024, "float32", repeats=3), AttentionRow(1024, "bfloat16", repeats=3))
 
 MEMORY_ROWS = (MemoryRow(2048, 1), MemoryRow(2048, 2), MemoryRow(2048, 4), MemoryRow(4096, 2), MemoryRow(8192, 2))
-QUICK_MEMORY_ROWS = (MemoryRow(1024, 1), MemoryRow(1024, 2), MemoryRow(2048, 2))
+QUICK_MEMORY_ROWS = (MemoryRow(1024, 2), MemoryRow(2048, 2))
 
 STEP_ROW = StepRow()
 QUICK_STEP_ROW = StepRow(length=1024, layers=2, hidden=64, intermediate=128, vocabulary=512, steps=2)

@@ -58,12 +58,11 @@ def build_deepspeed_communication() -> None:
 def _attention(chosen: argparse.Namespace, load: float, folder: Path | None) -> list[tuple[str, bool]]:
     rows: list[dict[str, Any]] = []
     said = []
-    for row in registry.QUICK_ATTENTION_ROWS if chosen.quick else registry.ATTENTION_ROWS:
-        if chosen.rows and not any(part in row.name for part in chosen.rows):
-            continue
-        measured = run_ranks(row.ranks, attention.worker, row)
+    listed = registry.QUICK_ATTENTION_ROWS if chosen.quick else registry.ATTENTION_ROWS
+    wanted = [row for row in listed if not chosen.rows or any(part in row.name for part in chosen.rows)]
+    for measured in run_ranks(2, attention.worker, wanted):
         flat = report.attention_rows(measured, load)
-        print(f"\n{row.name}: causal, forward + backward, {row.ranks} CPU ranks")
+        print(f"\n{measured['row']['name']}: causal, forward + backward, {measured['row']['ranks']} CPU ranks")
         report.show(flat, ATTENTION_COLUMNS)
         rows += flat
         said += report.verdicts(measured)
@@ -74,7 +73,9 @@ def _attention(chosen: argparse.Namespace, load: float, folder: Path | None) -> 
 
 def _memory(chosen: argparse.Namespace, load: float, folder: Path | None) -> list[tuple[str, bool]]:
     listed = registry.QUICK_MEMORY_ROWS if chosen.quick else registry.MEMORY_ROWS
-    measured = [run_ranks(row.ranks, memory.worker, row) for row in listed]
+    measured = []
+    for ranks in sorted({row.ranks for row in listed}):
+        measured += run_ranks(ranks, memory.worker, [row for row in listed if row.ranks == ranks])
     flat = report.memory_rows(measured, load)
     print("\nring attention, peak bytes per rank, forward + backward, 8 heads of 64, fp32")
     report.show(flat, ("local_tokens", "ranks", "peak_bytes_per_rank", "peak_in_local_tensors"))

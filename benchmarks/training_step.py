@@ -7,7 +7,7 @@ turns step by step, and their losses must agree before any speed is reported.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from statistics import median
 from typing import Any
@@ -29,11 +29,11 @@ Step = Callable[[dict[str, torch.Tensor]], float]
 
 def measure_row(row: StepRow) -> dict[str, Any]:
     """Run the row on fresh ranks."""
-    return run_ranks(row.ranks, worker, row)
+    return next(run_ranks(row.ranks, worker, row))
 
 
-def worker(rank: int, ranks: int, row: StepRow) -> dict[str, Any]:
-    """Both engines in turns; rank 0's return value is the row's."""
+def worker(rank: int, ranks: int, row: StepRow) -> Iterator[dict[str, Any]]:
+    """Both engines in turns; what rank 0 yields is the row's result."""
     engines: dict[str, Step] = {}
     results: dict[str, dict[str, Any]] = {}
     for name, load in ((OURS, load_ours), (THEIRS, load_theirs)):
@@ -57,7 +57,7 @@ def worker(rank: int, ranks: int, row: StepRow) -> dict[str, Any]:
         results[name]["peak"] = int(peak)
     agree(results)
     parameters = sum(parameter.numel() for parameter in make_model(row).parameters())
-    return {"row": asdict(row), "parameters": parameters, "results": list(results.values())}
+    yield {"row": asdict(row), "parameters": parameters, "results": list(results.values())}
 
 
 def make_model(row: StepRow, attention: str = "sdpa") -> torch.nn.Module:
