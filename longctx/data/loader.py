@@ -63,6 +63,37 @@ def micro_batch_of(parts: list[Part]) -> dict[str, Any]:
     }
 
 
+class _Reader:
+    """Reads any window of one rank; no state. The prefetching thread holds this, and never the loader itself."""
+
+    def __init__(
+        self,
+        rows: PackedRows,
+        order: SampleOrder,
+        mesh: Grid,
+        positions: npt.NDArray[np.int64],
+        micro_batch: int,
+        accumulation: int,
+    ) -> None:
+        self.rows, self.order, self.mesh, self.positions = rows, order, mesh, positions
+        self.shape = (accumulation, mesh.data_size, micro_batch)
+        self.samples_per_window = accumulation * mesh.data_size * micro_batch
+
+    def sample_ids(self, samples_consumed: int) -> npt.NDArray[np.int64]:
+        numbers = samples_consumed + np.arange(self.samples_per_window, dtype=np.int64)
+        return self.order(numbers).reshape(self.shape)
+
+    def window(self, samples_consumed: int) -> Window:
+        self.rows.check_unchanged()
+        mine = self.sample_ids(samples_consumed)[:, self.mesh.data_rank]
+        return [micro_batch_of([self.rows.read(int(row), self.positions) for row in rows]) for rows in mine]
+
+    def windows(self, samples_consumed: int) -> Iterator[Window]:
+        while True:
+            yield self.window(samples_consumed)
+            samples_consumed += self.samples_per_window
+
+
 class ShardedLoader:
     """Endless windows of training data; one window is the data of one optimizer step.
 
@@ -79,7 +110,7 @@ class ShardedLoader:
         layout: "zigzag", "contiguous" or "striped".
         seed: of the order of samples.
         packing: "best_fit" or "concat".
-        samples_consumed: where to begin, counted over all data replicas; a multiple of nothing in particular.
+        samples_consumed: where to begin, counted over all data replicas; of any mesh.
         tokenizer_hash, vocabulary_size: of the run; files that do not fit are refused.
         prefetch: windows read ahead by a thread; 0 reads in the caller's.
         shuffle: False reads rows in file order.
@@ -118,10 +149,11 @@ class ShardedLoader:
             files, sequence_length, packing, tokenizer_hash=tokenizer_hash, vocabulary_size=vocabulary_size
         )
         self.order = SampleOrder(len(self.rows), seed, shuffle)
+        positions = local_positions(sequence_length, self.mesh, layout)
+        self._reader = _Reader(self.rows, self.order, self.mesh, positions, micro_batch, accumulation)
         self.micro_batch, self.accumulation, self.seed = micro_batch, accumulation, seed
-        self.samples_per_window = micro_batch * accumulation * self.mesh.data_size
+        self.samples_per_window = self._reader.samples_per_window
         self.tokens_per_window = self.samples_per_window * sequence_length  # pads included
-        self._positions = local_positions(sequence_length, self.mesh, layout)
         self._consumed = samples_consumed
         self._depth = prefetch
         self._ahead: Prefetcher[Window] | None = None
@@ -143,8 +175,7 @@ class ShardedLoader:
 
         The same on every rank; flattened, it is the order of samples, which does not depend on the mesh.
         """
-        numbers = samples_consumed + np.arange(self.samples_per_window, dtype=np.int64)
-        return self.order(numbers).reshape(self.accumulation, self.mesh.data_size, self.micro_batch)
+        return self._reader.sample_ids(samples_consumed)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must keep: samples consumed, the seed, and which data they counted."""
@@ -176,9 +207,7 @@ class ShardedLoader:
 
     def window(self, samples_consumed: int) -> Window:
         """Read this rank's part of the window that begins there; needs no state."""
-        self.rows.check_unchanged()
-        mine = self.sample_ids(samples_consumed)[:, self.mesh.data_rank]
-        return [micro_batch_of([self.rows.read(int(row), self._positions) for row in rows]) for rows in mine]
+        return self._reader.window(samples_consumed)
 
     def __iter__(self) -> Iterator[Window]:
         return self
@@ -188,15 +217,10 @@ class ShardedLoader:
             window = self.window(self._consumed)
         else:
             if self._ahead is None:
-                self._ahead = Prefetcher(self._windows(self._consumed), self._depth)
+                self._ahead = Prefetcher(self._reader.windows(self._consumed), self._depth)
             window = next(self._ahead)
         self._consumed += self.samples_per_window
         return window
-
-    def _windows(self, samples_consumed: int) -> Iterator[Window]:
-        while True:
-            yield self.window(samples_consumed)
-            samples_consumed += self.samples_per_window
 
     def close(self) -> None:
         """Stop the reading thread, if there is one; iteration may go on afterwards."""

@@ -111,7 +111,7 @@ def parse(raw: bytes, file_bytes: int, path: Path) -> Header:
     """
     if file_bytes == 0:
         raise DataError(f"{path} is empty: no token file was written here; {_REBUILD}")
-    if raw[: len(MAGIC)] != MAGIC:
+    if raw[: len(MAGIC)] != MAGIC[: len(raw)]:
         raise DataError(f"{path}: offset 0: {_foreign(raw)}")
     if len(raw) < HEADER_BYTES:
         raise DataError(

@@ -1,0 +1,28 @@
+"""Token files for the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longctx.data.tokenfile import TokenFile
+from longctx.data.tokenwriter import TokenWriter
+
+HASH = "ab" * 32
+
+
+@pytest.fixture(scope="session")
+def make_tokens(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TokenFile]:
+    """Write documents of the given lengths; token number n of the file is ``n % vocabulary``."""
+
+    def make(lengths: list[int], vocabulary_size: int = 2**31, path: Path | None = None) -> TokenFile:
+        path = path or tmp_path_factory.mktemp("tokens") / "x.tokens"
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        with TokenWriter(path, vocabulary_size=vocabulary_size, tokenizer_hash=HASH) as writer:
+            writer.extend(np.arange(offsets[-1]) % vocabulary_size, offsets)
+        return TokenFile(path)
+
+    return make
