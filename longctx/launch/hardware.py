@@ -21,7 +21,7 @@ def threads_per_rank(local_ranks: int) -> int:
 
 
 def python_path() -> str:
-    """Return PYTHONPATH for child processes: with the checkout in front when longctx runs from one, installed or not."""
+    """Return PYTHONPATH for child processes: with the checkout in front when longctx runs from one."""
     root = Path(__file__).resolve().parents[2]
     given = os.environ.get("PYTHONPATH", "")
     return os.pathsep.join(filter(None, [str(root), given])) if (root / "setup.py").is_file() else given

@@ -35,6 +35,7 @@ def prepare(build: bool = True) -> None:
     """
     if not _importable("deepspeed"):
         raise MissingPackageError("deepspeed is not installed here; install longctx with its dependencies")
+    _show_ninja()
     if shutil.which("ninja") is None:
         raise MissingPackageError("ninja is not on PATH, and DeepSpeed compiles with it: pip install ninja")
     folders = build_folders()
@@ -87,6 +88,13 @@ def require_toolchain() -> None:
             f"Python's headers are missing ({header}): DeepSpeed compiles a small extension on its first CPU start; "
             f"install them (Debian, Ubuntu: apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev)"
         )
+
+
+def _show_ninja() -> None:
+    """Let torch find the ninja of a virtual environment that is used without being activated."""
+    beside = Path(sys.executable).parent
+    if shutil.which("ninja") is None and shutil.which("ninja", path=str(beside)):
+        os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def _held(lock: Path) -> bool:

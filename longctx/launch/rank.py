@@ -9,9 +9,9 @@ import argparse
 import ctypes
 import faulthandler
 import os
-import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -61,8 +61,6 @@ def _train(path: Path, overrides: list[str], rank: int) -> int:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or _world())
     threads = hardware.threads_per_rank(local_ranks)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    if shutil.which("ninja") is None:  # a virtual environment that is used but not activated
-        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     if hardware.gpus() == 0:
         from longctx.launch.prepare import prepare
 
@@ -72,6 +70,7 @@ def _train(path: Path, overrides: list[str], rank: int) -> int:
     import torch
 
     torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
     _meet(rank)
     from longctx.train.run import run
 

@@ -18,7 +18,7 @@ from longctx.errors import CheckpointError
 from longctx.train import durable, manifest, rng, store
 from longctx.train.agree import broadcast_json, gather_json, ranks, together
 from longctx.train.manifest import FileEntry, Manifest
-from longctx.train.safe_load import make_safe
+from longctx.train.safe_load import make_safe, safe_load
 
 # fp32 weights and Adam's two moments are 12 bytes a parameter, half-precision weights 2 more; the rest is room
 BYTES_PER_PARAMETER = 16
@@ -107,7 +107,14 @@ class Checkpoints:
         name = store.name_of(found.step)
         if engine.load_universal_checkpoint():
             raise CheckpointError("deepspeed.checkpoint.load_universal reads with pickle, which runs code; remove it")
-        make_safe(engine)
+        contents: dict[str, Any] = {}
+        with together():
+            for entry in found.files:  # what DeepSpeed will read here: this rank's own files, and the replicated one
+                own = entry.rank == ranks()[0] or entry.path.startswith("mp_rank_")
+                if own and entry.path.endswith(".pt"):
+                    path = str(self.root / name / entry.path)
+                    contents[path] = safe_load(path, "cpu")
+        make_safe(engine, contents)
         path, _ = engine.load_checkpoint(str(self.root), tag=name, load_lr_scheduler_states=False)
         if path is None:
             raise CheckpointError(f"{self.root / name}: DeepSpeed found nothing to load in it")

@@ -52,6 +52,7 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
         held_out=data.held_out,
         seed=data.seed,
         text_field=data.text_field,
+        sample_bytes=data.sample_bytes,
         progress=_Stages(say),
     )
     report = build.report

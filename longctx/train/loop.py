@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,9 +31,6 @@ class Outcome:
 
     progress: Progress
     stopped: bool = False  # on request, before the last step
-    first_loss: float | None = None
-    last_loss: float | None = None
-    held_out: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
     seconds: float = 0.0  # of the whole loop
     step_seconds: float = 0.0  # of the training steps alone
     tokens: int = 0  # trained on in this loop
@@ -66,7 +63,7 @@ class Loop:
         """
         job, settings = self.job, self.job.config.train
         started = time.monotonic()
-        at_start = self._evaluate(0) if job.start.step == 0 and settings.eval_every else None
+        at_start = self._evaluate() if job.start.step == 0 and settings.eval_every else None
         while self.outcome.progress.step < settings.steps and not self.outcome.stopped:
             record = self._step()
             if at_start is not None:
@@ -74,7 +71,7 @@ class Loop:
             step = self.outcome.progress.step
             last = step == settings.steps
             if last or (settings.eval_every and step % settings.eval_every == 0):
-                loss = self._evaluate(step)
+                loss = self._evaluate()
                 if loss is not None:
                     record["eval_loss"] = loss
             if self.metrics is not None:
@@ -138,20 +135,16 @@ class Loop:
         samples = before.samples + self.job.loader.samples_per_window
         outcome.progress = Progress(step, samples, before.tokens + tokens)
         outcome.stopped = stopped and step < self.job.config.train.steps
-        outcome.last_loss = self.job.engine.global_loss
-        outcome.first_loss = outcome.last_loss if outcome.first_loss is None else outcome.first_loss
         outcome.step_seconds += seconds
         outcome.tokens += tokens
         outcome.peak_memory_bytes = max(outcome.peak_memory_bytes, memory)
 
-    def _evaluate(self, step: int) -> float | None:
+    def _evaluate(self) -> float | None:
         """Return the loss on held-out documents, or None where nothing is held out."""
         if self.job.held_out is None:
             return None
         batches = (batch for window in self.job.held_out for batch in window)
-        loss = self.job.engine.evaluate(batches, sharded=True).loss
-        self.outcome.held_out.append((step, loss))
-        return loss
+        return self.job.engine.evaluate(batches, sharded=True).loss
 
     def _named(self, error: NonFiniteError, step: int) -> NonFiniteError:
         """Return the error with the rows of the step, so that they can be looked at."""

@@ -25,6 +25,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
+def held_out(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Return (step, loss) of every evaluation in a run's records; the one before training is step 0."""
+    found = [(0, record.get("eval_loss_at_start")) for record in records[:1]]
+    found += [(record["step"], record.get("eval_loss")) for record in records]
+    return [(step, loss) for step, loss in found if loss is not None]
+
+
 class Metrics:
     """Writes a run's numbers. Made on rank 0 only.
 

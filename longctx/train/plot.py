@@ -29,7 +29,7 @@ def plot_loss(folder: Path) -> Path:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], label="training", linewidth=1.2)
-    held_out = [(r["step"], r["eval_loss"]) for r in records if r.get("eval_loss") is not None]
+    held_out = metrics.held_out(records)
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", label=f"held out (last {held_out[-1][1]:.3f})", markersize=4)
     axes.set_xlabel("optimizer step")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,7 @@ from longctx.config.schema import RunConfig
 from longctx.config.write import dump
 from longctx.errors import CheckpointError, MissingPackageError
 from longctx.mesh import Mesh
-from longctx.train import durable, store
+from longctx.train import durable, metrics, store
 from longctx.train.agree import ranks, together
 from longctx.train.environment import environment, git_commit
 from longctx.train.export import export_model
@@ -53,10 +52,11 @@ def run(config: RunConfig, console: TextIO | None = None) -> int:
         _describe(config, mesh, output)
         job = set_up(config, mesh, sizes_of(config), display.say)
         stack.callback(job.loader.close)
-        metrics = _metrics(job)
-        if metrics is not None:
-            stack.callback(metrics.close)
-        outcome = Loop(job, stop, display, metrics).run()
+        stack.callback(job.engine.destroy)
+        writer = _metrics(job)
+        if writer is not None:
+            stack.callback(writer.close)
+        outcome = Loop(job, stop, display, writer).run()
         display.close()
         summary = _summary(job, outcome, time.monotonic() - started)
         if outcome.stopped:
@@ -98,22 +98,24 @@ def _describe(config: RunConfig, mesh: Mesh, output: Path) -> None:
 
 
 def _metrics(job: Job) -> Metrics | None:
-    metrics = None
+    writer = None
     with together():
         if job.mesh.rank == 0:
-            metrics = Metrics(job.output, job.start.step, job.config.output.tensorboard)
-    return metrics
+            writer = Metrics(job.output, job.start.step, job.config.output.tensorboard)
+    return writer
 
 
 def _summary(job: Job, outcome: Outcome, wall: float) -> dict[str, Any]:
-    held_out = [(step, loss) for step, loss in outcome.held_out if math.isfinite(loss)]
+    records = metrics.read(job.output) if job.mesh.rank == 0 else []
+    losses = [record["loss"] for record in records if record.get("loss") is not None]
+    held_out = metrics.held_out(records)
     return {
         "status": "completed",
         "step": outcome.progress.step,
         "steps": job.config.train.steps,
         "started_at_step": job.start.step,
-        "first_loss": outcome.first_loss,
-        "last_loss": outcome.last_loss,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
         "first_held_out_loss": held_out[0][1] if held_out else None,
         "last_held_out_loss": held_out[-1][1] if held_out else None,
         "held_out_losses": [{"step": step, "loss": loss} for step, loss in held_out],

@@ -46,6 +46,15 @@ def safe_load(path: str | Path, map_location: Any = None) -> Any:
         raise CheckpointError(f"{path}: {what} ({reason.splitlines()[-1].strip()})") from None
 
 
-def make_safe(engine: Any) -> None:
-    """Replace the reader of a DeepSpeed engine's checkpoint engine by ``safe_load``."""
-    engine.checkpoint_engine.load = lambda path, map_location=None: safe_load(path, map_location)
+def make_safe(engine: Any, read_already: dict[str, Any]) -> None:
+    """Replace the reader of a DeepSpeed engine's checkpoint engine by ``safe_load``.
+
+    Args:
+        read_already: contents by path, handed out once each. Reading before DeepSpeed asks lets all ranks agree that
+            every file is good; a rank that failed inside DeepSpeed would leave the others waiting there.
+    """
+
+    def load(path: str, map_location: Any = None) -> Any:
+        return read_already.pop(str(path)) if str(path) in read_already else safe_load(path, map_location)
+
+    engine.checkpoint_engine.load = load

@@ -1,0 +1,122 @@
+"""A run that is stopped and resumed is, to the last bit, the run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import config, losses, weights, write
+
+from longctx.train.loop import Loop
+
+from distributed import run_ranks
+
+LIMIT = 280.0
+# everything that has state: dropout (random states), accumulation, a schedule, packing, clipping
+DROPOUT = ("model.architecture=gpt2", "model.extra={resid_pdrop: 0.1, embd_pdrop: 0.1}", "train.global_batch=2")
+CASES = {
+    "zero3": ("zero.stage=3",),
+    "zero2-bf16": ("zero.stage=2", "model.dtype=bf16", *DROPOUT),
+    "zero1": ("zero.stage=1", *DROPOUT),
+    "zero0-sgd": ("zero.stage=0", "train.optimizer=sgd", "train.momentum=0.9"),
+    "zero3-offload-checkpointing": ("zero.offload_optimizer=cpu", "model.activation_checkpointing=true", *DROPOUT),
+}
+
+
+def train(rank: int, world: int, folder: str, name: str, overrides: tuple[str, ...], stop_at: int = 0) -> int:
+    """Run the job on this rank; a SIGTERM reaches rank 1 alone during step ``stop_at``."""
+    from longctx.train.run import run
+
+    settings = config(Path(folder), *overrides, name=name)
+    step = Loop._step
+
+    def signalled(loop: Loop) -> dict[str, Any]:
+        if rank == 1 and loop.outcome.progress.step + 1 == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(loop)
+
+    Loop._step = signalled  # type: ignore[method-assign]
+    try:
+        return run(settings)
+    finally:
+        Loop._step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_equals_uninterrupted(tmp_path: Path, case: str) -> None:
+
+    write(tmp_path, "straight"), write(tmp_path, "broken")
+    overrides = CASES[case]
+    assert run_ranks(2, train, str(tmp_path), "straight", overrides, timeout=LIMIT) == [0, 0]
+    assert run_ranks(2, train, str(tmp_path), "broken", overrides, 3, timeout=LIMIT) == [75, 75]
+    summary = json.loads((tmp_path / "broken" / "summary.json").read_text())
+    assert (summary["status"], summary["step"]) == ("stopped", 3)
+    assert run_ranks(2, train, str(tmp_path), "broken", (*overrides, "checkpoint.resume=must"), timeout=LIMIT) == [0, 0]
+    expected = losses(tmp_path / "straight")
+    assert len(expected) == 6 and losses(tmp_path / "broken") == expected
+    straight, broken = weights(tmp_path / "straight"), weights(tmp_path / "broken")
+    assert straight.keys() == broken.keys()
+    assert all(torch.equal(straight[name], broken[name]) for name in straight)
+    assert [path.name for path in sorted((tmp_path / "broken" / "checkpoints").iterdir())] == [
+        "latest", "step-00000004", "step-00000006",
+    ]  # fmt: skip
+
+
+def test_a_finished_run_has_everything_and_is_not_trained_again(tmp_path: Path) -> None:
+
+    write(tmp_path)
+    assert run_ranks(2, train, str(tmp_path), "run", ("output.tensorboard=true",), timeout=LIMIT) == [0, 0]
+    output = tmp_path / "run"
+    expected = {
+        "config.yaml", "environment.json", "metrics.jsonl", "loss.png", "checkpoints", "summary.json", "model",
+        "tokens", "tensorboard", ".lock",
+    }  # fmt: skip
+    assert {path.name for path in output.iterdir()} == expected
+    first = losses(output)
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    keys = {
+        "step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "mfu", "peak_memory_bytes",
+        "step_seconds", "data_seconds",
+    }  # fmt: skip
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert all(keys <= record.keys() for record in records)
+    assert all(record["tokens_per_second"] == record["tokens"] / record["step_seconds"] for record in records)
+    assert [record["step"] for record in records if "eval_loss" in record] == [3, 6]
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["status"] == "completed" and summary["last_held_out_loss"] < summary["first_held_out_loss"]
+    assert summary["sample"]["prompt"]
+    assert run_ranks(2, train, str(tmp_path), "run", (), timeout=LIMIT) == [0, 0]
+    assert losses(output) == first
+
+
+def test_the_exported_folder_is_the_trained_model(tmp_path: Path) -> None:
+    """Plain transformers, on whole rows and without longctx, gets the held-out loss that the run measured."""
+
+    from transformers import AutoModelForCausalLM
+
+    from longctx.data.loader import EvaluationLoader
+
+    write(tmp_path)
+    assert run_ranks(2, train, str(tmp_path), "run", ("zero.stage=3", "train.eval_batches=1000"), timeout=LIMIT) == [
+        0,
+        0,
+    ]
+    output = tmp_path / "run"
+    model = AutoModelForCausalLM.from_pretrained(output / "model", attn_implementation="sdpa")
+    total, count = 0.0, 0
+    for window in EvaluationLoader(output / "tokens" / "held_out.tokens", 96, packing="best_fit"):
+        (batch,) = window
+        for document in range(int(batch["document_ids"].max()) + 1):
+            here = batch["document_ids"][0] == document
+            labels = batch["shift_labels"][0, here]
+            with torch.no_grad():
+                logits = model(batch["input_ids"][:, here]).logits[0]
+            total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+            count += int((labels != -100).sum())
+    measured = json.loads((output / "summary.json").read_text())["last_held_out_loss"]
+    assert abs(total / count - measured) <= 1e-5 * measured
