@@ -54,10 +54,11 @@ def inspect(
         raise DataError(f"{store.path}: sample {sample} does not exist; choose 0 to {len(rows) - 1}")
     chosen = get_layout(layout)
     words = _tokenizer(store, tokenizer)
-    (console or Console()).print(
+    console = console or Console()
+    console.print(
         Group(
             _summary(store, rows, verify),
-            _shards(rows, sample, chosen, ring, ulysses),
+            _shards(rows, sample, chosen, ring, ulysses, max(min(console.width - 14, 96), 16)),
             _documents(store, rows.pieces(sample)[1], words),
         )
     )
@@ -91,10 +92,10 @@ def _summary(store: TokenStore, rows: PackedRows, verified: bool) -> RenderableT
     return Panel(table, title="token file")
 
 
-def _shards(rows: PackedRows, sample: int, layout: Layout, ring: int, ulysses: int) -> RenderableType:
+def _shards(rows: PackedRows, sample: int, layout: Layout, ring: int, ulysses: int, most: int) -> RenderableType:
     """One bar for the row and one for each rank, a character for each slice of the padded row."""
     padded = layout.padded_length(rows.sequence_length, ring, ulysses)
-    width = min(padded, 96)
+    width = min(padded, most)
     document_ids = rows.read(sample, np.arange(padded, dtype=np.int64)).document_ids
     edges = np.arange(width) * padded // width
     table = Table.grid(padding=(0, 1))

@@ -1,0 +1,127 @@
+"""Sources of text: the same documents in the same order each time, and bad input named with its place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from longctx.data.text import Document, open_source
+from longctx.errors import DataError, MissingPackageError
+
+
+def test_file_is_one_document_read_exactly(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffLine\r\n  zwei – ß\n".encode())
+    assert list(open_source(tmp_path / "a.txt").documents()) == [Document("a.txt", "Line\r\n  zwei – ß\n")]
+
+
+BAD = {
+    b"": "is empty",
+    b" \n\t": "is empty",
+    b"abc\0def": "offset 3: binary",
+    b"good \xff\xfe": "offset 5: binary or not UTF-8",
+    "text".encode("utf-16"): "offset 0: UTF-16",
+}
+
+
+@pytest.mark.parametrize("content", BAD)
+def test_named_file_must_be_text(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=BAD[content]) as caught:
+        list(open_source(path).documents())
+    assert str(path) in str(caught.value)
+
+
+def test_folder_is_sorted_and_leaves_out_what_is_not_text(tmp_path: Path) -> None:
+    for name in ("b/z.txt", "b/a.md", "a.txt", ".hidden", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "b" / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    source = open_source(tmp_path)
+    for _ in range(2):
+        assert [document.name for document in source.documents()] == ["a.txt", "b/a.md", "b/z.txt"]
+        assert list(source.skipped) == ["b/image.png"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_json_lines(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x{suffix}"
+    lines = "\n".join([json.dumps({"text": "eins"}), "", json.dumps({"text": "zw\nei", "id": 3})])
+    path.write_bytes(gzip.compress(lines.encode()) if suffix.endswith("gz") else lines.encode())
+    documents = list(open_source(path).documents())
+    assert documents == [Document(f"x{suffix}:1", "eins"), Document(f"x{suffix}:3", "zw\nei")]
+
+
+BAD_LINES = {
+    b'{"text": "a"}\n{"text": \n': r":2 \(byte 14\): not a JSON object",
+    b'{"body": "a"}': r"no text under the key 'text' \(found: 'body'\)",
+    b"[1]": "found: list",
+    b'{"text": 5}': "no text under the key",
+    b'{"text": "\\ud800"}': "half of a surrogate pair",
+    b"[" * 20000: "not a JSON object",
+    b"\xff\xff": "not a JSON object",
+}
+
+
+@pytest.mark.parametrize("content", BAD_LINES)
+def test_bad_lines_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=BAD_LINES[content]):
+        list(open_source(tmp_path / "x.jsonl").documents())
+
+
+def test_damaged_gzip(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"text": "a"}\n' * 1000)
+    for content in (whole[:-20], b"no gzip", whole[:20] + b"\0\0\0" + whole[23:]):
+        (tmp_path / "x.jsonl.gz").write_bytes(content)
+        with pytest.raises(DataError, match="cannot be read on"):
+            list(open_source(tmp_path / "x.jsonl.gz").documents())
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist; give text files"):
+        open_source(tmp_path / "none.txt")
+    with pytest.raises(DataError, match="the folder holds no files"):
+        open_source(tmp_path)
+    with pytest.raises(DataError, match="write hf:NAME"):
+        open_source("hf:a:b:c:d")
+
+
+def test_standard_library_is_megabytes_of_python() -> None:
+    names, size = [], 0
+    for document in open_source("python-stdlib").documents():
+        names.append(document.name)
+        size += len(document.text)
+    assert size > 5e6 and names == sorted(names) and "json/decoder.py" in names
+    assert not [name for name in names if "site-packages" in name or not name.endswith(".py")]
+
+
+def test_datasets_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'longctx\[data\]'"):
+        list(open_source("hf:some/name").documents())
+
+
+def test_datasets_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for `datasets`: what we ask of it is load_dataset(name, config, split=…) and rows as dicts."""
+    asked = []
+
+    def load_dataset(name: str, config: str | None, *, split: str) -> list[dict[str, object]]:
+        asked.append((name, config, split))
+        if split == "none":
+            raise ValueError("no such split")
+        return [{"text": "a"}, {"text": "b" if split == "train" else None}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert [document.text for document in open_source("hf:x/y").documents()] == ["a", "b"]
+    with pytest.raises(DataError, match="row 1 has no text"):
+        list(open_source("hf:x/y:en:test").documents())
+    with pytest.raises(DataError, match="cannot load split 'none': no such split"):
+        list(open_source("hf:x/y:none").documents())
+    assert asked == [("x/y", None, "train"), ("x/y", "en", "test"), ("x/y", None, "none")]
