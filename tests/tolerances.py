@@ -6,6 +6,10 @@ from __future__ import annotations
 _TABLE: dict[str, tuple[float, str]] = {
     "fp64": (1e-10, "fp64 arithmetic in another order of summation; thousands of terms of size one"),
     "fp32": (1e-5, "fp32 arithmetic in another order of summation, relative to the largest value"),
+    "training loss": (1e-5, "fp32, 20 optimizer steps on ranks against one process; relative"),
+    "training norm": (1e-5, "as the loss"),
+    "training gradient": (1e-5, "fp32 sums over ranks in another order; of each tensor's norm"),
+    "training weight": (1e-5, "after 20 steps; of each tensor's norm"),
     "float32 divisor": (1e-7, "one fp32 rounding (6e-8): the token count divided by is held in fp32"),
     "model": (1e-5, "whole models: norms, softmax and rotary angles of transformers are fp32 inside, even in fp64"),
 }

@@ -97,8 +97,8 @@ class Engine(DeepSpeedEngine):
         size, wanted = 1 if isinstance(window, dict) else len(window), self.gradient_accumulation_steps()
         if self.module.training and size != wanted:
             raise EngineError(
-                f"a window of {size} micro-batches, but gradient_accumulation_steps is {wanted}: pass all micro-batches "
-                "of one optimizer step at once (a dict, if that is one): only then can their tokens be weighed"
+                f"a window of {size} micro-batches, but gradient_accumulation_steps is {wanted}: pass all micro-"
+                "batches of one optimizer step at once (a dict, if that is one): only then can their tokens be weighed"
             )
 
     # -- one step --------------------------------------------------------------------------------------------------

@@ -109,6 +109,5 @@ def _sums(engine: Engine, batch: Batch) -> torch.Tensor:
     if logits is not None:  # a model that ignores num_items_in_batch cannot mislead here
         loss = token_loss(logits, batch["shift_labels"])
     tokens = (batch["shift_labels"] != IGNORED).sum()
-    return torch.stack(
-        [loss.double().reshape(()) if tokens else loss.new_zeros((), dtype=torch.float64), tokens.double()]
-    )
+    total = loss.double().reshape(()).masked_fill(tokens == 0, 0.0)
+    return torch.stack([total, tokens.double()])

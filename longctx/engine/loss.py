@@ -1,4 +1,4 @@
-"""The loss of one shard: a sum over its tokens, divided as ``window`` says; and a check that a model's own loss is that."""
+"""The loss of one shard: a sum over its tokens, divided as ``window`` says; and a check that a model's loss is that."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def check_model_loss(output: Any, batch: dict[str, Any], mesh: Mesh, name: str) 
         wrong = not abs(given - share) <= slack and given == given  # a NaN is the step's affair
         message = (
             f"{name} returned a loss of {given:.6g}, but this rank's share of the mean over all tokens is {share:.6g} "
-            f"(its local mean is {mean:.6g}): the class does not divide by num_items_in_batch, or adds an auxiliary loss "
-            "(set output_router_logits=False). Compute the loss from the logits instead: "
+            f"(its local mean is {mean:.6g}): the class does not divide by num_items_in_batch, or adds an auxiliary "
+            "loss (set output_router_logits=False). Compute the loss from the logits instead: "
             "longctx.engine.loss.token_loss(output.logits, batch['shift_labels'], batch['num_items_in_batch'])"
         )
     everyone = exchange([int(wrong), int(told)], mesh)

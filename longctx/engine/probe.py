@@ -118,9 +118,7 @@ def _measure(settings: Settings, mesh: Mesh, mpu: Any) -> float:
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             got = torch.cat([-weight.detach().float().flatten().cpu() for weight in (model.matrix, model.vector)])
             pattern = torch.cat([_pattern(weight).flatten().cpu() for weight in (model.matrix, model.vector)])
-        dtype = (
-            torch.bfloat16 if engine.bfloat16_enabled() else torch.float16 if engine.fp16_enabled() else torch.float32
-        )
+        dtype, _ = engine.get_data_types()
     finally:
         engine.destroy()
     every = (_contribution(rank, index) for rank in range(mesh.world_size) for index in range(micro_batches))
@@ -145,8 +143,8 @@ def _judge(got: torch.Tensor, true: torch.Tensor, norm: float | None, mesh: Mesh
         problem = f"ranks see different gradients: factors {[rank[1] / 2**32 for rank in everyone]}"
     if problem:
         raise EngineError(
-            f"start-up probe of DeepSpeed's gradients over {mesh}: {problem}. No factor in the loss can mend that; remove "
-            "unusual reduction options from the DeepSpeed configuration (predivide, quantised or hierarchical ones)"
+            f"start-up probe of DeepSpeed's gradients over {mesh}: {problem}. No factor in the loss can mend that; "
+            "remove unusual reduction options from the DeepSpeed configuration (predivide, quantised, hierarchical)"
         )
     return factor
 

@@ -77,8 +77,8 @@ def _check_sequence(settings: Settings, mesh: Mesh) -> None:
     given = settings.get("sequence_parallel_size")
     if given not in (None, mesh.sequence_size):
         raise EngineError(
-            f"sequence_parallel_size: {given} contradicts the mesh, which splits a sequence over ring {mesh.ring_size} x "
-            f"ulysses {mesh.ulysses_size} = {mesh.sequence_size} ranks; leave the key out"
+            f"sequence_parallel_size: {given} contradicts the mesh, which splits a sequence over ring {mesh.ring_size} "
+            f"x ulysses {mesh.ulysses_size} = {mesh.sequence_size} ranks; leave the key out"
         )
     settings["sequence_parallel_size"] = mesh.sequence_size
     # With both keys present DeepSpeed builds its own mesh, on which sequence ranks drift apart.

@@ -154,8 +154,8 @@ def _agree(everyone: list[list[int]], mesh: Mesh) -> None:
         group = range(first, first + mesh.sequence_size)
         if len({everyone[rank][3] for rank in group}) > 1:
             raise EngineError(
-                f"ranks {list(group)} share one sequence but passed different rows: every rank of a sequence group must "
-                "pass the same full rows to engine.shard. Sample with DistributedSampler(dataset, "
+                f"ranks {list(group)} share one sequence but passed different rows: every rank of a sequence group "
+                "must pass the same full rows to engine.shard. Sample with DistributedSampler(dataset, "
                 "num_replicas=mesh.data_size, rank=mesh.data_rank) and the same seed"
             )
 

@@ -1,0 +1,71 @@
+"""longctx.build: a transformers model for a DeepSpeed configuration, partitioned from the start under ZeRO-3.
+
+A model built the ordinary way exists whole on every rank before ZeRO-3 takes it apart. Here each module's weights are
+partitioned as soon as it is constructed, and pretrained weights are read one tensor at a time by one rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longctx.engine.settings import Settings, load_settings
+from longctx.mesh import Mesh
+
+
+def build(
+    model: Any, mesh: Mesh | None = None, *, config: Any = None, dtype: torch.dtype | None = None, seed: int = 0
+) -> Any:
+    """Return a causal language model of transformers with longctx's attention.
+
+    Args:
+        model: a transformers config (random weights), or a local folder that ``save_pretrained`` wrote.
+        mesh: the grid of ranks. Collective over the world under ZeRO-3.
+        config: the run's own DeepSpeed configuration, the one for ``longctx.initialize``: its stage decides how the
+            model is built, its dtype what it is built in. None builds it whole.
+        dtype: of the weights; None follows ``config`` (bf16, fp16, else fp32).
+        seed: of the random weights, the same on any number of ranks and any stage.
+
+    Raises:
+        EngineError: the configuration contradicts the mesh.
+        ModelError: the folder is incomplete, unsafe or of an unknown architecture.
+    """
+    from longctx.models import pretrained, zero3
+
+    mesh = (Mesh() if mesh is None else mesh).connect()
+    settings = load_settings({} if config is None else config, mesh)
+    dtype = _dtype(settings) if dtype is None else dtype
+    partitioned = (settings.get("zero_optimization") or {}).get("stage", 0) == 3
+    if partitioned:
+        import deepspeed
+
+        deepspeed.init_distributed()  # adopts the mesh's; zero.Init would count one rank without it
+    with zero3.partitioned_by(settings) if partitioned else contextlib.nullcontext():
+        if isinstance(model, (str, Path)):
+            return pretrained.load_pretrained(model, dtype=dtype)
+        built = pretrained.make_model(model, dtype=dtype)
+    with seeded(seed):  # whatever constructing it has drawn
+        zero3.draw_weights(built, partitioned)
+    return built
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from the CPU generator seeded with ``seed``, and put its state back afterwards."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def _dtype(settings: Settings) -> torch.dtype:
+    for key, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
+        if (settings.get(key) or {}).get("enabled"):
+            return dtype
+    return torch.float32
