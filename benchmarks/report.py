@@ -109,6 +109,41 @@ def write(name: str, rows: list[dict[str, Any]], folder: Path) -> Path:
     return path
 
 
+README_COLUMNS = {
+    "attention": ("attention_cpu", {
+        "tokens": "tokens", "dtype": "dtype", "heads": "heads", "contestant": "", "cpu_seconds": "CPU s",
+        "ours_over_theirs_cpu": "ours ÷ theirs", "wall_seconds": "wall s", "exposed_share": "exposed",
+        "peak_bytes_per_rank": "peak MiB a rank", "note": "note",
+    }),
+    "step": ("step_cpu", {
+        "tokens": "tokens", "contestant": "", "tokens_per_second": "tokens/s", "tokens_per_cpu_second": "tokens/CPU s",
+        "ours_over_theirs_speed": "ours ÷ theirs", "peak_bytes_per_rank": "peak MiB a rank",
+        "loss_difference": "loss difference",
+    }),
+}
+
+
+def readme_tables() -> dict[str, str]:
+    """The README's tables, by the name of their marks; a table without measurements is left out."""
+    made = {}
+    for name, (file, columns) in README_COLUMNS.items():
+        path = RESULTS / f"{file}.csv"
+        if path.is_file():
+            made[name] = markdown(path, columns)
+    return made
+
+
+def update_readme() -> None:
+    """Put the newest measurements into the README, between their marks."""
+    path = Path(__file__).parents[1] / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for name, table in readme_tables().items():
+        start, end = f"<!-- bench:{name} -->\n", "<!-- bench:end -->"
+        before, rest = text.split(start)
+        text = before + start + table + "\n" + end + rest.split(end, 1)[1]
+    path.write_text(text, encoding="utf-8")
+
+
 def markdown(path: Path, columns: dict[str, str]) -> str:
     """A Markdown table of a results file: ``columns`` maps its fields to headings. The README holds exactly this."""
     with open(path, newline="", encoding="utf-8") as file:
@@ -121,3 +156,7 @@ def markdown(path: Path, columns: dict[str, str]) -> str:
         lines.append("| " + " | ".join(shown[column] for column in columns) + " |")
     machines = sorted({row["hardware"] for row in rows})
     return "\n".join([*lines, "", "Measured on: " + "; ".join(machines) + "."])
+
+
+if __name__ == "__main__":
+    update_readme()

@@ -1,0 +1,147 @@
+"""The README and the docs tell the truth: names, links, commands, tables, and every block of Python runs."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from house_files import ROOT, project_files
+
+import longctx
+
+from distributed import run_ranks
+from tolerances import tolerance
+
+README = (ROOT / "README.md").read_text()
+PAGES = [path for path in project_files() if path.suffix == ".md"]
+
+
+def blocks(page: str) -> list[str]:
+    """The Python blocks of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def run_block(source: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Run a block as a script that starts with ``names``; return what it leaves."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "block.py"
+        path.write_text(source)
+        left = runpy.run_path(str(path), init_globals=names)
+    return {name: value for name, value in left.items() if not name.startswith("__")}
+
+
+def tiny_llama(seed: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    ))
+
+
+def rows(seed: int, batch: int = 1, length: int = 42) -> dict[str, torch.Tensor]:
+    ids = torch.randint(64, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def settings(accumulation: int, stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    }
+
+
+def five_lines(rank: int, world_size: int) -> tuple[float, float]:
+    """Run the README's block; return its loss and the loss of the unsharded model in plain PyTorch."""
+    window = [rows(1), rows(2)]
+    (block,) = blocks("README.md")
+    left = run_block(block, {"model": tiny_llama(0), "ds_config": settings(2, 2), "window": window})
+    with torch.no_grad():
+        truth = sum(float(tiny_llama(0)(**batch).loss) for batch in window) / 2
+    return left["engine"].global_loss, truth
+
+
+def test_the_five_lines_run() -> None:
+    for loss, truth in run_ranks(2, five_lines, timeout=280):
+        assert abs(loss - truth) <= tolerance("fp32") * truth
+
+
+def custom_trainers(rank: int, world_size: int) -> dict[str, float]:
+    """Run the page's blocks one after another; return what they computed."""
+    names: dict[str, Any] = {
+        "model": tiny_llama(0), "another_model": tiny_llama(0), "ds_config": settings(1, 3), "window": [rows(1)],
+        "held_out": [rows(3), rows(4, length=17)], "pair": rows(5, batch=2), "full_x": torch.randn(1, 2, 21, 8),
+    }
+    torch.distributed.broadcast(names["full_x"], 0)
+    for block in blocks("docs/custom_trainers.md"):
+        names.update(run_block(block, names))
+    x = names["full_x"]
+    dense = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    return {
+        "first": names["engine"].global_loss, "tokens": names["result"].tokens, "theirs": names["theirs"].global_loss,
+        "attention": float((names["whole"] - dense).abs().max()), "preference": float(names["loss"].detach()),
+    }
+
+
+def test_custom_trainers_page_runs() -> None:
+    values = run_ranks(2, custom_trainers, timeout=280)
+    assert values[0] | {"attention": 0} == values[1] | {"attention": 0}, "every rank reports the same"
+    first, pair = (float(tiny_llama(0)(**batch).loss) for batch in (rows(1), rows(5, batch=2)))
+    assert abs(values[0]["first"] - first) <= tolerance("fp32") * first
+    assert abs(values[0]["theirs"] - pair) <= tolerance("fp32") * pair
+    assert values[0]["tokens"] == 41 + 16
+    assert values[0]["attention"] <= tolerance("fp32")
+
+
+def test_public_names() -> None:
+    section = README.split("## Public names")[1].split("\n## ")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == sorted(longctx.__all__)
+
+
+def test_links_lead_somewhere() -> None:
+    dead = [
+        f"{page}: {target}"
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text())
+        if not target.startswith("http") and not ((ROOT / page).parent / target).exists()
+    ]
+    assert not dead, dead
+
+
+def test_commands_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    from typer.main import get_command
+
+    from longctx.cli import app
+
+    commands = set(get_command(app).commands)  # type: ignore[attr-defined]
+    wrong = []
+    for page in PAGES:
+        text = re.sub(r"^#.*$", "", (ROOT / page).read_text(), flags=re.MULTILINE)
+        made = re.findall(r"(?:`|    )make ([a-z-]+)", text)
+        wrong += [f"{page}: make {name}" for name in made if name not in targets]
+        wrong += [f"{page}: longctx {name}" for name in re.findall(r"`longctx ([a-z]+)", text) if name not in commands]
+    assert not wrong, wrong
+
+
+def test_tables_come_from_the_measurements() -> None:
+    from benchmarks.report import readme_tables
+
+    for name, table in readme_tables().items():
+        shown = f"<!-- bench:{name} -->\n{table}\n<!-- bench:end -->" in README
+        assert shown, f"the {name} table is not the measurements': run python -m benchmarks.report"
+
+
+def test_messages_in_troubleshooting_are_ours() -> None:
+    """Each heading of the page is a piece of a message that the code (or DeepSpeed) really prints."""
+    source = "".join((ROOT / path).read_text() for path in project_files() if path.suffix in (".py", ".sh"))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    ours = page.split("## Messages of others")[0]
+    missing = [text for text in re.findall(r"^### `(.+?)`", ours, re.MULTILINE) if text.strip("…") not in source]
+    assert not missing, f"no code says: {missing}"
