@@ -127,8 +127,9 @@ def build_tokens(
         reused = found is not None and found["key"] == key
         if found is None or not reused:
             (folder / RECORD).unlink(missing_ok=True)  # from here on the folder's files may not belong together
-            for left in folder.glob(".*.tokens-*"):  # by a build that was killed; the lock says it is dead
-                left.unlink(missing_ok=True)
+            for pattern in (".*.tokens-*", f".{RECORD}-*", "tokenizer/.token*.json-*"):
+                for left in folder.glob(pattern):  # by a build that was killed; the lock says it is dead
+                    left.unlink(missing_ok=True)
             found = _write(folder, survey, fixed, settings, time.monotonic() - started)
         found |= {"key": key, "settings": asdict(settings), "stamp": stamp}
         publish_bytes(json.dumps(found, indent=1).encode(), folder / RECORD)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes:
@@ -41,17 +42,17 @@ class Tokenizer:
         self.json, self.end_of_document = content, end_of_document
         self.hash = tokenizer_hash(content, end_of_document)
 
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """Return the (tokens,) uint32 ids of each text, without special tokens."""
-        raise NotImplementedError  # abstract
 
     def encode(self, text: str) -> Tokens:
         """Return the (tokens,) uint32 ids of one text."""
         return self.encode_batch([text])[0]
 
+    @abstractmethod
     def decode(self, ids: npt.ArrayLike) -> str:
         """Return the text of ids; special tokens are left out."""
-        raise NotImplementedError  # abstract
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that ``transformers.AutoTokenizer.from_pretrained`` and ``load_tokenizer`` read."""

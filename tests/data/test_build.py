@@ -201,6 +201,21 @@ def test_killed_builds_leave_all_or_nothing(corpus: Path, tmp_path: Path) -> Non
     assert sorted(os.listdir(out)) == [".lock", "build.json", "held_out.tokens", "tokenizer", "train.tokens"]
 
 
+def test_building_needs_neither_torch_nor_transformers(corpus: Path, tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules.update(torch=None, transformers=None, tokenizers=None)
+from longctx.data.build import build_tokens
+from longctx.data.inspect import inspect
+inspect(build_tokens(sys.argv[1], "bytes", sys.argv[2]).train, sequence_length=64)
+"""
+    root = Path(longctx.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code, corpus, tmp_path / "out"], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "best_fit" in done.stdout, done.stderr
+
+
 def test_long_texts_are_cut_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longctx.data.tokenise._PIECE_CHARACTERS", 50)
     for text in ("word \n\n  next\n" * 30, "x" * 333, "\n" * 333, " ", "a\n" * 100):

@@ -202,6 +202,27 @@ def test_random_bytes_are_never_a_header(raw: bytes, size: int) -> None:
             parse(data[:HEADER_BYTES], size, Path("x"))
 
 
+def test_a_hundred_thousand_damaged_headers(tmp_path: Path) -> None:
+    raw = write(tmp_path / "x").read_bytes()
+    size, header = len(raw), raw[:HEADER_BYTES]
+    random = np.random.default_rng(0)
+    started = time.process_time()
+    for kind, at, value, end in random.integers(0, [3, HEADER_BYTES, 255, HEADER_BYTES], (100_000, 4)).tolist():
+        damaged = bytearray(header)
+        if kind == 0:
+            damaged[at] ^= value + 1
+        elif kind == 1:
+            damaged[at:end] = random.bytes(max(end - at, 1))
+        else:
+            del damaged[at : at + 1 + value % 16]
+        del damaged[HEADER_BYTES:]
+        if damaged == header:
+            continue
+        with pytest.raises(DataError):
+            parse(bytes(damaged), size, tmp_path)
+    assert time.process_time() - started < 60
+
+
 WORD = st.one_of(st.integers(0, 5), st.integers(2**63, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(0, 4096))
 
 
