@@ -218,7 +218,7 @@ def _print_rows(rows: list, long: bool) -> None:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(row.key, row.value, row.source, row.meaning)
-    Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 2000, markup=False, highlight=False).print(table)
 
 
 def main(arguments: list[str] | None = None) -> None:

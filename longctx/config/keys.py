@@ -163,7 +163,7 @@ def _number(value: float) -> str:
 
 def nearest(section: str, name: str) -> tuple[str, ...]:
     """Return the valid dotted keys (best first, at most two) that ``name`` in ``section`` ('' for the top) may mean."""
-    lowered = name.lower().replace("-", "_")
+    lowered = name.lower().replace("-", "_").strip("_")
     own = [key.removeprefix(f"{section}.") for key in leaves() if section and key.startswith(f"{section}.")]
     here = own if section else list(RunConfig.model_fields)
     close = _closest(lowered, here, 0.84)

@@ -107,21 +107,16 @@ def _pretrained(config: RunConfig) -> Iterator[Finding]:
 
 def _folder(config: RunConfig) -> Iterator[Finding]:
     folder = Path(config.output.folder).absolute()
-    if _exists(folder) and not _is_dir(folder):
-        yield Finding("output.folder", f"{str(folder)!r} is a file; give a folder", "no-access")
-        return
-    parent = _nearest_folder(folder)
-    if not os.access(parent, os.W_OK | os.X_OK):
+    parent = next((path for path in (folder, *folder.parents) if _exists(path)), Path("/"))
+    if not _is_dir(parent):
+        yield Finding("output.folder", f"{str(parent)!r} is a file, not a folder; give another folder", "no-access")
+    elif not os.access(parent, os.W_OK | os.X_OK):
         yield Finding("output.folder", f"{str(parent)!r} cannot be written to; give another folder", "no-access")
 
 
-def _nearest_folder(path: Path) -> Path:
-    """Return ``path``, or the innermost folder above it that exists."""
-    return next((parent for parent in (path, *path.parents) if _is_dir(parent)), Path("/"))
-
-
 def _disk(config: RunConfig) -> Finding | None:
-    parent = _nearest_folder(Path(config.output.folder).absolute())
+    folder = Path(config.output.folder).absolute()
+    parent = next((path for path in (folder, *folder.parents) if _is_dir(path)), Path("/"))
     free, needed = shutil.disk_usage(parent).free, disk_needed(config)
     if needed is None or free >= needed:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from longctx.config.fields import environment_ok
 from longctx.config.keys import expected, leaves, sections
 from longctx.config.presets import PRESETS
+from longctx.config.strict_yaml import MAX_BYTES, MAX_DEPTH, MAX_NODES
 from longctx.config.write import scalar
 
 _HEAD = """# Configurations
@@ -23,15 +24,15 @@ This page is generated from the schema (`python -m longctx.config.reference > co
 | `smoke.yaml` | the same in under a minute |
 """
 
-_READING = """
+_READING = f"""
 ## How values are read
 
 - YAML 1.2, strictly: `1e-4` is a number; only `true` and `false` are booleans (`on`, `no` and `22:22` are text);
   numbers with a leading zero, duplicate keys, tags (`!…`) and merge keys (`<<`) are errors.
 - Whole numbers may be written `1_000`, `10k` (thousand), `3M`, `2G`, `8Ki` (1024), `1Mi`, `1Gi`.
-- Paths are relative to the folder in which the command runs; `~/` is your home. `${env:NAME}` is read in the keys
+- Paths are relative to the folder in which the command runs; `~/` is your home. `${{env:NAME}}` is read in the keys
   marked with *env* and nowhere else: a configuration is saved with its run, so nothing secret belongs in it.
-- A file has at most 64 KiB, 24 levels, and 10,000 values with aliases expanded.
+- A file has at most {MAX_BYTES // 1024} KiB, {MAX_DEPTH} levels, and {MAX_NODES} values with aliases expanded.
 - `section.key=value` on the command line is stronger than the file, and its value is read by the same rules.
 """
 

@@ -14,9 +14,9 @@ import yaml
 
 from longctx.config.problems import InvalidConfig, Place, Problem, show
 
-MAX_BYTES = 64 * 1024
+MAX_BYTES = 32 * 1024
 MAX_DEPTH = 24
-MAX_NODES = 10_000
+MAX_NODES = 5_000
 
 Key = tuple[str | int, ...]
 

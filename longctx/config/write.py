@@ -25,7 +25,15 @@ def scalar(value: Any) -> str:
         return "[" + ", ".join(map(scalar, value)) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{scalar(str(key))}: {scalar(item)}" for key, item in value.items()) + "}"
-    return value if _PLAIN.fullmatch(value) and isinstance(parse(value, "").value, str) else json.dumps(value)
+    return value if _PLAIN.fullmatch(value) and isinstance(parse(value, "").value, str) else _quoted(value)
+
+
+def _quoted(text: str) -> str:
+    """Return ``text`` in double quotes, everything that does not print (line separators, say) escaped."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(
+        c if c.isprintable() else f"\\u{ord(c):04x}" if ord(c) < 2**16 else f"\\U{ord(c):08x}" for c in quoted
+    )
 
 
 def dump(config: RunConfig) -> str:
