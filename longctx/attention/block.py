@@ -18,7 +18,6 @@ from longctx.attention.backends.base import Backend, Rows, accumulator_dtype
 from longctx.attention.backends.reference import ReferenceBackend
 from longctx.attention.band import Rule, make_rule
 from longctx.attention.mask import BlockMask
-from longctx.attention.merge import identity
 from longctx.errors import AttentionError
 from longctx.layout import Span
 
@@ -121,8 +120,9 @@ _MASK = "Tensor? q_documents, Tensor? k_documents, int q_offset, int? left, int?
 )
 def _forward(q, k, v, q_documents, k_documents, q_offset, left, right, scale, backend):  # type: ignore[no-untyped-def]
     mask = _mask(q, k, q_documents, k_documents, q_offset, left, right)
-    out, lse = identity((*q.shape[:3], v.shape[-1]), accumulator_dtype(q.dtype), q.device)
-    choose_backend(backend, q.device).forward_step(q, k, v, mask, scale, out, lse)
+    lse = torch.empty(q.shape[:3], dtype=accumulator_dtype(q.dtype), device=q.device)
+    out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=lse.dtype, device=q.device)
+    choose_backend(backend, q.device).forward_step(q, k, v, mask, scale, out, lse, True)
     return out.to(q.dtype), lse
 
 
@@ -140,9 +140,9 @@ def _(q, k, v, *settings):  # type: ignore[no-untyped-def]
 def _backward(dout, dlse, q, k, v, out, lse, q_documents, k_documents, q_offset, left, right, scale, backend):  # type: ignore[no-untyped-def]
     mask = _mask(q, k, q_documents, k_documents, q_offset, left, right)
     chosen = choose_backend(backend, q.device)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
     prepared = chosen.prepare_backward(Rows(q, out, lse, dout, dlse))
-    chosen.backward_step(prepared, k, v, mask, scale, dq, dk, dv)
+    chosen.backward_step(prepared, k, v, mask, scale, dq, dk, dv, True)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 

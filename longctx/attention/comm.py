@@ -49,14 +49,14 @@ class Packet:
     def __init__(self, like: Iterable[torch.Tensor | None], dtype: torch.dtype | None = None) -> None:
         """Uninitialised; shapes, dtypes (unless `dtype` is given) and device of `like`. None stays None."""
         like = list(like)
-        given = [x for x in like if x is not None]
-        sizes = {id(x): x.numel() * (dtype or x.dtype).itemsize for x in given}
-        self.buffer = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=given[0].device)
+        given = {at: x for at, x in enumerate(like) if x is not None}  # by place: k and v may be one tensor
+        sizes = {at: x.numel() * (dtype or x.dtype).itemsize for at, x in given.items()}
+        self.buffer = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=next(iter(given.values())).device)
         views, offset = {}, 0
-        for x in sorted(given, key=lambda x: -(dtype or x.dtype).itemsize):
-            views[id(x)] = self.buffer[offset : offset + sizes[id(x)]].view(dtype or x.dtype).view(x.shape)
-            offset += sizes[id(x)]
-        self.parts: tuple[torch.Tensor | None, ...] = tuple(None if x is None else views[id(x)] for x in like)
+        for at, x in sorted(given.items(), key=lambda item: -(dtype or item[1].dtype).itemsize):
+            views[at] = self.buffer[offset : offset + sizes[at]].view(dtype or x.dtype).view(x.shape)
+            offset += sizes[at]
+        self.parts: tuple[torch.Tensor | None, ...] = tuple(views.get(at) for at in range(len(like)))
 
     @classmethod
     def of(cls, tensors: Iterable[torch.Tensor | None]) -> Packet:
@@ -67,10 +67,6 @@ class Packet:
             if part is not None and x is not None:
                 part.copy_(x)
         return packet
-
-    def zero_(self) -> Packet:
-        self.buffer.zero_()
-        return self
 
     def add_(self, other: Packet) -> None:
         """Add another packet of the same make."""

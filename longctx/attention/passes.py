@@ -14,12 +14,10 @@ from longctx.attention.backends.base import Backend, Rows, accumulator_dtype
 from longctx.attention.band import Rule
 from longctx.attention.comm import GRADIENT, HOME, KV, Link, Message, Packet
 from longctx.attention.mask import BlockMask
-from longctx.attention.merge import identity
 from longctx.attention.schedule import Schedule, Stage, make_schedule
 from longctx.layout import Span, get_layout
 
-Gradients = tuple[torch.Tensor, torch.Tensor]
-"""(dk, dv) of one block, in accumulator precision."""
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Visitor:
@@ -53,6 +51,64 @@ class Visitor:
         self._here, self._next = self._next, None
 
 
+class Gradients:
+    """dK and dV of the blocks that pass this rank, and of its own block.
+
+    A block's gradient follows it one stage behind: while this rank computes its part, the sum of the earlier ranks'
+    parts arrives; the two are added and leave in the next stage, for the next rank or for home. The own block's first
+    part waits here for the rest, or (a closed ring) travels round itself.
+    """
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> None:
+        self._like, self._dtype = (k, v), dtype
+        self._home: Pair | None = None
+        self._part: Packet | None = None  # of the block that is here
+        self._leaving: Packet | None = None  # of the previous stage's block
+
+    def messages(
+        self, stage: Stage, sends: list[Message], receives: list[Message]
+    ) -> tuple[Packet | None, Packet | None]:
+        """Add a stage's messages; returns where (the earlier ranks' sum, the own block's total) will arrive."""
+        if stage.grad_to is not None:
+            assert self._leaving is not None
+            sends.append(Message(stage.grad_to, self._leaving, HOME if stage.grad_home else GRADIENT))
+        arriving: list[Packet | None] = []
+        for peer, kind in ((stage.grad_from, GRADIENT), (stage.home_from, HOME)):
+            packet = None if peer is None else Packet(self._like, self._dtype)
+            if peer is not None and packet is not None:
+                receives.append(Message(peer, packet, kind))
+            arriving.append(packet)
+        return arriving[0], arriving[1]
+
+    def open(self, stage: Stage) -> Pair:
+        """Where this rank's part of the stage's block is to be written."""
+        if stage.source is None:
+            return self._like
+        if stage.grad_stays:
+            self._home = _empty(self._like[0], self._dtype), _empty(self._like[1], self._dtype)
+            return self._home
+        self._part = Packet(self._like, self._dtype)
+        return self._part.gradients()
+
+    def close(self, partial: Packet | None, finished: Packet | None) -> None:
+        """The stage's messages have arrived: add them up."""
+        if partial is not None:
+            assert self._part is not None
+            self._part.add_(partial)
+        if finished is not None:
+            if self._home is None:
+                self._home = finished.gradients()
+            else:
+                for total, rest in zip(self._home, finished.gradients(), strict=True):
+                    total.add_(rest)
+        self._leaving, self._part = self._part, None
+
+    def home(self) -> Pair:
+        """(dk, dv) of this rank's own block, complete after the last stage."""
+        assert self._home is not None
+        return _settled(self._home[0], self._like[0].dtype), _settled(self._home[1], self._like[1].dtype)
+
+
 @dataclass(frozen=True)
 class Passes:
     """One call's settings on one rank: where it stands, what it may see, who computes."""
@@ -67,62 +123,58 @@ class Passes:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out in q's dtype, lse) of this rank's queries over the whole ring."""
-        out, lse = identity((*q.shape[:3], v.shape[-1]), accumulator_dtype(q.dtype), q.device)
-        visitor = Visitor(k, v, documents)
-        for stage in self._schedule(q).stages(self.link.rank)[:-1]:
+        dtype, visitor, first = accumulator_dtype(q.dtype), Visitor(k, v, documents), True
+        out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=dtype, device=q.device)
+        lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
+
+        def run(stage: Stage) -> None:  # a function, so that a stage's buffers die with it
+            nonlocal first
             pending = self.link.exchange(*visitor.messages(stage))
             if stage.compute:
                 key, value, mask = self._block(visitor, stage, q, documents)
-                self.backend.forward_step(q, key, value, mask, self.scale, out, lse)
+                self.backend.forward_step(q, key, value, mask, self.scale, out, lse, first)
+                first = False
             pending.wait()
             visitor.arrive()
+
+        for stage in self._schedule(q).stages(self.link.rank)[:-1]:
+            run(stage)
+        if first:  # nothing but padding here
+            out.zero_()
+            lse.fill_(-torch.inf)
         return out.to(q.dtype), lse
 
     def backward(
         self, rows: Rows, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(dq, dk, dv) of this rank's tokens; all three always, so that no rank leaves the ring early.
-
-        A block's gradient follows it one stage behind: while this rank computes its part, the sum of the earlier ranks'
-        parts arrives; the two are added and leave in the next stage.
-        """
+        """(dq, dk, dv) of this rank's tokens; all three always, so that no rank leaves the ring early."""
         dtype = rows.lse.dtype
-        dq = _zeros(rows.q, dtype)
+        dq = torch.empty(rows.q.shape, dtype=dtype, device=rows.q.device)
         prepared = self.backend.prepare_backward(rows)
-        schedule = self._schedule(rows.q)
-        carries_home = any(chain.carries_home for chain in schedule.chains)
-        visitor = Visitor(k, v, documents)
-        home: Gradients | None = None  # of this rank's own block
-        leaving: Packet | None = None  # of the previous stage's block
-        for index, stage in enumerate(schedule.stages(self.link.rank)):
+        visitor, book, first = Visitor(k, v, documents), Gradients(k, v, dtype), True
+
+        def run(stage: Stage) -> None:
+            nonlocal first
             sends, receives = visitor.messages(stage)
-            if stage.grad_to is not None:
-                assert leaving is not None
-                sends.append(Message(stage.grad_to, leaving, HOME if stage.grad_home else GRADIENT))
-            partial = _expect(receives, stage.grad_from, GRADIENT, k, v, dtype)
-            finished = _expect(receives, stage.home_from, HOME, k, v, dtype)
+            partial, finished = book.messages(stage, sends, receives)
             pending = self.link.exchange(sends, receives)
-            part: Packet | None = None
-            if stage.source is not None:
-                if index == 0 and not carries_home:  # stays here; later parts are added when they come home
-                    home = (_zeros(k, dtype), _zeros(v, dtype))
-                    target = home
-                else:
-                    part = Packet((k, v), dtype).zero_()
-                    target = part.gradients()
-                if stage.compute:
-                    key, value, mask = self._block(visitor, stage, rows.q, documents)
-                    self.backend.backward_step(prepared, key, value, mask, self.scale, dq, *target)
+            part = book.open(stage)
+            if stage.compute:
+                key, value, mask = self._block(visitor, stage, rows.q, documents)
+                self.backend.backward_step(prepared, key, value, mask, self.scale, dq, *part, first)
+                first = False
+            elif stage.source is not None:
+                for gradient in part:
+                    gradient.zero_()
             pending.wait()
-            if partial is not None:
-                assert part is not None
-                part.add_(partial)
-            if finished is not None:
-                home = _added(home, finished.gradients())
-            leaving = part
+            book.close(partial, finished)
             visitor.arrive()
-        assert home is not None
-        return dq.to(rows.q.dtype), _settled(home[0], k.dtype), _settled(home[1], v.dtype)
+
+        for stage in self._schedule(rows.q).stages(self.link.rank):
+            run(stage)
+        if first:
+            dq.zero_()
+        return dq.to(rows.q.dtype), *book.home()
 
     def _schedule(self, q: torch.Tensor) -> Schedule:
         return make_schedule(self.layout, self.link.ring, q.shape[2] * self.link.ring, self.rule)
@@ -143,27 +195,8 @@ def _spans(layout: str, ring: int, tokens: int) -> tuple[tuple[Span, ...], ...]:
     return tuple(get_layout(layout).spans(rank, ring, tokens * ring) for rank in range(ring))
 
 
-def _zeros(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(like.shape, dtype=dtype, device=like.device)
-
-
-def _expect(
-    receives: list[Message], peer: int | None, kind: int, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype
-) -> Packet | None:
-    """Make room for a gradient that arrives in this stage, if one does."""
-    if peer is None:
-        return None
-    packet = Packet((k, v), dtype)
-    receives.append(Message(peer, packet, kind))
-    return packet
-
-
-def _added(total: Gradients | None, part: Gradients) -> Gradients:
-    if total is None:
-        return part
-    total[0].add_(part[0])
-    total[1].add_(part[1])
-    return total
+def _empty(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=dtype, device=like.device)
 
 
 def _settled(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

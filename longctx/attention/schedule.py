@@ -39,6 +39,8 @@ class Stage:
     """Who gets the gradient accumulated in the previous stage: the next rank of the chain, or the block's home."""
     grad_home: bool = False
     """grad_to is the block's home: the gradient is complete."""
+    grad_stays: bool = False
+    """The block here is this rank's own, and this rank's part of its gradient does not travel."""
     grad_from: int | None = None
     """Who sends what earlier ranks have accumulated for the block that is here."""
     home_from: int | None = None
@@ -110,7 +112,8 @@ def _split(needed: tuple[tuple[bool, ...], ...], source: int) -> tuple[int, int]
 @lru_cache(maxsize=256)
 def _stages(schedule: Schedule, rank: int) -> tuple[Stage, ...]:
     ring = schedule.ring
-    slots: list[dict[str, int | bool]] = [{"source": rank, "compute": schedule.needed[rank][rank]}]
+    stays = not any(chain.carries_home for chain in schedule.chains)
+    slots: list[dict[str, int | bool]] = [{"source": rank, "compute": schedule.needed[rank][rank], "grad_stays": stays}]
     for chain in schedule.chains:
         first = len(slots)  # the chain's hop t is stage first + t - 1
         slots += [{} for _ in range(max(chain.reach))]

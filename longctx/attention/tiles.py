@@ -157,4 +157,4 @@ def _merged(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
             full[-1] = full[-1]._replace(k1=tile.k1)
         else:
             full.append(tile)
-    return tuple(rest + full)
+    return tuple(sorted(rest + full, key=lambda t: (t.q0, t.k0)))  # rows in order: see Written in backends/aten.py

@@ -40,6 +40,8 @@ class Heads(NamedTuple):
 
     q: slice
     k: slice
+    first: bool
+    """The first call with these key heads."""
 
 
 class AtenBackend:
@@ -56,10 +58,14 @@ class AtenBackend:
         scale: float,
         out: torch.Tensor,
         lse: torch.Tensor,
+        first: bool,
     ) -> None:
-        width = max(q.shape[-1], v.shape[-1])
+        width, written = max(q.shape[-1], v.shape[-1]), Written(q.shape[0], q.shape[2], (out, 0.0), (lse, -torch.inf))
+        if not first:
+            written.all()
         for batch, tile, bias, blind in _calls(mask, q):
             rows, cols = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
+            new = written.claim(batch, tile.q0, tile.q1)
             for heads in _head_groups(q[batch], k, tile):
                 block, block_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                     _pad(q[batch, heads.q, rows], width),
@@ -71,8 +77,13 @@ class AtenBackend:
                 )
                 if blind is not None:
                     block_lse = block_lse.masked_fill(blind, -torch.inf)
-                block = block[..., : v.shape[-1]]
-                merge_(out[batch, heads.q, rows], lse[batch, heads.q, rows], block, block_lse)
+                block, at = block[..., : v.shape[-1]], (batch, heads.q, rows)
+                if new:
+                    out[at], lse[at] = block, block_lse
+                else:
+                    merge_(out[at], lse[at], block, block_lse)
+                del block, block_lse  # before the next call allocates its own
+        written.finish()
 
     def prepare_backward(self, rows: Rows) -> Rows:
         lse = rows.lse.masked_fill(rows.lse == -torch.inf, torch.inf)
@@ -88,19 +99,24 @@ class AtenBackend:
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
+        first: bool,
     ) -> None:
         q, dlse, (d_k, d_v) = prepared.q, prepared.dlse, (k.shape[-1], v.shape[-1])
+        queries, keys_written = Written(q.shape[0], q.shape[2], (dq, 0.0)), Written(q.shape[0], k.shape[2], (dk, 0.0), (dv, 0.0))
+        if not first:
+            queries.all()
         width = max(d_k, d_v if dlse is None else d_v + 1)
         for batch, tile, bias, _ in _calls(mask, q):
             rows, cols = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
             fine = min(tile.q1 - tile.q0, tile.k1 - tile.k0) <= FINE or dlse is not None
             dtype = torch.float32 if fine and q.dtype.itemsize == 2 else q.dtype
+            new_q, new_k = queries.claim(batch, tile.q0, tile.q1), keys_written.claim(batch, tile.k0, tile.k1)
             for heads in _head_groups(q[batch], k, tile):
                 at, keys = (batch, heads.q, rows), (batch, heads.k, cols)
                 values, dout = v[keys].to(dtype), prepared.dout[at].to(dtype)
                 if dlse is not None:  # one more column: dO V^T gains dlse * 1
                     values, dout = F.pad(values, (0, 1), value=1.0), torch.cat([dout, dlse[at][..., None].to(dtype)], -1)
-                grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                block_dq, block_dk, block_dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                     _pad(dout, width),
                     _pad(q[at].to(dtype), width),
                     _pad(_shared(k[keys].to(dtype), heads), width),
@@ -112,9 +128,13 @@ class AtenBackend:
                     attn_mask=None if bias is None else bias.to(dtype),
                     scale=scale,
                 )
-                dq[at] += grads[0][..., :d_k]
-                dk[keys] += _summed(grads[1][..., :d_k], heads, dk.dtype)
-                dv[keys] += _summed(grads[2][..., :d_v], heads, dv.dtype)
+                new_head = new_k and heads.first
+                _put(dq[at], block_dq[..., :d_k], new_q)
+                _put(dk[keys], _summed(block_dk[..., :d_k], heads, dk.dtype), new_head)
+                _put(dv[keys], _summed(block_dv[..., :d_v], heads, dv.dtype), new_head)
+                del block_dq, block_dk, block_dv, values, dout  # before the next call allocates its own
+        queries.finish()
+        keys_written.finish()
 
 
 def _calls(
@@ -145,12 +165,52 @@ def _head_groups(q: torch.Tensor, k: torch.Tensor, tile: Tile) -> Iterator[Heads
         step = min(want, heads)
         for first in range(0, heads, step):
             last = min(first + step, heads)
-            yield Heads(slice(first, last), slice(first // shared, -(-last // shared)))
+            yield Heads(slice(first, last), slice(first // shared, -(-last // shared)), True)
         return
     step = min(want, shared)
     for kv in range(kv_heads):
         for first in range(kv * shared, (kv + 1) * shared, step):
-            yield Heads(slice(first, min(first + step, (kv + 1) * shared)), slice(kv, kv + 1))
+            yield Heads(slice(first, min(first + step, (kv + 1) * shared)), slice(kv, kv + 1), first == kv * shared)
+
+
+class Written:
+    """Which rows of an accumulator hold something yet: the first tile on them is copied, later ones are added.
+
+    Saves filling a whole tensor with zeros only to read them back. A watermark per batch row is enough: tiles come
+    mostly in order, and rows that one skips are filled on the way.
+    """
+
+    def __init__(self, batch: int, size: int, *targets: tuple[torch.Tensor, float]) -> None:
+        self._marks, self._size, self._targets = [0] * batch, size, targets
+
+    def all(self) -> None:
+        """Every row holds something."""
+        self._marks = [self._size] * len(self._marks)
+
+    def claim(self, batch: slice, begin: int, end: int) -> bool:
+        """Whether rows [begin, end) are new: to be overwritten whole by the caller."""
+        mark = self._marks[batch.start]
+        new = begin >= mark
+        self._fill(batch, mark, begin if new else end)
+        self._marks[batch] = [max(mark, end)] * (batch.stop - batch.start)
+        return new
+
+    def finish(self) -> None:
+        """Fill the rows that no tile has touched."""
+        for index, mark in enumerate(self._marks):
+            self._fill(slice(index, index + 1), mark, self._size)
+
+    def _fill(self, batch: slice, begin: int, end: int) -> None:
+        if begin < end:
+            for target, value in self._targets:
+                target[batch, :, begin:end] = value
+
+
+def _put(target: torch.Tensor, value: torch.Tensor, new: bool) -> None:
+    if new:
+        target.copy_(value)
+    else:
+        target += value
 
 
 def _shared(x: torch.Tensor, heads: Heads) -> torch.Tensor:

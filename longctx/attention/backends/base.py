@@ -43,8 +43,10 @@ class Backend(Protocol):
         scale: float,
         out: torch.Tensor,
         lse: torch.Tensor,
+        first: bool,
     ) -> None:
-        """Merge attention to these keys into the running (out, lse)."""
+        """Merge attention to these keys into the running (out, lse); if `first`, these hold nothing yet (not even
+        zeros) and every row is written."""
 
     def prepare_backward(self, rows: Rows) -> Any:
         """What can be computed once from the rows before the first step (delta, say); handed to every step."""
@@ -59,8 +61,9 @@ class Backend(Protocol):
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
+        first: bool,
     ) -> None:
-        """Add this block's part to dq (all steps' sum) and to dk, dv (this block's)."""
+        """Add this block's part to dq (if `first`: write it), and write this block's dk and dv."""
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

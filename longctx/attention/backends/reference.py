@@ -23,7 +23,11 @@ class ReferenceBackend:
         scale: float,
         out: torch.Tensor,
         lse: torch.Tensor,
+        first: bool,
     ) -> None:
+        if first:
+            out.zero_()
+            lse.fill_(-torch.inf)
         reference.forward(q, k, v, mask, scale, out, lse)
 
     def prepare_backward(self, rows: Rows) -> tuple[Rows, torch.Tensor]:
@@ -41,6 +45,9 @@ class ReferenceBackend:
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
+        first: bool,
     ) -> None:
+        for gradient in (dq, dk, dv) if first else (dk, dv):
+            gradient.zero_()
         rows, delta = prepared
         reference.backward(rows.dout, rows.q, k, v, rows.lse, delta, mask, scale, dq, dk, dv)
