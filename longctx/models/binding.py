@@ -18,6 +18,7 @@ class Binding:
 
     mesh: Mesh
     layout: str
+    backend: str = "auto"  # what computes a block, as ring_attention names it
     checked: bool = False  # the first forward has been judged
     called: set[int] = field(default_factory=set)  # id of each module that reached longctx in the first forward
     document_ids: torch.Tensor | None = None  # of the forward in progress; RoPE needs to know which tokens are padding

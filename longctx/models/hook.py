@@ -87,8 +87,18 @@ def longctx_attention(
     else:
         out = _cached(module, query, key, value, attention_mask, position_ids, causal, window, scaling)
         return out.transpose(1, 2).contiguous(), None
+    backend = binding.backend if binding is not None else "auto"
     out = ring_attention(  # type: ignore[assignment]  # return_lse is off: one tensor
-        query, key, value, mesh=mesh, layout=layout, causal=causal, window=window, document_ids=ids, scale=scaling
+        query,
+        key,
+        value,
+        mesh=mesh,
+        layout=layout,
+        causal=causal,
+        window=window,
+        document_ids=ids,
+        scale=scaling,
+        backend=backend,
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -198,8 +208,8 @@ def _documents(
     if found is not None:
         ids = torch.where(found < 0, -1, ids)
     ids = ids.to(torch.int32)
-    if ids.device.type == "cpu" and not ids.any():
-        return None
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not ids.any():
+        return None  # one document without padding: cheaper without ids; elsewhere asking would cost more than it saves
     return ids
 
 

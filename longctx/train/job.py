@@ -17,6 +17,7 @@ from longctx.data.loader import EvaluationLoader, ShardedLoader
 from longctx.engine.engine import Engine
 from longctx.engine.initialize import initialize
 from longctx.mesh import Mesh
+from longctx.models.binding import binding_of
 from longctx.train.agree import broadcast_json, ranks, together
 from longctx.train.checkpoint import Checkpoints, Progress
 from longctx.train.corpus import Corpus, Say, prepare_corpus
@@ -134,6 +135,9 @@ def _engine(config: RunConfig, sizes: Derived, mesh: Mesh, description: Any) -> 
     engine, *_ = initialize(
         model=model, config=settings, mesh=mesh, layout=config.attention.layout, optimizer=optimizer
     )
+    binding = binding_of(engine.module)
+    assert binding is not None  # initialize attached the model
+    binding.backend = config.attention.backend
     torch.manual_seed(config.train.seed * 1_000_003 + 1 + mesh.rank)
     return engine
 
