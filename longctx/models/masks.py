@@ -24,6 +24,7 @@ class Rule(NamedTuple):
     documents: torch.Tensor | None  # (B or 1, T) ids of packed sequences, found by transformers from position_ids
 
 
+@torch.compiler.disable  # it looks into closures, which a compiler cannot
 def document_mask(
     batch_size: int,
     q_length: int,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from longctx.errors import MissingPackageError
+
 NAME = "longctx"
+OLDEST = (5, 17)  # transformers; before it, mask functions have another signature and configs declare no fields
 
 
 def register() -> None:
@@ -10,8 +13,18 @@ def register() -> None:
 
     The mask function matters as much as the attention function: with none under the same name, transformers passes no
     padding and no packing at all, without a word. A model with no mesh runs as a ring of one on its own device.
+
+    Raises:
+        MissingPackageError: transformers is older than longctx can work with.
     """
+    import transformers
     from transformers import AttentionInterface, AttentionMaskInterface
+
+    major, minor = transformers.__version__.split(".")[:2]
+    if (int(major), int(minor)) < OLDEST:
+        raise MissingPackageError(
+            f"transformers {transformers.__version__} is too old: pip install 'transformers>={OLDEST[0]}.{OLDEST[1]}'"
+        )
 
     from longctx.models.hook import longctx_attention
     from longctx.models.masks import document_mask

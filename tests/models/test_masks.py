@@ -15,8 +15,11 @@ LENGTH = 14
 POSITIONS = torch.tensor([[*range(5), *range(9)], [*range(8), *range(6)]])
 
 
-def packed(rule: Any) -> Any:
-    return hf.packed_sequence_compatibility_function(rule, POSITIONS, hf.find_packed_sequence_indices(POSITIONS))
+def packed(rule: Any, positions: torch.Tensor = POSITIONS) -> Any:
+    ids = hf.find_packed_sequence_indices(positions)
+    if hasattr(hf, "packed_sequence_compatibility_function"):  # newer transformers
+        return hf.packed_sequence_compatibility_function(rule, positions, ids)
+    return hf.and_masks(rule, hf.packed_sequence_mask_function(ids))
 
 
 RULES = {
@@ -55,9 +58,7 @@ def test_the_rule_read_is_the_rule_evaluated(name: str, padded: bool) -> None:
 def test_nothing_quadratic_is_built() -> None:
     length = 1_000_000  # a T x T mask of booleans would be a terabyte
     positions = torch.arange(length)[None] % 1000
-    rule = hf.packed_sequence_compatibility_function(
-        hf.causal_mask_function, positions, hf.find_packed_sequence_indices(positions)
-    )
+    rule = packed(hf.causal_mask_function, positions)
     mask = document_mask(1, length, length, mask_function=rule)
     assert mask.shape == (1, 1, 1, length) and mask.dtype == torch.int32
     assert int(mask.max()) == 999
