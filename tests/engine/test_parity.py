@@ -16,7 +16,7 @@ from distributed import run_ranks
 from engine_tiny import make_optimizer, ragged_rows, tiny_llama, train_plainly
 from tolerances import tolerance
 
-STEPS, ACCUMULATION, CLIP = 20, 2, 0.82
+STEPS, ACCUMULATION, CLIP = 20, 2, 0.9
 ALL_OPTIONS = list(itertools.product((True, False), (False, True), (False, True)))
 
 
@@ -31,10 +31,10 @@ def settings(cell: tuple[int, bool, bool, bool], clip: float = CLIP) -> dict[str
         "stage": stage,
         "reduce_scatter": reduce_scatter,
         "overlap_comm": overlap_comm,
-        "reduce_bucket_size": 3000,  # several buckets; and DeepSpeed allocates them whole
-        "allgather_bucket_size": 3000,
-        "stage3_prefetch_bucket_size": 3000,
-        "stage3_param_persistence_threshold": 100,  # norms stay, matrices are partitioned
+        "reduce_bucket_size": 5000,  # a few buckets; and DeepSpeed allocates them whole
+        "allgather_bucket_size": 5000,
+        "stage3_prefetch_bucket_size": 5000,
+        "stage3_param_persistence_threshold": 600,  # norms, k and v stay; larger matrices are partitioned
     }
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -48,15 +48,15 @@ def settings(cell: tuple[int, bool, bool, bool], clip: float = CLIP) -> dict[str
     }
 
 
-def trained(rank: int, world: int, ring: int, ulysses: int, cell: tuple, optimizer: str, layout: str) -> dict[str, Any]:
+def trained(rank: int, world: int, ring: int, cell: tuple, optimizer: str, layout: str, layers: int) -> dict[str, Any]:
     """Train on this rank's shards and return what the truth returns."""
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
     import longctx
 
-    mesh = longctx.Mesh(ring=ring, ulysses=ulysses)
-    model = tiny_llama()
+    mesh = longctx.Mesh(ring=ring)
+    model = tiny_llama(num_hidden_layers=layers)
     engine, *_ = longctx.initialize(
         model, settings(cell), mesh, layout, optimizer=make_optimizer(optimizer, model.parameters())
     )
@@ -77,8 +77,8 @@ def trained(rank: int, world: int, ring: int, ulysses: int, cell: tuple, optimiz
 
 
 @functools.cache
-def truth(replicas: int, optimizer: str) -> dict[str, Any]:
-    model = tiny_llama()
+def truth(replicas: int, optimizer: str, layers: int) -> dict[str, Any]:
+    model = tiny_llama(num_hidden_layers=layers)
     return train_plainly(
         model,
         make_optimizer(optimizer, model.parameters()),
@@ -89,10 +89,11 @@ def truth(replicas: int, optimizer: str) -> dict[str, Any]:
     )
 
 
-def check(world: int, ring: int, cell: tuple, optimizer: str, layout: str = "zigzag", ulysses: int = 1) -> None:
-    results = run_ranks(world, trained, ring, ulysses, cell, optimizer, layout)
-    wanted = truth(world // (ring * ulysses), optimizer)
-    assert min(wanted["norms"]) < CLIP < max(wanted["norms"])  # clipping is exercised, and not always on
+def check(world: int, ring: int, cell: tuple, optimizer: str, layout: str = "zigzag", layers: int = 2) -> None:
+    results = run_ranks(world, trained, ring, cell, optimizer, layout, layers)
+    wanted = truth(world // ring, optimizer, layers)
+    assert max(wanted["norms"]) > CLIP  # clipping is exercised
+    assert min(wanted["norms"]) < CLIP or world == ring  # and, over two replicas, not always on
     for result in results:
         torch.testing.assert_close(result["losses"], wanted["losses"], rtol=tolerance("training loss"), atol=0)
         torch.testing.assert_close(result["norms"], wanted["norms"], rtol=tolerance("training norm"), atol=0)
@@ -113,12 +114,12 @@ def name(value: Any) -> str | None:
 
 @pytest.mark.parametrize("cell", legal_cells(), ids=name)
 def test_every_path_on_ring_2_data_2(cell: tuple[int, bool, bool, bool]) -> None:
-    check(4, 2, cell, "sgd")
+    check(4, 2, cell, "sgd", layers=1)
 
 
 @pytest.mark.parametrize("cell", legal_cells()[::4], ids=name)
 def test_adamw_on_ring_2_data_2(cell: tuple[int, bool, bool, bool]) -> None:
-    check(4, 2, cell, "adamw")
+    check(4, 2, cell, "adamw", layers=1)
 
 
 PAIRWISE = [  # every pair of (mesh, stage), (mesh, option), (stage, option), (optimizer, …) at least once
