@@ -7,9 +7,9 @@ probabilities from the final lse, P = exp(S - lse), so nothing of size T x T is 
 
 with delta = rowsum(dO * O) - dLSE: one number a row holds all that the softmax's and the lse's gradients need.
 
-Shapes: q, dq (B, H, Tq, Dk); k, dk (B, G, Tk, Dk); v, dv (B, G, Tk, Dv); out, dout (B, H, Tq, Dv); lse, delta (B, H, Tq).
-G divides H. Accumulators (out, lse, dq, dk, dv) are fp32 or fp64 and are updated in place. `mask.tile(q0, q1, k0, k1)`
-returns False (nothing visible), True (everything) or a boolean tensor (B or 1, 1, q1 - q0, k1 - k0).
+Shapes: q, dq (B, H, Tq, Dk); k, dk (B, G, Tk, Dk); v, dv (B, G, Tk, Dv); out, dout (B, H, Tq, Dv); lse, delta (B, H,
+    Tq). G divides H. Accumulators (out, lse, dq, dk, dv) are fp32 or fp64 and are updated in place. `mask.tile(q0,
+    q1, k0, k1)` returns False (nothing visible), True (everything) or a boolean tensor (B or 1, 1, q1 - q0, k1 - k0).
 """
 
 from __future__ import annotations

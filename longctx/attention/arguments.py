@@ -1,4 +1,5 @@
-"""Checks of what users hand to an attention operator: shapes and dtypes only, so they cost nothing and never look at data."""
+"""Checks of what users hand to an attention operator: shapes and dtypes only, so they cost nothing and never look at
+data."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from longctx.errors import AttentionError
 
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """q (B, H, Tq, Dk), k (B, G, Tk, Dk), v (B, G, Tk, Dv), G dividing H, nothing empty, one floating dtype and device."""
+    """q (B, H, Tq, Dk), k (B, G, Tk, Dk), v (B, G, Tk, Dv), G dividing H, nothing empty, one floating dtype and
+    device."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise AttentionError(f"{shapes}: expected q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv)")
@@ -34,7 +36,9 @@ def check_documents(name: str, ids: torch.Tensor | None, like: torch.Tensor) -> 
         return
     expected = (like.shape[0], like.shape[2])
     if tuple(ids.shape) != expected or ids.is_floating_point() or ids.dtype == torch.bool or ids.is_complex():
-        raise AttentionError(f"{name} {tuple(ids.shape)} of {ids.dtype}: expected integers of shape (B, T) = {expected}")
+        raise AttentionError(
+            f"{name} {tuple(ids.shape)} of {ids.dtype}: expected integers of shape (B, T) = {expected}"
+        )
     if ids.device != like.device:
         raise AttentionError(f"{name} on {ids.device}, but the tensors are on {like.device}")
 

@@ -1,9 +1,10 @@
 """Which keys a query may see by global index alone: causality, window, length. Integers only, no torch.
 
-The idea of the whole package sits here. A rank's queries and a block's keys are `Span`s of global indices; for two spans
-of one stride, "key j is visible to query i" is a *band* in local indices, `low <= a - b <= high`, whatever the layout.
-A band splits into a few rectangles that are completely visible, triangles that a fused kernel knows how to do, and, at
-the far edge of a window only, small tiles that need a mask. So contiguous, zigzag and striped are one code path.
+The idea of the whole package sits here. A rank's queries and a block's keys are `Span`s of global indices; for two
+spans of one stride, "key j is visible to query i" is a *band* in local indices, `low <= a - b <= high`, whatever the
+layout. A band splits into a few rectangles that are completely visible, triangles that a fused kernel knows how to
+do, and, at the far edge of a window only, small tiles that need a mask. So contiguous, zigzag and striped are one
+code path.
 """
 
 from __future__ import annotations
@@ -60,11 +61,17 @@ def make_rule(causal: bool, window: int | tuple[int | None, int | None] | None, 
         raise AttentionError(f"window={window!r}: give None, a positive int, or a pair (left, right)")
     if isinstance(window, int):
         if window < 1:
-            raise AttentionError(f"window={window}: a query sees at least itself; give a positive int or None for no window")
+            raise AttentionError(
+                f"window={window}: a query sees at least itself; give a positive int or None for no window"
+            )
         left = window - 1
     elif window is not None:
-        if len(window) != 2 or any(x is not None and (isinstance(x, bool) or not isinstance(x, int) or x < -1) for x in window):
-            raise AttentionError(f"window={window!r}: a pair is (left, right), each an int >= 0, or None (or -1) for no limit")
+        if len(window) != 2 or any(
+            x is not None and (isinstance(x, bool) or not isinstance(x, int) or x < -1) for x in window
+        ):
+            raise AttentionError(
+                f"window={window!r}: a pair is (left, right), each an int >= 0, or None (or -1) for no limit"
+            )
         left, right = (None if x is None or x == -1 else x for x in window)
     if causal:
         right = 0
@@ -116,7 +123,10 @@ def visible(q_spans: tuple[Span, ...], k_spans: tuple[Span, ...], rule: Rule) ->
 
 def _staircase(n: int, m: int, low: int) -> int:
     """Pairs (a, b) in [0, n) x [0, m) with a - b >= low: rows give clip(a - low + 1, 0, m) each."""
-    first, last = max(0, low), min(n, low + m - 1)  # rows [first, last) lie on the slope, rows from max(first, last) are full
+    first, last = (
+        max(0, low),
+        min(n, low + m - 1),
+    )  # rows [first, last) lie on the slope, rows from max(first, last) are full
     slope = 0
     if last > first:
         slope = (last - first) * ((first - low + 1) + (last - low)) // 2
@@ -129,7 +139,10 @@ def pieces(n: int, m: int, low: int, high: int, q0: int = 0, k0: int = 0, tile: 
     Without a window's far edge this is at most one rectangle and one triangle of any size. Along a far edge, rows are
     cut into strips of `tile`: a DENSE tile at the edge, a FULL core, a TRIANGLE at the near edge.
     """
-    rows, cols = (max(0, low), min(n, m + high)), (max(0, -high), min(m, n - low))  # drop rows and columns without a pair
+    rows, cols = (
+        (max(0, low), min(n, m + high)),
+        (max(0, -high), min(m, n - low)),
+    )  # drop rows and columns without a pair
     if rows[0] >= rows[1] or cols[0] >= cols[1]:
         return
     q0, k0, shift = q0 + rows[0], k0 + cols[0], rows[0] - cols[0]

@@ -7,7 +7,7 @@ differ in number and queries may start anywhere (a decode step, a chunk of a pro
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,7 +37,9 @@ def choose_backend(name: str, device: torch.device) -> Backend:
         return ReferenceBackend()
     if name == "aten":
         if device.type != "cpu":
-            raise AttentionError(f"backend='aten' is torch's CPU operator, and the tensors are on {device}; use 'reference'")
+            raise AttentionError(
+                f"backend='aten' is torch's CPU operator, and the tensors are on {device}; use 'reference'"
+            )
         return AtenBackend()
     if name == "triton":
         raise AttentionError("backend='triton' is not part of this version; use 'auto', 'aten' (CPU) or 'reference'")
@@ -50,7 +52,7 @@ def _best(device_type: str) -> tuple[str, str]:
     return "reference", f"no fused kernel for {device_type} in this version, so plain PyTorch tiles: correct and slow"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _announce(device_type: str, name: str, reason: str) -> None:
     log.info("attention on %s: backend %r (%s)", device_type, name, reason)
 
@@ -86,8 +88,8 @@ def block_attention(
         backend: "auto", "aten" (CPU) or "reference".
 
     Returns:
-        out (B, H, Tq, Dv) in q's dtype and lse (B, H, Tq) in fp32 (fp64 for fp64), the natural logarithm of the softmax's
-        denominator; both differentiable. A query that sees no key gets out 0, lse -inf and no gradient.
+        out (B, H, Tq, Dv) in q's dtype and lse (B, H, Tq) in fp32 (fp64 for fp64), the natural logarithm of the
+        softmax's denominator; both differentiable. A query that sees no key gets out 0, lse -inf and no gradient.
 
     Raises:
         AttentionError: the arguments do not fit together, or are not supported.
@@ -99,7 +101,8 @@ def block_attention(
         key_document_ids = document_ids
     if (document_ids is None) != (key_document_ids is None):
         raise AttentionError(
-            f"document_ids and key_document_ids belong together when queries and keys differ in number ({q_len}, {k_len})"
+            "document_ids and key_document_ids belong together when queries and keys differ in number "
+            f"({q_len} and {k_len} here); give both"
         )
     check_documents("document_ids", document_ids, q)
     check_documents("key_document_ids", key_document_ids, k)
@@ -118,17 +121,12 @@ _MASK = "Tensor? q_documents, Tensor? k_documents, int q_offset, int? left, int?
 @torch.library.custom_op(
     "longctx::block_attention", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor, Tensor)"
 )
-def _forward(q, k, v, q_documents, k_documents, q_offset, left, right, scale, backend):  # type: ignore[no-untyped-def]
-    mask = _mask(q, k, q_documents, k_documents, q_offset, left, right)
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    backend, mask, scale = _settings(q, k, *settings)
     lse = torch.empty(q.shape[:3], dtype=accumulator_dtype(q.dtype), device=q.device)
     out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=lse.dtype, device=q.device)
-    choose_backend(backend, q.device).forward_step(q, k, v, mask, scale, out, lse, True)
+    backend.forward_step(q, k, v, mask, scale, out, lse, True)
     return out.to(q.dtype), lse
-
-
-@_forward.register_fake
-def _(q, k, v, *settings):  # type: ignore[no-untyped-def]
-    return empty_results(q, v)
 
 
 @torch.library.custom_op(
@@ -137,29 +135,56 @@ def _(q, k, v, *settings):  # type: ignore[no-untyped-def]
     schema=f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MASK}) "
     "-> (Tensor, Tensor, Tensor)",
 )
-def _backward(dout, dlse, q, k, v, out, lse, q_documents, k_documents, q_offset, left, right, scale, backend):  # type: ignore[no-untyped-def]
-    mask = _mask(q, k, q_documents, k_documents, q_offset, left, right)
-    chosen = choose_backend(backend, q.device)
+def _backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *settings: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    backend, mask, scale = _settings(q, k, *settings)
     dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
-    prepared = chosen.prepare_backward(Rows(q, out, lse, dout, dlse))
-    chosen.backward_step(prepared, k, v, mask, scale, dq, dk, dv, True)
+    backend.backward_step(backend.prepare_backward(Rows(q, out, lse, dout, dlse)), k, v, mask, scale, dq, dk, dv, True)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-@_backward.register_fake
-def _(dout, dlse, q, k, v, *settings):  # type: ignore[no-untyped-def]
+def _settings(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_documents: torch.Tensor | None,
+    k_documents: torch.Tensor | None,
+    q_offset: int,
+    left: int | None,
+    right: int | None,
+    scale: float,
+    backend: str,
+) -> tuple[Backend, BlockMask, float]:
+    """The operator's plain arguments as objects."""
+    spans = (Span(q_offset, q.shape[2]),), (Span(0, k.shape[2]),)
+    mask = BlockMask(*spans, Rule(left, right), q_documents, k_documents)
+    return choose_backend(backend, q.device), mask, scale
+
+
+def fake_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *settings: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) as an attention operator returns them, without values: for tracing."""
+    lse = torch.empty(q.shape[:3], dtype=accumulator_dtype(q.dtype), device=q.device)
+    return torch.empty((*q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device), lse
+
+
+def fake_backward(
+    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *settings: Any
+) -> tuple[torch.Tensor, ...]:
+    """(dq, dk, dv) without values: for tracing."""
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
 
-def _mask(q, k, q_documents, k_documents, q_offset, left, right):  # type: ignore[no-untyped-def]
-    spans = (Span(q_offset, q.shape[2]),), (Span(0, k.shape[2]),)
-    return BlockMask(*spans, Rule(left, right), q_documents, k_documents)
-
-
-def empty_results(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) as an operator returns them, without values: for tracing."""
-    lse = torch.empty(q.shape[:3], dtype=accumulator_dtype(q.dtype), device=q.device)
-    return torch.empty((*q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device), lse
+_forward.register_fake(fake_forward)
+_backward.register_fake(fake_backward)
 
 
 def register_gradient(forward: Any, backward: Any) -> None:

@@ -8,9 +8,9 @@ this path has been exercised on one process (`LoopbackLink`) only, not on severa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -151,11 +151,13 @@ class ProcessLink:
         count(sends)
         # One order on every rank (receives first, kinds ascending), as NCCL matches a pair's messages by order.
         with _side_stream(sends, receives) as done:
-            operations = [self._operation(dist.irecv, m) for m in receives] + [self._operation(dist.isend, m) for m in sends]
+            operations = [self._operation(dist.irecv, m) for m in receives] + [
+                self._operation(dist.isend, m) for m in sends
+            ]
             done.works = dist.batch_isend_irecv(operations)
         return done
 
-    def _operation(self, call: object, message: Message) -> dist.P2POp:
+    def _operation(self, call: Callable[..., Any], message: Message) -> dist.P2POp:
         return dist.P2POp(call, message.packet.buffer, self._ranks[message.peer], self._group, message.kind)
 
 

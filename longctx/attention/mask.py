@@ -40,7 +40,8 @@ class BlockMask:
         return replace(self, q_documents=self.q_documents[row], k_documents=self.k_documents[row])
 
     def tile(self, q0: int, q1: int, k0: int, k1: int) -> bool | torch.Tensor:
-        """Visibility of keys [k0, k1) to queries [q0, q1): False (none), True (all) or bool (B or 1, 1, q1-q0, k1-k0)."""
+        """Visibility of keys [k0, k1) to queries [q0, q1): False (none), True (all) or bool (B or 1, 1, q1-q0,
+        k1-k0)."""
         verdicts = set()
         for q in _cut(self.q_spans, q0, q1):
             for k in _cut(self.k_spans, k0, k1):

@@ -15,7 +15,9 @@ Partial = tuple[torch.Tensor, torch.Tensor]
 
 def identity(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None = None) -> Partial:
     """Attention over no keys: out = 0 of `shape` (..., T, D) and lse = -inf of (..., T)."""
-    return torch.zeros(shape, dtype=dtype, device=device), torch.full(shape[:-1], -torch.inf, dtype=dtype, device=device)
+    return torch.zeros(shape, dtype=dtype, device=device), torch.full(
+        shape[:-1], -torch.inf, dtype=dtype, device=device
+    )
 
 
 def merge(first: Partial, second: Partial) -> Partial:

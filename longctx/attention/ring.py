@@ -2,18 +2,20 @@
 
 Queries stay; blocks of keys and values pass by (`schedule.py` says when, `comm.py` moves them) and each is merged into
 the running result by a backend (`block.py`). The same loop serves every layout, mask and ring size; a ring of one sends
-nothing. Forward and backward are operators of torch.library, so that torch.compile sees one node and a checkpoint policy
-can save (out, lse) and so never repeat the hops.
+nothing. Forward and backward are operators of torch.library, so that torch.compile sees one node and a checkpoint
+policy can save (out, lse) and so never repeat the hops.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from longctx.attention.arguments import check_documents, check_tensors, refuse_unbuilt, resolve_scale
 from longctx.attention.backends.base import Rows
 from longctx.attention.band import Rule, make_rule
-from longctx.attention.block import choose_backend, empty_results, register_gradient
+from longctx.attention.block import choose_backend, fake_backward, fake_forward, register_gradient
 from longctx.attention.comm import LocalLink, ProcessLink
 from longctx.attention.passes import Passes
 from longctx.errors import AttentionError
@@ -43,8 +45,8 @@ def ring_attention(
     """Exact attention over the whole sequence, from and to this rank's part of it. Every rank of the ring calls it.
 
     Args:
-        q: (B, H, T, Dk), k: (B, G, T, Dk), v: (B, G, T, Dv): this rank's tokens in the layout's local order (what `shard`
-            returns), G dividing H, one floating dtype, T the same on every rank.
+        q: (B, H, T, Dk), k: (B, G, T, Dk), v: (B, G, T, Dv): this rank's tokens in the layout's local order (what
+            `shard` returns), G dividing H, one floating dtype, T the same on every rank.
         mesh: the grid of ranks; None, or a ring of one, computes locally.
         causal: a token sees no later token, by global index.
         layout: how the sequence is dealt out; must be the one `shard` was given.
@@ -76,17 +78,19 @@ def ring_attention(
         )
     if q.shape[2] != k.shape[2]:
         raise AttentionError(
-            f"{q.shape[2]} queries and {k.shape[2]} keys on one rank: a sharded sequence has one length (block_attention "
-            "takes two)"
+            f"{q.shape[2]} queries and {k.shape[2]} keys on one rank: a sharded sequence has one length; "
+            "block_attention takes two"
         )
     padded = q.shape[2] * ring
     if padded % layout.multiple(ring):
         raise AttentionError(
-            f"{q.shape[2]} tokens a rank over a ring of {ring} make {padded}, and layout {layout.name!r} needs a multiple "
-            f"of {layout.multiple(ring)}; pad with longctx.shard"
+            f"{q.shape[2]} tokens a rank over a ring of {ring} make {padded}, and layout {layout.name!r} needs a "
+            f"multiple of {layout.multiple(ring)}; pad with longctx.shard"
         )
     if length is not None and not 0 < length <= padded:
-        raise AttentionError(f"length={length}: the ring holds {padded} tokens; give the true global length, 1 to {padded}")
+        raise AttentionError(
+            f"length={length}: the ring holds {padded} tokens; give the true global length, 1 to {padded}"
+        )
     rule = make_rule(causal, window)
     out, lse = torch.ops.longctx.ring_attention(
         q,
@@ -110,15 +114,14 @@ _SETTINGS = "Tensor? documents, str mesh, str layout, int? left, int? right, int
 
 
 @torch.library.custom_op(
-    "longctx::ring_attention", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)"
+    "longctx::ring_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)",
 )
-def _forward(q, k, v, documents, mesh, layout, left, right, length, scale, backend):  # type: ignore[no-untyped-def]
-    return _passes(q, mesh, layout, left, right, length, scale, backend).forward(q, k, v, documents)
-
-
-@_forward.register_fake
-def _(q, k, v, *settings):  # type: ignore[no-untyped-def]
-    return empty_results(q, v)
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None, *settings: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _passes(q, *settings).forward(q, k, v, documents)
 
 
 @torch.library.custom_op(
@@ -127,16 +130,22 @@ def _(q, k, v, *settings):  # type: ignore[no-untyped-def]
     schema=f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SETTINGS}) "
     "-> (Tensor, Tensor, Tensor)",
 )
-def _backward(dout, dlse, q, k, v, out, lse, documents, mesh, layout, left, right, length, scale, backend):  # type: ignore[no-untyped-def]
-    passes = _passes(q, mesh, layout, left, right, length, scale, backend)
-    return passes.backward(Rows(q, out, lse, dout, dlse), k, v, documents)
+def _backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    documents: torch.Tensor | None,
+    *settings: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _passes(q, *settings).backward(Rows(q, out, lse, dout, dlse), k, v, documents)
 
 
-@_backward.register_fake
-def _(dout, dlse, q, k, v, *settings):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-
-
+_forward.register_fake(fake_forward)
+_backward.register_fake(fake_backward)
 register_gradient(_forward, _backward)
 
 

@@ -2,9 +2,9 @@
 
 Every rank derives the whole schedule from the configuration (layout, ring, length, causal, window), never from its
 documents or inputs, so all ranks enter the same exchanges. A block of keys and values starts at its home and is handed
-from neighbour to neighbour: along a *chain* forwards and, where a window reaches both neighbours (zigzag), along a second
-chain backwards. It goes only as far as somebody down the chain needs it. In the backward pass its gradient follows one
-step behind, and the last rank of the chain sends it home in one message.
+from neighbour to neighbour: along a *chain* forwards and, where a window reaches both neighbours (zigzag), along a
+second chain backwards. It goes only as far as somebody down the chain needs it. In the backward pass its gradient
+follows one step behind, and the last rank of the chain sends it home in one message.
 
 A full ring: K/V make R - 1 hops; dK/dV start from home with the home's own part and make R.
 """
@@ -22,8 +22,8 @@ from longctx.layout import Span, get_layout
 class Stage:
     """What one rank does in one stage; peers are ring ranks, None: nothing to do.
 
-    Stage 0 is the rank's own block. While a stage computes, the next stage's block arrives (kv_from) and the gradient of
-    the previous stage's block leaves (grad_to). The last stage holds no block: it only lets gradients come home.
+    Stage 0 is the rank's own block. While a stage computes, the next stage's block arrives (kv_from) and the gradient
+    of the previous stage's block leaves (grad_to). The last stage holds no block: it only lets gradients come home.
     """
 
     source: int | None = None
@@ -105,7 +105,10 @@ def _split(needed: tuple[tuple[bool, ...], ...], source: int) -> tuple[int, int]
     ring = len(needed)
     distances = [d for d in range(1, ring) if needed[(source + d) % ring][source]]
     # cut the needed distances in two: those up to `forward` are served forwards, the rest backwards
-    cuts = [(distances[i - 1] if i else 0, ring - distances[i] if i < len(distances) else 0) for i in range(len(distances) + 1)]
+    cuts = [
+        (distances[i - 1] if i else 0, ring - distances[i] if i < len(distances) else 0)
+        for i in range(len(distances) + 1)
+    ]
     return min(cuts, key=lambda cut: (cut[0] + cut[1], cut[1]))
 
 

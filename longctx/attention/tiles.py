@@ -142,7 +142,8 @@ def _masked(q: Segment, k: Segment, rule: Rule) -> Iterator[Tile]:
 
 def _merged(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
     """Join rectangles that share an edge, so that one large call does the work of several."""
-    rest, full = [], []
+    rest: list[Tile] = []
+    full: list[Tile] = []
     for tile in tiles:
         (full if tile.kind == Kind.FULL else rest).append(tile)
     joined: list[Tile] = []

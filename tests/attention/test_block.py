@@ -10,10 +10,11 @@ import torch
 from attention import dense
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import tolerance
 
 from longctx import LongctxError, block_attention
 from longctx.attention.band import make_rule
+
+from tolerances import tolerance
 
 BACKENDS = ("aten", "reference")
 
@@ -51,7 +52,9 @@ def expected(
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     rows, cols = torch.arange(q.shape[2]) + offset, torch.arange(k.shape[2])
     allowed = dense.visible(rows, cols, make_rule(causal, window))
-    allowed = allowed & dense.same_document(document_ids, document_ids if key_document_ids is None else key_document_ids)
+    allowed = allowed & dense.same_document(
+        document_ids, document_ids if key_document_ids is None else key_document_ids
+    )
     return dense.attention(q, k, v, allowed, q.shape[-1] ** -0.5 if scale is None else scale, dout, dlse)
 
 
@@ -69,7 +72,16 @@ def expected(
     seed=st.integers(0, 2**31),
 )
 def test_equals_dense(
-    rows: int, cols: int, heads: Any, dims: Any, causal: bool, window: Any, q_offset: Any, documents: Any, backend: str, seed: int
+    rows: int,
+    cols: int,
+    heads: Any,
+    dims: Any,
+    causal: bool,
+    window: Any,
+    q_offset: Any,
+    documents: Any,
+    backend: str,
+    seed: int,
 ) -> None:
     inputs = tensors(rows, cols, heads, dims, seed)
     arguments: dict[str, Any] = {"causal": causal, "window": window, "q_offset": q_offset}
@@ -116,7 +128,11 @@ def test_rows_that_see_nothing_are_zero_with_no_gradient(backend: str, dtype: to
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_of_ten_thousand(backend: str) -> None:
     inputs = tensors(64, 64)
-    inputs = (inputs[0] / inputs[0].norm(dim=-1, keepdim=True), inputs[1] / inputs[1].norm(dim=-1, keepdim=True), *inputs[2:])
+    inputs = (
+        inputs[0] / inputs[0].norm(dim=-1, keepdim=True),
+        inputs[1] / inputs[1].norm(dim=-1, keepdim=True),
+        *inputs[2:],
+    )
     truth = expected(inputs, scale=1e4)
     assert truth.lse.abs().max() > 9e3
     result = run(inputs, scale=1e4, backend=backend)
@@ -167,7 +183,9 @@ def test_auto_says_once_what_it_picked(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level("INFO", "longctx"):
         for _ in range(2):
             block_attention(*tensors(2, 2)[:3])
-    assert [r.message for r in caplog.records if "attention on cpu: backend 'aten'" in r.message] == [caplog.records[0].message]
+    assert [r.message for r in caplog.records if "attention on cpu: backend 'aten'" in r.message] == [
+        caplog.records[0].message
+    ]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +209,10 @@ def test_auto_says_once_what_it_picked(caplog: pytest.LogCaptureFixture) -> None
     ],
 )
 def test_errors_name_what_is_wrong(change: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"q": torch.randn(2, 4, 5, 8), "k": torch.randn(2, 2, 5, 8), "v": torch.randn(2, 2, 5, 8)}
+    arguments: dict[str, Any] = {
+        "q": torch.randn(2, 4, 5, 8),
+        "k": torch.randn(2, 2, 5, 8),
+        "v": torch.randn(2, 2, 5, 8),
+    }
     with pytest.raises(LongctxError, match=message):
         block_attention(**{**arguments, **change})

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import tolerance
 
 from longctx.attention.merge import Partial, identity, merge
+
+from tolerances import tolerance
 
 lses = st.one_of(st.just(-math.inf), st.floats(-200, 200), st.floats(-2e4, 2e4))
 partials = st.tuples(lses, st.floats(-3, 3)).map(lambda pair: partial(*pair))
@@ -50,7 +51,9 @@ def test_a_large_difference_neither_overflows_nor_vanishes(difference: float) ->
 
 def test_equals_one_softmax_over_both_sets() -> None:
     scores, values = torch.randn(4, 10, dtype=torch.float64) * 5, torch.randn(10, 3, dtype=torch.float64)
-    halves = [(torch.softmax(scores[:, s], 1) @ values[s], torch.logsumexp(scores[:, s], 1)) for s in (slice(3), slice(3, 10))]
+    halves = [
+        (torch.softmax(scores[:, s], 1) @ values[s], torch.logsumexp(scores[:, s], 1)) for s in (slice(3), slice(3, 10))
+    ]
     out, lse = merge(*halves)
     torch.testing.assert_close(out, torch.softmax(scores, 1) @ values, rtol=0, atol=tolerance("fp64"))
     torch.testing.assert_close(lse, torch.logsumexp(scores, 1), rtol=0, atol=tolerance("fp64"))

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from attention import dense
-from distributed import run_ranks
-from tolerances import tolerance
 
 import longctx
 from longctx.attention.band import make_rule
 from longctx.attention.comm import counters
-from longctx.layout import get_layout
+
+from distributed import run_ranks
+from tolerances import tolerance
 
 
-@lru_cache(maxsize=None)
+@cache
 def ring_mesh(ring: int) -> longctx.Mesh:
     """One mesh a ring size and process, so that groups are made once."""
     return longctx.Mesh(ring=ring)
@@ -42,7 +42,17 @@ def case(name: str, length: int) -> dict[str, Any]:
     }[name]
 
 
-CASES = ("causal", "full", "window", "two-sided window", "documents", "full documents", "short", "full short", "everything")
+CASES = (
+    "causal",
+    "full",
+    "window",
+    "two-sided window",
+    "documents",
+    "full documents",
+    "short",
+    "full short",
+    "everything",
+)
 
 
 def tensors(length: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -75,9 +85,13 @@ def worker(rank: int, world: int, length: int, dtype: torch.dtype, backend: str)
     }
 
 
-@pytest.mark.parametrize("ring", [1, 2, 3, 4])
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("aten", torch.float64), ("aten", torch.float32), ("reference", torch.float64)]
+    ("ring", "backend", "dtype"),
+    [
+        *((ring, "aten", torch.float64) for ring in (1, 2, 3, 4)),
+        (2, "reference", torch.float64),
+        (4, "aten", torch.float32),
+    ],
 )
 def test_equals_dense(ring: int, backend: str, dtype: torch.dtype) -> None:
     length = 24 * ring
@@ -117,9 +131,10 @@ def test_counters_equal_the_closed_forms(ring: int) -> None:
 
 
 def freeze_worker(rank: int, world: int) -> Any:
+    """Gradients with none of the inputs frozen, then each in turn."""
     results = []
-    for frozen in range(3):
-        inputs = list(tensors(8)[:3])
+    for frozen in (None, 0, 1, 2):
+        inputs = tensors(8)[:3]
         for i, x in enumerate(inputs):
             x.requires_grad_(i != frozen)
         longctx.ring_attention(*inputs, mesh=ring_mesh(world)).square().sum().backward()
@@ -128,26 +143,69 @@ def freeze_worker(rank: int, world: int) -> Any:
 
 
 def test_freezing_each_input_in_turn_neither_hangs_nor_changes_the_others() -> None:
-    for results in run_ranks(2, freeze_worker, timeout=60):
-        for frozen in range(3):
-            for i in range(3):
-                if i == frozen:
-                    assert results[frozen][i] is None
-                else:
-                    assert torch.equal(results[frozen][i], results[(i + 1) % 3 if (i + 1) % 3 != frozen else (i + 2) % 3][i])
+    for free, *frozen in run_ranks(2, freeze_worker, timeout=60):
+        for index, grads in enumerate(frozen):
+            assert grads[index] is None
+            assert all(torch.equal(a, b) for i, (a, b) in enumerate(zip(grads, free, strict=True)) if i != index)
 
 
-def uneven_worker(rank: int, world: int) -> Any:
-    """Only one rank's keys want a gradient; the others still take part, since somebody's output depends on them."""
-    q, k, v = (x.requires_grad_() for x in tensors(8)[:3])
-    longctx.ring_attention(q, k, v, mesh=ring_mesh(world)).mul(0.0).sum().backward()
-    return float(k.grad.abs().max())
+def empty_worker(rank: int, world: int) -> Any:
+    """Rank 1 has no label: it contributes 0 * sum(out), and its keys still get the other rank's gradient."""
+    q, k, v, dout, _ = tensors(8)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = longctx.ring_attention(q, k, v, mesh=ring_mesh(world), causal=False)
+    (out * dout * (1.0 if rank == 0 else 0.0)).sum().backward()
+    return float(q.grad.abs().max()), float(k.grad.abs().max())
 
 
 def test_a_shard_that_contributes_nothing_takes_part() -> None:
-    assert run_ranks(2, uneven_worker, timeout=60) == [0.0, 0.0]
+    (q0, k0), (q1, k1) = run_ranks(2, empty_worker, timeout=60)
+    assert q0 > 0 and k0 > 0 and q1 == 0 and k1 > 0
 
 
-def test_padded_length_of_every_layout_is_accepted() -> None:
-    for layout in ("contiguous", "zigzag", "striped"):
-        assert get_layout(layout).padded_length(24, 4) % get_layout(layout).multiple(4) == 0
+def grid_worker(rank: int, world: int) -> Any:
+    mesh = longctx.Mesh(ring=2, data=2)
+    index = dense.parts("zigzag", 2, 32)[mesh.ring_rank]
+    q, k, v, dout, _ = tensors(32, seed=mesh.data_rank)
+    q, k, v = (x[:, :, index].contiguous().requires_grad_() for x in (q, k, v))
+    out = longctx.ring_attention(q, k, v, mesh=mesh)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), dout[:, :, index])
+
+
+def test_two_rings_side_by_side_keep_to_themselves() -> None:
+    answers = run_ranks(4, grid_worker)
+    order = torch.cat(dense.parts("zigzag", 2, 32)).argsort()
+    index = torch.arange(32)
+    for replica in range(2):
+        got = [torch.cat(parts, 2)[:, :, order] for parts in zip(*answers[2 * replica : 2 * replica + 2], strict=True)]
+        q, k, v, dout, _ = tensors(32, seed=replica)
+        truth = dense.attention(q, k, v, dense.visible(index, index, make_rule(True, None)), 6**-0.5, dout)
+        for a, b in zip(got, (truth.out, truth.dq, truth.dk, truth.dv), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance("fp64"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mesh": longctx.Mesh(ring=2, ulysses=2, world_size=4, rank=0)}, "ulysses"),
+        ({"mesh": longctx.Mesh(ring=4, world_size=4, rank=0), "tokens": 3}, "multiple"),
+        ({"mesh": longctx.Mesh(ring=4, world_size=4, rank=0), "length": 33}, "length"),
+        ({"length": 0}, "length"),
+        ({"layout": "spiral"}, "layout"),
+        ({"keys": 9}, "one length"),
+        ({"document_ids": torch.zeros(2, 8)}, "document_ids"),
+        ({"softcap": 50.0}, "softcap"),
+        ({"sink": torch.zeros(4)}, "sink"),
+        ({"alibi": torch.zeros(4)}, "alibi"),
+        ({"dropout_p": 0.5}, "dropout_p"),
+        ({"window": -1}, "window"),
+        ({"backend": "triton"}, "triton"),
+    ],
+)
+def test_errors_name_what_is_wrong(change: dict[str, Any], message: str) -> None:
+    tokens, keys = change.pop("tokens", 8), change.pop("keys", None)
+    q, k, v, *_ = tensors(tokens)
+    if keys is not None:
+        _, k, v, *_ = tensors(keys)
+    with pytest.raises(longctx.LongctxError, match=message):
+        longctx.ring_attention(q, k, v, **change)

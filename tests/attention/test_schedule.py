@@ -63,7 +63,9 @@ def walk(schedule: Schedule) -> None:
         assert met[rank][0] == rank, "own block first"
         needed = {source for source in range(ring) if schedule.needed[rank][source]}
         assert needed <= set(met[rank])
-        assert all(stage.compute == schedule.needed[rank][stage.source] for stage in stages[rank] if stage.source is not None)
+        assert all(
+            stage.compute == schedule.needed[rank][stage.source] for stage in stages[rank] if stage.source is not None
+        )
         visited = {other for other in range(ring) if rank in met[other]}
         assert home[rank] == Counter(visited | {rank}), "every visited rank's part, exactly once"
 
@@ -128,7 +130,9 @@ def test_hops_are_the_fewest_possible() -> None:
                 schedule = make_schedule(layout, 6, 48, rule)
                 for source in range(6):
                     distances = {d for d in range(1, 6) if schedule.needed[(source + d) % 6][source]}
-                    fewest = min(f + b for f in range(6) for b in range(6) if distances <= {*range(f + 1), *range(6 - b, 6)})
+                    fewest = min(
+                        f + b for f in range(6) for b in range(6) if distances <= {*range(f + 1), *range(6 - b, 6)}
+                    )
                     assert sum(chain.reach[source] for chain in schedule.chains) == fewest
 
 

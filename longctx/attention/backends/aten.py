@@ -7,11 +7,12 @@ needs. What it gets wrong for our purpose is mended here and nowhere else:
 - a final lse of -inf makes the whole backward NaN: such rows are handed +inf, so their probabilities are exp(-inf) = 0;
 - d_v != d_k is refused: the narrower side is padded with zeros;
 - a last dimension that is not dense is read wrongly without a word, an empty tensor divides by zero;
-- its backward knows no gradient of the lse: dS = P * (dO V^T - delta + dlse), so dlse is one more column of dO against a
-  column of ones in V;
+- its backward knows no gradient of the lse: dS = P * (dO V^T - delta + dlse), so dlse is one more column of dO
+  against a column of ones in V;
 - is_causal is aligned top-left, which is what a TRIANGLE tile means.
 
-Heads are done a few at a time, so that the operator's full-size results for a tile never add a whole tensor to the peak.
+Heads are done a few at a time, so that the operator's full-size results for a tile never add a whole tensor to the
+peak.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from longctx.attention.merge import merge_
 from longctx.attention.tiles import plan
 
 PAIRS = 1 << 22
-"""(query, key, head) triples a call should at least have, so that its overhead (some 50 us) stays below one per cent."""
+"""(query, key, head) triples a call should at least have, so that its overhead (some 50 us) stays below one per
+cent."""
 FINE = 512
 """Half-precision tiles with a side up to this are differentiated in fp32: the operator is many times slower there."""
 
@@ -45,7 +47,8 @@ class Heads(NamedTuple):
 
 
 class AtenBackend:
-    """The Backend protocol over the fused CPU operator; fp64, fp32, bf16 and fp16 (which it rounds to, tile by tile)."""
+    """The Backend protocol over the fused CPU operator; fp64, fp32, bf16 and fp16 (which it rounds to, tile by
+    tile)."""
 
     name = "aten"
 
@@ -102,7 +105,10 @@ class AtenBackend:
         first: bool,
     ) -> None:
         q, dlse, (d_k, d_v) = prepared.q, prepared.dlse, (k.shape[-1], v.shape[-1])
-        queries, keys_written = Written(q.shape[0], q.shape[2], (dq, 0.0)), Written(q.shape[0], k.shape[2], (dk, 0.0), (dv, 0.0))
+        queries, keys_written = (
+            Written(q.shape[0], q.shape[2], (dq, 0.0)),
+            Written(q.shape[0], k.shape[2], (dk, 0.0), (dv, 0.0)),
+        )
         if not first:
             queries.all()
         width = max(d_k, d_v if dlse is None else d_v + 1)
@@ -115,7 +121,10 @@ class AtenBackend:
                 at, keys = (batch, heads.q, rows), (batch, heads.k, cols)
                 values, dout = v[keys].to(dtype), prepared.dout[at].to(dtype)
                 if dlse is not None:  # one more column: dO V^T gains dlse * 1
-                    values, dout = F.pad(values, (0, 1), value=1.0), torch.cat([dout, dlse[at][..., None].to(dtype)], -1)
+                    values, dout = (
+                        F.pad(values, (0, 1), value=1.0),
+                        torch.cat([dout, dlse[at][..., None].to(dtype)], -1),
+                    )
                 block_dq, block_dk, block_dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                     _pad(dout, width),
                     _pad(q[at].to(dtype), width),
@@ -137,9 +146,7 @@ class AtenBackend:
         keys_written.finish()
 
 
-def _calls(
-    mask: BlockMask, q: torch.Tensor
-) -> Iterator[tuple[slice, Tile, torch.Tensor | None, torch.Tensor | None]]:
+def _calls(mask: BlockMask, q: torch.Tensor) -> Iterator[tuple[slice, Tile, torch.Tensor | None, torch.Tensor | None]]:
     """(batch slice, tile, additive mask or None, rows that see nothing in the tile or None)."""
     for batch, tiles in plan(mask, q.shape[0]):
         row = mask.row(batch.start)
