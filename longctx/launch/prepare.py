@@ -2,11 +2,13 @@
 
 DeepSpeed compiles ``deepspeed_shm_comm`` at its first start on a CPU. Ranks that do so at once wait for each other on
 a lock file without an owner: a build that was killed leaves it, and every later start then waits for ever without a
-word. So one process builds, before any rank, and a lock that nobody holds is reported.
+word. So one process builds, before any rank; ranks load it one by one under a lock that ends with its holder; and a
+lock file of torch's that nobody holds is reported.
 """
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -23,11 +25,8 @@ EXTENSION = "deepspeed_shm_comm"
 BUILD_SECONDS = 300
 
 
-def prepare(build: bool = True) -> None:
-    """Make sure that ranks on the CPU can start DeepSpeed.
-
-    Args:
-        build: compile the extension now, in a process of its own, if it is not there yet.
+def prepare() -> None:
+    """Make sure that ranks on the CPU can start DeepSpeed; compile the extension, in a process of its own, if need be.
 
     Raises:
         MissingPackageError: deepspeed, a C++ compiler or Python's headers are missing.
@@ -35,18 +34,38 @@ def prepare(build: bool = True) -> None:
     """
     if not _importable("deepspeed"):
         raise MissingPackageError("deepspeed is not installed here; install longctx with its dependencies")
-    _show_ninja()
-    if shutil.which("ninja") is None:
-        raise MissingPackageError("ninja is not on PATH, and DeepSpeed compiles with it: pip install ninja")
-    folders = build_folders()
-    for lock in sorted(lock for folder in folders for lock in folder.glob("*/lock")):
+    require_ninja()
+    for lock in _locks("*"):
         require_live(lock)
-    if any((folder / EXTENSION / f"{EXTENSION}.so").is_file() for folder in folders):
-        return
-    require_toolchain()
-    _require_writable(_root())
-    if build:
+    if not any((folder / EXTENSION / f"{EXTENSION}.so").is_file() for folder in build_folders()):
+        require_toolchain()
+        _require_writable(_root())
         _build()
+
+
+def load_extension() -> None:
+    """Load the extension into this process, so that DeepSpeed need not; compile it first if it is not there.
+
+    Raises:
+        MissingPackageError, LaunchError: as ``prepare``; or another build took too long.
+    """
+    require_ninja()
+    _require_writable(_root())
+    with (_root() / ".longctx.lock").open("a") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        deadline = time.monotonic() + BUILD_SECONDS
+        while locks := _locks(EXTENSION):  # not one of ours: those wait for the lock above
+            require_live(locks[0])
+            if time.monotonic() > deadline:
+                raise LaunchError(f"another process has been compiling under {locks[0]} for {BUILD_SECONDS} s")
+            time.sleep(0.2)
+        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+        try:
+            ShareMemCommBuilder().load(verbose=False)
+        except (RuntimeError, OSError) as error:
+            require_toolchain()
+            raise LaunchError(f"DeepSpeed's {EXTENSION} does not compile or load here: {error}") from None
 
 
 def build_folders() -> list[Path]:
@@ -55,6 +74,10 @@ def build_folders() -> list[Path]:
         return [_root()]
     version = f"py{sys.version_info[0]}{sys.version_info[1]}"
     return sorted(folder for folder in _root().glob(f"{version}*_*") if folder.is_dir())
+
+
+def _locks(extension: str) -> list[Path]:
+    return sorted(lock for folder in build_folders() for lock in folder.glob(f"{extension}/lock"))
 
 
 def _root() -> Path:
@@ -74,6 +97,20 @@ def require_live(lock: Path) -> None:
     )
 
 
+def require_ninja() -> None:
+    """Put this environment's ninja first on PATH, or raise MissingPackageError if there is none at all.
+
+    Always the same one: two versions of ninja do not read each other's logs, so that starts from an activated and from
+    another shell would compile everything again each time.
+    """
+    beside = str(Path(sys.executable).parent)
+    given = os.environ.get("PATH", "")
+    if shutil.which("ninja", path=beside) and given.split(os.pathsep)[0] != beside:
+        os.environ["PATH"] = f"{beside}{os.pathsep}{given}"
+    if shutil.which("ninja") is None:
+        raise MissingPackageError("ninja is not on PATH, and DeepSpeed compiles with it: pip install ninja")
+
+
 def require_toolchain() -> None:
     """Raise MissingPackageError unless a C++ compiler and Python's headers are there."""
     compiler = os.environ.get("CXX", "c++")
@@ -88,13 +125,6 @@ def require_toolchain() -> None:
             f"Python's headers are missing ({header}): DeepSpeed compiles a small extension on its first CPU start; "
             f"install them (Debian, Ubuntu: apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev)"
         )
-
-
-def _show_ninja() -> None:
-    """Let torch find the ninja of a virtual environment that is used without being activated."""
-    beside = Path(sys.executable).parent
-    if shutil.which("ninja") is None and shutil.which("ninja", path=str(beside)):
-        os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def _held(lock: Path) -> bool:
@@ -140,8 +170,8 @@ def _build() -> None:
     except BaseException as error:
         os.killpg(child.pid, 9)
         child.wait()
-        for folder in build_folders():
-            (folder / EXTENSION / "lock").unlink(missing_ok=True)
+        for lock in _locks(EXTENSION):
+            lock.unlink(missing_ok=True)
         if isinstance(error, subprocess.TimeoutExpired):
             raise LaunchError(f"compiling {EXTENSION} took more than {BUILD_SECONDS} s and was stopped") from None
         raise
@@ -154,11 +184,5 @@ def _importable(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def _compile_here() -> None:
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-    ShareMemCommBuilder().load(verbose=False)
-
-
 if __name__ == "__main__":
-    _compile_here()
+    load_extension()

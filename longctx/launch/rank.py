@@ -62,10 +62,10 @@ def _train(path: Path, overrides: list[str], rank: int) -> int:
     threads = hardware.threads_per_rank(local_ranks)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if hardware.gpus() == 0:
-        from longctx.launch.prepare import prepare
+        from longctx.launch.prepare import load_extension
 
         os.environ["DS_ACCELERATOR"] = "cpu"
-        prepare(build=False)
+        load_extension()
 
     import torch
 

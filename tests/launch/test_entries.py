@@ -46,7 +46,15 @@ def start(launcher: str, config: Path, overrides: Sequence[str] = (), **changes:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=SECONDS)
+    """Return (exit code, output); a job that does not end is killed with all its ranks, and fails the test."""
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        config = next(argument for argument in process.args if str(argument).endswith(".yaml"))  # type: ignore[union-attr]
+        for pid in [process.pid, *ranks_of(Path(str(config)))]:
+            os.kill(pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"did not end within {SECONDS} s:\n{output}") from None
     return process.returncode, output
 
 
