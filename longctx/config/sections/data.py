@@ -13,7 +13,8 @@ class Data(Section):
     """Text sources, the tokenizer, and how documents are packed into rows."""
 
     sources: Annotated[Texts, Field(min_length=1)] = environment_field(
-        description="text or .jsonl files, folders, hf:NAME[[:CONFIG]:SPLIT], or python-stdlib (this Python's source)",
+        description="text or .jsonl files, folders of them, hf:NAME[[:CONFIG]:SPLIT], python-stdlib (this Python's own "
+        "source code), or one folder that `longctx data build` made",
     )
     text_field: str = Field(
         "text", min_length=1, description="the key that holds the text in a JSONL line or a dataset row"
