@@ -5,6 +5,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PEERS := .venv/.peers
 
+# DeepSpeed compiles a small extension at its first start. Kept per environment: two checkouts that share torch's default
+# folder would rebuild it over each other.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
+
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart smoke test test-slow test-aot bench lint clean
 

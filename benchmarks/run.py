@@ -15,6 +15,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from benchmarks import attention, hardware, memory, registry, report, training_step
 from benchmarks.ranks import run_ranks
+from longctx.launch.prepare import prepare
 
 ATTENTION_COLUMNS = (
     "contestant", "cpu_seconds", "wall_seconds", "exposed_share", "peak_bytes_per_rank", "ours_over_theirs_cpu",
@@ -28,14 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=("attention", "memory", "step"),
                         default=["attention", "memory", "step"])
     parser.add_argument("--rows", nargs="+", help="only the attention rows whose name contains one of these")
+    parser.add_argument("--without", nargs="+", default=[], help="leave out contestants with one of these in the name")
     parser.add_argument("--output", type=Path, help="folder for the CSV files (default: benchmarks/results)")
     chosen = parser.parse_args(arguments)
-    folder = chosen.output or (None if chosen.quick or chosen.rows else report.RESULTS)
+    folder = chosen.output or (None if chosen.quick or chosen.rows or chosen.without else report.RESULTS)
     load = hardware.load()
     print(f"{hardware.describe()}; load {load:.2f}; commit {hardware.commit()}", flush=True)
     if load > 0.5:
         print("the machine is busy: CPU times hold, wall times and exposed shares do not", flush=True)
-    build_deepspeed_communication()
+    prepare()  # compile DeepSpeed's CPU communication once, before ranks race to do it
     said = []
     for kind in chosen.only:
         said += {"attention": _attention, "memory": _memory, "step": _step}[kind](chosen, load, folder)
@@ -45,22 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
     return int(not chosen.quick and not all(holds for _, holds in said))
 
 
-def build_deepspeed_communication() -> None:
-    """Compile DeepSpeed's shared-memory operator once, before ranks race to do it."""
-    try:
-        from deepspeed.ops.op_builder import ShareMemCommBuilder
-
-        ShareMemCommBuilder().load(verbose=False)
-    except ImportError:
-        pass  # DeepSpeed's rows say for themselves that it is absent
-
-
 def _attention(chosen: argparse.Namespace, load: float, folder: Path | None) -> list[tuple[str, bool]]:
     rows: list[dict[str, Any]] = []
     said = []
     listed = registry.QUICK_ATTENTION_ROWS if chosen.quick else registry.ATTENTION_ROWS
     wanted = [row for row in listed if not chosen.rows or any(part in row.name for part in chosen.rows)]
-    for measured in run_ranks(2, attention.worker, wanted):
+    for measured in run_ranks(2, attention.worker, wanted, chosen.without):
         flat = report.attention_rows(measured, load)
         print(f"\n{measured['row']['name']}: causal, forward + backward, {measured['row']['ranks']} CPU ranks")
         report.show(flat, ATTENTION_COLUMNS)
