@@ -132,7 +132,8 @@ class Checkpoints:
                     folder = store.begin(self.root, step)
                     store.require_space(self.root, BYTES_PER_PARAMETER * parameters + 2**20)
                 except (OSError, CheckpointError) as error:
-                    shutil.rmtree(folder or self.root / ".none", ignore_errors=True)
+                    if folder is not None:
+                        shutil.rmtree(folder, ignore_errors=True)
                     raise _named(error, self.root) from None
         return Path(broadcast_json(str(folder)))
 
@@ -192,7 +193,7 @@ class Checkpoints:
 
     def _require_same_run(self, name: str, found: Manifest) -> None:
         here = self.facts
-        pairs = [
+        pairs: list[tuple[str, Any, Any, str]] = [
             ("ranks", found.world.get("size"), here.world["size"], "start as many"),
             ("zero.stage", found.zero_stage, here.zero_stage, "set it back"),
             ("data.seed", found.seed, here.seed, "set it back: it orders the samples"),
@@ -205,9 +206,9 @@ class Checkpoints:
                     f"{self.root / name} was saved with {what} {before}, this run has {now}: {remedy}, or choose "
                     "another output.folder to start anew"
                 )
+        old, new = ({**one.run, **one.world, "layout": one.layout} for one in (found, here))
         for what in ("threads", "layout", "ring"):
-            before = {**found.run, **found.world, "layout": found.layout}.get(what)
-            now = {**here.run, **here.world, "layout": here.layout}.get(what)
+            before, now = old.get(what), new.get(what)
             if before != now:
                 self.say(f"{name} was saved with {what} {before}, now {now}: losses may differ in the last bits")
 

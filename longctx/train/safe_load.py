@@ -24,7 +24,7 @@ ALLOWED = (
 )
 
 
-def allowed_classes() -> list[type]:
+def allowed_classes() -> list[Any]:
     """Return the classes of DeepSpeed that a checkpoint may contain, as far as DeepSpeed is loaded."""
     found = (getattr(sys.modules.get(module), name, None) for module, name in ALLOWED)
     return [value for value in found if isinstance(value, type)]
