@@ -152,3 +152,22 @@ def test_attention_dropout_is_refused_in_training_only() -> None:
         model.eval()(torch.arange(8)[None])
         with pytest.raises(ModelError, match=f"dropout 0.1.*{key}"):
             model.train()(torch.arange(8)[None])
+
+
+def test_a_layer_that_disagrees_with_its_models_mask_is_refused() -> None:
+    tokens = torch.arange(12)[None]
+    for attribute, value in (("sliding_window", 5), ("sliding_window", None), ("is_causal", False)):
+        _, model = pair("gemma3")
+        setattr(model.model.layers[0].self_attn, attribute, value)
+        with pytest.raises(ModelError, match="Gemma3Attention asks for.*but its model builds a mask"):
+            model(tokens)
+
+
+def test_a_decoder_used_as_an_encoder() -> None:
+    config = tiny_config("llama")
+    config.is_causal = False
+    tokens = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        truth = tiny_model(config, "eager").eval()(tokens, use_cache=False).logits
+        logits = tiny_model(config, "longctx").eval()(tokens, use_cache=False).logits
+    assert float((logits - truth).abs().max()) <= tolerance("model")

@@ -25,6 +25,7 @@ def sharded_error(
     layout: str = "zigzag",
     length: int = LENGTH,
     checkpointing: dict[str, bool] | None = None,
+    by_mask: bool = False,
 ) -> dict[str, float]:
     """Return the largest differences between the sharded model and the eager one, relative to the largest value."""
     ids = documents(kind, 2, length)
@@ -38,13 +39,15 @@ def sharded_error(
     attach_attention(model, mesh, layout)
     if checkpointing is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
-    more = {} if config.model_type == "bert" else {"use_cache": False}
+    more: dict[str, Any] = {} if config.model_type == "bert" else {"use_cache": False}
     mask = eager_mask(config, ids, torch.float64)
     truth = eager(input_ids=tokens, position_ids=positions, attention_mask=mask, **more).logits
     (truth * weights).sum().backward()
 
     part = [longctx.shard(x, mesh, layout=layout) for x in (tokens, positions, weights)]
-    local_ids = longctx.shard(ids, mesh, layout=layout, pad_value=-1)
+    if by_mask:  # padding said by a (B, T) attention_mask instead of by document ids
+        more["attention_mask"] = longctx.shard(valid.long(), mesh, layout=layout)
+    local_ids = longctx.shard(ids.clamp(min=0) if by_mask else ids, mesh, layout=layout, pad_value=-1)
     logits = model(input_ids=part[0], position_ids=part[1], document_ids=local_ids, **more).logits
     assert torch.isfinite(logits).all(), "padded rows must stay finite"
     (logits * part[2]).sum().backward()
@@ -86,6 +89,12 @@ def test_every_model_on_a_ring_of_two(name: str) -> None:
 def test_llama_on_other_rings(world: int, ring: int) -> None:
     config = tiny_config("llama")
     check(world, ring, [{"config": config, "kind": kind} for kind in ("packed", "left")])
+
+
+def test_padding_given_as_a_mask_of_the_local_tokens() -> None:
+    check(
+        2, 2, [{"config": tiny_config(name), "kind": "left", "by_mask": True} for name in ("llama", "gemma3", "bert")]
+    )
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "striped"])
