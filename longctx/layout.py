@@ -17,7 +17,7 @@ class Span(NamedTuple):
     """The global indices ``start, start + stride, …`` (``count`` of them), contiguous in local memory."""
 
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody asks of a span
     stride: int = 1
 
     def slice(self, offset: int, count: int) -> Span:

@@ -86,7 +86,9 @@ def _export_address(world_size: int, rank: int) -> None:
 
 def make_groups(mesh: Mesh) -> dict[str, dist.ProcessGroup]:
     """Make every group of the grid. Every rank makes all of them in the same order, as torch requires."""
-    groups: dict[str, dist.ProcessGroup] = {"world": dist.group.WORLD}
+    world = dist.group.WORLD
+    assert world is not None
+    groups: dict[str, dist.ProcessGroup] = {"world": world}
     sizes = range(mesh.data_size), range(mesh.ring_size), range(mesh.ulysses_size)
     data, ring, ulysses = sizes
     partitions = {
