@@ -61,8 +61,8 @@ class Mesh:
             data = max(world_size // (ring * ulysses), 1)
         if ring * ulysses * data != world_size:
             raise MeshError(
-                f"Mesh(ring={ring}, ulysses={ulysses}, data={data}) is a grid of {ring * ulysses * data} ranks, but the "
-                f"world has {world_size}: choose ring x ulysses that divides {world_size}, or start "
+                f"Mesh(ring={ring}, ulysses={ulysses}, data={data}) is a grid of {ring * ulysses * data} ranks, but "
+                f"the world has {world_size}: choose ring x ulysses that divides {world_size}, or start "
                 f"{ring * ulysses * data} ranks"
             )
         self.ring_size, self.ulysses_size, self.data_size, self.world_size = ring, ulysses, data, world_size

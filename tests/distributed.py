@@ -110,7 +110,6 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999", HF_HUB_OFFLINE="1")
     import torch
     import torch.distributed as dist
-
     from conftest import poison_uninitialised_memory
 
     torch.set_num_threads(1)

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.errors import MeshError
 from longctx.mesh import Mesh, from_key
 from longctx.sharding import shard, unshard
+
+from distributed import run_ranks
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
@@ -61,10 +62,11 @@ def connected(rank: int, world_size: int, ring: int, ulysses: int) -> dict[str, 
         dist.all_reduce(total, group=getattr(mesh, f"{name}_group"))
         expected = getattr(mesh, f"{name}_ranks") if name != "world" else tuple(range(world_size))
         found[name] = total.item() == sum(2.0**r for r in expected)
+    sequence, alone = mesh.get_sequence_parallel_group(), mesh.get_tensor_model_parallel_group()
     found["mpu"] = (
-        mesh.get_sequence_parallel_world_size() == ring * ulysses == dist.get_world_size(mesh.get_sequence_parallel_group())
+        mesh.get_sequence_parallel_world_size() == ring * ulysses == dist.get_world_size(sequence)
         and mesh.get_sequence_data_parallel_world_size() == world_size
-        and mesh.get_tensor_model_parallel_world_size() == dist.get_world_size(mesh.get_tensor_model_parallel_group()) == 1
+        and mesh.get_tensor_model_parallel_world_size() == dist.get_world_size(alone) == 1
         and not hasattr(mesh, "get_data_parallel_world_size")
     )
     return found
