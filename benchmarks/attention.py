@@ -61,9 +61,8 @@ def run_row(rank: int, ranks: int, row: AttentionRow, without: list[str]) -> dic
         except NotMeasured as error:
             result.reason = str(error)
             continue
-        index = contestant.positions(rank, ranks, row.length)
-        local = tuple(tensor[:, :, index].contiguous() for tensor in inputs)
-        result.errors = check(contestant, step, rank, ranks, local, index, truth, row)
+        local = part_of(contestant, rank, ranks, inputs)
+        result.errors = check(contestant, step, rank, local, part_of(contestant, rank, ranks, truth))
         ready[contestant.name] = (contestant, step, local)
         result.peak = measure_peak(contestant, step, rank, local)
     judge(results, row)
@@ -112,14 +111,18 @@ def true_results(rank: int, ranks: int, row: AttentionRow, inputs: Tensors) -> T
     return tuple(truth)
 
 
-def check(
-    contestant: Contestant, step: Step, rank: int, ranks: int, local: Tensors, index: torch.Tensor, truth: Tensors,
-    row: AttentionRow,
-) -> tuple[float, ...]:
-    """Relative error of out, dq, dk and dv over the whole sequence, on the largest rank."""
+def part_of(contestant: Contestant, rank: int, ranks: int, tensors: Tensors) -> Tensors:
+    """What a contestant gives this rank of whole (B, H, S, D) tensors."""
+    index = contestant.positions(rank, ranks, tensors[0].shape[2])
+    parts = (tensor.chunk(ranks, 1)[rank] if contestant.split_heads else tensor for tensor in tensors)
+    return tuple(tensor[:, :, index].contiguous() for tensor in parts)
+
+
+def check(contestant: Contestant, step: Step, rank: int, local: Tensors, truth: Tensors) -> tuple[float, ...]:
+    """Relative error of out, dq, dk and dv, on the rank where it is largest."""
     takes_part = contestant.ranks == "all" or rank == 0
     values = step(*local) if takes_part else truth
-    errors = torch.tensor([relative_error(a, b[:, :, index]) for a, b in zip(values, truth, strict=True)])
+    errors = torch.tensor([relative_error(a, b) for a, b in zip(values, truth, strict=True)])
     dist.all_reduce(errors, op=dist.ReduceOp.MAX)
     return tuple(errors.tolist())
 

@@ -15,11 +15,13 @@ from benchmarks.peers import (
 )
 
 OURS = ours.CONTESTANT
-SDPA = torch_sdpa.ONE_THREAD
+SDPA = torch_sdpa.TWO_THREADS
 ULYSSES = deepspeed_ulysses.CONTESTANT
 TORCH_RING = torch_context_parallel.CONTESTANT
 PLAIN_RING = ring_attention_pytorch.CONTESTANT
-CONTESTANTS: tuple[Contestant, ...] = (OURS, SDPA, torch_sdpa.TWO_THREADS, ULYSSES, TORCH_RING, PLAIN_RING)
+CONTESTANTS: tuple[Contestant, ...] = (
+    OURS, SDPA, torch_sdpa.ONE_THREAD, torch_sdpa.IDEAL, ULYSSES, TORCH_RING, PLAIN_RING,
+)
 
 
 @dataclass(frozen=True)

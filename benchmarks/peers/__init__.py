@@ -46,6 +46,7 @@ class Contestant:
     positions: Callable[[int, int, int], torch.Tensor]  # (rank, ranks, length) → (T,) int64
     ranks: str = "all"  # or "first": one process does the whole work
     threads: int = 1
+    split_heads: bool = False  # each rank does its share of the heads, and nothing is exchanged
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     longest: int | None = None  # beyond this length a single step takes minutes
 
