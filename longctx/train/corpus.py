@@ -10,10 +10,12 @@ from pathlib import Path
 from longctx.config.machine import token_folder
 from longctx.config.schema import RunConfig
 from longctx.data.build import RECORD, TokenBuild, build_tokens, open_build
+from longctx.data.tokenfile import TokenFile
 from longctx.data.tokenizer import load_tokenizer
 from longctx.errors import DataError
 
 Say = Callable[[str], None]
+TOKENIZER_TO_TRAIN = "bpe"  # the default of data.tokenizer: no tokenizer is asked for
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
                 f"data.sources mixes {folders[0]}, which `longctx data build` made, with other sources; give it alone, "
                 "or build all sources together"
             )
-        return _corpus(open_build(folders[0]))
+        return _corpus(_opened(folders[0], data.tokenizer))
     started = time.monotonic()
     build = build_tokens(
         list(data.sources),
@@ -62,6 +64,20 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
         f"{report['held_out_tokens']:,} held out ({how} {build.folder})"
     )
     return _corpus(build)
+
+
+def _opened(folder: Path, tokenizer: str) -> TokenBuild:
+    """Open what `longctx data build` left; say which file is damaged, and refuse another tokenizer than its own."""
+    for file in sorted(folder.glob("*.tokens")):
+        with TokenFile(file) as tokens:
+            tokens.verify()
+    build = open_build(folder)
+    if tokenizer != TOKENIZER_TO_TRAIN and load_tokenizer(tokenizer).hash != build.tokenizer_hash:
+        raise DataError(
+            f"{folder} was built with another tokenizer than data.tokenizer {tokenizer!r}; build the text again with "
+            f"that one, or remove data.tokenizer to use the folder's own"
+        )
+    return build
 
 
 class _Stages:

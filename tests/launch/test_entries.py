@@ -121,7 +121,8 @@ def test_mistakes_are_one_error_each(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     mistakes = {
         "train.stepps=3": "steps",
-        "mesh.ring=3": "world",
+        "mesh.world=3": "world",
+        "mesh.ring=64": "needs at least 128 tokens",
         "data.sources=nowhere.txt": "nowhere.txt",
         "data.sources=empty.txt": "empty",
         "output.folder=file": "file",
@@ -148,14 +149,14 @@ def test_mistakes_that_ranks_find(tmp_path: Path, mistake: str) -> None:
         (tmp_path / "noise.txt").write_bytes(bytes(range(256)) * 40)
         overrides, named = [f"data.sources={tmp_path / 'noise.txt'}"], "binary"
     else:
-        build_tokens(str(tmp_path / "text"), "bytes", tokens, held_out=0.2)
+        kind = "bpe" if mistake == "tokenizer" else "bytes"
+        build_tokens(str(tmp_path / "text"), kind, tokens, vocabulary_size=300, held_out=0.2)
     if mistake == "truncated":
         whole = (tokens / "train.tokens").read_bytes()
         (tokens / "train.tokens").write_bytes(whole[: len(whole) // 2])
         named = "train.tokens"
     if mistake == "tokenizer":
-        overrides.append("model.vocab_size=100")
-        named = "tokenizer has 257 tokens"
+        named = "built with another tokenizer than data.tokenizer 'bytes'"
     if mistake == "lock":
         (tmp_path / "run").mkdir()
         named = f"in use by another run (process {os.getpid()} on"
