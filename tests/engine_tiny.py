@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
+import distributed
+
 VOCABULARY = 61
+# The first engine of a pool imports DeepSpeed and a model class on every rank at once: minutes on a busy machine.
+run_ranks = functools.partial(distributed.run_ranks, timeout=280)
 
 
 def tiny_llama(implementation: str = "eager", seed: int = 0, **overrides: Any) -> torch.nn.Module:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distributed import run_ranks
-from engine_tiny import tiny_llama
+from engine_tiny import run_ranks, tiny_llama
 
 
 def built(rank: int, world: int, ring: int, stage: int, folder: str | None) -> dict[str, Any]:
@@ -51,8 +50,9 @@ def test_a_pretrained_folder_is_loaded_partitioned(tmp_path: Path) -> None:
 
 def trained(rank: int, world: int, stage: int) -> tuple[float, list[float]]:
     """Build partitioned, train a few steps: the loss has to fall, on every rank alike."""
-    import longctx
     from engine_tiny import make_optimizer, ragged_rows
+
+    import longctx
 
     mesh = longctx.Mesh(ring=2)
     settings = {

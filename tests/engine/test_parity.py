@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_ranks
-from engine_tiny import make_optimizer, ragged_rows, tiny_llama, train_plainly
+from engine_tiny import make_optimizer, ragged_rows, run_ranks, tiny_llama, train_plainly
+
 from tolerances import tolerance
 
 STEPS, ACCUMULATION, CLIP = 20, 2, 0.9

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_ranks
+from engine_tiny import run_ranks
 
 from longctx.engine import probe
 from longctx.engine.settings import load_settings

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_tiny import run_ranks
 
 from longctx.engine.rows import explicit_rows
 from longctx.engine.window import shard_window, tokens_to_divide_by, weigh_window
@@ -13,7 +14,6 @@ from longctx.errors import EngineError
 from longctx.mesh import Mesh
 from longctx.sharding import unshard
 
-from distributed import run_ranks
 from tolerances import tolerance
 
 VOCABULARY = 11
