@@ -30,7 +30,7 @@ test: $(INSTALLED)  ## lint, types, layering and the test suite
 	$(BIN)/python -m pytest
 
 test-slow: $(INSTALLED)  ## the full grids
-	$(BIN)/python -m pytest -m slow
+	LONGCTX_TEST_RANDOM=1 $(BIN)/python -m pytest -m slow
 
 test-aot: $(INSTALLED)  ## every kernel configuration compiled ahead of time
 	$(BIN)/python -m pytest -m aot

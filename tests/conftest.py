@@ -13,6 +13,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples every time, so that a red run can be run again; LONGCTX_TEST_RANDOM=1 (make test-slow) draws new
+# ones. No deadlines: these machines are shared, and a slow example is not a wrong one.
+settings.register_profile(
+    "longctx",
+    deadline=None,
+    derandomize="LONGCTX_TEST_RANDOM" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("longctx")
 
 
 def poison_uninitialised_memory() -> None:
