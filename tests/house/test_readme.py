@@ -79,12 +79,15 @@ def custom_trainers(rank: int, world_size: int) -> dict[str, float]:
         "held_out": [rows(3), rows(4, length=17)], "pair": rows(5, batch=2), "full_x": torch.randn(1, 2, 21, 8),
     }
     torch.distributed.broadcast(names["full_x"], 0)
+    losses = []
     for block in blocks("docs/custom_trainers.md"):
         names.update(run_block(block, names))
+        losses.append(names["engine"].global_loss)
     x = names["full_x"]
     dense = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
     return {
-        "first": names["engine"].global_loss, "tokens": names["result"].tokens, "theirs": names["theirs"].global_loss,
+        "first": losses[0], "replicated": losses[2], "tokens": names["result"].tokens,
+        "theirs": names["theirs"].global_loss,
         "attention": float((names["whole"] - dense).abs().max()), "preference": float(names["loss"].detach()),
     }
 
@@ -95,6 +98,7 @@ def test_custom_trainers_page_runs() -> None:
     first, pair = (float(tiny_llama(0)(**batch).loss) for batch in (rows(1), rows(5, batch=2)))
     assert abs(values[0]["first"] - first) <= tolerance("fp32") * first
     assert abs(values[0]["theirs"] - pair) <= tolerance("fp32") * pair
+    assert abs(values[0]["replicated"] - values[0]["preference"]) <= tolerance("fp32"), "counted once, not per rank"
     assert values[0]["tokens"] == 41 + 16
     assert values[0]["attention"] <= tolerance("fp32")
 
