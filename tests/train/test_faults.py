@@ -12,7 +12,10 @@ import pytest
 import torch
 from tiny_run import config, losses, write
 
+from longctx.data.build import build_tokens
+from longctx.errors import LongctxError
 from longctx.train import checkpoint, durable, manifest
+from longctx.train.lock import FolderLock
 from longctx.train.run import run
 
 from distributed import RankFailure, run_ranks
@@ -140,6 +143,33 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path: Path) -> None:
     for answers in run_ranks(2, contradict, str(tmp_path), timeout=LIMIT):
         for answer, named in zip(answers, CONTRADICTIONS.values(), strict=True):
             assert named in answer and "another output.folder" in answer
+
+
+def fail(rank: int, world: int, folder: str, override: str) -> str:
+    try:
+        run(config(Path(folder), override))
+    except LongctxError as error:
+        return str(error)
+    return "no error"
+
+
+def test_data_that_cannot_be_used_and_a_folder_in_use_are_named_on_all_ranks(tmp_path: Path) -> None:
+    write(tmp_path)
+    noise, tokens = tmp_path / "noise.txt", tmp_path / "tokens"
+    noise.write_bytes(bytes(range(256)) * 40)
+    (tmp_path / "blank.txt").write_text(" \n")
+    build_tokens(str(tmp_path / "text"), "bpe", tokens, vocabulary_size=300, held_out=0.2)
+    mistakes = {
+        f"data.sources={noise}": "binary",
+        f"data.sources={tmp_path / 'blank.txt'}": "blank.txt is empty",
+        f"data.sources={tokens}": "built with another tokenizer than data.tokenizer 'bytes'",
+    }
+    for override, named in mistakes.items():
+        answers = run_ranks(2, fail, str(tmp_path), override, timeout=LIMIT)
+        assert all(named in answer for answer in answers), answers
+    with FolderLock(tmp_path / "run"):
+        answers = run_ranks(2, fail, str(tmp_path), "train.steps=2", timeout=LIMIT)
+        assert all(f"in use by another run (process {os.getpid()} on" in answer for answer in answers), answers
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
