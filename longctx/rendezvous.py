@@ -84,23 +84,50 @@ def _export_address(world_size: int, rank: int) -> None:
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = bytes(address).rstrip(b"\0").decode().split()
 
 
+# Groups live as long as the process: each costs threads and sockets, so equal grids share theirs.
+_made: dict[tuple[int, int, int], tuple[dist.ProcessGroup, dict[str, dist.ProcessGroup]]] = {}
+
+
 def make_groups(mesh: Mesh) -> dict[str, dist.ProcessGroup]:
-    """Make every group of the grid. Every rank makes all of them in the same order, as torch requires."""
+    """Return every group of the grid, made on first use. Every rank makes all of them in the same order, as torch
+    requires. The ring has a communicator of its own; groups of one rank, or of the whole world, are shared."""
     world = dist.group.WORLD
     assert world is not None
-    groups: dict[str, dist.ProcessGroup] = {"world": world}
-    sizes = range(mesh.data_size), range(mesh.ring_size), range(mesh.ulysses_size)
-    data, ring, ulysses = sizes
+    grid = (mesh.data_size, mesh.ring_size, mesh.ulysses_size)
+    if grid in _made and _made[grid][0] is world:
+        return _made[grid][1]
+    data, ring, ulysses = map(range, grid)
     partitions = {
         "ring": [[mesh.rank_at(d, r, u) for r in ring] for d in data for u in ulysses],
         "ulysses": [[mesh.rank_at(d, r, u) for u in ulysses] for d in data for r in ring],
         "sequence": [[mesh.rank_at(d, r, u) for r in ring for u in ulysses] for d in data],
         "data": [[mesh.rank_at(d, r, u) for d in data] for r in ring for u in ulysses],
-        "self": [[rank] for rank in range(mesh.world_size)],
     }
+    groups: dict[str, dist.ProcessGroup] = {"world": world, "self": _alone(mesh, world)}
     for name, members in partitions.items():
-        for ranks in members:
-            group = dist.new_group(ranks)
-            if mesh.rank in ranks:
-                groups[name] = group
+        if len(members[0]) == 1:
+            groups[name] = groups["self"]
+        elif len(members) == 1 and name != "ring":
+            groups[name] = world
+        else:
+            groups[name] = _split(members, mesh.rank)
+    _made[grid] = (world, groups)
     return groups
+
+
+def _alone(mesh: Mesh, world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Return this rank's group of one, from another grid of the same world if there is one."""
+    for owner, groups in _made.values():
+        if owner is world:
+            return groups["self"]
+    return _split([[rank] for rank in range(mesh.world_size)], mesh.rank)
+
+
+def _split(members: list[list[int]], rank: int) -> dist.ProcessGroup:
+    mine = None
+    for ranks in members:
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            mine = group
+    assert mine is not None
+    return mine
