@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from longctx.launch.prepare import prepare
+
 _pools: dict[int, Pool] = {}
 
 
@@ -50,6 +52,7 @@ class Pool:
     """``world_size`` processes with torch.distributed up, waiting for work."""
 
     def __init__(self, world_size: int) -> None:
+        prepare()  # DeepSpeed's extension is compiled once, before ranks could race for it or wait on a stale lock
         context = mp.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory(prefix="longctx-ranks-")
         self.processes, self.pipes = [], []
