@@ -132,6 +132,11 @@ def _check_features(settings: Settings) -> None:
             "tensor_parallel.autotp_size",
             "the mesh has no tensor-parallel axis; remove the section",
         ),
+        (
+            enabled("compile", "deepcompile"),
+            "compile.deepcompile",
+            "its passes replace the gradient reduction that the start-up probe measures; use torch.compile on the model",
+        ),
         (enabled("hybrid_engine"), "hybrid_engine", "its inference path does not know sharded sequences; remove it"),
         (enabled("expert_parallel"), "expert_parallel", "the mesh has no expert axis; remove the section"),
         (
