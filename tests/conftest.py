@@ -28,6 +28,14 @@ settings.register_profile(
 settings.load_profile("longctx")
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile DeepSpeed's extension once, before ranks could race for it, and outside any test's time limit."""
+    if not session.config.option.collectonly:
+        from longctx.launch.prepare import prepare
+
+        prepare()
+
+
 def poison_uninitialised_memory() -> None:
     """Make torch.empty return NaN (or the largest integer), so that a test sees a value nobody computed."""
     import torch

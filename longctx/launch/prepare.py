@@ -22,7 +22,7 @@ from longctx.errors import LaunchError, MissingPackageError
 from longctx.launch.hardware import python_path
 
 EXTENSION = "deepspeed_shm_comm"
-BUILD_SECONDS = 300
+BUILD_SECONDS = 900  # some 100 s of one quiet core; ranks have not started yet
 
 
 def prepare() -> None:
