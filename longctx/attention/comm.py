@@ -1,9 +1,9 @@
-"""Moves blocks between ranks: one message a hop, posted before the computation it hides behind, waited for after.
+"""Moves blocks between ranks: posted before the computation they hide behind, waited for after it.
 
-A `Packet` holds several tensors in one buffer (keys, values, document ids; or dK and dV), so a hop is one message. A
-`Link` posts the messages of one stage and returns what to wait for. On CUDA messages run on a side stream, ordered with
-the compute stream by events alone (no host synchronisation), and every tensor is recorded on the streams that use it;
-this path has been exercised on one process (`LoopbackLink`) only, not on several GPUs.
+A `Packet` holds several tensors (keys, values, document ids; or dK and dV), in one buffer once it has left home, so that
+a hop is one message. A `Link` posts the messages of one stage and returns what to wait for. On CUDA messages run on a
+side stream, ordered with the compute stream by events alone (no host synchronisation), and every tensor is recorded on
+the streams that use it; this path has been exercised on one process (`LoopbackLink`) only, not on several GPUs.
 """
 
 from __future__ import annotations
@@ -40,32 +40,34 @@ class Counters:
 counters = Counters()
 """Of this process; tests and metrics read it."""
 
-KV, GRADIENT, HOME = 0, 1, 2  # message kinds, used as tags: two kinds may be under way between one pair of ranks
+KV, GRADIENT, HOME = 0, 1, 2
+"""Kinds of messages; several may be under way between one pair of ranks."""
 
 
 class Packet:
-    """Tensors that travel together: views of one contiguous buffer, widest elements first so that all are aligned."""
+    """Tensors that travel together: views of one buffer, so that a hop is one message.
+
+    Only a block that sets out from its home lies in several tensors, where the caller has it (`lend`): it is sent in as
+    many pieces, which costs less than gathering it first.
+    """
 
     def __init__(self, like: Iterable[torch.Tensor | None], dtype: torch.dtype | None = None) -> None:
         """Uninitialised; shapes, dtypes (unless `dtype` is given) and device of `like`. None stays None."""
         like = list(like)
-        given = {at: x for at, x in enumerate(like) if x is not None}  # by place: k and v may be one tensor
-        sizes = {at: x.numel() * (dtype or x.dtype).itemsize for at, x in given.items()}
-        self.buffer = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=next(iter(given.values())).device)
+        given = [x for x in like if x is not None]
+        sizes = {id(x): x.numel() * (dtype or x.dtype).itemsize for x in given}
+        self.buffer = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=given[0].device)
         views, offset = {}, 0
-        for at, x in sorted(given.items(), key=lambda item: -(dtype or item[1].dtype).itemsize):
-            views[at] = self.buffer[offset : offset + sizes[at]].view(dtype or x.dtype).view(x.shape)
-            offset += sizes[at]
-        self.parts: tuple[torch.Tensor | None, ...] = tuple(views.get(at) for at in range(len(like)))
+        for x in sorted(given, key=lambda x: -(dtype or x.dtype).itemsize):  # widest elements first: all are aligned
+            views[id(x)] = self.buffer[offset : offset + sizes[id(x)]].view(dtype or x.dtype).view(x.shape)
+            offset += sizes[id(x)]
+        self.parts: tuple[torch.Tensor | None, ...] = tuple(None if x is None else views[id(x)] for x in like)
 
     @classmethod
-    def of(cls, tensors: Iterable[torch.Tensor | None]) -> Packet:
-        """A packed copy."""
-        tensors = list(tensors)
-        packet = cls(tensors)
-        for part, x in zip(packet.parts, tensors, strict=True):
-            if part is not None and x is not None:
-                part.copy_(x)
+    def lend(cls, tensors: Iterable[torch.Tensor | None]) -> Packet:
+        """The caller's own tensors (copied only if not contiguous), to be sent in pieces."""
+        packet = cls.__new__(cls)
+        packet.parts = tuple(None if x is None else x.contiguous() for x in tensors)
         return packet
 
     def add_(self, other: Packet) -> None:
@@ -82,11 +84,17 @@ class Packet:
 
 
 class Message(NamedTuple):
-    """One buffer to or from a ring rank."""
+    """One packet to or from a ring rank."""
 
     peer: int
     packet: Packet
     kind: int
+    in_pieces: bool = False
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What is sent or received, in an order both ends know."""
+        return [x for x in self.packet.parts if x is not None] if self.in_pieces else [self.packet.buffer]
 
 
 class Pending(Protocol):
@@ -109,8 +117,8 @@ class Link(Protocol):
 def count(sends: list[Message], counters: Counters = counters) -> None:
     """Book what is about to be sent."""
     for message in sends:
-        nbytes = message.packet.buffer.numel()
-        counters.messages += 1
+        nbytes = sum(x.numel() * x.element_size() for x in message.tensors)
+        counters.messages += len(message.tensors)
         counters.bytes += nbytes
         if message.kind == KV:
             counters.hops += 1
@@ -151,14 +159,14 @@ class ProcessLink:
         count(sends)
         # One order on every rank (receives first, kinds ascending), as NCCL matches a pair's messages by order.
         with _side_stream(sends, receives) as done:
-            operations = [self._operation(dist.irecv, m) for m in receives] + [
-                self._operation(dist.isend, m) for m in sends
-            ]
-            done.works = dist.batch_isend_irecv(operations)
+            operations = [self._operations(dist.irecv, m) for m in receives]
+            operations += [self._operations(dist.isend, m) for m in sends]
+            done.works = dist.batch_isend_irecv([operation for some in operations for operation in some])
         return done
 
-    def _operation(self, call: Callable[..., Any], message: Message) -> dist.P2POp:
-        return dist.P2POp(call, message.packet.buffer, self._ranks[message.peer], self._group, message.kind)
+    def _operations(self, call: Callable[..., Any], message: Message) -> list[dist.P2POp]:
+        peer = self._ranks[message.peer]
+        return [dist.P2POp(call, x, peer, self._group, 8 * message.kind + i) for i, x in enumerate(message.tensors)]
 
 
 class LoopbackLink:
@@ -178,7 +186,9 @@ class LoopbackLink:
         by_kind = {KV if m.kind == KV else GRADIENT: m for m in sends}  # in a closed ring home is the next rank
         with _side_stream(sends, receives) as done:
             for message in receives:
-                message.packet.buffer.copy_(by_kind[KV if message.kind == KV else GRADIENT].packet.buffer)
+                sent = by_kind[KV if message.kind == KV else GRADIENT]
+                for theirs, ours in zip(sent.tensors, message.tensors, strict=True):
+                    ours.copy_(theirs)
         return done
 
 
@@ -189,7 +199,7 @@ class _side_stream:
     """Run the body on the device's communication stream, after all that the compute stream has done so far."""
 
     def __init__(self, sends: list[Message], receives: list[Message]) -> None:
-        self._buffers = [m.packet.buffer for m in (*sends, *receives)]
+        self._buffers = [x for m in (*sends, *receives) for x in m.tensors]
         self.works: list[dist.Work] = []
         self._stream: torch.cuda.Stream | None = None
         if self._buffers[0].is_cuda:

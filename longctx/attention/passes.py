@@ -32,12 +32,12 @@ class Visitor:
         """What a stage sends and receives of keys and values; the buffer they arrive in is allocated here."""
         sends, receives = [], []
         if stage.kv_to is not None:
-            packet = Packet.of(self._own) if stage.kv_own else self._here
+            packet = Packet.lend(self._own) if stage.chain_begins else self._here
             assert packet is not None
-            sends.append(Message(stage.kv_to, packet, KV))
+            sends.append(Message(stage.kv_to, packet, KV, stage.chain_begins))
         if stage.kv_from is not None:
             self._next = Packet(self._own)
-            receives.append(Message(stage.kv_from, self._next, KV))
+            receives.append(Message(stage.kv_from, self._next, KV, stage.chain_begins))
         return sends, receives
 
     def tensors(self, own: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -61,7 +61,7 @@ class Gradients:
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> None:
         self._like, self._dtype = (k, v), dtype
-        self._home: Pair | None = None
+        self._home: Packet | None = None
         self._part: Packet | None = None  # of the block that is here
         self._leaving: Packet | None = None  # of the previous stage's block
 
@@ -84,11 +84,12 @@ class Gradients:
         """Where this rank's part of the stage's block is to be written."""
         if stage.source is None:
             return self._like
+        part = Packet(self._like, self._dtype)
         if stage.grad_stays:
-            self._home = _empty(self._like[0], self._dtype), _empty(self._like[1], self._dtype)
-            return self._home
-        self._part = Packet(self._like, self._dtype)
-        return self._part.gradients()
+            self._home = part
+        else:
+            self._part = part
+        return part.gradients()
 
     def close(self, partial: Packet | None, finished: Packet | None) -> None:
         """The stage's messages have arrived: add them up."""
@@ -97,16 +98,15 @@ class Gradients:
             self._part.add_(partial)
         if finished is not None:
             if self._home is None:
-                self._home = finished.gradients()
+                self._home = finished
             else:
-                for total, rest in zip(self._home, finished.gradients(), strict=True):
-                    total.add_(rest)
+                self._home.add_(finished)
         self._leaving, self._part = self._part, None
 
-    def home(self) -> Pair:
-        """(dk, dv) of this rank's own block, complete after the last stage."""
+    def home(self) -> torch.Tensor:
+        """dk and dv of this rank's own block, complete after the last stage: one flat tensor, for they came as one."""
         assert self._home is not None
-        return _settled(self._home[0], self._like[0].dtype), _settled(self._home[1], self._like[1].dtype)
+        return self._home.buffer.view(self._dtype).to(self._like[0].dtype)
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,9 @@ class Passes:
 
     def backward(
         self, rows: Rows, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(dq, dk, dv) of this rank's tokens; all three always, so that no rank leaves the ring early."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(dq, dkv) of this rank's tokens, dkv flat: dk's elements, then dv's. All always, so that no rank leaves the
+        ring early."""
         dtype = rows.lse.dtype
         dq = torch.empty(rows.q.shape, dtype=dtype, device=rows.q.device)
         prepared = self.backend.prepare_backward(rows)
@@ -174,7 +175,7 @@ class Passes:
             run(stage)
         if first:
             dq.zero_()
-        return dq.to(rows.q.dtype), *book.home()
+        return dq.to(rows.q.dtype), book.home()
 
     def _schedule(self, q: torch.Tensor) -> Schedule:
         return make_schedule(self.layout, self.link.ring, q.shape[2] * self.link.ring, self.rule)
@@ -195,11 +196,7 @@ def _spans(layout: str, ring: int, tokens: int) -> tuple[tuple[Span, ...], ...]:
     return tuple(get_layout(layout).spans(rank, ring, tokens * ring) for rank in range(ring))
 
 
-def _empty(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(like.shape, dtype=dtype, device=like.device)
-
-
-def _settled(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in its final dtype and in memory of its own: an operator's results must not share a packet's buffer."""
-    alone = x.untyped_storage().nbytes() == x.numel() * x.element_size()
-    return x.to(dtype, copy=not alone)
+def split(dkv: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pair:
+    """(dk, dv) as views of what `Passes.backward` returns."""
+    dk, dv = dkv.split((k.numel(), v.numel()))
+    return dk.view(k.shape), dv.view(v.shape)

@@ -15,9 +15,9 @@ import torch
 from longctx.attention.arguments import check_documents, check_tensors, refuse_unbuilt, resolve_scale
 from longctx.attention.backends.base import Rows
 from longctx.attention.band import Rule, make_rule
-from longctx.attention.block import choose_backend, fake_backward, fake_forward, register_gradient
+from longctx.attention.block import choose_backend, fake_forward, register_gradient
 from longctx.attention.comm import LocalLink, ProcessLink
-from longctx.attention.passes import Passes
+from longctx.attention.passes import Passes, split
 from longctx.errors import AttentionError
 from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh, from_key
@@ -128,7 +128,7 @@ def _forward(
     "longctx::ring_attention_backward",
     mutates_args=(),
     schema=f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SETTINGS}) "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor)",
 )
 def _backward(
     dout: torch.Tensor,
@@ -140,13 +140,26 @@ def _backward(
     lse: torch.Tensor,
     documents: torch.Tensor | None,
     *settings: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     return _passes(q, *settings).backward(Rows(q, out, lse, dout, dlse), k, v, documents)
 
 
 _forward.register_fake(fake_forward)
-_backward.register_fake(fake_backward)
-register_gradient(_forward, _backward)
+
+
+@_backward.register_fake
+def _(
+    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), k.new_empty(k.numel() + v.numel())
+
+
+def _gradients(dout: torch.Tensor, dlse: torch.Tensor | None, *saved: Any) -> tuple[torch.Tensor, ...]:
+    dq, dkv = _backward(dout, dlse, *saved)
+    return dq, *split(dkv, saved[1], saved[2])
+
+
+register_gradient(_forward, _gradients)
 
 
 def _passes(

@@ -31,8 +31,8 @@ class Stage:
     compute: bool = False
     """Whether this rank's queries see any of it (a block may only pass through)."""
     kv_to: int | None = None
-    kv_own: bool = False
-    """kv_to gets this rank's own block (a chain begins), not the one it is computing with."""
+    chain_begins: bool = False
+    """Blocks set out from home in this stage: kv_to gets this rank's own, not the one it is computing with."""
     kv_from: int | None = None
     """Who sends the next stage's block."""
     grad_to: int | None = None
@@ -121,11 +121,12 @@ def _stages(schedule: Schedule, rank: int) -> tuple[Stage, ...]:
         first = len(slots)  # the chain's hop t is stage first + t - 1
         slots += [{} for _ in range(max(chain.reach))]
         onward, before = (rank + chain.direction) % ring, (rank - chain.direction) % ring
+        slots[first - 1]["chain_begins"] = True
         for hop in range(1, max(chain.reach) + 1):
             source, held = (rank - chain.direction * hop) % ring, (rank - chain.direction * (hop - 1)) % ring
             slot = slots[first + hop - 1]
             if chain.reach[held] >= hop:
-                slots[first + hop - 2].update(kv_to=onward, kv_own=hop == 1)
+                slots[first + hop - 2]["kv_to"] = onward
                 if hop > 1 or chain.carries_home:
                     slot["grad_to"] = onward
             if chain.reach[source] >= hop:

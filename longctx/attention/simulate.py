@@ -24,10 +24,10 @@ class Mailbox:
     """Messages under way between simulated ranks, in order for each (sender, receiver, kind)."""
 
     def __init__(self) -> None:
-        self._boxes: dict[tuple[int, int, int], queue.Queue[torch.Tensor]] = defaultdict(queue.Queue)
+        self._boxes: dict[tuple[int, int, int], queue.Queue[list[torch.Tensor]]] = defaultdict(queue.Queue)
         self._lock = threading.Lock()
 
-    def box(self, sender: int, receiver: int, kind: int) -> queue.Queue[torch.Tensor]:
+    def box(self, sender: int, receiver: int, kind: int) -> queue.Queue[list[torch.Tensor]]:
         with self._lock:
             return self._boxes[sender, receiver, kind]
 
@@ -46,17 +46,18 @@ class SimulatedLink:
     def exchange(self, sends: list[Message], receives: list[Message]) -> Pending:
         count(sends, self.counters)
         for message in sends:
-            self._mailbox.box(self.rank, message.peer, message.kind).put(message.packet.buffer.clone())
+            self._mailbox.box(self.rank, message.peer, message.kind).put([x.clone() for x in message.tensors])
         return _Waiting([(self._mailbox.box(m.peer, self.rank, m.kind), m) for m in receives])
 
 
 class _Waiting:
-    def __init__(self, receives: list[tuple[queue.Queue[torch.Tensor], Message]]) -> None:
+    def __init__(self, receives: list[tuple[queue.Queue[list[torch.Tensor]], Message]]) -> None:
         self._receives = receives
 
     def wait(self) -> None:
         for box, message in self._receives:
-            message.packet.buffer.copy_(box.get(timeout=TIMEOUT))
+            for ours, theirs in zip(message.tensors, box.get(timeout=TIMEOUT), strict=True):
+                ours.copy_(theirs)
 
 
 def run(ring: int, worker: Callable[[Link], Any]) -> tuple[list[Any], list[Counters]]:

@@ -1,8 +1,8 @@
 """BlockMask -> the fewest calls of a fused kernel: rectangles, aligned triangles, and small tiles under a mask.
 
-Without documents the plan is pure index arithmetic (and remembered): a zigzag step is one rectangle, its diagonal three
-calls. With documents, each batch row's tokens fall into runs of one document; a long run is planned like a sequence of
-its own, and neighbouring short runs are done together under a mask of at most 512 x 512.
+Without documents the plan is pure index arithmetic (and remembered): a zigzag step is one rectangle, a rank's own block
+one triangle. With documents, each batch row's tokens fall into runs of one document; a long run is planned like a
+sequence of its own, and neighbouring short runs are done together under a mask of at most 512 x 512.
 """
 
 from __future__ import annotations
@@ -141,21 +141,33 @@ def _masked(q: Segment, k: Segment, rule: Rule) -> Iterator[Tile]:
 
 
 def _merged(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
-    """Join rectangles that share an edge, so that one large call does the work of several."""
-    rest: list[Tile] = []
-    full: list[Tile] = []
+    """Join tiles that make up a larger one of their kind, so that one large call does the work of several."""
+    by_kind: dict[int, list[Tile]] = {Kind.FULL: [], Kind.TRIANGLE: [], Kind.DENSE: []}
     for tile in tiles:
-        (full if tile.kind == Kind.FULL else rest).append(tile)
-    joined: list[Tile] = []
-    for tile in sorted(full, key=lambda t: (t.k0, t.k1, t.q0)):
-        if joined and joined[-1][3:] == tile[3:] and joined[-1].q1 == tile.q0:
-            joined[-1] = joined[-1]._replace(q1=tile.q1)
-        else:
-            joined.append(tile)
-    full = []
-    for tile in sorted(joined, key=lambda t: (t.q0, t.q1, t.k0)):
-        if full and full[-1][1:3] == tile[1:3] and full[-1].k1 == tile.k0:
-            full[-1] = full[-1]._replace(k1=tile.k1)
+        by_kind[tile.kind].append(tile)
+    full: list[Tile] = []
+    for tile in sorted(by_kind[Kind.FULL], key=lambda t: (t.k0, t.k1, t.q0)):  # one above the other
+        if full and full[-1][3:] == tile[3:] and full[-1].q1 == tile.q0:
+            full[-1] = full[-1]._replace(q1=tile.q1)
         else:
             full.append(tile)
-    return tuple(sorted(rest + full, key=lambda t: (t.q0, t.k0)))  # rows in order: see Written in backends/aten.py
+    wide: list[Tile] = []
+    for tile in sorted(full, key=lambda t: (t.q0, t.q1, t.k0)):  # side by side
+        if wide and wide[-1][1:3] == tile[1:3] and wide[-1].k1 == tile.k0:
+            wide[-1] = wide[-1]._replace(k1=tile.k1)
+        else:
+            wide.append(tile)
+    triangles: list[Tile] = []
+    for tile in sorted(
+        by_kind[Kind.TRIANGLE]
+    ):  # two triangles and the rectangle between them: a zigzag rank's own block
+        last = triangles[-1] if triangles else tile
+        corner = Tile(Kind.FULL, last.q1, tile.q1, last.k0, last.k1)
+        square = last.q1 - last.q0 == last.k1 - last.k0
+        if square and (last.q1, last.k1) == (tile.q0, tile.k0) and corner in wide:
+            wide.remove(corner)
+            triangles[-1] = Tile(Kind.TRIANGLE, last.q0, tile.q1, last.k0, tile.k1)
+        else:
+            triangles.append(tile)
+    # rows in order: see Written in backends/aten.py
+    return tuple(sorted(by_kind[Kind.DENSE] + wide + triangles, key=lambda t: (t.q0, t.k0)))

@@ -10,7 +10,7 @@ from longctx.attention.backends.base import Rows
 from longctx.attention.band import Rule
 from longctx.attention.block import choose_backend
 from longctx.attention.comm import Counters, Link
-from longctx.attention.passes import Passes
+from longctx.attention.passes import Passes, split
 
 
 def simulated(
@@ -32,7 +32,8 @@ def simulated(
         ids = None if documents is None else documents[:, here]
         passes = Passes(link, layout, rule, scale, choose_backend(backend, q.device))
         out, lse = passes.forward(q, k, v, ids)
-        return out, lse, *passes.backward(Rows(q, out, lse, dout, dlse[0] if dlse else None), k, v, ids)
+        dq, dkv = passes.backward(Rows(q, out, lse, dout, dlse[0] if dlse else None), k, v, ids)
+        return out, lse, dq, *split(dkv, k, v)
 
     answers, counters = simulate.run(ring, worker)
     order = torch.cat(index).argsort()

@@ -55,7 +55,7 @@ def walk(schedule: Schedule) -> None:
         for rank, stage in enumerate(now):
             if stage.kv_to is not None:
                 assert now[stage.kv_to].kv_from == rank
-                following[stage.kv_to] = rank if stage.kv_own else held[rank]
+                following[stage.kv_to] = rank if stage.chain_begins else held[rank]
             assert stage.kv_from is None or now[stage.kv_from].kv_to == rank
         leaving = [(None if stage.grad_stays else held[rank], parts[rank]) for rank, stage in enumerate(now)]
         held = following
