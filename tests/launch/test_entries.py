@@ -14,7 +14,7 @@ from pathlib import Path
 from tiny_run import losses, write
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 280  # generous: a start imports torch, deepspeed and transformers in every process
+SECONDS = 900  # generous: a start imports torch, deepspeed and transformers in every process
 
 
 def environment(**changes: str) -> dict[str, str]:
