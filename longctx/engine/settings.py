@@ -135,7 +135,7 @@ def _check_features(settings: Settings) -> None:
         (
             enabled("compile", "deepcompile"),
             "compile.deepcompile",
-            "its passes replace the gradient reduction that the start-up probe measures; use torch.compile on the model",
+            "its passes replace the gradient reduction that the probe measures; use torch.compile on the model",
         ),
         (enabled("hybrid_engine"), "hybrid_engine", "its inference path does not know sharded sequences; remove it"),
         (enabled("expert_parallel"), "expert_parallel", "the mesh has no expert axis; remove the section"),

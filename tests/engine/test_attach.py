@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from engine_tiny import make_optimizer, ragged_rows, run_ranks, tiny_llama, train_plainly
-from tolerances import tolerance
 
 from longctx.errors import EngineError
+
+from tolerances import tolerance
 
 
 def foreign(rank: int, world: int, stage: int, with_mpu: bool, before: bool) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from engine_tiny import ragged_rows, run_ranks, tiny_llama
+
 from tolerances import tolerance
 
 
