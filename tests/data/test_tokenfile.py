@@ -45,6 +45,7 @@ def test_what_is_written_is_read(tmp_path: Path, vocabulary_size: int, kind: str
         with pytest.raises(ValueError):  # mapped read-only
             file.tokens[0] = 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.tokens"]
+    assert path.stat().st_mode & 0o777 == 0o644  # other users of a cluster may read it
 
 
 def test_largest_token_of_each_width_survives(tmp_path: Path) -> None:
@@ -221,6 +222,26 @@ def test_a_hundred_thousand_damaged_headers(tmp_path: Path) -> None:
         with pytest.raises(DataError):
             parse(bytes(damaged), size, tmp_path)
     assert time.process_time() - started < 60
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("token_bytes", 3, "offset 12: 3 bytes per token"),
+        ("vocabulary_size", 0, "offset 16: a vocabulary of 0"),
+        ("vocabulary_size", 2**16 + 1, "do not fit in uint16"),
+        ("end_of_document", 100, "offset 40: end-of-document token 100"),
+        ("metadata_bytes", 2**25, "offset 56"),
+        ("document_count", 0, "at least one document, and a token in each"),
+        ("document_count", 9, "at least one document, and a token in each"),
+    ],
+)
+def test_impossible_fields_are_named(tmp_path: Path, field: str, value: int, words: str) -> None:
+    fields = {**TokenFile(write(tmp_path / "x")).header.__dict__, field: value}
+    header = Header(**fields)
+    (tmp_path / "x").write_bytes(header.pack().ljust(min(header.file_bytes, 2**12), b"\0"))
+    with pytest.raises(DataError, match=words):
+        TokenFile(tmp_path / "x")
 
 
 WORD = st.one_of(st.integers(0, 5), st.integers(2**63, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(0, 4096))
