@@ -1,9 +1,10 @@
 """Moves blocks between ranks: posted before the computation they hide behind, waited for after it.
 
 A `Packet` holds several tensors (keys, values, document ids; or dK and dV), in one buffer once it has left home, so
-that a hop is one message. A `Link` posts the messages of one stage and returns what to wait for. On CUDA messages run on a
-side stream, ordered with the compute stream by events alone (no host synchronisation), and every tensor is recorded on
-the streams that use it; this path has been exercised on one process (`LoopbackLink`) only, not on several GPUs.
+that a hop is one message. A `Link` posts the messages of one stage and returns what to wait for. On CUDA messages run
+on a side stream, ordered with the compute stream by events alone (no host synchronisation), and every tensor is
+recorded on the streams that use it; this path has been exercised on one process (`LoopbackLink`) only, not on several
+GPUs.
 """
 
 from __future__ import annotations
