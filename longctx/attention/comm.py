@@ -55,14 +55,17 @@ class Packet:
     def __init__(self, like: Iterable[torch.Tensor | None], dtype: torch.dtype | None = None) -> None:
         """Uninitialised; shapes, dtypes (unless `dtype` is given) and device of `like`. None stays None."""
         like = list(like)
-        given = [x for x in like if x is not None]
-        sizes = {id(x): x.numel() * (dtype or x.dtype).itemsize for x in given}
-        self.buffer = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=given[0].device)
+        given = [place for place, x in enumerate(like) if x is not None]  # by place: k and v may be one tensor
+        kinds = {place: dtype or like[place].dtype for place in given}  # type: ignore[union-attr]
+        sizes = {place: like[place].numel() * kinds[place].itemsize for place in given}  # type: ignore[union-attr]
+        device = like[given[0]].device  # type: ignore[union-attr]
+        self.buffer = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
         views, offset = {}, 0
-        for x in sorted(given, key=lambda x: -(dtype or x.dtype).itemsize):  # widest elements first: all are aligned
-            views[id(x)] = self.buffer[offset : offset + sizes[id(x)]].view(dtype or x.dtype).view(x.shape)
-            offset += sizes[id(x)]
-        self.parts: tuple[torch.Tensor | None, ...] = tuple(None if x is None else views[id(x)] for x in like)
+        for place in sorted(given, key=lambda place: -kinds[place].itemsize):  # widest elements first: all are aligned
+            view = self.buffer[offset : offset + sizes[place]].view(kinds[place])
+            views[place] = view.view(like[place].shape)  # type: ignore[union-attr]
+            offset += sizes[place]
+        self.parts: tuple[torch.Tensor | None, ...] = tuple(views.get(place) for place in range(len(like)))
 
     @classmethod
     def lend(cls, tensors: Iterable[torch.Tensor | None]) -> Packet:

@@ -209,3 +209,16 @@ def test_errors_name_what_is_wrong(change: dict[str, Any], message: str) -> None
         _, k, v, *_ = tensors(keys)
     with pytest.raises(longctx.LongctxError, match=message):
         longctx.ring_attention(q, k, v, **change)
+
+
+def one_tensor_worker(rank: int, world_size: int) -> float:
+    mesh = longctx.Mesh(ring=world_size)
+    torch.manual_seed(0)
+    whole = torch.randn(1, 2, 8, 4, dtype=torch.float64)
+    x = longctx.shard(whole, mesh, 2)
+    expected = torch.nn.functional.scaled_dot_product_attention(whole, whole, whole, is_causal=True)
+    return float((longctx.ring_attention(x, x, x, mesh=mesh) - longctx.shard(expected, mesh, 2)).abs().max())
+
+
+def test_keys_and_values_may_be_one_tensor() -> None:
+    assert max(run_ranks(2, one_tensor_worker)) <= tolerance("fp64")
