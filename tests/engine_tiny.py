@@ -119,3 +119,40 @@ def train_plainly(
         "gradients": gradients,
         "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
     }
+
+
+def make_engine(ring: int, stage: int, *, model: Any = None, gas: int = 1, **config: Any) -> Any:
+    """Return an SGD engine of a tiny Llama (or ``model``), its buckets so small that every ZeRO stage has several."""
+    import longctx
+
+    offload = config.pop("offload", False)
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 5000, "stage3_param_persistence_threshold": 600}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": gas,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        **config,
+    }
+    model = tiny_llama() if model is None else model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return longctx.initialize(model, settings, longctx.Mesh(ring=ring), optimizer=make_optimizer("sgd", trained))[0]
+
+
+def weights_of(engine: Any) -> dict[str, torch.Tensor]:
+    """Return every whole weight in fp32, gathered where ZeRO-3 has cut it."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
+
+
+def run_window(engine: Any, window: list[dict[str, torch.Tensor]]) -> None:
+    """Take one optimizer step on a window of full rows."""
+    for batch in engine.shard(window):
+        engine.backward(engine(**batch).loss)
+        engine.step()

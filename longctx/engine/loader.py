@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import default_collate
 
+from longctx.data.order import permute
 from longctx.engine.rows import Batch
 from longctx.errors import EngineError
 
@@ -67,8 +69,8 @@ class RowLoader:
             yield sharded
 
     def _order(self, epoch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
-        return torch.randperm(len(self.dataset), generator=generator)
+        rows = len(self.dataset)
+        return torch.from_numpy(permute(np.arange(rows), rows, self.seed, epoch))
 
     def state_dict(self) -> dict[str, int]:
         """One integer and the seed."""
