@@ -82,6 +82,19 @@ def pip(python: Path, title: str, *arguments: str) -> None:
     print(f"{time.monotonic() - started:.0f} s", flush=True)
 
 
+def compile_extension(python: Path) -> None:
+    """Build DeepSpeed's CPU communication now, so that the first start of a run is as quick as the second."""
+    print("longctx set-up: DeepSpeed's CPU communication (compiled once) … ", end="", flush=True)
+    started = time.monotonic()
+    command = [str(python), "-m", "longctx.launch.prepare"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    # Not fatal: a machine with GPUs does without it, and a run on CPUs compiles it itself or says why it cannot.
+    print(f"{time.monotonic() - started:.0f} s" if done.returncode == 0 else f"failed\n{done.stdout}", flush=True)
+
+
 def main() -> None:
     """Check, create, install, and leave the stamp that tells make it is done."""
     folder = ROOT / sys.argv[1]
@@ -97,6 +110,7 @@ def main() -> None:
     pip(python, "torch (the large one)", *constrained, "torch==2.13.0")
     pip(python, "deepspeed", *constrained, "--no-build-isolation", "deepspeed")
     pip(python, "longctx and the rest", *constrained, "--no-build-isolation", "--editable", f".[{EXTRAS}]")
+    compile_extension(python)
     (folder / ".installed").touch()
 
 
