@@ -15,7 +15,7 @@ from benchmarks.peers import (
 )
 
 OURS = ours.CONTESTANT
-SDPA = torch_sdpa.TWO_THREADS
+SDPA = torch_sdpa.TWO_THREADS  # one process that uses the machine as the two ranks do; one thread is shown beside it
 ULYSSES = deepspeed_ulysses.CONTESTANT
 TORCH_RING = torch_context_parallel.CONTESTANT
 PLAIN_RING = ring_attention_pytorch.CONTESTANT
@@ -85,7 +85,9 @@ ATTENTION_ROWS = tuple(
 )
 QUICK_ATTENTION_ROWS = (AttentionRow(1024, "float32", repeats=3), AttentionRow(1024, "bfloat16", repeats=3))
 
-MEMORY_ROWS = (MemoryRow(2048, 1), MemoryRow(2048, 2), MemoryRow(2048, 4), MemoryRow(4096, 2), MemoryRow(8192, 2))
+MEMORY_ROWS = (
+    MemoryRow(2048, 1), MemoryRow(2048, 2), MemoryRow(2048, 4), MemoryRow(2048, 8), MemoryRow(4096, 2), MemoryRow(8192, 2),
+)
 QUICK_MEMORY_ROWS = (MemoryRow(1024, 2), MemoryRow(2048, 2))
 
 STEP_ROW = StepRow()
