@@ -145,7 +145,7 @@ def judge(results: list[Result], row: AttentionRow) -> None:
             if not error <= LIMITS[row.dtype]
         ]
         if wrong:
-            result.reason = "wrong results (relative error " + ", ".join(wrong) + "); timed all the same"
+            result.reason = "wrong results as called here (relative error " + ", ".join(wrong) + "); timed all the same"
 
 
 def measure_peak(contestant: Contestant, step: Step, rank: int, local: Tensors) -> int:

@@ -86,7 +86,7 @@ ATTENTION_ROWS = tuple(
 QUICK_ATTENTION_ROWS = (AttentionRow(1024, "float32", repeats=3), AttentionRow(1024, "bfloat16", repeats=3))
 
 MEMORY_ROWS = (
-    MemoryRow(2048, 1), MemoryRow(2048, 2), MemoryRow(2048, 4), MemoryRow(2048, 8), MemoryRow(4096, 2), MemoryRow(8192, 2),
+    *(MemoryRow(2048, ranks) for ranks in (1, 2, 4, 8)), MemoryRow(4096, 2), MemoryRow(8192, 2),
 )
 QUICK_MEMORY_ROWS = (MemoryRow(1024, 2), MemoryRow(2048, 2))
 

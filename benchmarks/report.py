@@ -109,28 +109,18 @@ def write(name: str, rows: list[dict[str, Any]], folder: Path) -> Path:
     return path
 
 
-README_COLUMNS = {
-    "attention": ("attention_cpu", {
-        "tokens": "tokens", "dtype": "dtype", "heads": "heads", "contestant": "", "cpu_seconds": "CPU s",
-        "ours_over_theirs_cpu": "ours ÷ theirs", "wall_seconds": "wall s", "exposed_share": "exposed",
-        "peak_bytes_per_rank": "peak MiB a rank", "note": "note",
-    }),
-    "step": ("step_cpu", {
-        "tokens": "tokens", "contestant": "", "tokens_per_second": "tokens/s", "tokens_per_cpu_second": "tokens/CPU s",
-        "ours_over_theirs_speed": "ours ÷ theirs", "peak_bytes_per_rank": "peak MiB a rank",
-        "loss_difference": "loss difference",
-    }),
+STEP_COLUMNS = {
+    "tokens": "tokens", "contestant": "", "tokens_per_second": "tokens/s", "tokens_per_cpu_second": "tokens/CPU s",
+    "ours_over_theirs_speed": "ours ÷ theirs", "peak_bytes_per_rank": "peak MiB a rank",
+    "loss_difference": "loss difference",
 }
 
 
 def readme_tables() -> dict[str, str]:
     """The README's tables, by the name of their marks; a table without measurements is left out."""
-    made = {}
-    for name, (file, columns) in README_COLUMNS.items():
-        path = RESULTS / f"{file}.csv"
-        if path.is_file():
-            made[name] = markdown(path, columns)
-    return made
+    makers = {"attention": ("attention_cpu", pivot), "step": ("step_cpu", listing)}
+    paths = {name: (RESULTS / f"{file}.csv", make) for name, (file, make) in makers.items()}
+    return {name: make(path) for name, (path, make) in paths.items() if path.is_file()}
 
 
 def update_readme() -> None:
@@ -144,18 +134,48 @@ def update_readme() -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def markdown(path: Path, columns: dict[str, str]) -> str:
-    """A Markdown table of a results file: ``columns`` maps its fields to headings. The README holds exactly this."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+def pivot(path: Path) -> str:
+    """The attention rows, one line a shape: our own figures, then ours ÷ theirs in CPU time for everyone else."""
+    rows = _read(path)
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    shapes = list(dict.fromkeys(row["row"] for row in rows))
+    found = {(row["row"], row["contestant"]): row for row in rows}
+    lines = []
+    for shape in shapes:
+        own = found[shape, names[0]]
+        ratios = [found[shape, name]["ours_over_theirs_cpu"] or "–" for name in names[1:]]
+        lines.append([
+            own["tokens"], own["dtype"], f"{own['heads']}:{own['kv_heads']}", own["cpu_seconds"], own["exposed_share"],
+            f"{int(own['peak_bytes_per_rank']) / MIB:.0f}", *ratios,
+        ])
+    notes = dict.fromkeys(f"{row['contestant']}: {row['note'].split(' (')[0]}" for row in rows if row["note"])
+    headings = ["tokens", "dtype", "heads", "CPU s", "exposed", "peak MiB a rank", *(f"÷ {name}" for name in names[1:])]
+    said = ("\n\n– not measured, or see the results file. " + "; ".join(notes) + ".") if notes else ""
+    return _table(headings, lines) + said + _measured_on(rows)
+
+
+def listing(path: Path) -> str:
+    """The training-step rows as they are."""
+    rows = _read(path)
     for row in rows:
-        shown = dict(row)
-        if shown.get("peak_bytes_per_rank"):
-            shown["peak_bytes_per_rank"] = f"{int(shown['peak_bytes_per_rank']) / MIB:.1f}"
-        lines.append("| " + " | ".join(shown[column] for column in columns) + " |")
-    machines = sorted({row["hardware"] for row in rows})
-    return "\n".join([*lines, "", "Measured on: " + "; ".join(machines) + "."])
+        if row["peak_bytes_per_rank"]:
+            row["peak_bytes_per_rank"] = f"{int(row['peak_bytes_per_rank']) / MIB:.0f}"
+    lines = [[row[key] for key in STEP_COLUMNS] for row in rows]
+    return _table(list(STEP_COLUMNS.values()), lines) + _measured_on(rows)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _table(headings: list[str], lines: list[list[str]]) -> str:
+    marks = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return "\n".join([*marks, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def _measured_on(rows: list[dict[str, str]]) -> str:
+    return "\n\nMeasured on: " + "; ".join(sorted({row["hardware"] for row in rows})) + "."
 
 
 if __name__ == "__main__":
