@@ -15,12 +15,14 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 _pools: dict[int, Pool] = {}
+_LARGEST = 3 << 30  # bytes: ranks that have grown beyond are replaced, lest they starve the others of memory
 _PATIENCE = 4  # a time limit is there to name a hung rank, not to measure a machine that others share
 
 
@@ -38,7 +40,9 @@ def run_ranks(world_size: int, worker: Any, *args: Any, timeout: float = 120.0) 
     """
     timeout *= _PATIENCE
     pool = _pools.get(world_size)
-    if pool is None or not pool.alive():
+    if pool is None or not pool.alive() or pool.outgrown:
+        if pool is not None:
+            pool.close()
         pool = _pools[world_size] = Pool(world_size)
     try:
         return pool.run(worker, args, timeout)
@@ -62,6 +66,7 @@ class Pool:
             theirs.close()
             self.processes.append(process)
             self.pipes.append(ours)
+        self.outgrown = 0  # bytes of the largest rank, once that is too much
         self.stacks = [Path(self.folder.name) / f"stack-{rank}" for rank in range(world_size)]
 
     def alive(self) -> bool:
@@ -82,7 +87,10 @@ class Pool:
             for pipe in ready:
                 rank = waiting[pipe]  # type: ignore[index]
                 try:
-                    good, value = pipe.recv()  # type: ignore[union-attr]
+                    good, value, size = pipe.recv()  # type: ignore[union-attr]
+                    if size > max(_LARGEST, self.outgrown):
+                        self.outgrown = size
+                        warnings.warn(f"rank {rank} holds {size >> 20} MiB after {job[1]}", stacklevel=3)
                 except EOFError:
                     self.processes[rank].join(5)
                     good, value = False, f"the process died (exit code {self.processes[rank].exitcode})"
@@ -133,7 +141,11 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
         except BaseException:
             answer = (False, traceback.format_exc())
         faulthandler.cancel_dump_traceback_later()
-        pipe.send(answer)
+        pipe.send((*answer, _resident_bytes()))
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _load(path: str) -> Any:

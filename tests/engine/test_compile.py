@@ -44,7 +44,13 @@ def compiled(rank: int, world: int, stage: int, how: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "how"), [(0, "model"), (2, "model"), (1, "layers"), (1, "engine"), (3, "layers"), (3, "model")]
+    ("stage", "how"),
+    [
+        (0, "model"),
+        (1, "engine"),
+        (3, "layers"),
+        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in ((1, "layers"), (2, "model"), (3, "model"))),
+    ],
 )
 def test_a_compiled_model_trains_alike(stage: int, how: str) -> None:
     model = tiny_llama(num_hidden_layers=1)

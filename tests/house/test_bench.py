@@ -50,5 +50,6 @@ def test_missed_requirements_are_judged() -> None:
         rows = [{"row": {"local": local, "ranks": ranks}, "peak": peak} for local, ranks, peak in values]
         return [holds for _, holds in memory.verdicts(rows)]
 
-    assert peaks((1024, 2, 100), (1024, 4, 100), (2048, 2, 200)) == [True, True]
-    assert peaks((1024, 2, 100), (1024, 4, 150), (2048, 2, 300)) == [False, False]
+    assert peaks((1024, 4, 100), (1024, 8, 100), (2048, 4, 200)) == [True, True]
+    assert peaks((1024, 4, 100), (1024, 8, 150), (2048, 4, 300)) == [False, False]
+    assert peaks((1024, 2, 100), (1024, 4, 150)) == []  # a ring of two has fewer blocks under way
