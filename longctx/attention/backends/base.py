@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from longctx.attention.mask import BlockMask
+from longctx.attention.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Backend(Protocol):
         k: torch.Tensor,
         v: torch.Tensor,
         mask: BlockMask,
-        scale: float,
+        scores: Scores,
         out: torch.Tensor,
         lse: torch.Tensor,
         first: bool,
@@ -57,13 +58,17 @@ class Backend(Protocol):
         k: torch.Tensor,
         v: torch.Tensor,
         mask: BlockMask,
-        scale: float,
+        scores: Scores,
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
         first: bool,
+        dalibi: torch.Tensor | None,
     ) -> None:
-        """Add this block's part to dq (if `first`: write it), and write this block's dk and dv."""
+        """Add this block's part to dq (if `first`: write it), and write this block's dk and dv.
+
+        dalibi (H,) in the accumulator's dtype is added to, also if `first`; None where `scores.alibi` is.
+        """
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
