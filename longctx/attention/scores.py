@@ -33,6 +33,7 @@ class Scores:
     seeds: torch.Tensor | None = None
 
     @property
-    def plain(self) -> bool:
-        """Whether the logits are scale * q.k and every probability is kept: what any fused kernel can do."""
-        return self.softcap is None and self.alibi is None and not self.dropout_p
+    def extras(self) -> tuple[str, ...]:
+        """What goes beyond scale * q.k with every probability kept, by the names users give; empty: any kernel can."""
+        given = {"softcap": self.softcap, "alibi": self.alibi, "dropout_p": self.dropout_p or None}
+        return tuple(name for name, value in given.items() if value is not None)

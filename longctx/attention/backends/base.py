@@ -74,3 +74,9 @@ class Backend(Protocol):
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, else fp32: out, lse, dq, dk, dv are summed in it over the ring."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def delta_of(rows: Rows) -> torch.Tensor:
+    """(B, H, Tq): rowsum(dO * O) - dLSE, all that the gradients of the softmax and of the lse need of a row."""
+    delta = (rows.out.to(rows.lse.dtype) * rows.dout).sum(-1)
+    return delta if rows.dlse is None else delta - rows.dlse
