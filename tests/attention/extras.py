@@ -28,4 +28,5 @@ def make(names: str, heads: int, batch: int, seed: int = 0) -> dense.Extras:
 def arguments(extras: dense.Extras) -> dict[str, Any]:
     """As block_attention and ring_attention take them."""
     given = extras._asdict()
-    return {**given, "dropout_seed": given.pop("seeds")}
+    given["dropout_seed"] = given.pop("seeds")
+    return given

@@ -14,6 +14,8 @@ from longctx.attention.arguments import resolve_seeds
 from longctx.attention.band import Rule
 from longctx.kernels.flash import dropout
 
+from tolerances import tolerance
+
 SEEDS = torch.tensor([0, -1, 2**62 + 12345])
 
 
@@ -73,8 +75,7 @@ def test_the_expectation_is_attention_without_dropout() -> None:
     draws = 4000
     out, lse = block_attention(*(x.expand(draws, -1, -1, -1) for x in (q, k, v)), dropout_p=0.25, dropout_seed=7)
     truth, plain = block_attention(q, k, v)
-    assert torch.equal(lse[:1], block_attention(q, k, v, backend="reference")[1]), "the lse is undropped"
-    assert torch.allclose(lse, plain, rtol=0, atol=1e-12)
+    assert float((lse - plain).abs().max()) <= tolerance("fp64"), "the lse is that of the undropped softmax"
     error = (out.mean(0) - truth[0]).abs() / (out.std(0) / draws**0.5 + 1e-12)
     assert float(error.max()) <= 5, "more than five standard errors from the mean"
 
