@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 FLASH = Path(__file__).resolve().parents[1] / "kernels" / "flash"
 RECORD = FLASH / "compiled.json"
-KINDS = ("half", "extras", "float")
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 PRODUCTS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 """The tensor-core instruction that half precision must use."""
@@ -68,9 +67,9 @@ def cases() -> Iterator[Case]:
     from longctx.kernels.flash import tiles
 
     for arch in tiles.ARCHES:
-        for kind in KINDS:
+        for kind, widths in tiles.WIDTHS.items():
             for name in tiles.PASSES:
-                for width in tiles.WIDTHS:
+                for width in widths:
                     yield Case(arch, kind, name, width)
 
 
@@ -123,7 +122,7 @@ def compile_case(case: Case) -> Compiled:
     made = launch(case)
     amd = case.arch.startswith("gfx")
     target = GPUTarget("hip", case.arch, 64) if amd else GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32)
-    options = {"num_warps": made.warps, "num_stages": made.stages}
+    options = made.options
     said = io.StringIO()
     with contextlib.redirect_stdout(said):  # ptxas's words, printed where TRITON_DUMP_PTXAS_LOG=1
         built = triton.compile(ASTSource(made.kernel, *_specialised(made)), target=target, options=options)

@@ -56,13 +56,12 @@ def launches(width: int, name: str, kind: str, config: Config) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tune", description=__doc__)
     parser.add_argument("--kinds", nargs="+", default=["half", "extras"], choices=("half", "extras", "float"))
-    parser.add_argument("--widths", nargs="+", type=int, default=list(tiles.WIDTHS))
     chosen = parser.parse_args()
     print(f"# {torch.cuda.get_device_name()}, arch {arch(torch.device('cuda'))}, torch {torch.__version__}")
     for kind in chosen.kinds:
         for name in tiles.PASSES:
             best = []
-            for width in chosen.widths:
+            for width in tiles.WIDTHS[kind]:
                 timed = sorted(_timed(width, name, kind))
                 best.append(timed[0][1] if timed else None)
                 for seconds, config in timed[:3]:

@@ -90,14 +90,15 @@ def index_table(geometry: Geometry, tile: int, step: int, device: torch.device, 
 def _entry(first: int, rows: int, step: int, side: Side, band: Band) -> tuple[int, ...]:
     """Columns of one span for rows [first, first + rows) of another. A tile is full if it is complete and every row
     sees all of it."""
+    nothing = (0, 0, 0, 0, 0, 0, side.offset, side.valid, side.start)
     if band is None or not rows:
-        return (0, 0, 0, 0, 0, 0, side.offset, side.valid, side.start)
+        return nothing
     (low, high), last = band, first + rows - 1
     begin, end = max(0, first - high), min(side.valid, last - low + 1)
+    if begin >= end:
+        return nothing
     full_begin, full_end = max(0, last - high), min(side.valid, first - low + 1)
     lo, hi = begin // step, -(-end // step)
-    if begin >= end:
-        lo = hi = 0
     full_lo = min(max(lo, -(-full_begin // step)), hi)
     full_hi = max(full_lo, full_end // step)
     return (lo, full_lo, full_hi, hi, low - first, high - first, side.offset, side.valid, side.start)

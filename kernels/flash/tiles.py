@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-WIDTHS = (64, 128, 256)
-"""Head dimensions are rounded up to these when a row is looked up."""
+WIDTHS = {"half": (64, 128, 256), "extras": (128, 256), "float": (256,)}
+"""The kinds of arithmetic, and what a head dimension is rounded up to when a row is looked up. "half": bf16 and fp16
+without extras; "extras": the same with softcap, ALiBi or dropout, whose index arithmetic needs registers; "float":
+fp32, exact products on no tensor core, extras or not."""
 PASSES = ("forward", "queries", "keys")
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -25,9 +27,8 @@ class Config(NamedTuple):
     stages: int
 
 
-# (kind of arithmetic, pass): one row a width. "half": bf16 and fp16 without extras; "extras": the same with softcap,
-# ALiBi or dropout, whose index arithmetic needs registers; "float": fp32, exact products on no tensor core.
-_Rows = dict[tuple[str, str], tuple[Config, Config, Config]]
+# (kind, pass): one row a width of the kind.
+_Rows = dict[tuple[str, str], tuple[Config, ...]]
 _TABLES: dict[str, _Rows] = {
     "sm_80": {
         ("half", "forward"): (Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(64, 32, 4, 2)),
@@ -92,6 +93,7 @@ def choose(name: str, width: int, itemsize: int, extras: bool, arch: str) -> Con
     if arch == "interpreter":
         return _INTERPRETER[name]
     if arch not in _TABLES:
-        return (_SMALL if width <= WIDTHS[1] else _SMALL_WIDE)[kind(itemsize, extras)]
-    column = next(i for i, limit in enumerate(WIDTHS) if width <= limit)
-    return _TABLES[arch][kind(itemsize, extras), name][column]
+        return (_SMALL if width <= 128 else _SMALL_WIDE)[kind(itemsize, extras)]
+    chosen = kind(itemsize, extras)
+    column = next(i for i, limit in enumerate(WIDTHS[chosen]) if width <= limit)
+    return _TABLES[arch][chosen, name][column]

@@ -202,7 +202,6 @@ def test_auto_says_once_what_it_picked(caplog: pytest.LogCaptureFixture) -> None
         ({"backend": "aten", "softcap": 30.0}, "aten.*softcap"),
         ({"backend": "aten", "alibi": torch.zeros(4)}, "aten.*alibi"),
         ({"backend": "aten", "dropout_p": 0.1, "dropout_seed": 0}, "aten.*dropout_p"),
-        ({"backend": "triton"}, "triton"),
         ({"backend": "cuda"}, "unknown"),
         ({"window": 0}, "window"),
         ({"document_ids": torch.zeros(2, 5)}, "document_ids"),

@@ -199,7 +199,6 @@ def test_two_rings_side_by_side_keep_to_themselves() -> None:
         ({"alibi": torch.zeros(4, dtype=torch.int32)}, "alibi"),
         ({"dropout_p": 0.5}, "dropout_seed"),
         ({"window": -1}, "window"),
-        ({"backend": "triton"}, "triton"),
     ],
 )
 def test_errors_name_what_is_wrong(change: dict[str, Any], message: str) -> None:

@@ -44,7 +44,7 @@ def tiles_of(shape: Geometry, table: Table, row: int, allowed: torch.Tensor, ste
     for head, spans in zip(table.heads.tolist(), entries.tolist(), strict=True):
         first, _, valid, _ = head
         for lo, full_lo, full_hi, hi, near, far, offset, count, _ in spans:
-            assert lo <= hi and full_lo <= full_hi
+            assert lo <= hi and (lo <= full_lo <= full_hi <= hi or full_lo == full_hi)
             for j in range(lo, hi):
                 rows = slice(first, first + valid)
                 cols = slice(offset + j * step, offset + min((j + 1) * step, count))
@@ -75,7 +75,7 @@ def test_by_index(given: tuple[tuple[Span, ...], tuple[Span, ...], Rule], tile: 
     assert torch.equal(work, work.sort(descending=True).values), "most work first"
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(given=blocks(), seed=st.integers(0, 99), sort=st.booleans(), swap=st.booleans())
 def test_by_document(given: tuple[tuple[Span, ...], tuple[Span, ...], Rule], seed: int, sort: bool, swap: bool) -> None:
     shape, g = geometry(*given), torch.Generator().manual_seed(seed)
