@@ -71,9 +71,9 @@ ROWS: tuple[Row, ...] = (
 TINY: tuple[Row, ...] = (
     Row(128, 16, True, 2, 2, dtype="float32"),
     Row(128, 16, False, 2, 1, dtype="float32"),
-    Row(128, 16, True, 2, 1, documents=4, dtype="float32"),
-    Row(128, 16, True, 2, 1, window=32, dtype="float32"),
-    Row(128, 16, True, 2, 1, ring=4, dtype="float32"),
+    Row(64, 16, True, 2, 1, documents=4, dtype="float32"),
+    Row(64, 16, True, 2, 1, window=32, dtype="float32"),
+    Row(64, 16, True, 2, 1, ring=4, dtype="float32"),
 )
 """For the interpreter: the same code on a machine without a GPU. Its times mean nothing and are not kept."""
 
