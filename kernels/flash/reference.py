@@ -70,7 +70,7 @@ def forward(
         p = torch.exp(logits - safe[..., None])
         carried, total = torch.exp(old - safe), p.sum(-1)
         weight = (carried + total).masked_fill_(new_top == -torch.inf, 1.0)
-        block = _ungroup(_group(p * at.keep(p, scores), k) @ v[:, :, None, at.cols].to(out.dtype))
+        block = _ungroup(_group(_drop(p, at.keep(p, scores)), k) @ v[:, :, None, at.cols].to(out.dtype))
         out[:, :, at.rows] = (out[:, :, at.rows] * carried[..., None] + block) / weight[..., None]
         lse[:, :, at.rows] = torch.where(new_top == -torch.inf, -torch.inf, safe + weight.log())
 
@@ -98,13 +98,13 @@ def backward(
         do = _group(dout[:, :, at.rows].to(dq.dtype), k)
         keys, values = k[:, :, None, at.cols].to(dq.dtype), v[:, :, None, at.cols].to(dq.dtype)
         keep = at.keep(p, scores)
-        ds = p * (_ungroup(do @ values.mT) * keep - delta[:, :, at.rows, None])
+        ds = p * (_drop(_ungroup(do @ values.mT), keep) - delta[:, :, at.rows, None])
         if dalibi is not None:
             dalibi -= (ds * at.distance).sum((0, 2, 3))
         dqk = _group(ds * slope, k)
         dq[:, :, at.rows] += _ungroup(dqk @ keys)
         dk[:, :, at.cols] += (dqk.mT @ _group(q[:, :, at.rows].to(dq.dtype), k)).sum(2)
-        dv[:, :, at.cols] += (_group(p * keep, k).mT @ do).sum(2)
+        dv[:, :, at.cols] += (_group(_drop(p, keep), k).mT @ do).sum(2)
 
 
 class _Tile:
@@ -134,10 +134,10 @@ class _Tile:
         queries, keys = self._indices()
         return (queries[:, None] - keys).abs()
 
-    def keep(self, p: torch.Tensor, scores: Scores) -> float | torch.Tensor:
-        """What dropout multiplies p (B, H, rows, cols) by: 0 or 1 / (1 - dropout_p)."""
+    def keep(self, p: torch.Tensor, scores: Scores) -> torch.Tensor | None:
+        """What dropout multiplies p (B, H, rows, cols) by, 0 or 1 / (1 - dropout_p); None without dropout."""
         if not scores.dropout_p:
-            return 1.0
+            return None
         assert scores.seeds is not None
         stay = kept(scores.seeds, p.shape[1], *self._indices(), scores.dropout_p)
         return stay.to(p.dtype).div_(1 - scores.dropout_p)
@@ -155,6 +155,10 @@ def _tiles(q: torch.Tensor, k: torch.Tensor, mask: Mask, tile: int) -> Iterator[
             allowed = mask.tile(q0, q1, k0, k1)
             if allowed is not False:
                 yield _Tile(slice(q0, q1), slice(k0, k1), mask, allowed, q)
+
+
+def _drop(p: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    return p if keep is None else p * keep
 
 
 def _group(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
