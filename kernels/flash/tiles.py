@@ -1,8 +1,8 @@
 """Tile shapes, warps and stages: a plain function of what is computed and of the chip. No autotuning at run time, which
 the interpreter cannot do and which makes the first step of a job slow and its speed a matter of luck.
 
-`python -m benchmarks.gpu.tune` measures candidates on a GPU and prints rows for these tables. Until it has, the rows are
-what fits: no spilled register and no more shared memory than the chip has, proven ahead of time by
+`python -m benchmarks.gpu.tune` measures candidates on a GPU and prints rows for these tables. Until it has, the rows
+are what fits: no spilled register and no more shared memory than the chip has, proven ahead of time by
 tests/kernels/test_aot.py. At most 32 rows a chip, so that all of them can be.
 """
 

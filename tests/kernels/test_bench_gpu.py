@@ -1,4 +1,4 @@
-"""`make bench-gpu` without a GPU: the same script through triton's interpreter, tiny; and what it says without either."""
+"""`make bench-gpu` without a GPU: the same script in triton's interpreter, tiny; and what it says without either."""
 
 from __future__ import annotations
 
