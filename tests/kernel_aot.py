@@ -1,7 +1,7 @@
 """Compile the kernels for chips that are not here, and say what the compiler made of them.
 
 Run as a process of its own, without TRITON_INTERPRET: `python tests/kernel_aot.py CASE...` prints one JSON object a
-case; `--record` writes all of them to kernels/flash/compiled.json. A case is arch-kind-pass-width.
+case; `--record [ARCH...]` writes them to kernels/flash/compiled.json. A case is arch-kind-pass-width.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -185,8 +187,10 @@ def problems(compiled: Compiled) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments == ["--record"]:
-        made = [asdict(compile_case(case)) for case in cases()]
+    if arguments[:1] == ["--record"]:  # [ARCH...]: all, or those alone
+        old = {entry["case"]: entry for entry in json.loads(RECORD.read_text())} if RECORD.exists() else {}
+        new = {str(c): asdict(compile_case(c)) for c in cases() if c.arch in arguments[1:] or not arguments[1:]}
+        made = [{**old, **new}[str(case)] for case in cases() if str(case) in old or str(case) in new]
         RECORD.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in made) + "\n]\n")
         return
     for text in arguments:
@@ -197,4 +201,8 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"  # the compiler says what it made,
+    with tempfile.TemporaryDirectory() as empty:  # and makes it anew
+        os.environ["TRITON_CACHE_DIR"] = empty
+        main(sys.argv[1:])

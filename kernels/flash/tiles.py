@@ -2,8 +2,8 @@
 the interpreter cannot do and which makes the first step of a job slow and its speed a matter of luck.
 
 `python -m benchmarks.gpu.tune` measures candidates on a GPU and prints rows for these tables. Until it has, the rows
-are what fits: no spilled register and no more shared memory than the chip has, proven ahead of time by
-tests/kernels/test_aot.py. At most 32 rows a chip, so that all of them can be.
+are what fits: no spilled register (fp32 apart) and no more shared memory than the chip has, proven ahead of time by
+tests/kernels/test_aot.py. At most 32 rows a chip, so that all of them can be. Other chips take small tiles, unproven.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ WIDTHS = {"half": (64, 128, 256), "extras": (128, 256), "float": (256,)}
 without extras; "extras": the same with softcap, ALiBi or dropout, whose index arithmetic needs registers; "float":
 fp32, exact products on no tensor core, extras or not."""
 PASSES = ("forward", "queries", "keys")
-ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHES = ("sm_80", "sm_90")
 
 
 class Config(NamedTuple):
@@ -31,40 +31,28 @@ class Config(NamedTuple):
 _Rows = dict[tuple[str, str], tuple[Config, ...]]
 _TABLES: dict[str, _Rows] = {
     "sm_80": {
-        ("half", "forward"): (Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(64, 32, 4, 2)),
-        ("half", "queries"): (Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 32, 8, 2)),
-        ("half", "keys"): (Config(64, 64, 4, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
-        ("extras", "forward"): (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 32, 8, 2)),
-        ("extras", "queries"): (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(64, 32, 8, 2)),
-        ("extras", "keys"): (Config(64, 32, 4, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
-        ("float", "forward"): (Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 1)),
-        ("float", "queries"): (Config(32, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 16, 8, 1)),
-        ("float", "keys"): (Config(32, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 16, 8, 1)),
+        ("half", "forward"): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
+        ("half", "queries"): (Config(64, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 1)),
+        ("half", "keys"): (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
+        ("extras", "forward"): (Config(64, 32, 8, 2), Config(64, 16, 8, 2)),
+        ("extras", "queries"): (Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
+        ("extras", "keys"): (Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
+        ("float", "forward"): (Config(16, 16, 8, 1),),
+        ("float", "queries"): (Config(16, 16, 8, 1),),
+        ("float", "keys"): (Config(32, 16, 8, 1),),
     },
     "sm_90": {
-        ("half", "forward"): (Config(128, 128, 4, 3), Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
-        ("half", "queries"): (Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(64, 64, 4, 2)),
-        ("half", "keys"): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 8, 2)),
-        ("extras", "forward"): (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
-        ("extras", "queries"): (Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
-        ("extras", "keys"): (Config(64, 64, 4, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
-        ("float", "forward"): (Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 1)),
-        ("float", "queries"): (Config(32, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 16, 8, 1)),
-        ("float", "keys"): (Config(32, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 16, 8, 1)),
-    },
-    "gfx942": {
-        ("half", "forward"): (Config(128, 64, 4, 2), Config(128, 64, 8, 2), Config(64, 32, 4, 1)),
-        ("half", "queries"): (Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 32, 8, 1)),
-        ("half", "keys"): (Config(64, 64, 4, 1), Config(64, 64, 8, 1), Config(64, 32, 8, 1)),
-        ("extras", "forward"): (Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 32, 8, 1)),
-        ("extras", "queries"): (Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(64, 32, 8, 1)),
-        ("extras", "keys"): (Config(64, 32, 4, 1), Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
-        ("float", "forward"): (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 16, 4, 1)),
-        ("float", "queries"): (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 16, 4, 1)),
-        ("float", "keys"): (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 16, 4, 1)),
+        ("half", "forward"): (Config(128, 128, 8, 3), Config(128, 128, 8, 2), Config(128, 32, 8, 2)),
+        ("half", "queries"): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 16, 8, 2)),
+        ("half", "keys"): (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(32, 64, 8, 2)),
+        ("extras", "forward"): (Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
+        ("extras", "queries"): (Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
+        ("extras", "keys"): (Config(32, 32, 8, 2), Config(32, 32, 8, 2)),
+        ("float", "forward"): (Config(16, 16, 8, 1),),
+        ("float", "queries"): (Config(32, 16, 8, 1),),
+        ("float", "keys"): (Config(32, 16, 8, 1),),
     },
 }
-_TABLES["sm_100"] = dict(_TABLES["sm_90"])
 
 # Chips with about 100 KB of shared memory (sm_86, sm_89, sm_120), and any that is not listed.
 _SMALL = {"half": Config(64, 32, 4, 2), "extras": Config(64, 32, 4, 1), "float": Config(32, 16, 4, 1)}
