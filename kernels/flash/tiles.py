@@ -15,7 +15,7 @@ WIDTHS = {"half": (64, 128, 256), "extras": (128, 256), "float": (256,)}
 without extras; "extras": the same with softcap, ALiBi or dropout, whose index arithmetic needs registers; "float":
 fp32, exact products on no tensor core, extras or not."""
 PASSES = ("forward", "queries", "keys")
-ARCHES = ("sm_80", "sm_90")
+ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 class Config(NamedTuple):
@@ -51,6 +51,28 @@ _TABLES: dict[str, _Rows] = {
         ("float", "forward"): (Config(16, 16, 8, 1),),
         ("float", "queries"): (Config(32, 16, 8, 1),),
         ("float", "keys"): (Config(32, 16, 8, 1),),
+    },
+    "sm_100": {
+        ("half", "forward"): (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+        ("half", "queries"): (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 16, 8, 1)),
+        ("half", "keys"): (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 2)),
+        ("extras", "forward"): (Config(64, 32, 8, 2), Config(64, 16, 8, 2)),
+        ("extras", "queries"): (Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
+        ("extras", "keys"): (Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
+        ("float", "forward"): (Config(16, 16, 8, 1),),
+        ("float", "queries"): (Config(32, 16, 8, 1),),
+        ("float", "keys"): (Config(32, 16, 8, 1),),
+    },
+    "gfx942": {
+        ("half", "forward"): (Config(128, 64, 4, 2), Config(128, 64, 4, 2), Config(64, 32, 4, 1)),
+        ("half", "queries"): (Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 16, 8, 1)),
+        ("half", "keys"): (Config(64, 64, 4, 1), Config(64, 32, 4, 1), Config(64, 16, 8, 1)),
+        ("extras", "forward"): (Config(64, 32, 4, 1), Config(64, 16, 4, 1)),
+        ("extras", "queries"): (Config(64, 32, 4, 1), Config(64, 16, 8, 1)),
+        ("extras", "keys"): (Config(64, 16, 8, 1), Config(32, 16, 4, 1)),
+        ("float", "forward"): (Config(32, 16, 4, 1),),
+        ("float", "queries"): (Config(32, 16, 4, 1),),
+        ("float", "keys"): (Config(32, 16, 4, 1),),
     },
 }
 
