@@ -10,7 +10,7 @@ PEERS := .venv/.peers
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smoke test test-slow test-aot bench lint clean
+.PHONY: help install quickstart smoke test test-slow test-aot bench bench-gpu lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ test-aot: $(INSTALLED)  ## every kernel configuration compiled ahead of time
 
 bench: $(INSTALLED) $(PEERS)  ## ring attention and a training step beside other libraries, in one run
 	$(BIN)/python -m benchmarks.run
+
+bench-gpu: $(INSTALLED)  ## the attention kernels beside torch's on one GPU, under 8 minutes
+	$(BIN)/python -m benchmarks.gpu.run
 
 # A peer that cannot be installed is reported as 'not measured'; it does not stop the bench.
 $(PEERS): $(INSTALLED)

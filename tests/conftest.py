@@ -9,6 +9,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Kernels run in triton's interpreter: read when triton is first imported. TRITON_INTERPRET=0 where a GPU is tested.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # What DeepSpeed compiles is kept per environment, as the Makefile does: checkouts must not rebuild each other's.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 # One ninja for all: two versions recompile each other's extensions at every start.

@@ -5,11 +5,13 @@ from __future__ import annotations
 # name: (value, reason)
 _TABLE: dict[str, tuple[float, str]] = {
     "fp64": (1e-10, "fp64 arithmetic in another order of summation; thousands of terms of size one"),
+    "fp16": (4e-3, "fused kernels round probabilities and their gradients to fp16 (2^-11) before products; relative"),
     "fp32": (1e-5, "fp32 arithmetic in another order of summation, relative to the largest value"),
     "training loss": (1e-5, "fp32, 20 optimizer steps on ranks against one process; relative"),
     "training norm": (1e-5, "as the loss"),
     "training gradient": (1e-5, "fp32 sums over ranks in another order; of each tensor's norm"),
     "training weight": (1e-5, "after 20 steps; of each tensor's norm"),
+    "bf16 result": (2e-2, "results rounded to bf16 once (2^-9), from probabilities in fp32; of the largest value"),
     "bf16 ratio": (2.0, "error against fp64 truth, relative to one device in bf16: a ring rounds each block once more"),
     "bf16 training loss": (1e-2, "bf16 weights and activations (2^-8 each) over six steps, against fp32; relative"),
     "float32 divisor": (1e-7, "one fp32 rounding (6e-8): the token count divided by is held in fp32"),

@@ -3,13 +3,17 @@
 Forward is Rabe & Staats' lazy softmax: a running (out, lse) is continued over tiles of keys. Backward recomputes the
 probabilities from the final lse, P = exp(S - lse), so nothing of size T x T is ever stored:
 
-    dV += P^T dO      dP = dO V^T      dS = P * (dP - delta)      dQ += scale * dS K      dK += scale * dS^T Q
+    dV += P^T dO      dP = dO V^T      dS = P * (dP - delta)      dQ += S' * dS K      dK += (S' * dS)^T Q
 
-with delta = rowsum(dO * O) - dLSE: one number a row holds all that the softmax's and the lse's gradients need.
+with delta = rowsum(dO * O) - dLSE: one number a row holds all that the softmax's and the lse's gradients need. S' is
+the derivative of a logit by q.k: scale, or with a cap scale * (1 - tanh^2). Dropout multiplies the P that meets V, and
+dP, by keep / (1 - p); the lse stays that of the undropped softmax. ALiBi adds -slope * |i - j| after the cap, so its
+gradient is -sum(dS * |i - j|).
 
 Shapes: q, dq (B, H, Tq, Dk); k, dk (B, G, Tk, Dk); v, dv (B, G, Tk, Dv); out, dout (B, H, Tq, Dv); lse, delta (B, H,
-    Tq). G divides H. Accumulators (out, lse, dq, dk, dv) are fp32 or fp64 and are updated in place. `mask.tile(q0,
-    q1, k0, k1)` returns False (nothing visible), True (everything) or a boolean tensor (B or 1, 1, q1 - q0, k1 - k0).
+    Tq); dalibi (H,). G divides H. Accumulators (out, lse, dq, dk, dv, dalibi) are fp32 or fp64 and are updated in
+    place. `mask.tile(q0, q1, k0, k1)` returns False (nothing visible), True (everything) or a boolean tensor (B or 1,
+    1, q1 - q0, k1 - k0).
 """
 
 from __future__ import annotations
@@ -19,11 +23,32 @@ from typing import Protocol
 
 import torch
 
+from .dropout import kept
+
 
 class Mask(Protocol):
-    """Which keys of a tile each query sees."""
+    """Which keys of a tile each query sees, and the global indices of both: (Tq,) and (Tk,) int64."""
 
+    @property
+    def q_index(self) -> torch.Tensor: ...
+    @property
+    def k_index(self) -> torch.Tensor: ...
     def tile(self, q0: int, q1: int, k0: int, k1: int) -> bool | torch.Tensor: ...
+
+
+class Scores(Protocol):
+    """What a logit is made of, and how a probability is dropped: see longctx/attention/scores.py."""
+
+    @property
+    def scale(self) -> float: ...
+    @property
+    def softcap(self) -> float | None: ...
+    @property
+    def alibi(self) -> torch.Tensor | None: ...
+    @property
+    def dropout_p(self) -> float: ...
+    @property
+    def seeds(self) -> torch.Tensor | None: ...
 
 
 def forward(
@@ -31,23 +56,23 @@ def forward(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: Mask,
-    scale: float,
+    scores: Scores,
     out: torch.Tensor,
     lse: torch.Tensor,
     tile: int = 512,
 ) -> None:
     """Continue the running (out, lse) with these keys; before the first block they are (0, -inf)."""
-    for q0, q1, k0, k1, allowed in _tiles(q.shape[2], k.shape[2], mask, tile):
-        scores = _scores(q[:, :, q0:q1], k[:, :, k0:k1], allowed, scale, out.dtype)
-        old, top = lse[:, :, q0:q1], scores.amax(-1)
+    for at in _tiles(q, k, mask, tile):
+        logits, _ = at.logits(q[:, :, at.rows], k[:, :, at.cols], scores, out.dtype)
+        old, top = lse[:, :, at.rows], logits.amax(-1)
         new_top = torch.maximum(old, top)
         safe = new_top.masked_fill(new_top == -torch.inf, 0.0)  # a row that has seen no key yet keeps (0, -inf)
-        p = torch.exp(scores - safe[..., None])
-        kept, total = torch.exp(old - safe), p.sum(-1)
-        weight = (kept + total).masked_fill_(new_top == -torch.inf, 1.0)
-        block = _ungroup(_group(p, k) @ v[:, :, None, k0:k1].to(out.dtype))
-        out[:, :, q0:q1] = (out[:, :, q0:q1] * kept[..., None] + block) / weight[..., None]
-        lse[:, :, q0:q1] = torch.where(new_top == -torch.inf, -torch.inf, safe + weight.log())
+        p = torch.exp(logits - safe[..., None])
+        carried, total = torch.exp(old - safe), p.sum(-1)
+        weight = (carried + total).masked_fill_(new_top == -torch.inf, 1.0)
+        block = _ungroup(_group(_drop(p, at.keep(p, scores)), k) @ v[:, :, None, at.cols].to(out.dtype))
+        out[:, :, at.rows] = (out[:, :, at.rows] * carried[..., None] + block) / weight[..., None]
+        lse[:, :, at.rows] = torch.where(new_top == -torch.inf, -torch.inf, safe + weight.log())
 
 
 def backward(
@@ -58,41 +83,82 @@ def backward(
     lse: torch.Tensor,
     delta: torch.Tensor,
     mask: Mask,
-    scale: float,
+    scores: Scores,
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
+    dalibi: torch.Tensor | None = None,
     tile: int = 512,
 ) -> None:
-    """Add this block's part of the gradients to dq, dk, dv; `lse` is final, over all blocks of keys."""
-    for q0, q1, k0, k1, allowed in _tiles(q.shape[2], k.shape[2], mask, tile):
-        rows = lse[:, :, q0:q1, None]
-        scores = _scores(q[:, :, q0:q1], k[:, :, k0:k1], allowed, scale, dq.dtype)
-        p = torch.exp(scores - rows.masked_fill(rows == -torch.inf, torch.inf))  # a row without keys: exp(-inf) = 0
-        p, do = _group(p, k), _group(dout[:, :, q0:q1].to(dq.dtype), k)
-        keys, values = k[:, :, None, k0:k1].to(dq.dtype), v[:, :, None, k0:k1].to(dq.dtype)
-        ds = p * (do @ values.mT - _group(delta[:, :, q0:q1, None], k)) * scale
-        dq[:, :, q0:q1] += _ungroup(ds @ keys)
-        dk[:, :, k0:k1] += (ds.mT @ _group(q[:, :, q0:q1].to(dq.dtype), k)).sum(2)
-        dv[:, :, k0:k1] += (p.mT @ do).sum(2)
+    """Add this block's part of the gradients to dq, dk, dv, dalibi; `lse` is final, over all blocks of keys."""
+    for at in _tiles(q, k, mask, tile):
+        rows = lse[:, :, at.rows, None]
+        logits, slope = at.logits(q[:, :, at.rows], k[:, :, at.cols], scores, dq.dtype)
+        p = torch.exp(logits - rows.masked_fill(rows == -torch.inf, torch.inf))  # a row without keys: exp(-inf) = 0
+        do = _group(dout[:, :, at.rows].to(dq.dtype), k)
+        keys, values = k[:, :, None, at.cols].to(dq.dtype), v[:, :, None, at.cols].to(dq.dtype)
+        keep = at.keep(p, scores)
+        ds = p * (_drop(_ungroup(do @ values.mT), keep) - delta[:, :, at.rows, None])
+        if dalibi is not None:
+            dalibi -= (ds * at.distance).sum((0, 2, 3))
+        dqk = _group(ds * slope, k)
+        dq[:, :, at.rows] += _ungroup(dqk @ keys)
+        dk[:, :, at.cols] += (dqk.mT @ _group(q[:, :, at.rows].to(dq.dtype), k)).sum(2)
+        dv[:, :, at.cols] += (_group(_drop(p, keep), k).mT @ do).sum(2)
 
 
-def _tiles(rows: int, cols: int, mask: Mask, tile: int) -> Iterator[tuple[int, int, int, int, bool | torch.Tensor]]:
+class _Tile:
+    """Some rows against some columns: how their logits and their dropped probabilities are made."""
+
+    def __init__(self, rows: slice, cols: slice, mask: Mask, allowed: bool | torch.Tensor, q: torch.Tensor) -> None:
+        self.rows, self.cols, self._mask, self._allowed, self._device = rows, cols, mask, allowed, q.device
+
+    def logits(
+        self, q: torch.Tensor, k: torch.Tensor, scores: Scores, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, float | torch.Tensor]:
+        """(logits (B, H, rows, cols), -inf where hidden; their derivative by q.k)."""
+        logits = _ungroup(_group(q.to(dtype), k) @ k[:, :, None].to(dtype).mT) * scores.scale
+        slope: float | torch.Tensor = scores.scale
+        if scores.softcap is not None:
+            bent = torch.tanh(logits / scores.softcap)
+            logits, slope = bent * scores.softcap, (1 - bent.square()) * scores.scale
+        if scores.alibi is not None:
+            logits = logits - scores.alibi.to(dtype)[:, None, None] * self.distance
+        if isinstance(self._allowed, torch.Tensor):
+            logits = logits.masked_fill(~self._allowed.to(q.device), -torch.inf)
+        return logits, slope
+
+    @property
+    def distance(self) -> torch.Tensor:
+        """(rows, cols) int64, |i - j| of global indices."""
+        queries, keys = self._indices()
+        return (queries[:, None] - keys).abs()
+
+    def keep(self, p: torch.Tensor, scores: Scores) -> torch.Tensor | None:
+        """What dropout multiplies p (B, H, rows, cols) by, 0 or 1 / (1 - dropout_p); None without dropout."""
+        if not scores.dropout_p:
+            return None
+        assert scores.seeds is not None
+        stay = kept(scores.seeds, p.shape[1], *self._indices(), scores.dropout_p)
+        return stay.to(p.dtype).div_(1 - scores.dropout_p)
+
+    def _indices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = self._mask.q_index[self.rows], self._mask.k_index[self.cols]
+        return q.to(self._device), k.to(self._device)
+
+
+def _tiles(q: torch.Tensor, k: torch.Tensor, mask: Mask, tile: int) -> Iterator[_Tile]:
+    rows, cols = q.shape[2], k.shape[2]
     for q0 in range(0, rows, tile):
         for k0 in range(0, cols, tile):
             q1, k1 = min(rows, q0 + tile), min(cols, k0 + tile)
             allowed = mask.tile(q0, q1, k0, k1)
             if allowed is not False:
-                yield q0, q1, k0, k1, allowed
+                yield _Tile(slice(q0, q1), slice(k0, k1), mask, allowed, q)
 
 
-def _scores(
-    q: torch.Tensor, k: torch.Tensor, allowed: bool | torch.Tensor, scale: float, dtype: torch.dtype
-) -> torch.Tensor:
-    scores = _ungroup(_group(q.to(dtype), k) @ k[:, :, None].to(dtype).mT) * scale
-    if isinstance(allowed, torch.Tensor):
-        scores = scores.masked_fill(~allowed.to(q.device), -torch.inf)
-    return scores
+def _drop(p: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    return p if keep is None else p * keep
 
 
 def _group(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

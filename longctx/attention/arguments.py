@@ -9,6 +9,9 @@ import torch
 
 from longctx.errors import AttentionError
 
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+"""2^64 over the golden ratio as an int64: its multiples are far apart in every bit."""
+
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """q (B, H, Tq, Dk), k (B, G, Tk, Dk), v (B, G, Tk, Dv), G dividing H, nothing empty, one floating dtype and
@@ -43,15 +46,55 @@ def check_documents(name: str, ids: torch.Tensor | None, like: torch.Tensor) -> 
         raise AttentionError(f"{name} on {ids.device}, but the tensors are on {like.device}")
 
 
-def refuse_unbuilt(
-    *, softcap: float | None, sink: torch.Tensor | None, alibi: torch.Tensor | None, dropout_p: float
+def check_scores(
+    q: torch.Tensor,
+    *,
+    softcap: float | None,
+    sink: torch.Tensor | None,
+    alibi: torch.Tensor | None,
+    dropout_p: float,
+    dropout_seed: int | torch.Tensor | None,
 ) -> None:
-    """Options that are named already and not built yet are refused, never ignored."""
-    given = {"softcap": softcap, "sink": sink, "alibi": alibi, "dropout_p": dropout_p or None}
-    for name, value in given.items():
-        if value is not None:
-            shown = value if isinstance(value, float | int) else "given"
-            raise AttentionError(f"{name}={shown} is not supported in this version; leave it at its default")
+    """A positive cap; sink and alibi (H,); a share of probabilities to drop, with the seed that decides which."""
+    if softcap is not None and not softcap > 0:
+        raise AttentionError(f"softcap={softcap}: give a positive number, or None for no cap")
+    for name, x in (("sink", sink), ("alibi", alibi)):
+        if x is None:
+            continue
+        if tuple(x.shape) != (q.shape[1],) or not x.is_floating_point():
+            raise AttentionError(
+                f"{name} {tuple(x.shape)} of {x.dtype}: expected a floating-point number a query head, ({q.shape[1]},)"
+            )
+        if x.device != q.device:
+            raise AttentionError(f"{name} on {x.device}, but the tensors are on {q.device}")
+    if not 0 <= dropout_p < 1:
+        raise AttentionError(f"dropout_p={dropout_p}: give the share that is dropped, 0 <= dropout_p < 1")
+    if dropout_p and dropout_seed is None:
+        raise AttentionError(
+            f"dropout_p={dropout_p} without a seed: give dropout_seed, an int or a (B,) int64 tensor with one seed a "
+            "row, equal on all ranks of a ring, so that the result does not depend on how many they are"
+        )
+    if isinstance(dropout_seed, torch.Tensor) and (
+        tuple(dropout_seed.shape) != q.shape[:1] or dropout_seed.dtype != torch.int64
+    ):
+        raise AttentionError(
+            f"dropout_seed {tuple(dropout_seed.shape)} of {dropout_seed.dtype}: expected int64 of shape (B,) = "
+            f"{tuple(q.shape[:1])}, or an int"
+        )
+
+
+def resolve_seeds(q: torch.Tensor, dropout_p: float, seed: int | torch.Tensor | None) -> torch.Tensor | None:
+    """(B,) int64 on q's device, or None where nothing is dropped; an int makes another seed of every row's number."""
+    if not dropout_p or seed is None:
+        return None
+    if isinstance(seed, torch.Tensor):
+        return seed.to(q.device)
+    return torch.arange(q.shape[0], device=q.device) * GOLDEN + wrapped(seed)
+
+
+def wrapped(x: int) -> int:
+    """The int64 that agrees with x in its lower 64 bits."""
+    return (x + 2**63) % 2**64 - 2**63
 
 
 def resolve_scale(scale: float | None, q: torch.Tensor) -> float:

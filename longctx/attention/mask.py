@@ -68,7 +68,7 @@ class BlockMask:
         return True if limits == (1 - k.count, q.count - 1) and not beyond else None
 
     def _by_index(self, q0: int, q1: int, k0: int, k1: int) -> torch.Tensor:
-        q, k = self._q_index[q0:q1, None], self._k_index[None, k0:k1]
+        q, k = self.q_index[q0:q1, None], self.k_index[None, k0:k1]
         allowed = torch.ones((q1 - q0, k1 - k0), dtype=torch.bool, device=q.device)
         if self.rule.right is not None:
             allowed &= k - q <= self.rule.right
@@ -79,11 +79,13 @@ class BlockMask:
         return allowed[None, None]
 
     @cached_property
-    def _q_index(self) -> torch.Tensor:
+    def q_index(self) -> torch.Tensor:
+        """(Tq,) int64: the queries' global indices, in local order."""
         return _indices(self.q_spans, self.q_documents)
 
     @cached_property
-    def _k_index(self) -> torch.Tensor:
+    def k_index(self) -> torch.Tensor:
+        """(Tk,) int64: the keys'."""
         return _indices(self.k_spans, self.k_documents)
 
 

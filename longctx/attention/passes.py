@@ -10,11 +10,13 @@ from functools import lru_cache
 
 import torch
 
-from longctx.attention.backends.base import Backend, Rows, accumulator_dtype
+from longctx.attention import sink as sinks
+from longctx.attention.backends.base import Backend, Rows
 from longctx.attention.band import Rule
 from longctx.attention.comm import GRADIENT, HOME, KV, Link, Message, Packet
 from longctx.attention.mask import BlockMask
 from longctx.attention.schedule import Schedule, Stage, make_schedule
+from longctx.attention.scores import Scores
 from longctx.layout import Span, get_layout
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -111,28 +113,32 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Passes:
-    """One call's settings on one rank: where it stands, what it may see, who computes."""
+    """One call's settings on one rank: where it stands, what it may see, what a logit is, who computes."""
 
     link: Link
     layout: str
     rule: Rule
-    scale: float
+    scores: Scores
     backend: Backend
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        documents: torch.Tensor | None,
+        sink: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out in q's dtype, lse) of this rank's queries over the whole ring."""
-        dtype, visitor, first = accumulator_dtype(q.dtype), Visitor(k, v, documents), True
-        out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=dtype, device=q.device)
-        lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
+        visitor = Visitor(k, v, documents)
+        out, lse, first = sinks.begin(q, v, sink)
 
         def run(stage: Stage) -> None:  # a function, so that a stage's buffers die with it
             nonlocal first
             pending = self.link.exchange(*visitor.messages(stage))
             if stage.compute:
                 key, value, mask = self._block(visitor, stage, q, documents)
-                self.backend.forward_step(q, key, value, mask, self.scale, out, lse, first)
+                self.backend.forward_step(q, key, value, mask, self.scores, out, lse, first)
                 first = False
             pending.wait()
             visitor.arrive()
@@ -146,11 +152,12 @@ class Passes:
 
     def backward(
         self, rows: Rows, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(dq, dkv) of this rank's tokens, dkv flat: dk's elements, then dv's. All always, so that no rank leaves the
-        ring early."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(dq, dkv, dalibi) of this rank's tokens, dkv flat: dk's elements, then dv's; dalibi (H,) of its queries, None
+        without slopes. All always, so that no rank leaves the ring early."""
         dtype = rows.lse.dtype
         dq = torch.empty(rows.q.shape, dtype=dtype, device=rows.q.device)
+        dalibi = None if self.scores.alibi is None else torch.zeros_like(self.scores.alibi, dtype=dtype)
         prepared = self.backend.prepare_backward(rows)
         visitor, book, first = Visitor(k, v, documents), Gradients(k, v, dtype), True
 
@@ -162,7 +169,7 @@ class Passes:
             part = book.open(stage)
             if stage.compute:
                 key, value, mask = self._block(visitor, stage, rows.q, documents)
-                self.backend.backward_step(prepared, key, value, mask, self.scale, dq, *part, first)
+                self.backend.backward_step(prepared, key, value, mask, self.scores, dq, *part, first, dalibi)
                 first = False
             elif stage.source is not None:
                 for gradient in part:
@@ -175,7 +182,7 @@ class Passes:
             run(stage)
         if first:
             dq.zero_()
-        return dq.to(rows.q.dtype), book.home()
+        return dq.to(rows.q.dtype), book.home(), dalibi
 
     def _schedule(self, q: torch.Tensor) -> Schedule:
         return make_schedule(self.layout, self.link.ring, q.shape[2] * self.link.ring, self.rule)

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from longctx.attention.arguments import check_documents, check_tensors, refuse_unbuilt, resolve_scale
+from longctx.attention.arguments import check_documents, check_scores, check_tensors, resolve_scale, resolve_seeds
 from longctx.attention.backends.base import Rows
+from longctx.attention.backends.choose import choose_backend
 from longctx.attention.band import Rule, make_rule
-from longctx.attention.block import choose_backend, fake_forward, register_gradient
 from longctx.attention.comm import LocalLink, ProcessLink
+from longctx.attention.operator import INPUTS, fake_backward, fake_forward, make_scores, per_head, register_gradient
 from longctx.attention.passes import Passes, split
 from longctx.errors import AttentionError
 from longctx.layout import Layout, get_layout
@@ -39,6 +40,7 @@ def ring_attention(
     sink: torch.Tensor | None = None,
     alibi: torch.Tensor | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -55,19 +57,25 @@ def ring_attention(
             padding. Documents may cross ranks anywhere. Ids travel with the keys; all ranks give them, or none.
         length: the true global length where it is less than T times the ring: the rest is padding.
         scale: of the logits; default 1 / sqrt(Dk).
-        softcap, sink, alibi, dropout_p: not supported yet; any value but the default raises.
-        return_lse: also return the logarithm of the softmax's denominator.
-        backend: "auto", "aten" (CPU) or "reference".
+        softcap: bends the scaled logits to within (-softcap, softcap): softcap * tanh(x / softcap).
+        sink: (H,) one more logit in every query's softmax, without a value.
+        alibi: (H,) slopes; a logit loses slope * |i - j| of the global indices, after the cap.
+        dropout_p: the share of the probabilities that is dropped; the others are divided by 1 - dropout_p.
+        dropout_seed: an int, or (B,) int64 with one seed a row; equal on all ranks of the ring. With the head and the
+            global indices of query and key it decides what is dropped, so the number of ranks does not.
+        return_lse: also return the logarithm of the softmax's denominator (sink included, nothing dropped).
+        backend: "auto", "aten" (CPU; without softcap, alibi, dropout) or "reference".
 
     Returns:
-        out (B, H, T, Dv) in q's dtype [, lse (B, H, T) in fp32, fp64 for fp64]; both differentiable. A token that sees
-        nothing, padding for one, gets out 0, lse -inf and no gradient.
+        out (B, H, T, Dv) in q's dtype [, lse (B, H, T) in fp32, fp64 for fp64]; both differentiable, by q, k, v, sink
+        and alibi (of the last two, each rank has its own tokens' part: to be summed over ranks, as of any weight). A
+        token that sees nothing, padding for one, gets out 0, lse -inf (with a sink: sink) and no gradient.
 
     Raises:
         AttentionError: the arguments do not fit together, or are not supported.
     """
-    refuse_unbuilt(softcap=softcap, sink=sink, alibi=alibi, dropout_p=dropout_p)
     check_tensors(q, k, v)
+    check_scores(q, softcap=softcap, sink=sink, alibi=alibi, dropout_p=dropout_p, dropout_seed=dropout_seed)
     check_documents("document_ids", document_ids, q)
     layout = get_layout(layout)
     ring = 1 if mesh is None else mesh.ring_size
@@ -96,13 +104,18 @@ def ring_attention(
         q,
         k,
         v,
+        sink,
+        alibi,
         document_ids,
+        resolve_seeds(q, dropout_p, dropout_seed),
         mesh.key if mesh is not None and ring > 1 else "",
         layout.name,
         rule.left,
         rule.right,
         None if length == padded else length,
         resolve_scale(scale, q),
+        softcap,
+        dropout_p,
         backend,
     )
     return (out, lse) if return_lse else out
@@ -110,53 +123,65 @@ def ring_attention(
 
 # The operator: plain settings in its signature, the mesh as its registered key ("": a ring of one).
 
-_SETTINGS = "Tensor? documents, str mesh, str layout, int? left, int? right, int? length, float scale, str backend"
+_SETTINGS = (
+    "Tensor? documents, Tensor? seeds, str mesh, str layout, int? left, int? right, int? length, float scale, "
+    "float? softcap, float dropout_p, str backend"
+)
 
 
 @torch.library.custom_op(
-    "longctx::ring_attention",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)",
+    "longctx::ring_attention", mutates_args=(), schema=f"({INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)"
 )
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None, *settings: Any
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink: torch.Tensor | None,
+    alibi: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    *settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _passes(q, *settings).forward(q, k, v, documents)
+    return _passes(q, v, alibi, *settings).forward(q, k, v, documents, sink)
 
 
 @torch.library.custom_op(
     "longctx::ring_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SETTINGS}) "
-    "-> (Tensor, Tensor)",
+    schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {INPUTS}, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    sink: torch.Tensor | None,
+    alibi: torch.Tensor | None,
     documents: torch.Tensor | None,
     *settings: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _passes(q, *settings).backward(Rows(q, out, lse, dout, dlse), k, v, documents)
+) -> tuple[torch.Tensor, ...]:
+    rows = Rows(q, out, lse, dout, dlse)
+    dq, dkv, dalibi = _passes(q, v, alibi, *settings).backward(rows, k, v, documents)
+    return dq, dkv, *per_head(rows, sink, alibi, dalibi)
 
 
 _forward.register_fake(fake_forward)
 
 
 @_backward.register_fake
-def _(
-    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), k.new_empty(k.numel() + v.numel())
+def _(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    dq, dk, dv, dsink, dalibi = fake_backward(*arguments)
+    return dq, dk.new_empty(dk.numel() + dv.numel()), dsink, dalibi
 
 
-def _gradients(dout: torch.Tensor, dlse: torch.Tensor | None, *saved: Any) -> tuple[torch.Tensor, ...]:
-    dq, dkv = _backward(dout, dlse, *saved)
-    return dq, *split(dkv, saved[1], saved[2])
+def _gradients(
+    dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, *inputs: Any
+) -> tuple[torch.Tensor, ...]:
+    dq, dkv, dsink, dalibi = _backward(dout, dlse, out, lse, *inputs)
+    return dq, *split(dkv, inputs[1], inputs[2]), dsink, dalibi
 
 
 register_gradient(_forward, _gradients)
@@ -164,13 +189,19 @@ register_gradient(_forward, _gradients)
 
 def _passes(
     q: torch.Tensor,
+    v: torch.Tensor,
+    alibi: torch.Tensor | None,
+    seeds: torch.Tensor | None,
     mesh: str,
     layout: str,
     left: int | None,
     right: int | None,
     length: int | None,
     scale: float,
+    softcap: float | None,
+    dropout_p: float,
     backend: str,
 ) -> Passes:
     link = ProcessLink(from_key(mesh)) if mesh else LocalLink()
-    return Passes(link, layout, Rule(left, right, length), scale, choose_backend(backend, q.device))
+    scores = make_scores(q, scale, softcap, alibi, dropout_p, seeds)
+    return Passes(link, layout, Rule(left, right, length), scores, choose_backend(backend, q, v, scores))

@@ -7,11 +7,11 @@ from typing import Any
 from longctx.config.schema import RunConfig
 from longctx.config.sections.model import Model
 
-WINDOWED = frozenset({"mistral", "qwen2", "qwen3", "gemma3_text"})
+WINDOWED = frozenset({"mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"})
 """architectures whose attention can have a sliding window"""
-FREE_HEAD_DIM = frozenset({"llama", "mistral", "qwen3", "gemma", "gemma3_text"})
+FREE_HEAD_DIM = frozenset({"llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text"})
 """architectures in which heads x head_dim need not be hidden_size"""
-GROUPED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "olmo", "olmo2"})
+GROUPED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "olmo", "olmo2"})
 """architectures with fewer key/value heads than query heads"""
 ROTARY = GROUPED
 _TWO_MATRIX_MLP = frozenset({"gpt2", "phi"})
@@ -96,7 +96,7 @@ def transformers_keywords(
         keywords["num_key_value_heads"] = model.kv_heads or model.heads
     if model.architecture in FREE_HEAD_DIM:
         keywords["head_dim"] = head_dim(model)
-    if model.architecture == "gemma3_text":
+    if model.architecture in ("gemma2", "gemma3_text"):
         keywords["query_pre_attn_scalar"] = head_dim(model)
     if model.architecture == "gpt2":
         keywords |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}

@@ -95,10 +95,6 @@ def _extra(config: RunConfig) -> Iterator[Finding]:
 
 def _attention(config: RunConfig) -> Iterator[Finding]:
     model, attention, length = config.model, config.attention, config.data.sequence_length
-    if attention.backend == "triton":
-        yield Finding(
-            "attention.backend", "got 'triton', which is not built yet; use auto, aten or reference", "not-built"
-        )
     if attention.window is None:
         return
     if model.pretrained is not None:

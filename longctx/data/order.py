@@ -64,7 +64,7 @@ def _feistel(value: npt.NDArray[np.uint64], half: int, keys: list[int]) -> npt.N
     shift, mask = np.uint64(half), np.uint64(2**half - 1)
     left, right = value >> shift, value & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right ^ np.uint64(key)) & mask)
+        left, right = right, left ^ (mix(right ^ np.uint64(key)) & mask)
     return (left << shift) | right
 
 
@@ -77,12 +77,12 @@ def _keys(seed: int, epoch: int) -> list[int]:
     return keys
 
 
-def _mix(z: Any) -> Any:
-    """The finaliser of splitmix64, on arrays (uint64 wraps around)."""
+def mix(z: Any) -> Any:
+    """The finaliser of splitmix64, on arrays (uint64 wraps around): every bit in moves every bit out."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
 def _mix_int(z: int) -> int:
-    return int(_mix(np.array([z], dtype=np.uint64))[0])
+    return int(mix(np.array([z], dtype=np.uint64))[0])

@@ -10,7 +10,7 @@ from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
 
 
-def attach(model_or_engine: Any, mesh: Mesh, layout: str | Layout = "zigzag") -> Any:
+def attach(model_or_engine: Any, mesh: Mesh, layout: str | Layout = "zigzag", *, seed: int = 0) -> Any:
     """Attach a mesh to a transformers model or to a DeepSpeed engine, in place, and return it.
 
     A model gets its attention swapped; do this before ``deepspeed.initialize`` or accelerate's ``prepare``. An engine
@@ -18,6 +18,9 @@ def attach(model_or_engine: Any, mesh: Mesh, layout: str | Layout = "zigzag") ->
     so one that was made without an mpu, and divides gradients by the world, comes out right too. The trainer goes on
     calling ``engine(**batch)``, ``engine.backward(loss)`` and ``engine.step()``; its loader has to go through
     ``engine.shard``. Collective over the world for an engine.
+
+    Args:
+        seed: of attention dropout, where an engine trains with it.
 
     Raises:
         EngineError: the engine splits its ranks in a way that contradicts the mesh, or its gradients are beyond repair.
@@ -49,7 +52,7 @@ def attach(model_or_engine: Any, mesh: Mesh, layout: str | Layout = "zigzag") ->
     settings = load_settings(_own_settings(engine, mesh), mesh)
     if engine.mpu is None:
         settings.update(_without_mpu(settings, mesh))
-    return Engine.adopt(engine, mesh, layout, gradient_factor(settings, mesh, engine.mpu))
+    return Engine.adopt(engine, mesh, layout, gradient_factor(settings, mesh, engine.mpu), seed)
 
 
 def _is_engine(thing: Any) -> bool:

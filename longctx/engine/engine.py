@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from longctx.engine import guard
+from longctx.engine.dropout import add_seeds
 from longctx.engine.evaluate import Evaluation, evaluate
 from longctx.engine.loss import check_model_loss
 from longctx.engine.window import Window, shard_window, weigh_window
@@ -42,18 +43,20 @@ class Engine(DeepSpeedEngine):
     _true_norm: float | None  # where DeepSpeed measures none
     _careful: int
     _check_loss: bool
+    _seed: int  # of attention dropout
 
     @classmethod
-    def adopt(cls, engine: DeepSpeedEngine, mesh: Mesh, layout: str | Layout, factor: float) -> Engine:
+    def adopt(cls, engine: DeepSpeedEngine, mesh: Mesh, layout: str | Layout, factor: float, seed: int = 0) -> Engine:
         """Turn a stock engine into this class, in place.
 
         Args:
             factor: what the probe found for the engine's settings.
+            seed: of attention dropout.
         """
         engine.__class__ = cls
         assert isinstance(engine, Engine)
         engine.mesh, engine.layout = mesh, get_layout(layout)
-        engine._gradient_factor = factor
+        engine._gradient_factor, engine._seed = factor, seed
         engine._share = torch.zeros((), dtype=torch.float64, device=mesh.device)
         engine._mean_loss = math.nan
         engine._true_norm = None
@@ -104,7 +107,10 @@ class Engine(DeepSpeedEngine):
     # -- one step --------------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Run the model. In the first windows, check that its loss is this rank's share."""
+        """Run the model, with seeds if it drops attention. In the first windows, check that its loss is this rank's
+        share."""
+        micro_step = self.micro_steps % self.gradient_accumulation_steps()
+        kwargs = add_seeds(self.module, kwargs, self.mesh, self._seed, self.global_steps, micro_step)
         output = super().forward(*inputs, **kwargs)
         if self._check_loss and self._careful > 0 and "num_items_in_batch" in kwargs and torch.is_grad_enabled():
             self._check_loss = not check_model_loss(output, kwargs, self.mesh, type(self.module).__name__)

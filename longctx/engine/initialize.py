@@ -38,7 +38,7 @@ def initialize(
         layout: how rows are dealt out to the ring: zigzag, striped or contiguous.
         training_data: a map-style dataset of rows; ``loader`` then yields windows that are already sharded and weighed.
         collate_fn: turns a list of ``training_data``'s items into a batch of full rows.
-        seed: of the loader's order of samples.
+        seed: of the loader's order of samples, and of attention dropout.
         stock: other arguments of ``deepspeed.initialize``.
 
     Raises:
@@ -70,7 +70,7 @@ def initialize(
         mpu=mesh,
         **stock,
     )
-    engine = Engine.adopt(engine, mesh, layout, factor)
+    engine = Engine.adopt(engine, mesh, layout, factor, seed)
     loader = None
     if training_data is not None:
         loader = RowLoader(training_data, engine, collate_fn=collate_fn, seed=seed)

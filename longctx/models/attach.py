@@ -11,6 +11,7 @@ from longctx.errors import ModelError
 from longctx.layout import get_layout
 from longctx.mesh import Mesh
 from longctx.models.binding import Binding, binding_of
+from longctx.models.dropout import drops_attention
 from longctx.models.register import NAME, register
 from longctx.models.rope import attach_rope
 from longctx.models.verify import watch
@@ -39,7 +40,7 @@ def attach_attention(model: torch.nn.Module, mesh: Mesh, layout: str = "zigzag")
     configs = _configs(model)
     if not configs:
         raise ModelError(f"{type(model).__name__} holds no module with a transformers config; give it such a model")
-    binding = Binding(mesh, layout)
+    binding = Binding(mesh, layout, drops=any(drops_attention(config) for config in configs))
     for config in configs:
         if binding.sharded:
             _refuse(type(model).__name__, config)

@@ -10,6 +10,7 @@ import torch
 from longctx.mesh import Mesh
 
 ATTRIBUTE = "longctx_binding"
+_PLACE = "longctx_place"
 
 
 @dataclass(eq=False)
@@ -19,6 +20,7 @@ class Binding:
     mesh: Mesh
     layout: str
     backend: str = "auto"  # what computes a block, as ring_attention names it
+    drops: bool = False  # the model asks for attention dropout in training
     checked: bool = False  # the first forward has been judged
     called: set[int] = field(default_factory=set)  # id of each module that reached longctx in the first forward
     document_ids: torch.Tensor | None = None  # of the forward in progress; RoPE needs to know which tokens are padding
@@ -34,10 +36,16 @@ class Binding:
 
     def bind(self, model: torch.nn.Module) -> None:
         """Write this binding onto every module: which of them calls the attention function is the model's choice."""
-        for module in model.modules():
+        for place, module in enumerate(model.modules()):
             setattr(module, ATTRIBUTE, self)
+            setattr(module, _PLACE, place)
 
 
 def binding_of(module: torch.nn.Module) -> Binding | None:
     """Return the binding written onto ``module``, or None for a model that runs on one device."""
     return getattr(module, ATTRIBUTE, None)
+
+
+def place_of(module: torch.nn.Module) -> int:
+    """Return where ``module`` comes among its model's modules, the same on every rank; unbound, its layer's number."""
+    return int(getattr(module, _PLACE, getattr(module, "layer_idx", None) or 0))

@@ -14,6 +14,7 @@ from longctx.attention.block import block_attention
 from longctx.attention.ring import ring_attention
 from longctx.errors import ModelError
 from longctx.models.binding import binding_of
+from longctx.models.dropout import layer_seeds
 from longctx.models.masks import Rule, documents_from_positions
 
 # Keywords that travel through a model to its attention and change nothing here.
@@ -23,9 +24,7 @@ _HARMLESS = frozenset(
 )
 # What to do about some of the others.
 _ADVICE = {
-    "softcap": "logit soft-capping (Gemma 2) is not built yet",
-    "s_aux": "attention sinks are not built yet",
-    "position_bias": "an additive position bias (T5, ALiBi) is not built yet",
+    "position_bias": "an additive position bias (T5) is not built",
     "cu_seq_lens_q": "give the documents as document_ids or position_ids instead",
     "cu_seq_lens_k": "give the documents as document_ids or position_ids instead",
     "max_length_q": "give the documents as document_ids or position_ids instead",
@@ -48,6 +47,9 @@ def longctx_attention(
     is_causal: bool | None = None,
     document_ids: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    dropout_seeds: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend with the whole sequence, of which this rank holds a part if ``module`` is bound to a mesh.
@@ -60,6 +62,10 @@ def longctx_attention(
         sliding_window: keys visible to the left including self (and as many to the right if not causal).
         document_ids: (B, T) of the local tokens, -1 at padding: required when the sequence is sharded.
         position_ids: (B or 1, T); gives the documents of an unsharded sequence when document_ids does not.
+        dropout: the share of the probabilities that is dropped in training.
+        softcap: bound of the logits (Gemma 2).
+        s_aux: (H,) attention sinks (GPT-OSS).
+        dropout_seeds: (B,) int64, equal on all ranks of the sequence: required when a shard is trained with dropout.
 
     Returns:
         (B, T, H, Dv), and None for the weights. Padded queries get 0.
@@ -68,13 +74,16 @@ def longctx_attention(
         ModelError: anything was asked that longctx does not honour, or document_ids is missing on a shard.
     """
     binding = binding_of(module)
-    _refuse(module, dropout, others)
+    _refuse(module, others)
     causal = _causal(module, is_causal)
     _check_mask(module, attention_mask, key.shape[2])
     _agree(module, getattr(attention_mask, "longctx_rule", None), causal, sliding_window)
     if binding is not None and not binding.checked:
         binding.called.add(id(module))
     query, key, value = _autocast(query, key, value)
+    extras: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sink": s_aux}
+    if dropout and module.training:
+        extras |= {"dropout_p": dropout, "dropout_seed": layer_seeds(module, query, dropout_seeds)}
     window: int | tuple[int, int] | None = sliding_window
     if sliding_window is not None and not causal:
         window = (sliding_window - 1, sliding_window - 1)  # strictly left and right of a token
@@ -85,7 +94,7 @@ def longctx_attention(
     elif query.shape[2] == key.shape[2]:
         ids = _documents(query, attention_mask, document_ids, position_ids)
     else:
-        out = _cached(module, query, key, value, attention_mask, position_ids, causal, window, scaling)
+        out = _cached(module, query, key, value, attention_mask, position_ids, causal, window, extras)
         return out.transpose(1, 2).contiguous(), None
     backend = binding.backend if binding is not None else "auto"
     out = ring_attention(  # type: ignore[assignment]  # return_lse is off: one tensor
@@ -97,13 +106,13 @@ def longctx_attention(
         causal=causal,
         window=window,
         document_ids=ids,
-        scale=scaling,
         backend=backend,
+        **extras,
     )
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse(module: torch.nn.Module, dropout: float, others: dict[str, Any]) -> None:
+def _refuse(module: torch.nn.Module, others: dict[str, Any]) -> None:
     """Raise for every keyword that would change the result and is not honoured."""
     name = type(module).__name__
     for keyword, value in others.items():
@@ -111,11 +120,6 @@ def _refuse(module: torch.nn.Module, dropout: float, others: dict[str, Any]) -> 
             continue
         advice = _ADVICE.get(keyword, "longctx does not know it")
         raise ModelError(f"{name} passes {keyword}= to its attention: {advice}")
-    if dropout and module.training:
-        raise ModelError(
-            f"{name} trains with attention dropout {dropout}, which is not built: set attention_dropout (GPT-2: "
-            "attn_pdrop, BERT: attention_probs_dropout_prob) to 0 in the model's config"
-        )
     config = getattr(module, "config", None)
     crossing = "Cross" in name or getattr(module, "is_cross_attention", False)
     if crossing or getattr(config, "is_encoder_decoder", False):
@@ -229,7 +233,7 @@ def _cached(
     position_ids: torch.Tensor | None,
     causal: bool,
     window: int | tuple[int, int] | None,
-    scaling: float | None,
+    extras: dict[str, Any],
 ) -> torch.Tensor:
     """Attend from the last tokens to a growing cache on one device; the last query sees the last key."""
     tokens, keys = query.shape[2], key.shape[2]
@@ -245,6 +249,6 @@ def _cached(
             )
     own = None if ids is None else ids[:, -tokens:]
     out, _ = block_attention(
-        query, key, value, causal=causal, window=window, scale=scaling, document_ids=own, key_document_ids=ids
+        query, key, value, causal=causal, window=window, document_ids=own, key_document_ids=ids, **extras
     )
     return out

@@ -34,7 +34,7 @@ _RENAMED = {
 }
 _NO_KV_HEADS = frozenset({"gpt2"})
 _WIDE_MLP = frozenset({"gpt2", "phi"})  # two matrices of 4 x hidden_size; the gated ones have three of 8/3
-# Dropout makes a run depend on how many ranks computed it, and attention dropout is not built: off unless asked for.
+# Dropout of activations makes a run depend on how many ranks computed it: all of it is off unless asked for.
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout")
 
 

@@ -133,7 +133,12 @@ def _engine(config: RunConfig, sizes: Derived, mesh: Mesh, description: Any) -> 
     model = build_model(config, description, settings, mesh)
     optimizer = make_optimizer(model, config.train)
     engine, *_ = initialize(
-        model=model, config=settings, mesh=mesh, layout=config.attention.layout, optimizer=optimizer
+        model=model,
+        config=settings,
+        mesh=mesh,
+        layout=config.attention.layout,
+        optimizer=optimizer,
+        seed=config.train.seed,
     )
     binding = binding_of(engine.module)
     assert binding is not None  # initialize attached the model

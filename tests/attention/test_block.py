@@ -177,9 +177,9 @@ def test_only_the_lse_can_be_differentiated_alone(backend: str) -> None:
 
 
 def test_auto_says_once_what_it_picked(caplog: pytest.LogCaptureFixture) -> None:
-    from longctx.attention import block
+    from longctx.attention.backends import choose
 
-    block._announce.cache_clear()
+    choose._announce.cache_clear()
     with caplog.at_level("INFO", "longctx"):
         for _ in range(2):
             block_attention(*tensors(2, 2)[:3])
@@ -191,11 +191,17 @@ def test_auto_says_once_what_it_picked(caplog: pytest.LogCaptureFixture) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"softcap": 30.0}, "softcap"),
-        ({"sink": torch.zeros(4)}, "sink"),
-        ({"alibi": torch.zeros(4)}, "alibi"),
-        ({"dropout_p": 0.1}, "dropout_p"),
-        ({"backend": "triton"}, "triton"),
+        ({"softcap": 0.0}, "softcap"),
+        ({"sink": torch.zeros(3)}, "sink"),
+        ({"alibi": torch.zeros(2, 4)}, "alibi"),
+        ({"alibi": torch.zeros(4, dtype=torch.int64)}, "alibi"),
+        ({"dropout_p": 0.1}, "dropout_seed"),
+        ({"dropout_p": 1.0, "dropout_seed": 0}, "dropout_p"),
+        ({"dropout_p": 0.1, "dropout_seed": torch.zeros(3, dtype=torch.int64)}, "dropout_seed"),
+        ({"dropout_p": 0.1, "dropout_seed": torch.zeros(2)}, "dropout_seed"),
+        ({"backend": "aten", "softcap": 30.0}, "aten.*softcap"),
+        ({"backend": "aten", "alibi": torch.zeros(4)}, "aten.*alibi"),
+        ({"backend": "aten", "dropout_p": 0.1, "dropout_seed": 0}, "aten.*dropout_p"),
         ({"backend": "cuda"}, "unknown"),
         ({"window": 0}, "window"),
         ({"document_ids": torch.zeros(2, 5)}, "document_ids"),

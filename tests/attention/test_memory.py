@@ -15,10 +15,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from longctx.attention.backends.base import Rows
+from longctx.attention.backends.choose import choose_backend
 from longctx.attention.band import make_rule
-from longctx.attention.block import choose_backend
 from longctx.attention.comm import LocalLink, LoopbackLink
 from longctx.attention.passes import Passes
+from longctx.attention.scores import Scores
 
 HEADS, DIM = 8, 32
 
@@ -50,7 +51,8 @@ def measured(
     k, v = (torch.randn(1, kv_heads, tokens, DIM).to(dtype) for _ in range(2))
     ids = None if documents is None else (torch.arange(tokens, dtype=torch.int32) // documents)[None]
     link = LoopbackLink(ring) if ring > 1 else LocalLink()
-    passes = Passes(link, "zigzag", make_rule(True, window), 0.2, choose_backend(backend, q.device))
+    scores = Scores(0.2)
+    passes = Passes(link, "zigzag", make_rule(True, window), scores, choose_backend(backend, q, v, scores))
     forward, first, (out, lse) = peak(lambda: passes.forward(q, k, v, ids))
     backward, second, _ = peak(lambda: passes.backward(Rows(q, out, lse, dout, None), k, v, ids))
     return forward, backward, max(first, second)

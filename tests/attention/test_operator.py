@@ -24,21 +24,30 @@ def tensors(seed: int = 0, tokens: int = 16) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes)
 
 
+def per_head() -> tuple[torch.Tensor, ...]:
+    """A sink and slopes for two heads."""
+    return tuple(x.double().requires_grad_() for x in (torch.tensor([0.3, -1.0]), torch.tensor([0.1, 0.02])))
+
+
 @pytest.mark.parametrize("documents", [None, torch.arange(16, dtype=torch.int32)[None] // 5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_opcheck(documents: torch.Tensor | None, dtype: torch.dtype) -> None:
-    inputs = tuple(x.detach().to(dtype).requires_grad_() for x in tensors())
-    block, ring = (documents, documents, 0, 7, 0, 0.5, "auto"), (documents, "", "zigzag", 7, 0, 15, 0.5, "auto")
+@pytest.mark.parametrize("extras", [False, True])
+def test_opcheck(documents: torch.Tensor | None, dtype: torch.dtype, extras: bool) -> None:
+    inputs: tuple[Any, ...] = tuple(x.detach().to(dtype).requires_grad_() for x in tensors())
+    inputs = (*inputs, *(per_head() if extras else (None, None)))
+    seeds, rest = (torch.tensor([7]), (0.5, 2.0, 0.3, "auto")) if extras else (None, (0.5, None, 0.0, "auto"))
+    block = (documents, documents, seeds, 0, 7, 0, *rest)
+    ring = (documents, seeds, "", "zigzag", 7, 0, 15, *rest)
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if dtype == torch.bfloat16:
         tests.remove("test_aot_dispatch_dynamic")  # compares gradients at a tolerance of its own
     torch.library.opcheck(OPERATORS.block_attention.default, (*inputs, *block), test_utils=tests)
     torch.library.opcheck(OPERATORS.ring_attention.default, (*inputs, *ring), test_utils=tests)
-    plain = tuple(x.detach() for x in inputs)
+    plain = tuple(None if x is None else x.detach() for x in inputs)
     results = OPERATORS.ring_attention(*plain, *ring)
     grads = tuple(torch.randn_like(x) for x in results)
-    torch.library.opcheck(OPERATORS.ring_attention_backward.default, (*grads, *plain, *results, *ring))
-    torch.library.opcheck(OPERATORS.block_attention_backward.default, (*grads, *plain, *results, *block))
+    torch.library.opcheck(OPERATORS.ring_attention_backward.default, (*grads, *results, *plain, *ring))
+    torch.library.opcheck(OPERATORS.block_attention_backward.default, (*grads, *results, *plain, *block))
 
 
 def test_gradcheck_with_the_lse() -> None:
@@ -46,13 +55,21 @@ def test_gradcheck_with_the_lse() -> None:
     documents = torch.arange(16)[None] // 6
     assert torch.autograd.gradcheck(partial(ring_attention, causal=False, document_ids=documents, length=14), tensors())
 
+    def with_extras(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor, alibi: torch.Tensor) -> Any:
+        return ring_attention(q, k, v, sink=sink, alibi=alibi, softcap=1.5, dropout_p=0.3, dropout_seed=1)
+
+    assert torch.autograd.gradcheck(with_extras, (*tensors(), *per_head()))
+
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_a_graph_break(dynamic: bool) -> None:
+@pytest.mark.parametrize("extras", [False, True])
+def test_compiles_without_a_graph_break(dynamic: bool, extras: bool) -> None:
     mesh = longctx.Mesh(ring=1, world_size=1, rank=0)
+    sink, alibi = per_head() if extras else (None, None)
+    more: dict[str, Any] = {"softcap": 1.5, "dropout_p": 0.3, "dropout_seed": 11} if extras else {}
 
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return ring_attention(q * 2, k, v, mesh=mesh, window=9).square().sum()
+        return ring_attention(q * 2, k, v, mesh=mesh, window=9, sink=sink, alibi=alibi, **more).square().sum()
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for tokens in (16, 24):

@@ -194,12 +194,11 @@ def test_two_rings_side_by_side_keep_to_themselves() -> None:
         ({"layout": "spiral"}, "layout"),
         ({"keys": 9}, "one length"),
         ({"document_ids": torch.zeros(2, 8)}, "document_ids"),
-        ({"softcap": 50.0}, "softcap"),
-        ({"sink": torch.zeros(4)}, "sink"),
-        ({"alibi": torch.zeros(4)}, "alibi"),
-        ({"dropout_p": 0.5}, "dropout_p"),
+        ({"softcap": -50.0}, "softcap"),
+        ({"sink": torch.zeros(2)}, "sink"),
+        ({"alibi": torch.zeros(4, dtype=torch.int32)}, "alibi"),
+        ({"dropout_p": 0.5}, "dropout_seed"),
         ({"window": -1}, "window"),
-        ({"backend": "triton"}, "triton"),
     ],
 )
 def test_errors_name_what_is_wrong(change: dict[str, Any], message: str) -> None:

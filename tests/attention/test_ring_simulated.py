@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.attention.backends.base import Rows
+from longctx.attention.backends.choose import choose_backend
 from longctx.attention.band import Rule, make_rule
-from longctx.attention.block import choose_backend
 from longctx.attention.comm import LoopbackLink
 from longctx.attention.passes import Passes, split
 from longctx.attention.schedule import make_schedule
+from longctx.attention.scores import Scores
 from longctx.layout import get_layout
 
 from tolerances import tolerance
@@ -159,10 +160,11 @@ def test_logits_of_ten_thousand_over_a_ring() -> None:
 def test_loopback_is_a_ring_of_equal_members(ring: int) -> None:
     """One process sends to itself: full attention over `ring` copies of the same local tokens."""
     inputs = tensors(24, (2, 1), (4, 4), 0)
-    passes = Passes(LoopbackLink(ring), "contiguous", Rule(), 0.5, choose_backend("auto", torch.device("cpu")))
+    scores = Scores(0.5)
     q, k, v, dout, dlse = inputs
+    passes = Passes(LoopbackLink(ring), "contiguous", Rule(), scores, choose_backend("auto", q, v, scores))
     out, lse = passes.forward(q, k, v, None)
-    dq, dkv = passes.backward(Rows(q, out, lse, dout, dlse), k, v, None)
+    dq, dkv, _ = passes.backward(Rows(q, out, lse, dout, dlse), k, v, None)
     dk, dv = split(dkv, k, v)
     copies = (q, k.repeat(1, 1, ring, 1), v.repeat(1, 1, ring, 1), dout, dlse)
     truth = dense.attention(*copies[:3], torch.ones(1, 1, 24, 24 * ring, dtype=torch.bool), 0.5, dout, dlse)

@@ -41,7 +41,7 @@ def test_every_architecture_is_built_with_the_sizes_asked_for(name: str):
     assert getattr(attention, "head_dim", 16) == 16
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 def test_windows_reach_the_layers(name: str):
     from transformers import AutoConfig
 

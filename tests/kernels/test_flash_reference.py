@@ -8,6 +8,7 @@ import pytest
 import torch
 from attention import dense
 
+from longctx.attention.scores import Scores
 from longctx.kernels.flash import reference
 
 from tolerances import tolerance
@@ -18,6 +19,7 @@ class Given:
 
     def __init__(self, allowed: torch.Tensor) -> None:
         self.allowed, self.asked = allowed, 0
+        self.q_index, self.k_index = torch.arange(allowed.shape[2]), torch.arange(allowed.shape[3])
 
     def tile(self, q0: int, q1: int, k0: int, k1: int) -> bool | torch.Tensor:
         self.asked += 1
@@ -31,7 +33,7 @@ def run(inputs: tuple[torch.Tensor, ...], allowed: torch.Tensor, tile: int, bloc
     out, lse = torch.zeros_like(dout, dtype=torch.float64), torch.full(q.shape[:3], -math.inf, dtype=torch.float64)
     cuts = [slice(int(c[0]), int(c[-1]) + 1) for c in torch.arange(k.shape[2]).chunk(blocks)]
     for cut in cuts:
-        reference.forward(q, k[:, :, cut], v[:, :, cut], Given(allowed[..., cut]), 0.3, out, lse, tile)
+        reference.forward(q, k[:, :, cut], v[:, :, cut], Given(allowed[..., cut]), Scores(0.3), out, lse, tile)
     delta = (out * dout).sum(-1) - dlse
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     for cut in cuts:
@@ -43,10 +45,11 @@ def run(inputs: tuple[torch.Tensor, ...], allowed: torch.Tensor, tile: int, bloc
             lse,
             delta,
             Given(allowed[..., cut]),
-            0.3,
+            Scores(0.3),
             dq,
             dk[:, :, cut],
             dv[:, :, cut],
+            None,
             tile,
         )
     return dense.Results(out, lse, dq, dk, dv)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from models.zoo import CAUSAL, tiny_config, tiny_model
+from models.zoo import CAUSAL, eager_mask, tiny_config, tiny_model
 
 from longctx.errors import ModelError
+from longctx.models.masks import documents_from_positions
 
 from tolerances import tolerance
 
@@ -52,6 +52,9 @@ def batches() -> dict[str, tuple[dict[str, Any], dict[str, Any], torch.Tensor]]:
 def test_logits_equal_eager(name: str) -> None:
     eager, model = pair(name)
     for batch, (ours, theirs, valid) in batches().items():
+        if name == "gpt-oss" and "packed" in batch:  # it does not tell its mask of positions, so eager needs a mask
+            packed = documents_from_positions(theirs["position_ids"])
+            theirs = {**theirs, "attention_mask": eager_mask(eager.config, packed, torch.float32)}
         for use_cache in (False, True):
             with torch.no_grad():
                 truth = eager(**{"use_cache": use_cache, **theirs}).logits
@@ -60,7 +63,7 @@ def test_logits_equal_eager(name: str) -> None:
             assert error <= tolerance("model"), f"{name}, {batch}, use_cache={use_cache}: {error:.1e}"
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "gpt-oss"])
 def test_generation_with_a_cache_equals_eager(name: str) -> None:
     """Longer than the window, so that a sliding cache has dropped keys; one row is left-padded."""
     eager, model = pair(name)
@@ -142,16 +145,6 @@ def test_what_one_device_refuses_by_name() -> None:
     with pytest.raises(ModelError, match="packed prompt or a prefix"):
         cache = model(tokens, position_ids=torch.tensor([[*range(7), *range(5)]]), use_cache=True).past_key_values
         model(tokens[:, :1], past_key_values=cache, position_ids=torch.tensor([[5]]))
-
-
-def test_attention_dropout_is_refused_in_training_only() -> None:
-    for name, key in (("llama", "attention_dropout"), ("gpt2", "attn_pdrop"), ("bert", "attention_probs_dropout_prob")):
-        config = copy.deepcopy(tiny_config(name))
-        setattr(config, key, 0.1)
-        model = tiny_model(config, "longctx")
-        model.eval()(torch.arange(8)[None])
-        with pytest.raises(ModelError, match=f"dropout 0.1.*{key}"):
-            model.train()(torch.arange(8)[None])
 
 
 def test_a_layer_that_disagrees_with_its_models_mask_is_refused() -> None:

@@ -73,20 +73,13 @@ def test_models_that_bypass_the_hook(name: str, mute_ring: None) -> None:
         model(**INPUT, use_cache=False)
 
 
-KEYWORDS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "gemma2": ("Gemma2", GROUPED, "softcap=.*Gemma 2"),
-    "gpt_oss": ("GptOss", GROUPED | dict(num_local_experts=2, num_experts_per_tok=1), "s_aux=.*sinks"),
-}
+@pytest.mark.parametrize("keyword, message", [("position_bias", "additive position bias"), ("indices", "not know it")])
+def test_keywords_that_are_not_honoured(keyword: str, message: str) -> None:
+    from longctx.models.hook import longctx_attention
 
-
-@pytest.mark.parametrize("name", list(KEYWORDS))
-def test_models_that_ask_for_what_is_not_built(name: str) -> None:
-    family, sizes, message = KEYWORDS[name]
-    config = getattr(transformers, f"{family}Config")(**sizes)
-    longctx.register()
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="longctx")
-    with torch.no_grad(), pytest.raises(ModelError, match=message):
-        model(torch.arange(8)[None])
+    q = torch.randn(1, 2, 8, 4)
+    with pytest.raises(ModelError, match=f"{keyword}=.*{message}"):
+        longctx_attention(torch.nn.Identity(), q, q, q, None, **{keyword: torch.zeros(1, 2, 8, 8)})
 
 
 def test_encoder_decoders_are_refused() -> None:

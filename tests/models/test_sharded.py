@@ -108,7 +108,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     keywords = {"use_reentrant": reentrant}
     cases = [
         {"config": tiny_config(n), "kind": "packed", "checkpointing": keywords}
-        for n in ("llama", "gemma3", "gpt2", "bert")
+        for n in ("llama", "gemma2", "gemma3", "gpt2", "gpt-oss", "bert")
     ]
     check(2, 2, cases)
 

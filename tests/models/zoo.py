@@ -23,11 +23,29 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
         {"sliding_window": WINDOW, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
     ),
     "gemma": ("gemma", {}),
+    "gemma2": (
+        "gemma2",
+        {
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "attn_logit_softcapping": 0.5,
+            "query_pre_attn_scalar": 8,
+        },
+    ),
     "gemma3": ("gemma3_text", {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
     "gpt2": ("gpt2", {}),
     "phi": ("phi", {}),
     "olmo": ("olmo", {}),
     "olmo2": ("olmo2", {}),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+        },
+    ),
 }
 
 
@@ -53,7 +71,8 @@ def tiny_model(config: Any, implementation: str, seed: int = 0) -> Any:
     family = AutoModelForMaskedLM if config.model_type == "bert" else AutoModelForCausalLM
     register()
     torch.manual_seed(seed)
-    model = family.from_config(copy.deepcopy(config), attn_implementation=implementation)
+    experts = {"experts_implementation": "eager"} if config.model_type == "gpt_oss" else {}  # torch's knows no fp64
+    model = family.from_config(copy.deepcopy(config), attn_implementation=implementation, **experts)
     with torch.no_grad():  # norms that start at one and biases that start at zero would hide mistakes
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

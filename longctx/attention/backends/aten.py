@@ -28,6 +28,7 @@ from longctx.attention.backends.base import Rows, accumulator_dtype
 from longctx.attention.band import TILE, Kind, Tile
 from longctx.attention.mask import BlockMask
 from longctx.attention.merge import merge_
+from longctx.attention.scores import Scores
 from longctx.attention.tiles import plan
 
 PAIRS = 1 << 22
@@ -48,7 +49,7 @@ class Heads(NamedTuple):
 
 class AtenBackend:
     """The Backend protocol over the fused CPU operator; fp64, fp32, bf16 and fp16 (which it rounds to, tile by
-    tile)."""
+    tile). Plain scores only: the operator knows no cap and no dropout, and returns no gradient of a bias."""
 
     name = "aten"
 
@@ -58,7 +59,7 @@ class AtenBackend:
         k: torch.Tensor,
         v: torch.Tensor,
         mask: BlockMask,
-        scale: float,
+        scores: Scores,
         out: torch.Tensor,
         lse: torch.Tensor,
         first: bool,
@@ -76,7 +77,7 @@ class AtenBackend:
                     _pad(_shared(v[batch, heads.k, cols], heads), width),
                     is_causal=tile.kind == Kind.TRIANGLE,
                     attn_mask=None if bias is None else bias.to(q.dtype),
-                    scale=scale,
+                    scale=scores.scale,
                 )
                 if blind is not None:
                     block_lse = block_lse.masked_fill(blind, -torch.inf)
@@ -98,11 +99,12 @@ class AtenBackend:
         k: torch.Tensor,
         v: torch.Tensor,
         mask: BlockMask,
-        scale: float,
+        scores: Scores,
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
         first: bool,
+        dalibi: torch.Tensor | None,
     ) -> None:
         q, dlse, (d_k, d_v) = prepared.q, prepared.dlse, (k.shape[-1], v.shape[-1])
         queries, keys_written = (
@@ -135,7 +137,7 @@ class AtenBackend:
                     0.0,
                     tile.kind == Kind.TRIANGLE,
                     attn_mask=None if bias is None else bias.to(dtype),
-                    scale=scale,
+                    scale=scores.scale,
                 )
                 new_head = new_k and heads.first
                 _put(dq[at], block_dq[..., :d_k], new_q)

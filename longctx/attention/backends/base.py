@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from longctx.attention.mask import BlockMask
+from longctx.attention.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Backend(Protocol):
         k: torch.Tensor,
         v: torch.Tensor,
         mask: BlockMask,
-        scale: float,
+        scores: Scores,
         out: torch.Tensor,
         lse: torch.Tensor,
         first: bool,
@@ -57,15 +58,25 @@ class Backend(Protocol):
         k: torch.Tensor,
         v: torch.Tensor,
         mask: BlockMask,
-        scale: float,
+        scores: Scores,
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
         first: bool,
+        dalibi: torch.Tensor | None,
     ) -> None:
-        """Add this block's part to dq (if `first`: write it), and write this block's dk and dv."""
+        """Add this block's part to dq (if `first`: write it), and write this block's dk and dv.
+
+        dalibi (H,) in the accumulator's dtype is added to, also if `first`; None where `scores.alibi` is.
+        """
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, else fp32: out, lse, dq, dk, dv are summed in it over the ring."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def delta_of(rows: Rows) -> torch.Tensor:
+    """(B, H, Tq): rowsum(dO * O) - dLSE, all that the gradients of the softmax and of the lse need of a row."""
+    delta = (rows.out.to(rows.lse.dtype) * rows.dout).sum(-1)
+    return delta if rows.dlse is None else delta - rows.dlse

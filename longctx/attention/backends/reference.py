@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from longctx.attention.backends.base import Rows, accumulator_dtype
+from longctx.attention.backends.base import Rows, delta_of
 from longctx.attention.mask import BlockMask
+from longctx.attention.scores import Scores
 from longctx.kernels.flash import reference
 
 
@@ -20,7 +21,7 @@ class ReferenceBackend:
         k: torch.Tensor,
         v: torch.Tensor,
         mask: BlockMask,
-        scale: float,
+        scores: Scores,
         out: torch.Tensor,
         lse: torch.Tensor,
         first: bool,
@@ -28,12 +29,10 @@ class ReferenceBackend:
         if first:
             out.zero_()
             lse.fill_(-torch.inf)
-        reference.forward(q, k, v, mask, scale, out, lse)
+        reference.forward(q, k, v, mask, scores, out, lse)
 
     def prepare_backward(self, rows: Rows) -> tuple[Rows, torch.Tensor]:
-        dtype = accumulator_dtype(rows.q.dtype)
-        delta = (rows.out.to(dtype) * rows.dout).sum(-1)
-        return rows, delta if rows.dlse is None else delta - rows.dlse
+        return rows, delta_of(rows)
 
     def backward_step(
         self,
@@ -41,13 +40,14 @@ class ReferenceBackend:
         k: torch.Tensor,
         v: torch.Tensor,
         mask: BlockMask,
-        scale: float,
+        scores: Scores,
         dq: torch.Tensor,
         dk: torch.Tensor,
         dv: torch.Tensor,
         first: bool,
+        dalibi: torch.Tensor | None,
     ) -> None:
         for gradient in (dq, dk, dv) if first else (dk, dv):
             gradient.zero_()
         rows, delta = prepared
-        reference.backward(rows.dout, rows.q, k, v, rows.lse, delta, mask, scale, dq, dk, dv)
+        reference.backward(rows.dout, rows.q, k, v, rows.lse, delta, mask, scores, dq, dk, dv, dalibi)

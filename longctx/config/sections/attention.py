@@ -18,7 +18,7 @@ class Attention(Section):
     )
     backend: Literal["auto", "aten", "reference", "triton"] = Field(
         "auto",
-        description="what computes a block: aten (fused, CPU), reference (plain PyTorch), triton (not built); auto",
+        description="what computes a block: aten (fused, CPU), reference (plain PyTorch), triton (fused, GPU); auto",
     )
     window: HumanInt | None = Field(
         None,

@@ -8,7 +8,9 @@ from pydantic import Field
 
 from longctx.config.fields import HumanInt, Raw, Section, environment_field
 
-Architecture = Literal["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt2", "phi", "olmo", "olmo2"]
+Architecture = Literal[
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "phi", "olmo", "olmo2"
+]
 
 
 class Model(Section):

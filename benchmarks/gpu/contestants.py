@@ -1,0 +1,107 @@
+"""Who is measured: ours, ours as a ring in sequence, what torch ships, and the tutorial's kernel. Each takes a row and
+inputs and returns a function without arguments that computes attention, differentiable; or says why it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.gpu.rows import Row
+from benchmarks.peers import NotMeasured
+from longctx import block_attention
+
+Call = Callable[[], torch.Tensor]
+
+
+class Inputs(NamedTuple):
+    """q (B, H, T, D); k, v (B, G, T, D); documents (B, T) or None; dout as q."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    documents: torch.Tensor | None
+    dout: torch.Tensor
+
+
+def ours(row: Row, x: Inputs) -> Call:
+    def call() -> torch.Tensor:
+        return block_attention(
+            x.q, x.k, x.v, causal=row.causal, window=row.window, document_ids=x.documents, backend="triton"
+        )[0]
+
+    return call
+
+
+def ours_as_ring(row: Row, x: Inputs) -> Call:
+    if row.ring == 1:
+        raise NotMeasured("the row is no ring")
+    from benchmarks.gpu.ring import attention  # imports triton
+
+    return lambda: attention(row, x.q, x.k, x.v)
+
+
+def _sdpa(backend: str) -> Callable[[Row, Inputs], Call]:
+    def prepare(row: Row, x: Inputs) -> Call:
+        if row.window is not None or row.documents > 1:
+            raise NotMeasured("no window and no documents without a dense mask")
+        if x.q.device.type != "cuda":
+            raise NotMeasured("needs a GPU")
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        def call() -> torch.Tensor:
+            with sdpa_kernel([getattr(SDPBackend, backend)]):
+                return F.scaled_dot_product_attention(
+                    x.q, x.k, x.v, is_causal=row.causal, enable_gqa=x.k.shape[1] != x.q.shape[1]
+                )
+
+        return call
+
+    return prepare
+
+
+def flex(row: Row, x: Inputs) -> Call:
+    if x.q.device.type != "cuda":
+        raise NotMeasured("needs a GPU")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        allowed = i >= j if row.causal else i >= 0
+        if row.window is not None:
+            allowed = allowed & (i - j < row.window)
+        if x.documents is not None:
+            allowed = allowed & (x.documents[b, i] == x.documents[b, j])
+        return allowed
+
+    plain = not row.causal and row.window is None and x.documents is None
+    batch = row.batch if x.documents is not None else None
+    mask = (
+        None
+        if plain
+        else create_block_mask(visible, batch, None, row.length, row.length, device=x.q.device, _compile=True)
+    )
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(x.q, x.k, x.v, block_mask=mask, enable_gqa=x.k.shape[1] != x.q.shape[1])
+
+
+def tutorial(row: Row, x: Inputs) -> Call:
+    if row.window is not None or row.documents > 1:
+        raise NotMeasured("no window and no documents")
+    if row.length % 128:
+        raise NotMeasured("lengths are multiples of 128")
+    from benchmarks.gpu.tutorial import attention  # imports triton
+
+    return lambda: attention(x.q, x.k, x.v, row.causal)
+
+
+OURS, RING = "longctx", "longctx, ring in sequence"
+CONTESTANTS: dict[str, Callable[[Row, Inputs], Call]] = {
+    OURS: ours,
+    RING: ours_as_ring,
+    "SDPA cuDNN": _sdpa("CUDNN_ATTENTION"),
+    "SDPA flash": _sdpa("FLASH_ATTENTION"),
+    "FlexAttention": flex,
+    "tutorial": tutorial,
+}

@@ -1,0 +1,90 @@
+"""What happens to one tile of numbers: loads, logits, masks, dropout. Shared by the kernels, inlined into each.
+
+A tile of scores may stand either way, queries down and keys across or the reverse, so positions and ids are given as
+broadcastable columns and rows. Logits are in units of log2(e): exp2 is what the hardware has.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(base, stride, inside, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """(ROWS, WIDTH) from rows of DIM numbers, zeros beyond DIM and, if MASKED, in rows not `inside`."""
+    at = base + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
+    if MASKED:
+        if DIM == WIDTH:
+            tile = tl.load(at, mask=inside[:, None], other=0.0)
+        else:
+            tile = tl.load(at, mask=inside[:, None] & (tl.arange(0, WIDTH) < DIM)[None, :], other=0.0)
+    else:
+        if DIM == WIDTH:
+            tile = tl.load(at)
+        else:
+            tile = tl.load(at, mask=(tl.arange(0, WIDTH) < DIM)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(base, stride, tile, inside, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the rows that are `inside`, DIM numbers each."""
+    at = base + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
+    tl.store(at, tile, mask=inside[:, None] & (tl.arange(0, WIDTH) < DIM)[None, :])
+
+
+@triton.jit
+def tanh(x):
+    """To a few units in the last place of fp32: a series near zero, where 1 - exp cancels."""
+    e = tl.exp2(tl.abs(x) * -2.885390081777927)  # exp(-2 |x|)
+    far = (1.0 - e) / (1.0 + e)
+    square = x * x
+    near = x * (1.0 - square * (0.3333333333 - square * (0.1333333333 - square * 0.05396825397)))
+    return tl.where(tl.abs(x) < 0.2, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def logits(qk, distance, scale, cap, slope, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
+    """(logits, tanh's value): `scale` is the factor of q.k, divided by the cap if there is one; `cap`, `slope` and,
+    without a cap, `scale` hold a factor log2(e)."""
+    scaled = qk * scale
+    bent = scaled
+    if SOFTCAP:
+        bent = tanh(scaled)
+        scaled = bent * cap
+    if ALIBI:
+        scaled -= slope * tl.abs(distance).to(tl.float32)
+    return scaled, bent
+
+
+@triton.jit
+def load_ids(base, inside, OTHER: tl.constexpr):
+    """Document ids; padding's become OTHER (a different one for queries and keys, so that it equals nothing)."""
+    ids = tl.load(base, mask=inside, other=-1)
+    return tl.where(ids < 0, OTHER, ids)
+
+
+@triton.jit
+def _mix(x):
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def hash_rows(seed, head, index):
+    """A number for every query: (seed, head, global index) -> uint32, as dropout.py computes it."""
+    low = seed.to(tl.uint32)
+    high = (seed >> 32).to(tl.uint32)
+    salt = (head + 1).to(tl.uint32) * 0x9E3779B9
+    return _mix(_mix(low ^ _mix(high + salt)) + index.to(tl.uint32))
+
+
+@triton.jit
+def kept(row_hash, index, threshold):
+    """Whether a probability stays: by the query's number and the key's global index."""
+    return _mix(row_hash ^ (index.to(tl.uint32) * 0x85EBCA6B + 0xC2B2AE35)) >= threshold.to(tl.uint32, bitcast=True)

@@ -1,0 +1,168 @@
+"""The fused operator's host side: geometry in, launches out. One launch continues a ring step's forward; backward takes
+one for the rows' constants and two a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from . import tiles
+from .backward_keys import keys_kernel
+from .backward_queries import queries_kernel
+from .documents import narrow
+from .forward import forward_kernel
+from .launch import Launch
+from .preprocess import preprocess_kernel
+from .reference import Scores
+from .tables import Geometry, Table, index_table
+
+LOG2E = 1.4426950408889634
+WIDEST = 256
+"""Largest head dimension."""
+Documents = tuple[torch.Tensor, torch.Tensor] | None
+"""(B, Tq) and (B, Tk) document ids."""
+
+
+class Prepared(NamedTuple):
+    """Of this rank's queries, for every step of a backward: lse2 is the lse in units of log2(e), +inf for rows that saw
+    nothing; lse2, delta (B, H, T) fp32."""
+
+    q: torch.Tensor
+    dout: torch.Tensor
+    lse2: torch.Tensor
+    delta: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """One block of queries with one block of keys: all that its launches have in common.
+
+    q (B, H, Tq, Dk), k (B, G, Tk, Dk), v (B, G, Tk, Dv): one dtype of bf16, fp16, fp32; any strides. `geometry` has
+    queries as rows. `choose` is tiles.choose, or a test's own.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    geometry: Geometry
+    documents: Documents
+    scores: Scores
+    arch: str
+    choose: Callable[..., tiles.Config] = tiles.choose
+
+    def forward(self, out: torch.Tensor, lse: torch.Tensor, first: bool) -> Launch:
+        """Continue the running out (B, H, Tq, Dv) and lse (B, H, Tq), fp32; if `first` they hold nothing yet."""
+        config = self._config("forward")
+        table = self._table(self.geometry, self.documents, config, idle=first)
+        arguments = {
+            "q": self.q, "k": self.k, "v": self.v, "out": out, "lse": lse, **self._data(table),
+            **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v), **_strides("o", out),
+            "lb": lse.stride(0), "lh": lse.stride(1), "head_count": self.q.shape[1], **self._numbers(table, self.k),
+            **self._shape(config), "FIRST": first, "POSITIVE": self.scores.scale > 0,
+        }  # fmt: skip
+        return self._launch(forward_kernel, table, self.q.shape[1], arguments, config)
+
+    def queries(self, rows: Prepared, dq: torch.Tensor, first: bool) -> tuple[Launch, torch.Tensor | None]:
+        """Add to dq (B, H, Tq, Dk), fp32 (if `first`: write it); and where this leaves its parts of sum(dS * |i - j|),
+        (B, H, tiles), where there is ALiBi."""
+        config = self._config("queries")
+        table = self._table(self.geometry, self.documents, config, idle=first)
+        dslopes = None
+        if self.scores.alibi is not None:
+            dslopes = torch.empty((*dq.shape[:2], table.tiles), dtype=torch.float32, device=dq.device)
+        arguments = {
+            "q": self.q, "k": self.k, "v": self.v, "dout": rows.dout, "lse2": rows.lse2, "delta": rows.delta,
+            "dq": dq, "dslopes": dslopes, **self._data(table),
+            **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v), **_strides("g", rows.dout),
+            **_strides("o", dq), "head_count": self.q.shape[1], **self._numbers(table, self.k),
+            "outer": float(self.scores.scale), **self._shape(config), "FIRST": first,
+        }  # fmt: skip
+        return self._launch(queries_kernel, table, self.q.shape[1], arguments, config), dslopes
+
+    def keys(self, rows: Prepared, dk: torch.Tensor, dv: torch.Tensor) -> Launch:
+        """Write dk, dv: as k, v, in fp32."""
+        config = self._config("keys")
+        swapped = None if self.documents is None else self.documents[::-1]
+        table = self._table(self.geometry.swapped(), swapped, config, idle=True)
+        arguments = {
+            "q": self.q, "k": self.k, "v": self.v, "dout": rows.dout, "lse2": rows.lse2, "delta": rows.delta,
+            "dk": dk, "dv": dv, **self._data(table),
+            **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v), **_strides("g", rows.dout),
+            **_strides("a", dk), **_strides("b", dv), "kv_head_count": self.k.shape[1],
+            **self._numbers(table, self.k), "outer": float(self.scores.scale), **self._shape(config),
+        }  # fmt: skip
+        return self._launch(keys_kernel, table, self.k.shape[1], arguments, config)
+
+    def _config(self, name: str) -> tiles.Config:
+        width = max(self.q.shape[-1], self.v.shape[-1])
+        return self.choose(name, width, self.q.dtype.itemsize, self._extras, self.arch)
+
+    @property
+    def _extras(self) -> bool:
+        return self.scores.softcap is not None or self.scores.alibi is not None or self.scores.dropout_p > 0
+
+    def _table(self, geometry: Geometry, documents: Documents, config: tiles.Config, idle: bool) -> Table:
+        table = index_table(geometry, config.tile, config.step, self.q.device, idle)
+        return table if documents is None else narrow(table, geometry, *documents, config.tile, config.step)
+
+    def _data(self, table: Table) -> dict[str, Any]:
+        q_ids, k_ids = self.documents or (None, None)
+        return {
+            "heads": table.heads, "entries": table.entries, "q_documents": q_ids, "k_documents": k_ids,
+            "slopes": self.scores.alibi, "seeds": self.scores.seeds if self.scores.dropout_p else None,
+        }  # fmt: skip
+
+    def _numbers(self, table: Table, k: torch.Tensor) -> dict[str, Any]:
+        scores = self.scores
+        cap = scores.softcap or 0.0
+        threshold = min(round(scores.dropout_p * 2**32), 2**32 - 1)
+        return {
+            "entry_batch": table.entries.stride(0) if table.entries.dim() == 4 else 0,
+            "q_length": self.q.shape[2], "k_length": k.shape[2], "group": self.q.shape[1] // k.shape[1],
+            "spans": table.entries.shape[-2], "stride": self.geometry.stride,
+            "scale": scores.scale / cap if cap else scores.scale * LOG2E, "cap": cap * LOG2E,
+            "threshold": threshold - 2**32 if threshold >= 2**31 else threshold,  # its bits, as a signed number
+            "boost": 1.0 / (1.0 - scores.dropout_p),
+        }  # fmt: skip
+
+    def _shape(self, config: tiles.Config) -> dict[str, Any]:
+        d_k, d_v = self.q.shape[-1], self.v.shape[-1]
+        return {
+            "TILE": config.tile, "STEP": config.step, "DK": d_k, "DV": d_v, "WK": padded(d_k), "WV": padded(d_v),
+            "DOCUMENTS": self.documents is not None, "SOFTCAP": self.scores.softcap is not None,
+            "ALIBI": self.scores.alibi is not None, "DROPOUT": self.scores.dropout_p > 0,
+        }  # fmt: skip
+
+    def _launch(self, kernel: Any, table: Table, heads: int, arguments: dict[str, Any], config: tiles.Config) -> Launch:
+        return Launch(kernel, (table.tiles, self.q.shape[0] * heads), arguments, config.warps, config.stages)
+
+
+def prepare(
+    q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None
+) -> tuple[Launch, Prepared]:
+    """The launch that fills Prepared. out, dout (B, H, T, Dv); lse, dlse (B, H, T)."""
+    delta, lse2 = (torch.empty(lse.shape, dtype=torch.float32, device=q.device) for _ in range(2))
+    (batch, heads, length), d_v = lse.shape, out.shape[-1]
+    tile = 64
+    arguments = {
+        "out": out, "dout": dout, "lse": lse, "dlse": dlse, "delta": delta, "lse2": lse2,
+        **_strides("o", out), **_strides("g", dout), "lb": lse.stride(0), "lh": lse.stride(1),
+        "db": 0 if dlse is None else dlse.stride(0), "dh": 0 if dlse is None else dlse.stride(1),
+        "head_count": heads, "length": length, "TILE": tile, "DV": d_v, "WV": padded(d_v), "DLSE": dlse is not None,
+    }  # fmt: skip
+    return Launch(preprocess_kernel, (-(-length // tile), batch * heads), arguments), Prepared(q, dout, lse2, delta)
+
+
+def padded(dim: int) -> int:
+    """The power of two, at least 16, that a head dimension is computed in."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _strides(name: str, x: torch.Tensor) -> dict[str, int]:
+    """Batch, head and token strides; the last dimension is dense."""
+    return {f"{name}{axis}": x.stride(dim) for axis, dim in zip("bht", range(3), strict=True)}

@@ -1,0 +1,40 @@
+"""One kernel launch as data: what runs here is what the ahead-of-time tests compile for chips that are not here."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from triton.runtime.interpreter import InterpretedFunction
+
+# The interpreter keeps the running program's place in the grid in one global; simulated ranks are threads.
+_INTERPRETING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid, its arguments by name, and how many warps and pipeline stages it is compiled for."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int = 4
+    stages: int = 1
+
+    def __call__(self) -> None:
+        if 0 in self.grid:
+            return
+        if isinstance(self.kernel, InterpretedFunction):
+            with _INTERPRETING:
+                self._run()
+        else:
+            self._run()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For the compiler. Fused multiply-adds are asked for by name: Triton 3.10 no longer makes them unasked."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+    def _run(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.options)

@@ -1,0 +1,118 @@
+"""The Triton backend: kernels/flash behind the Backend protocol. Any GPU that Triton knows, or its interpreter.
+
+Here a BlockMask becomes the plain integers that the kernels' block tables are made of. Importing this file imports
+triton, so only `choose.py` does, when the backend is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+
+import torch
+
+from longctx.attention.backends.base import Rows
+from longctx.attention.band import Rule, band, trim
+from longctx.attention.mask import BlockMask
+from longctx.attention.scores import Scores
+from longctx.kernels.flash import fused
+from longctx.kernels.flash.tables import Geometry, Side
+from longctx.layout import Span
+
+
+@dataclass(frozen=True)
+class TritonBackend:
+    """fp32, bf16, fp16; head dimensions up to 256. `choose` picks tile sizes (kernels/flash/tiles.py)."""
+
+    choose: object = fused.tiles.choose
+    name = "triton"
+
+    def forward_step(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: BlockMask,
+        scores: Scores,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        first: bool,
+    ) -> None:
+        with _on(q.device):
+            self._step(q, k, v, mask, scores).forward(out, lse, first)()
+
+    def prepare_backward(self, rows: Rows) -> fused.Prepared:
+        with _on(rows.q.device):
+            dlse = None if rows.dlse is None else _dense(rows.dlse)
+            launch, prepared = fused.prepare(
+                _dense(rows.q), _dense(rows.out), _dense(rows.lse), _dense(rows.dout), dlse
+            )
+            launch()
+        return prepared
+
+    def backward_step(
+        self,
+        prepared: fused.Prepared,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: BlockMask,
+        scores: Scores,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+        first: bool,
+        dalibi: torch.Tensor | None,
+    ) -> None:
+        with _on(dq.device):
+            step = self._step(prepared.q, k, v, mask, scores)
+            launch, dslopes = step.queries(prepared, dq, first)
+            launch()
+            if dalibi is not None and dslopes is not None:
+                dalibi -= dslopes.sum((0, 2))
+            step.keys(prepared, dk, dv)()
+
+    def _step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, scores: Scores) -> fused.Step:
+        documents = None
+        if mask.q_documents is not None and mask.k_documents is not None:
+            documents = mask.q_documents.contiguous(), mask.k_documents.contiguous()
+        if scores.alibi is not None:
+            scores = replace(scores, alibi=scores.alibi.float().contiguous())
+        shape = geometry(mask.q_spans, mask.k_spans, mask.rule)
+        return fused.Step(_dense(q), _dense(k), _dense(v), shape, documents, scores, arch(q.device), self.choose)
+
+
+@lru_cache(maxsize=1024)
+def geometry(q_spans: tuple[Span, ...], k_spans: tuple[Span, ...], rule: Rule) -> Geometry:
+    """Queries as rows, keys as columns, as the block tables want them."""
+    q_trimmed, k_trimmed = (tuple(trim(span, rule.length) for span in spans) for spans in (q_spans, k_spans))
+    bands = tuple(tuple(band(q, k, rule) for k in k_trimmed) for q in q_trimmed)
+    return Geometry(_sides(q_spans, q_trimmed), _sides(k_spans, k_trimmed), bands, q_spans[0].stride)
+
+
+def _sides(spans: tuple[Span, ...], trimmed: tuple[Span, ...]) -> tuple[Side, ...]:
+    sides, offset = [], 0
+    for span, part in zip(spans, trimmed, strict=True):
+        sides.append(Side(offset, span.count, part.count, span.start))
+        offset += span.count
+    return tuple(sides)
+
+
+@cache
+def arch(device: torch.device) -> str:
+    """The chip as kernels/flash/tiles.py names it."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,208 @@
+"""Compile the kernels for chips that are not here, and say what the compiler made of them.
+
+Run as a process of its own, without TRITON_INTERPRET: `python tests/kernel_aot.py CASE...` prints one JSON object a
+case; `--record [ARCH...]` writes them to kernels/flash/compiled.json. A case is arch-kind-pass-width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FLASH = Path(__file__).resolve().parents[1] / "kernels" / "flash"
+RECORD = FLASH / "compiled.json"
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+PRODUCTS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+"""The tensor-core instruction that half precision must use; see `product`."""
+SOURCES = ("elements", "forward", "backward_queries", "backward_keys")
+
+
+class Case(NamedTuple):
+    """One row of kernels/flash/tiles.py on one chip."""
+
+    arch: str
+    kind: str
+    name: str
+    width: int
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+    @property
+    def config(self) -> Any:
+        from longctx.kernels.flash import tiles
+
+        return tiles.choose(self.name, self.width, 4 if self.kind == "float" else 2, self.kind == "extras", self.arch)
+
+    @property
+    def hash(self) -> str:
+        """Of the kernels' sources and the configuration: what a record stands for."""
+        text = "".join((FLASH / f"{name}.py").read_text() for name in SOURCES) + f"{self} {tuple(self.config)}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler reports: registers and spilled bytes a thread, bytes of shared memory a program."""
+
+    case: str
+    hash: str
+    registers: int
+    spilled: int
+    shared: int
+    products: int
+    triton: str
+
+
+def cases() -> Iterator[Case]:
+    """Every row of every chip."""
+    from longctx.kernels.flash import tiles
+
+    for arch in tiles.ARCHES:
+        for kind, widths in tiles.WIDTHS.items():
+            for name in tiles.PASSES:
+                for width in widths:
+                    yield Case(arch, kind, name, width)
+
+
+def product(case: Case) -> str:
+    """The tensor-core instruction of a case. In backward, 256 numbers a row or extras fill the registers: there some
+    tiles have 32 rows, and wgmma and tcgen05 have no product that small."""
+    backward = case.name != "forward" and (case.width == 256 or case.kind == "extras")
+    small = backward and case.config.tile < 64 and case.arch in ("sm_90", "sm_100")
+    return "mma.sync" if small else PRODUCTS[case.arch]
+
+
+def parse(text: str) -> Case:
+    arch, kind, name, width = text.split("-")
+    return Case(arch, kind, name, int(width))
+
+
+def launch(case: Case) -> Any:
+    """The launch of a ring step in the middle of a pass: zigzag, two spans, grouped heads; with documents where there
+    are extras. On torch's meta device: nothing is allocated."""
+    import torch
+
+    from longctx.attention.backends.triton import geometry
+    from longctx.attention.band import Rule
+    from longctx.attention.scores import Scores
+    from longctx.kernels.flash import fused
+    from longctx.layout import get_layout
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    length, dtype = 4096, torch.float32 if case.kind == "float" else torch.bfloat16
+    q, k, v, dout = (empty(2, heads, length, case.width, dtype=dtype) for heads in (32, 8, 8, 32))
+    scores = Scores(0.1)
+    if case.kind == "extras":
+        scores = Scores(0.1, 30.0, empty(32), 0.1, empty(2, dtype=torch.int64))
+    spans = [get_layout("zigzag").spans(rank, 4, 4 * length) for rank in (2, 1)]
+    step = fused.Step(q, k, v, geometry(*spans, Rule(None, 0)), None, scores, case.arch)
+    lse = empty(2, 32, length)
+    rows = fused.Prepared(q, dout, lse, lse)
+    if case.name == "forward":
+        made = step.forward(empty(2, 32, length, case.width), lse, False)
+    elif case.name == "queries":
+        made, _ = step.queries(rows, empty(*q.shape), False)
+    else:
+        made = step.keys(rows, empty(*k.shape), empty(*v.shape))
+    if case.kind != "extras":
+        return made
+    ids = empty(2, length, dtype=torch.int64)
+    documents = {"q_documents": ids, "k_documents": ids, "DOCUMENTS": True, "entry_batch": 1024}
+    return replace(made, arguments={**made.arguments, **documents})
+
+
+def compile_case(case: Case) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    made = launch(case)
+    amd = case.arch.startswith("gfx")
+    target = GPUTarget("hip", case.arch, 64) if amd else GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32)
+    options = made.options
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):  # ptxas's words, printed where TRITON_DUMP_PTXAS_LOG=1
+        built = triton.compile(ASTSource(made.kernel, *_specialised(made)), target=target, options=options)
+    if amd:
+        text = built.asm["amdgcn"]
+        registers, spilled = (int(re.search(rf"\.vgpr_{what}:\s+(\d+)", text)[1]) for what in ("count", "spill_count"))
+        spilled *= 4
+    else:
+        text = built.asm["ptx"]
+        registers = int(re.search(r"Used (\d+) registers", said.getvalue())[1])
+        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said.getvalue()))
+    products = len(re.findall(re.escape(product(case)), text))
+    return Compiled(str(case), case.hash, registers, spilled, built.metadata.shared, products, triton.__version__)
+
+
+def _specialised(made: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
+    """(signature, constants, attributes) of a launch, as triton's own just-in-time path makes them."""
+    import torch
+
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(made.kernel.params):
+        value, name = made.arguments[parameter.name], parameter.name
+        free = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and free):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + {
+                torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"
+            }[value.dtype]  # fmt: skip
+            attributes[place,] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and free:
+                attributes[place,] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return signature, constants, attributes
+
+
+def problems(compiled: Compiled) -> list[str]:
+    """What a configuration must not be."""
+    case, found = parse(compiled.case), []
+    if compiled.spilled and case.kind != "float":  # exact fp32 products are for checking, not for speed
+        found.append(f"{compiled.case}: {compiled.spilled} bytes of registers spilled")
+    if compiled.shared > SHARED_LIMIT[case.arch]:
+        found.append(
+            f"{compiled.case}: {compiled.shared} bytes of shared memory, the chip has {SHARED_LIMIT[case.arch]}"
+        )
+    if case.kind != "float" and not compiled.products:
+        found.append(f"{compiled.case}: no {product(case)} in the machine code")
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--record"]:  # [ARCH...]: all, or those alone
+        old = {entry["case"]: entry for entry in json.loads(RECORD.read_text())} if RECORD.exists() else {}
+        new = {str(c): asdict(compile_case(c)) for c in cases() if c.arch in arguments[1:] or not arguments[1:]}
+        made = [{**old, **new}[str(case)] for case in cases() if str(case) in old or str(case) in new]
+        RECORD.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in made) + "\n]\n")
+        return
+    for text in arguments:
+        try:
+            print(json.dumps(asdict(compile_case(parse(text)))), flush=True)
+        except Exception as error:
+            print(json.dumps({"case": text, "error": f"{type(error).__name__}: {error}"[:2000]}), flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"  # the compiler says what it made,
+    with tempfile.TemporaryDirectory() as empty:  # and makes it anew
+        os.environ["TRITON_CACHE_DIR"] = empty
+        main(sys.argv[1:])
