@@ -117,7 +117,7 @@ def test_every_path_on_ring_2_data_2(cell: tuple[int, bool, bool, bool]) -> None
     check(4, 2, cell, "sgd", layers=1)
 
 
-@pytest.mark.parametrize("cell", legal_cells()[::4], ids=name)
+@pytest.mark.parametrize("cell", legal_cells()[::8], ids=name)
 def test_adamw_on_ring_2_data_2(cell: tuple[int, bool, bool, bool]) -> None:
     check(4, 2, cell, "adamw", layers=1)
 

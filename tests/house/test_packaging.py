@@ -68,6 +68,7 @@ def test_constraints_pin_what_pyproject_asks_for() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     pins = {line.split("==")[0].lower() for line in lines if "==" in line}
     names = {requirement.split(">=")[0].strip().lower() for requirement in asked}
+    names -= {"triton"}  # has only a floor: see below
     assert names <= pins, f"not in constraints.txt: {sorted(names - pins)}"
     assert [line for line in lines if "==" not in line] == ["triton>=3.6"], "torch's CUDA build pins its own triton"
     assert all("==" not in requirement for requirement in asked), "pins belong in constraints.txt"

@@ -52,7 +52,7 @@ def train_with_a_full_disk(rank: int, world: int, folder: str, overrides: tuple[
     return "no error"
 
 
-@pytest.mark.parametrize("full", [0, 1])
+@pytest.mark.parametrize("full", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_full_disk_on_any_rank_is_named_on_all_and_older_checkpoints_stay(tmp_path: Path, full: int) -> None:
     write(tmp_path)
     answers = run_ranks(2, train_with_a_full_disk, str(tmp_path), (), full, timeout=LIMIT)

@@ -47,7 +47,10 @@ def train(rank: int, world: int, folder: str, name: str, overrides: tuple[str, .
         Loop._step = step  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("zero2-bf16", "zero1")  # the same path as another case, with another stage
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
 def test_resumed_equals_uninterrupted(tmp_path: Path, case: str) -> None:
 
     write(tmp_path, "straight"), write(tmp_path, "broken")
