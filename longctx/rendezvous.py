@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,6 +63,9 @@ def _export_address(world_size: int, rank: int) -> None:
     os.environ.setdefault("LOCAL_RANK", str(_local_rank()))
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         return
+    if "SLURM_STEP_NODELIST" in os.environ and not _mpi_started():
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _slurm_address()
+        return
     try:
         from mpi4py import MPI
     except ImportError:
@@ -82,6 +86,24 @@ def _export_address(world_size: int, rank: int) -> None:
         address[: len(text)] = text
     MPI.COMM_WORLD.Bcast([address, MPI.BYTE], root=0)
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = bytes(address).rstrip(b"\0").decode().split()
+
+
+def _mpi_started() -> bool:
+    return any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+
+
+def _slurm_address() -> tuple[str, str]:
+    """Return where the ranks of a SLURM step meet: its first host, at a port that follows from the job's number."""
+    nodes = os.environ["SLURM_STEP_NODELIST"]
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        port = 20_000 + int(os.environ["SLURM_JOB_ID"]) * 7 % 10_000 + int(os.environ["SLURM_STEP_ID"]) % 7
+        return shown.stdout.split()[0], str(port)
+    except (OSError, subprocess.CalledProcessError, ValueError, KeyError, IndexError) as error:
+        raise MeshError(
+            f"SLURM does not say where the ranks meet ({error}): set MASTER_ADDR and MASTER_PORT, or use `longctx "
+            "train` with launch.launcher: slurm"
+        ) from None
 
 
 # Groups live as long as the process: each costs threads and sockets, so equal grids share theirs.
