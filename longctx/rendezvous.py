@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.errors import MeshError
+from longctx.network import address_of, bind_towards
 
 if TYPE_CHECKING:
     from longctx.mesh import Mesh
@@ -48,6 +49,7 @@ def start(world_size: int, rank: int) -> None:
             dist.init_process_group(backend, store=dist.HashStore(), world_size=1, rank=0)
         else:
             _export_address(world_size, rank)
+            bind_towards(os.environ["MASTER_ADDR"])
             dist.init_process_group(backend, init_method="env://", world_size=world_size, rank=rank)
     if dist.get_world_size() != world_size:
         raise MeshError(
@@ -82,10 +84,22 @@ def _export_address(world_size: int, rank: int) -> None:
     if rank == 0:
         with socket.socket() as probe:
             probe.bind(("", 0))
-            text = f"{socket.gethostbyname(socket.gethostname())} {probe.getsockname()[1]}".encode()
+            text = f"{_own_address()} {probe.getsockname()[1]}".encode()
         address[: len(text)] = text
     MPI.COMM_WORLD.Bcast([address, MPI.BYTE], root=0)
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = bytes(address).rstrip(b"\0").decode().split()
+
+
+def _own_address() -> str:
+    """Return the address of this host by which others reach it: not that of the loopback, if there is another."""
+    try:
+        named = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        named = "127.0.0.1"
+    if not named.startswith("127."):
+        return named
+    found = [address_of(name) for _, name in socket.if_nameindex()]
+    return next((one for one in found if one and not one.startswith("127.")), named)
 
 
 def _mpi_started() -> bool:

@@ -21,9 +21,10 @@ from types import FrameType
 from longctx.errors import LaunchError, LongctxError
 from longctx.launch import facts, hardware, report, ticket
 from longctx.launch.control import Line, Message, listen
-from longctx.launch.environment import address_of, interface_with, of_this_host, sockets
+from longctx.launch.environment import of_this_host
 from longctx.launch.processes import Process, exit_code, kill
 from longctx.mesh import _discover as launched_world
+from longctx.network import address_of, interface_with, sockets
 
 CONNECT_SECONDS = 30.0
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -19,10 +19,11 @@ from longctx.config.write import dump
 from longctx.errors import LaunchError
 from longctx.launch import control, hardware, ticket
 from longctx.launch.commands import Command, commands, require_tools
-from longctx.launch.environment import address_of, address_towards, travelling
+from longctx.launch.environment import travelling
 from longctx.launch.hosts import hosts_of, with_slots
 from longctx.launch.placement import Placement, place
 from longctx.launch.supervise import Outcome, Supervisor
+from longctx.network import address_of, address_towards
 from longctx.train.lock import FolderLock
 
 

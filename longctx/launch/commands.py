@@ -19,6 +19,8 @@ from longctx.errors import LaunchError
 
 Hosts = Sequence[tuple[str, int]]  # (name, ranks)
 _SSH = ("-T", "-x", "-a", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=6")
+# By default mpirun's daemon outlives the loss of its connection by eight minutes.
+_KEEPALIVE = {"time": 10, "intvl": 5, "probes": 3}
 _TOOLS = {"deepspeed": "ssh", "openmpi": "mpirun", "mpich": "mpiexec", "slurm": "srun"}
 
 
@@ -91,6 +93,8 @@ def _openmpi(launch: Launch, hosts: Hosts) -> list[str]:
     options += ["-p", str(launch.ssh_port)] if launch.ssh_port else []
     if options:  # no word of these has a space: mpirun splits the text there
         arguments += ["--prtemca", "plm_ssh_args", " ".join(options)]
+    for name, seconds in _KEEPALIVE.items():
+        arguments += ["--prtemca", f"oob_tcp_keepalive_{name}", str(seconds)]
     if launch.interface != "auto":
         arguments += ["--prtemca", "prte_if_include", launch.interface]
     return arguments

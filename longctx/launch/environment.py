@@ -5,10 +5,7 @@ Nothing else reaches a rank, so a token in the shell that starts a job stays the
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
-import struct
 from collections.abc import Iterable, Mapping
 
 _HOST = (
@@ -35,36 +32,3 @@ def travelling(environment: Mapping[str, str], allowed: Iterable[str]) -> dict[s
 def of_this_host() -> dict[str, str]:
     """Return the variables that a rank takes from the host it runs on."""
     return {name: os.environ[name] for name in _HOST if name in os.environ}
-
-
-def address_towards(peer: str) -> str:
-    """Return this host's own address on the way to ``peer``. Nothing is sent.
-
-    Raises:
-        OSError: there is no such host, or no way to it.
-    """
-    family, _, _, _, target = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)
-        return str(probe.getsockname()[0])
-
-
-def address_of(interface: str) -> str | None:
-    """Return the IPv4 address of a network interface of this host; None where it has none."""
-    get_interface_address = 0x8915
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            packed = struct.pack("256s", interface.encode()[:15])
-            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), get_interface_address, packed)[20:24])
-        except OSError:
-            return None
-
-
-def interface_with(address: str) -> str | None:
-    """Return the name of this host's interface that has ``address``; None if none has."""
-    return next((name for _, name in socket.if_nameindex() if address_of(name) == address), None)
-
-
-def sockets(interface: str) -> dict[str, str]:
-    """Return the variables that bind gloo, NCCL and TensorPipe to one interface."""
-    return {f"{transport}_SOCKET_IFNAME": interface for transport in ("GLOO", "NCCL", "TP")}

@@ -13,6 +13,8 @@ from longctx.launch import facts
 from longctx.launch.control import Line, Message
 from longctx.launch.ticket import Ticket
 
+SILENT_SECONDS = 2.5  # agents speak every second
+
 
 class End(NamedTuple):
     """How a rank ended."""
@@ -76,6 +78,14 @@ class Members:
     def codes(self) -> list[int]:
         """Exit codes of the ranks that have ended."""
         return [member.end.code for member in self.by_rank.values() if member.end is not None]
+
+    def silent(self) -> list[Member]:
+        """Return those from whom nothing comes although they neither ended nor hung up: a dead host, most likely."""
+        found = [one for one in self.by_rank.values() if one.end is None and not one.line.closed]
+        found = [one for one in found if one.line.silent_for(SILENT_SECONDS)]
+        for one in found:
+            one.lost = one.lost or f"nothing was heard from it for {time.monotonic() - one.line.heard:.0f} s"
+        return found
 
     def close(self) -> None:
         """End all connections: agents then kill what is left of their ranks."""

@@ -144,9 +144,9 @@ class Supervisor:
         codes = set(self.members.codes)
         if self.asked_to_stop and codes <= {130, PREEMPTED, 0} and not any(one.lost for one in self.members.endings):
             return Outcome(130, False)  # interrupted before the loop could promise a checkpoint
-        # what died without a word is the cause of what others then reported
+        # a host that has gone silent, then what died without a word, is the cause of what others reported
         silent = [one for one in self.members.endings if one.end is None or one.end.report is None]
-        first = (silent or self.members.endings)[0]
+        first = (self.members.silent() or silent or self.members.endings)[0]
         self._say(self._cause(first))
         users = first.end is not None and first.end.report is not None and bool(first.end.report.get("user"))
         return Outcome(1, not users and not self.asked_to_stop)
@@ -155,9 +155,9 @@ class Supervisor:
         host = self.ticket.seat(member.rank)[0]
         where = f"rank {member.rank} on {host}"
         if member.end is None:
-            command = self.processes.get(host)
-            code = None if command is None else exit_code(command)
-            more = "" if code is None else f"; its command {report.ended(code)}, see {self._log(host)}"
+            label = host if host in self.processes else next(iter(self.processes))
+            code = exit_code(self.processes[label])
+            more = "" if code is None else f"; its command {report.ended(code)}, see {self._log(label)}"
             return f"{where} is lost: {member.lost}{more}"
         if member.end.report is None:
             log = self.logs / f"rank-{member.rank:05d}.log"

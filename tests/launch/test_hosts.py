@@ -12,9 +12,10 @@ from launch_samples import config
 
 from longctx.config.hosts import Host, once_each, parse_host, parse_hostfile, ssh_option
 from longctx.errors import ConfigError, LaunchError
-from longctx.launch.environment import address_towards, interface_with, sockets, travelling
+from longctx.launch.environment import travelling
 from longctx.launch.hosts import default_world, hosts_of, with_slots
 from longctx.launch.placement import place, table
+from longctx.network import address_towards, interface_with, sockets
 
 
 def test_hosts_as_people_write_them() -> None:
