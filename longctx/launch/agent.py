@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -20,7 +19,7 @@ from types import FrameType
 
 from longctx.errors import LaunchError, LongctxError
 from longctx.launch import facts, hardware, report, ticket
-from longctx.launch.control import Line, Message, listen
+from longctx.launch.control import Line, Message, listen, readable
 from longctx.launch.environment import of_this_host
 from longctx.launch.processes import Process, exit_code, kill
 from longctx.mesh import _discover as launched_world
@@ -70,11 +69,11 @@ class _Agent:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while not self.line.closed and not self.line.silent_for(self.ticket.silence_seconds):
             watched: list[Line | int] = [self.line, *([self.console] if self.console >= 0 else [])]
-            readable = select.select(watched, [], [], 0.1)[0]
-            if self.line in readable:
+            ready = readable(watched, 0.1)
+            if self.line in ready:
                 for message in self.line.receive():
                     self._obey(message)
-            if self.console in readable:
+            if self.console in ready:
                 self._pass_on(decoder)
             elif ended is None and self.process is not None:  # only when its last words are passed on
                 ended = exit_code(self.process)

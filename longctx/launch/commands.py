@@ -60,8 +60,7 @@ def remote(python: str, python_path: str, arguments: Sequence[str]) -> list[str]
 
 def ssh(host: str, arguments: Sequence[str], launch: Launch) -> tuple[str, ...]:
     """Return the arguments that run a command on ``host``; every one of ``arguments`` arrives there unchanged."""
-    own = [word for option in launch.ssh_options for word in ("-o", option)]
-    # ssh keeps the first value it is given: ours come after those of the YAML
+    own = [word for option in launch.ssh_options for word in ("-o", option)]  # first: ssh keeps the first value it sees
     port = ["-p", str(launch.ssh_port)] if launch.ssh_port else []
     return ("ssh", *own, *_SSH, *port, "-o", "ConnectTimeout=15", "--", host, shlex.join(arguments))
 

@@ -7,9 +7,11 @@ request to stop. And it is the lifeline: whoever sees it close, or hears nothing
 from __future__ import annotations
 
 import json
+import select
 import socket
 import time
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 LONGEST = 2**20  # bytes of one message: a traceback fits, a flood does not
 SEND_SECONDS = 10.0
@@ -30,7 +32,7 @@ class Line:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def fileno(self) -> int:
-        """Return the descriptor, for ``select``."""
+        """Return the descriptor, for ``readable``."""
         return self.socket.fileno()
 
     def send(self, **message: Any) -> None:
@@ -53,7 +55,7 @@ class Line:
         return time.monotonic() - self.heard > seconds
 
     def receive(self) -> list[Message]:
-        """Return the messages that have come, once ``select`` says that there are some; sets ``closed`` at the end."""
+        """Return the messages that have come, once ``readable`` says so; sets ``closed`` at the end."""
         try:
             data = self.socket.recv(65536)
         except OSError:
@@ -76,6 +78,18 @@ class Line:
         """End the connection."""
         self.closed = True
         self.socket.close()
+
+
+Source = TypeVar("Source", bound="int | socket.socket | Line")
+
+
+def readable(sources: Iterable[Source], seconds: float) -> list[Source]:
+    """Return those of ``sources`` that have something to read, after at most ``seconds``. Thousands may be watched."""
+    watched = {source if isinstance(source, int) else source.fileno(): source for source in sources}
+    poll = select.poll()
+    for descriptor in watched:
+        poll.register(descriptor, select.POLLIN)
+    return [watched[descriptor] for descriptor, _ in poll.poll(seconds * 1000)]
 
 
 def listen(address: str, port: int = 0) -> socket.socket:

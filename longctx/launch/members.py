@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hmac
-import select
 import socket
 import sys
 import time
 from typing import Any, NamedTuple
 
 from longctx.launch import facts
-from longctx.launch.control import Line, Message
+from longctx.launch.control import Line, Message, readable
 from longctx.launch.ticket import Ticket
 
 SILENT_SECONDS = 2.5  # agents speak every second
@@ -52,7 +51,7 @@ class Members:
         """Hear what is said within ``seconds``, keep the connections alive, notice who is gone."""
         lines = {member.line: member for member in self.by_rank.values() if not member.line.closed}
         watched: list[socket.socket | Line] = [self.listener, *lines, *self._strangers]
-        for source in select.select(watched, [], [], seconds)[0]:
+        for source in readable(watched, seconds):
             if isinstance(source, socket.socket):
                 self._strangers.append(Line(self.listener.accept()[0]))
             elif source in lines:
