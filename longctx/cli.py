@@ -1,4 +1,4 @@
-"""The command line: `longctx train|check|explain|schema|init|data|plot|doctor`. Parses, then imports.
+"""The command line: `longctx train|launch|check|explain|schema|init|data|plot|doctor`. Parses, then imports.
 
 Nothing heavy is imported up here, so that whatever only reads a configuration answers at once.
 """
@@ -36,7 +36,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
-    """Train, on this machine's GPUs or on two CPU processes."""
+    """Train: on this machine, or on the hosts of the `launch` section."""
     from longctx.mesh import _discover as launched_world
 
     if launched_world()[0] is not None:
@@ -45,10 +45,42 @@ def train(config: Config, overrides: Overrides = None) -> None:
             f"run launch/train.py --config {config} under that launcher, or unset WORLD_SIZE and RANK"
         )
     loaded, derived = _checked(config, overrides or [])
+    if loaded.config.launch.launcher != "local":
+        from longctx.launch import cluster
+
+        raise typer.Exit(cluster.train(loaded.config, derived))
     from longctx.launch import local
 
     folder = Path(loaded.config.output.folder)
     raise typer.Exit(local.train(config, overrides or [], world=derived.world, folder=folder))
+
+
+@app.command()
+def launch(
+    config: Config,
+    overrides: Overrides = None,
+    print_only: Annotated[bool, typer.Option("--print", help="show what would run, and where; run nothing")] = False,
+    check_only: Annotated[bool, typer.Option("--check", help="ask every host whether it is ready; train nothing")] = (
+        False
+    ),
+) -> None:
+    """Like `train`; or only show the commands and the placement; or only check the hosts."""
+    if not (print_only or check_only):
+        return train(config, overrides)
+    loaded, derived = _checked(config, overrides or [], starting=False)
+    if print_only:
+        from longctx.launch.show import show
+
+        typer.echo(show(loaded.config, derived, config, overrides or []))
+        return
+    if loaded.config.launch.launcher == "local":
+        raise LaunchError("launcher local has no hosts to check; `longctx doctor` looks at this machine")
+    from longctx.launch import cluster
+
+    code = cluster.train(loaded.config, derived, only_check=True)
+    if code == 0:
+        typer.echo("every host is ready")
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -73,9 +105,10 @@ def explain(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [KEY|KEY=VALUE]...")] = None,
 ) -> None:
     """Say what keys mean, their values in CONFIG (if given), and where each value came from."""
+    from longctx.config.derived import CPU_RANKS
     from longctx.config.explain import explain as rows_of
     from longctx.config.load import load_with_sources
-    from longctx.launch import hardware
+    from longctx.launch.hosts import default_world
 
     words = list(arguments or [])
     given = words.pop(0) if words and _names_a_file(words[0]) else None
@@ -83,8 +116,8 @@ def explain(
     keys = [word for word in words if "=" not in word]
     if overrides and given is None:
         raise ConfigError("explain: overrides change a configuration; give its file first")
-    world = hardware.default_world()
-    loaded = load_with_sources(given, overrides, default_world=world) if given else None
+    loaded = load_with_sources(given, overrides, default_world=default_world) if given else None
+    world = default_world(loaded.config) if loaded else CPU_RANKS
     _print_rows(rows_of(loaded, keys, default_world=world), long=bool(keys))
 
 
@@ -190,13 +223,12 @@ def _checked(config: Path, overrides: list[str], starting: bool = True) -> tuple
     """Load, cross-check, and look at the machine; raises with everything that is wrong."""
     from longctx.config.derived import derive, world_size
     from longctx.config.load import load_with_sources, require_machine
-    from longctx.launch import hardware
+    from longctx.launch.hosts import default_world
 
-    default = hardware.default_world()
-    loaded = load_with_sources(config, overrides, default_world=default)
+    loaded = load_with_sources(config, overrides, default_world=default_world)
     for note in require_machine(loaded, starting):
         typer.echo(f"note: {note}", err=True)
-    return loaded, derive(loaded.config, world_size(loaded.config, default))
+    return loaded, derive(loaded.config, world_size(loaded.config, default_world(loaded.config)))
 
 
 def _names_a_file(word: str) -> bool:

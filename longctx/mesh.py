@@ -212,7 +212,7 @@ _SCHEDULERS = (  # (world size, rank) as set by torchrun and deepspeed, OpenMPI,
     ("WORLD_SIZE", "RANK"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("PMI_SIZE", "PMI_RANK"),
-    ("SLURM_NTASKS", "SLURM_PROCID"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
 
 

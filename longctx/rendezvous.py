@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from longctx.errors import MeshError
+from longctx.network import address_of, bind_towards
 
 if TYPE_CHECKING:
     from longctx.mesh import Mesh
@@ -47,6 +49,7 @@ def start(world_size: int, rank: int) -> None:
             dist.init_process_group(backend, store=dist.HashStore(), world_size=1, rank=0)
         else:
             _export_address(world_size, rank)
+            bind_towards(os.environ["MASTER_ADDR"])
             dist.init_process_group(backend, init_method="env://", world_size=world_size, rank=rank)
     if dist.get_world_size() != world_size:
         raise MeshError(
@@ -61,6 +64,9 @@ def _export_address(world_size: int, rank: int) -> None:
     os.environ.setdefault("WORLD_SIZE", str(world_size))
     os.environ.setdefault("LOCAL_RANK", str(_local_rank()))
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return
+    if "SLURM_STEP_NODELIST" in os.environ and not _mpi_started():
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _slurm_address()
         return
     try:
         from mpi4py import MPI
@@ -78,10 +84,40 @@ def _export_address(world_size: int, rank: int) -> None:
     if rank == 0:
         with socket.socket() as probe:
             probe.bind(("", 0))
-            text = f"{socket.gethostbyname(socket.gethostname())} {probe.getsockname()[1]}".encode()
+            text = f"{_own_address()} {probe.getsockname()[1]}".encode()
         address[: len(text)] = text
     MPI.COMM_WORLD.Bcast([address, MPI.BYTE], root=0)
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = bytes(address).rstrip(b"\0").decode().split()
+
+
+def _own_address() -> str:
+    """Return the address of this host by which others reach it: not that of the loopback, if there is another."""
+    try:
+        named = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        named = "127.0.0.1"
+    if not named.startswith("127."):
+        return named
+    found = [address_of(name) for _, name in socket.if_nameindex()]
+    return next((one for one in found if one and not one.startswith("127.")), named)
+
+
+def _mpi_started() -> bool:
+    return any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+
+
+def _slurm_address() -> tuple[str, str]:
+    """Return where the ranks of a SLURM step meet: its first host, at a port that follows from the job's number."""
+    nodes = os.environ["SLURM_STEP_NODELIST"]
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        port = 20_000 + int(os.environ["SLURM_JOB_ID"]) * 7 % 10_000 + int(os.environ["SLURM_STEP_ID"]) % 7
+        return shown.stdout.split()[0], str(port)
+    except (OSError, subprocess.CalledProcessError, ValueError, KeyError, IndexError) as error:
+        raise MeshError(
+            f"SLURM does not say where the ranks meet ({error}): set MASTER_ADDR and MASTER_PORT, or use `longctx "
+            "train` with launch.launcher: slurm"
+        ) from None
 
 
 # Groups live as long as the process: each costs threads and sockets, so equal grids share theirs.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from longctx.config.rules import Finding, broken
 from longctx.config.schema import RunConfig
 from longctx.config.strict_yaml import Document, Key, parse, read, show_key
 from longctx.config.tidy import tidy, unread
+
+World = int | Callable[[RunConfig], int]
 
 
 class Loaded(NamedTuple):
@@ -35,13 +37,13 @@ class Loaded(NamedTuple):
         return Problem(_place(self.document, path, self.name), finding.key, finding.message, finding.code)
 
 
-def load(path: str | Path, overrides: Iterable[str] = (), *, default_world: int = CPU_RANKS) -> RunConfig:
+def load(path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS) -> RunConfig:
     """Read, validate and cross-check a configuration.
 
     Args:
         path: a YAML file.
         overrides: ``section.key=value`` strings, stronger than the file.
-        default_world: ranks this machine starts by itself where neither a launcher nor `mesh` says how many.
+        default_world: ranks where neither a launcher nor `mesh` says how many; or what returns it for a configuration.
 
     Raises:
         InvalidConfig: a ConfigError with every problem, one line each.
@@ -49,19 +51,19 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, default_world: int 
     return load_with_sources(path, overrides, default_world=default_world).config
 
 
-def load_with_sources(path: str | Path, overrides: Iterable[str] = (), *, default_world: int = CPU_RANKS) -> Loaded:
+def load_with_sources(path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS) -> Loaded:
     """Like ``load``, and say where each value came from."""
     return _finish(read(path), str(path), overrides, default_world)
 
 
 def loads(
-    text: str | bytes, overrides: Iterable[str] = (), *, name: str = "<text>", default_world: int = CPU_RANKS
+    text: str | bytes, overrides: Iterable[str] = (), *, name: str = "<text>", default_world: World = CPU_RANKS
 ) -> Loaded:
     """Like ``load_with_sources`` for text that is already in memory."""
     return _finish(parse(text, name), name, overrides, default_world)
 
 
-def _finish(document: Document, name: str, overrides: Iterable[str], default_world: int) -> Loaded:
+def _finish(document: Document, name: str, overrides: Iterable[str], default_world: World) -> Loaded:
     if not isinstance(document.value, dict):
         what = "is empty" if document.value is None else f"got {show(document.value)}; expected sections"
         hint = f"write {', '.join(sections())}, or let `longctx init` write a first one"
@@ -76,7 +78,8 @@ def _finish(document: Document, name: str, overrides: Iterable[str], default_wor
         raise InvalidConfig(document.problems)
     sources = {key: document.values[path] for key in leaves() if (path := tuple(key.split("."))) in document.values}
     loaded = Loaded(config, sources, document, name)
-    findings = broken(config, world_size(config, default_world))
+    default = default_world if isinstance(default_world, int) else default_world(config)
+    findings = broken(config, world_size(config, default))
     if findings:
         raise InvalidConfig(map(loaded.problem, findings))
     return loaded

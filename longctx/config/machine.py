@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longctx.config.architecture import parameter_count
+from longctx.config.hosts import parse_hostfile
 from longctx.config.rules import Finding
 from longctx.config.schema import RunConfig
+from longctx.errors import LaunchError
 
 _SPECIAL_SOURCES = ("python-stdlib",)
 
@@ -34,6 +36,7 @@ def inspect(config: RunConfig, starting: bool) -> Report:
     """
     notes: list[str] = []
     findings = [*_sources(config), *_tokenizer(config), *_pretrained(config), *_folder(config), *_resume(config)]
+    findings += _hostfile(config)
     findings += _packages(config, notes)
     disk = _disk(config)
     if disk is not None:
@@ -142,6 +145,18 @@ def _resume(config: RunConfig) -> Iterator[Finding]:
     if config.checkpoint.resume == "must" and not (_is_dir(folder) and any(folder.iterdir())):
         message = f"got 'must', but {str(folder)!r} holds no checkpoint; use auto, or give the run's output.folder"
         yield Finding("checkpoint.resume", message, "no-file")
+
+
+def _hostfile(config: RunConfig) -> Iterator[Finding]:
+    name = config.launch.hostfile
+    if name is None:
+        return
+    try:
+        parse_hostfile(Path(name).read_text())
+    except (OSError, UnicodeDecodeError):
+        yield Finding("launch.hostfile", f"{name!r} cannot be read; a line is `name slots=4`", "no-file")
+    except LaunchError as error:
+        yield Finding("launch.hostfile", f"{name!r}, {error}", "name")
 
 
 def _packages(config: RunConfig, notes: list[str]) -> Iterator[Finding]:

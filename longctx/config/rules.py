@@ -9,6 +9,7 @@ from longctx.config import architecture
 from longctx.config.deepspeed import conflicts, to_deepspeed
 from longctx.config.derived import derive
 from longctx.config.fields import Section
+from longctx.config.launch_rules import broken_launch
 from longctx.config.problems import redact, show
 from longctx.config.schema import RunConfig
 from longctx.engine.settings import load_settings
@@ -179,6 +180,11 @@ def _deepspeed(config: RunConfig) -> Iterator[Finding]:
         yield Finding(f"deepspeed.{key}", message, "conflict")
 
 
+def _launch(config: RunConfig) -> Iterator[Finding]:
+    for key, message, code in broken_launch(config.launch, config.checkpoint.resume):
+        yield Finding(f"launch.{key}", message, code)
+
+
 _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _model_source,
     _heads,
@@ -189,6 +195,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _train,
     _zero,
     _deepspeed,
+    _launch,
 )
 
 

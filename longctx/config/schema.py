@@ -8,6 +8,7 @@ from longctx.config.fields import Raw, Section
 from longctx.config.sections.attention import Attention
 from longctx.config.sections.checkpoint import Checkpoint
 from longctx.config.sections.data import Data
+from longctx.config.sections.launch import Launch
 from longctx.config.sections.mesh import Mesh
 from longctx.config.sections.model import Model
 from longctx.config.sections.output import Output
@@ -26,6 +27,7 @@ class RunConfig(Section):
     zero: Zero = Field(Zero(), description="what DeepSpeed shards")
     checkpoint: Checkpoint = Field(Checkpoint(), description="saving and resuming")
     output: Output = Field(description="the run directory")
+    launch: Launch = Field(Launch(), description="how ranks are started, and where")
     deepspeed: Raw = Field(
         default_factory=dict,
         description="further keys of DeepSpeed's own configuration, merged in; those that a section above owns are "

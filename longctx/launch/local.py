@@ -22,6 +22,7 @@ from types import FrameType
 from longctx.errors import LaunchError
 from longctx.launch import hardware, report
 from longctx.launch.prepare import prepare
+from longctx.launch.processes import exit_code, kill
 
 PREEMPTED = 75
 GRACE_SECONDS = 3.0  # between the first failure and the kill: others may be about to report the real cause
@@ -133,7 +134,7 @@ class _Job:
         """Wait for all ranks and return the job's exit code; print the cause if one failed."""
         failed_at = 0.0
         while True:
-            codes = {rank: _exit_code(process) for rank, process in enumerate(self.ranks)}
+            codes = {rank: exit_code(process) for rank, process in enumerate(self.ranks)}
             ended = [code for code in codes.values() if code is not None]
             now = time.monotonic()
             if self.interrupted_twice:
@@ -151,13 +152,7 @@ class _Job:
 
     def kill(self) -> None:
         """Kill what is left of every rank and of what it started, and wait until the ranks are gone."""
-        for process in self.ranks:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)  # its session's id is its process id
-            except ProcessLookupError:
-                pass
-        for process in self.ranks:
-            process.wait()
+        kill(self.ranks)
 
     def forward(self, number: int, frame: FrameType | None) -> None:
         """Pass a signal on to the ranks; the second SIGINT ends the wait."""
@@ -166,7 +161,7 @@ class _Job:
             return
         self.asked_to_stop = self.asked_to_stop or time.monotonic()
         for process in self.ranks:
-            if _exit_code(process) is None:
+            if exit_code(process) is None:
                 os.kill(process.pid, number)
 
     def _explain(self, codes: dict[int, int | None]) -> int:
@@ -174,18 +169,6 @@ class _Job:
             return 130  # interrupted before the loop could promise a checkpoint
         print(f"longctx: {report.first_cause(self.errors, codes, self.logs)}", file=sys.stderr, flush=True)
         return 1
-
-
-def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
-    """Return how a rank ended (negative: the signal), or None while it runs.
-
-    Unlike ``poll`` this leaves the ended process in the process table, so that its id, by which ``kill`` reaches what
-    it started, cannot come to mean another process.
-    """
-    ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    if ended is None:
-        return None
-    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
 def _terminal() -> int:

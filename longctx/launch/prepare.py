@@ -32,15 +32,26 @@ def prepare() -> None:
         MissingPackageError: deepspeed, a C++ compiler or Python's headers are missing.
         LaunchError: a stale lock, a folder that cannot be written, or a failed build.
     """
+    if not ready():
+        _require_writable(_root())
+        _build()
+
+
+def ready() -> bool:
+    """Say whether the extension is compiled already; nothing is changed.
+
+    Raises:
+        MissingPackageError, LaunchError: as ``prepare``, for what can be seen without compiling.
+    """
     if not _importable("deepspeed"):
         raise MissingPackageError("deepspeed is not installed here; install longctx with its dependencies")
     require_ninja()
     for lock in _locks("*"):
         require_live(lock)
-    if not any((folder / EXTENSION / f"{EXTENSION}.so").is_file() for folder in build_folders()):
-        require_toolchain()
-        _require_writable(_root())
-        _build()
+    if any((folder / EXTENSION / f"{EXTENSION}.so").is_file() for folder in build_folders()):
+        return True
+    require_toolchain()
+    return False
 
 
 def load_extension() -> None:

@@ -18,6 +18,7 @@ from typing import TextIO
 
 from longctx.errors import LongctxError
 from longctx.launch import hardware, report
+from longctx.mesh import _discover as launched_world
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _die_with_parent()
     faulthandler.enable()
     options = _parse(arguments)
-    rank = int(os.environ.get("RANK", "0"))
+    _, rank = launched_world()
     try:
         return _train(options.config, options.overrides, rank)
     except KeyboardInterrupt:
@@ -58,8 +59,7 @@ def _train(path: Path, overrides: list[str], rank: int) -> int:
     from longctx.config.load import load
 
     config = load(path, overrides)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or _world())
-    threads = hardware.threads_per_rank(local_ranks)
+    threads = hardware.threads_per_rank(_local_ranks())
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if hardware.gpus() == 0:
         from longctx.launch.prepare import load_extension
@@ -74,7 +74,7 @@ def _train(path: Path, overrides: list[str], rank: int) -> int:
     _meet(rank)
     from longctx.train.run import run
 
-    code = run(config, console=_console(rank))
+    code = run(config, console=_console(rank), columns=int(os.environ.get("LONGCTX_COLUMNS", "0")))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return code
@@ -87,19 +87,28 @@ def _meet(rank: int) -> None:
     import torch
     import torch.distributed as dist
 
+    from longctx.rendezvous import local_device
+
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     listener = os.environ.get("LONGCTX_LISTENER")
     handed = {"is_master": True, "master_listen_fd": int(listener)} if listener else {}
     store = dist.TCPStore(address, port, _world(), wait_for_workers=False, **handed)  # type: ignore[arg-type]
     backend = "gloo"
     if hardware.gpus() > 0:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local_device())
         backend = "nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=_world())
 
 
 def _world() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launched_world()[0] or 1
+
+
+def _local_ranks() -> int:
+    """Return how many ranks share this host: as the launcher says, else all of them."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
+    found = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
+    return max(int(found[0]), 1) if found else _world()
 
 
 def _console(rank: int) -> TextIO | None:

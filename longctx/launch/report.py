@@ -8,10 +8,12 @@ import signal
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 from longctx.errors import LongctxError
 
 FOLDER = "LONGCTX_ERROR_FOLDER"  # environment variable: where ranks leave their reports
+LONGEST = 100_000  # characters: the end of a traceback names the cause
 
 
 def text_of(error: BaseException) -> str:
@@ -26,12 +28,22 @@ def leave(rank: int, error: BaseException) -> bool:
     folder = os.environ.get(FOLDER)
     if folder is None:
         return False
-    record = {"rank": rank, "time": time.time(), "user": isinstance(error, LongctxError), "text": text_of(error)}
+    text, user = text_of(error)[-LONGEST:], isinstance(error, LongctxError)
+    record = {"rank": rank, "time": time.time(), "user": user, "text": text}
     try:
         (Path(folder) / f"rank-{rank:05d}.json").write_text(json.dumps(record))
     except OSError:
         return False
     return True
+
+
+def read(folder: Path, rank: int) -> dict[str, Any] | None:
+    """Return what a rank left, or None where it said nothing."""
+    try:
+        record: dict[str, Any] = json.loads((folder / f"rank-{rank:05d}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return record
 
 
 def first_cause(folder: Path, exit_codes: dict[int, int | None], logs: Path) -> str:
@@ -46,10 +58,8 @@ def first_cause(folder: Path, exit_codes: dict[int, int | None], logs: Path) -> 
     for rank, code in sorted(exit_codes.items()):
         silent = not (folder / f"rank-{rank:05d}.json").is_file()
         if silent and code is not None and code not in (0, 75):
-            how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-            hint = "; the system may be out of memory" if code == -signal.SIGKILL else ""
             log = logs / f"rank-{rank:05d}.log"
-            return f"rank {rank} {how}{hint}. The end of {log}:\n{_tail(log)}"
+            return f"rank {rank} {ended(code)}. The end of {log}:\n{tail(log)}"
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
     if not records:
         return f"the ranks ended without saying why; see {logs}"
@@ -59,6 +69,12 @@ def first_cause(folder: Path, exit_codes: dict[int, int | None], logs: Path) -> 
     return f"rank {record['rank']} failed (full output in {logs}):\n{record['text']}"
 
 
+def ended(code: int) -> str:
+    """Say how a process ended that left no report."""
+    hint = "; the system may be out of memory" if code == -signal.SIGKILL else ""
+    return f"was killed by {_signal_name(-code)}{hint}" if code < 0 else f"ended with exit code {code}"
+
+
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -66,7 +82,8 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _tail(path: Path, lines: int = 30) -> str:
+def tail(path: Path, lines: int = 30) -> str:
+    """Return the last lines of a log."""
     try:
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
     except OSError:

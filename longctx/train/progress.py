@@ -17,11 +17,13 @@ class Progress:
         stream: rank 0's console.
         total: steps of the whole run.
         every: plain lines are printed every so many steps.
+        columns: width of the terminal that ``stream`` leads to, where it is one only at its far end; else 0.
     """
 
-    def __init__(self, stream: TextIO | None, total: int, every: int = 1) -> None:
+    def __init__(self, stream: TextIO | None, total: int, every: int = 1, columns: int = 0) -> None:
         self.total, self.every = total, every
-        self._console = None if stream is None else Console(file=stream, highlight=False, soft_wrap=True)
+        far: dict[str, Any] = {"force_terminal": True, "width": columns} if columns else {}
+        self._console = None if stream is None else Console(file=stream, highlight=False, soft_wrap=True, **far)
         self._live: Live | None = None
         self._recent: list[float] = []
 

@@ -28,12 +28,13 @@ from longctx.train.sample import draw_sample
 from longctx.train.signals import PREEMPTED, StopFlag
 
 
-def run(config: RunConfig, console: TextIO | None = None) -> int:
+def run(config: RunConfig, console: TextIO | None = None, columns: int = 0) -> int:
     """Train ``config`` as this rank of the world that was started.
 
     Args:
         config: the same on every rank.
         console: where rank 0 talks to the user; None to be silent.
+        columns: width of the terminal at the far end of ``console``; 0 where that is none, or is found out here.
 
     Returns:
         0 when the last step is done, 75 when stopped by a signal after saving a checkpoint.
@@ -47,7 +48,7 @@ def run(config: RunConfig, console: TextIO | None = None) -> int:
         mesh = _connect(config)
         output = Path(config.output.folder).absolute()
         stack.enter_context(_folder(output))
-        display = Display(console if mesh.rank == 0 else None, config.train.steps, config.train.log_every)
+        display = Display(console if mesh.rank == 0 else None, config.train.steps, config.train.log_every, columns)
         stack.callback(display.close)
         _describe(config, mesh, output)
         job = set_up(config, mesh, sizes_of(config), display.say)

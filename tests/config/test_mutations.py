@@ -44,7 +44,7 @@ def typos() -> Iterator[Mutant]:
             for name in sorted(wrong):
                 if f"{section}.{name}" not in leaves():
                     tree = without(section, key)
-                    tree[section][name] = value
+                    tree.setdefault(section, {})[name] = value
                     yield Mutant("typo", text_of(tree), f"{section}.{key}")
 
 
@@ -109,7 +109,7 @@ def out_of_range() -> Iterator[Mutant]:
         section, name = key.split(".")
         for value in (-1, 10**15 if "seed" not in name else 2**64):
             tree: dict[str, Any] = copy.deepcopy(BASE)
-            tree[section][name] = value
+            tree.setdefault(section, {})[name] = value
             yield Mutant("out of range", text_of(tree), key)
 
 

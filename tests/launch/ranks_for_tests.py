@@ -18,6 +18,10 @@ def behave(what: str, rank: int, argument: str) -> int:
         keys = ("WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "MASTER_ADDR", "GLOO_SOCKET_IFNAME")
         Path(argument, f"rank-{rank}").write_text(" ".join(os.environ[key] for key in keys))
         return 0
+    if what == "environment":
+        text = "\0".join(f"{name}={value}" for name, value in os.environ.items())
+        Path(argument, f"environment-{rank}").write_text(text)
+        return 0
     if what == "meet":  # really join the others
         import torch
 

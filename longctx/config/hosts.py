@@ -1,0 +1,103 @@
+"""Names of hosts and of interfaces, and the text of hostfiles. Only text: no file is read, nothing is looked up.
+
+A name that passes here is a word for every program it is handed to: it cannot be an option, nor mean anything to a
+shell, to ssh or to pdsh.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from longctx.errors import LaunchError
+
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", re.ASCII)
+_SLOTS = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
+_INTERFACE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,14})", re.ASCII)
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\*?", re.ASCII)
+_OPTION = re.compile(r"([A-Za-z]{2,40})=([A-Za-z0-9_@%:,./~+-]{1,500})", re.ASCII)
+MOST_HOSTS = 100_000
+
+# Everything else can run a command, open a tunnel, or turn off what we rely on.
+SSH_OPTIONS = frozenset(
+    "addressfamily ciphers compression connectionattempts connecttimeout globalknownhostsfile hostkeyalgorithms "
+    "identitiesonly identityfile kexalgorithms loglevel macs preferredauthentications proxyjump stricthostkeychecking "
+    "user userknownhostsfile".split()
+)
+
+
+class Host(NamedTuple):
+    """One machine, and how many ranks run there (None: not said)."""
+
+    name: str
+    slots: int | None = None
+
+
+def parse_host(text: str) -> Host:
+    """Return the host that ``name`` or ``name:ranks`` means.
+
+    Raises:
+        LaunchError: it is not a host name, or the number of ranks is none.
+    """
+    name, colon, slots = text.partition(":")
+    if not _NAME.fullmatch(name):
+        raise LaunchError(f"{text[:80]!r} is not a host; write a name of letters, digits, dots and dashes, or name:4")
+    if colon and not _SLOTS.fullmatch(slots):
+        raise LaunchError(f"{text[:80]!r}: {slots[:20]!r} is not a number of ranks; write {name}:4, say")
+    return Host(name, int(slots) if colon else None)
+
+
+def parse_hostfile(text: str) -> tuple[Host, ...]:
+    """Return the hosts of a hostfile: ``name`` or ``name slots=4`` a line, ``#`` starts a comment.
+
+    Raises:
+        LaunchError: a line says something else; it is named by its number.
+    """
+    hosts = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        name, *rest = words
+        slots = rest[0].removeprefix("slots=") if len(rest) == 1 and rest[0].startswith("slots=") else None
+        if ":" in name or len(rest) > 1 or (rest and slots is None):
+            raise LaunchError(f"line {number}: {line.strip()[:80]!r}; a line is `name slots=4`")
+        try:
+            hosts.append(parse_host(name if slots is None else f"{name}:{slots}"))
+        except LaunchError as error:
+            raise LaunchError(f"line {number}: {error}") from None
+    return once_each(hosts)
+
+
+def once_each(hosts: list[Host]) -> tuple[Host, ...]:
+    """Return the hosts; an empty list, too long a one, or a name that comes twice is an error."""
+    if not hosts:
+        raise LaunchError("no host is named; write one a line: `name slots=4`")
+    if len(hosts) > MOST_HOSTS:
+        raise LaunchError(f"{len(hosts):,} hosts are more than {MOST_HOSTS:,}")
+    seen: set[str] = set()
+    for host in hosts:
+        if host.name.lower() in seen:
+            raise LaunchError(f"{host.name} is named twice; write it once, with all its ranks")
+        seen.add(host.name.lower())
+    return tuple(hosts)
+
+
+def is_interface(name: str) -> bool:
+    """Say whether ``name`` can be a network interface's."""
+    return bool(_INTERFACE.fullmatch(name))
+
+
+def is_variable(name: str) -> bool:
+    """Say whether ``name`` is an environment variable's, or the beginning of some (``NCCL_*``)."""
+    return bool(_VARIABLE.fullmatch(name))
+
+
+def ssh_option(text: str) -> str | None:
+    """Return what is wrong with an ssh option, or None."""
+    match = _OPTION.fullmatch(text)
+    if not match:
+        return "is not Name=value without spaces"
+    if match[1].lower() not in SSH_OPTIONS:
+        return f"{match[1]} is not one of {', '.join(sorted(SSH_OPTIONS))}"
+    return None

@@ -1,0 +1,48 @@
+"""What tests of the launcher share: a small configuration, a ticket, and strings that a shell would obey."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longctx.config.load import loads
+from longctx.config.schema import RunConfig
+from longctx.launch import ticket
+from longctx.launch.hosts import default_world
+
+BASE = """
+model: {architecture: llama, hidden_size: 32, layers: 2, heads: 2}
+data: {sources: python-stdlib, tokenizer: bytes, sequence_length: 256}
+train: {steps: 2}
+output: {folder: runs/none}
+"""
+HOSTILE = tuple(
+    "$(touch pwned)|`touch pwned`|; touch pwned|'; touch pwned; '|\"$(touch pwned)\"|a\nb|%h %n|&& touch pwned|> pwned|"
+    "*|~|$HOME|\\|!!|#x| ||-oProxyCommand=x|a'b\"c|{a,b}|\u2028|é|\udcff|--|${IFS}|\t|^x^y|=x".split("|")
+) + ("| touch pwned",)
+
+
+def config(launch: str, *overrides: str) -> RunConfig:
+    """Return a configuration with this `launch` section."""
+    return loads(f"{BASE}launch: {launch}\n", overrides, default_world=default_world).config
+
+
+def make_ticket(folder: Path, **changes: object) -> ticket.Ticket:
+    """Return a ticket for three ranks on two hosts."""
+    values = {
+        "address": "127.0.0.1",
+        "port": 1,
+        "token": "t",
+        "hosts": (("a", 2), ("b", 1)),
+        "folder": str(folder),
+        "output": str(folder),
+        "config": str(folder / "config.yaml"),
+        "config_sha256": "",
+        "environment": {},
+        "interface": "auto",
+        "python": "python",
+        "python_path": "",
+        "silence_seconds": 5,
+        "columns": 0,
+        "command": ("true",),
+    }
+    return ticket.Ticket(**(values | changes))  # type: ignore[arg-type]
