@@ -17,6 +17,7 @@ _HOME = {  # public name -> module it lives in
     "positions": "longctx.sharding",
     "block_attention": "longctx.attention.block",
     "ring_attention": "longctx.attention.ring",
+    "el_attention": "longctx.decode.el",
     "register": "longctx.models.register",
     "initialize": "longctx.engine.initialize",
     "attach": "longctx.engine.attach",
@@ -33,6 +34,7 @@ __all__ = [
     "attach",
     "block_attention",
     "build",
+    "el_attention",
     "initialize",
     "positions",
     "register",
@@ -45,6 +47,7 @@ __all__ = [
 if TYPE_CHECKING:
     from longctx.attention.block import block_attention as block_attention
     from longctx.attention.ring import ring_attention as ring_attention
+    from longctx.decode.el import el_attention as el_attention
     from longctx.engine.attach import attach as attach
     from longctx.engine.build import build as build
     from longctx.engine.engine import Engine as Engine
