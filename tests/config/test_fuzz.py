@@ -78,7 +78,7 @@ def test_any_value_under_any_key(changes: list):
     for key, value in changes:
         section, _, name = key.partition(".")
         if name:
-            tree[section][name] = value
+            tree.setdefault(section, {})[name] = value
         else:
             tree[section] = value
     survives(json.dumps(tree, allow_nan=True))  # JSON is YAML, NaN and Infinity are words in it

@@ -1,4 +1,4 @@
-"""Training on hosts with addresses, names and sshds of their own: `make test-multinode` (needs root; see namespaces.py)."""
+"""Training on hosts with addresses, names and sshds of their own: `make test-multinode`; see namespaces.py."""
 
 from __future__ import annotations
 
