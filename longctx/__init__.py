@@ -18,6 +18,8 @@ _HOME = {  # public name -> module it lives in
     "block_attention": "longctx.attention.block",
     "ring_attention": "longctx.attention.ring",
     "el_attention": "longctx.decode.el",
+    "enable_el": "longctx.models.el",
+    "disable_el": "longctx.models.el",
     "register": "longctx.models.register",
     "initialize": "longctx.engine.initialize",
     "attach": "longctx.engine.attach",
@@ -34,7 +36,9 @@ __all__ = [
     "attach",
     "block_attention",
     "build",
+    "disable_el",
     "el_attention",
+    "enable_el",
     "initialize",
     "positions",
     "register",
@@ -55,6 +59,8 @@ if TYPE_CHECKING:
     from longctx.engine.logprobs import token_logprobs as token_logprobs
     from longctx.errors import LongctxError as LongctxError
     from longctx.mesh import Mesh as Mesh
+    from longctx.models.el import disable_el as disable_el
+    from longctx.models.el import enable_el as enable_el
     from longctx.models.register import register as register
     from longctx.sharding import positions as positions
     from longctx.sharding import shard as shard

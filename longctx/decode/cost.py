@@ -1,0 +1,73 @@
+"""How many bytes a generation keeps, by method, and which method to take: methods.md's costs as plain arithmetic.
+
+keys and values    2 * layers * rows * tokens * G * D            rows = batch * beams
+the same, prompt once a beam group                               rows = batch for the prompt, batch * beams after it
+hidden states      layers * rows * tokens * width                the prompt once a beam group
+cross attention    2 * layers * rows * source * G * D   against   batch * source * width, once for all
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's attention and one generation with it. `width`: what feeds W_k; `source`: tokens of an encoder."""
+
+    layers: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    width: int
+    batch: int
+    beams: int = 1
+    prompt: int = 0
+    generated: int = 0
+    source: int = 0
+    element_bytes: int = 2
+
+
+def kv_bytes(shape: Shape, *, shared_prompt: bool = False) -> int:
+    """Cached keys and values, cross attention's included."""
+    rows = shape.batch * shape.beams
+    prompt_rows = shape.batch if shared_prompt else rows
+    tokens = prompt_rows * (shape.prompt + shape.source) + rows * shape.generated
+    return 2 * shape.layers * shape.key_heads * shape.head_dim * tokens * shape.element_bytes
+
+
+def el_bytes(shape: Shape) -> int:
+    """Cached layer inputs, the prompt once for all beams, and the encoder's output once for everything."""
+    own = shape.layers * shape.batch * (shape.prompt + shape.beams * shape.generated)
+    return (own + shape.batch * shape.source) * shape.width * shape.element_bytes
+
+
+def read_flops(shape: Shape, *, el: bool) -> int:
+    """Multiply-adds x 2 of one token's attention over everything kept, projections of EL's queries included."""
+    tokens = shape.prompt + shape.generated + shape.source
+    if not el:
+        return 4 * shape.layers * shape.heads * shape.head_dim * tokens
+    expand = 4 * shape.heads * shape.head_dim * shape.width
+    return shape.layers * (4 * shape.heads * shape.width * tokens + expand)
+
+
+def choose(
+    shape: Shape, *, memory: int | None = None, seconds_per_byte: float = 0.0, seconds_per_flop: float = 1.0
+) -> str:
+    """Name the method, "kv" or "el": the faster of those that fit in ``memory`` bytes; EL only where it saves any.
+
+    A step's time is taken as the slower of reading the cache once and of its arithmetic. The defaults are a processor
+    on which arithmetic decides, so EL is chosen there for memory alone.
+    """
+    saves = el_bytes(shape) < kv_bytes(shape, shared_prompt=True)
+    if not saves:
+        return "kv"
+    if memory is not None and kv_bytes(shape, shared_prompt=True) > memory:
+        return "el"
+    rows = shape.batch * shape.beams
+
+    def seconds(el: bool) -> float:
+        held = el_bytes(shape) if el else kv_bytes(shape, shared_prompt=True)
+        return max(held * seconds_per_byte, rows * read_flops(shape, el=el) * seconds_per_flop)
+
+    return "el" if seconds(True) < seconds(False) else "kv"

@@ -1,0 +1,110 @@
+"""The four projections of an attention module, whatever its class calls them: what EL-attention folds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from longctx.errors import ModelError
+
+
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """Views of a module's weights in torch.nn.Linear's layout, (out, in); nothing is copied."""
+
+    w_q: torch.Tensor
+    w_k: torch.Tensor
+    w_v: torch.Tensor
+    w_o: torch.Tensor
+    b_q: torch.Tensor | None
+    b_k: torch.Tensor | None
+    b_v: torch.Tensor | None
+    b_o: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one kind of attention module is read."""
+
+    projections: Callable[[Any], Projections]
+    heads: str
+    scaled: bool = True
+    crosses: Callable[[Any, str], bool] = lambda module, name: False
+    decodes: Callable[[Any, str], bool] = lambda module, name: True
+    hidden: str = "key_value_states"
+    mask: str = "attention_mask"
+    bias: str | None = None
+    outputs: int = 2
+
+
+def _linear(*names: str) -> Callable[[Any], Projections]:
+    def read(module: Any) -> Projections:
+        layers = [getattr(module, name) for name in names]
+        return Projections(*(layer.weight for layer in layers), *(layer.bias for layer in layers))
+
+    return read
+
+
+def _gpt2(module: Any) -> Projections:
+    width = module.embed_dim
+    if module.is_cross_attention:
+        w_q, b_q = module.q_attn.weight.T, module.q_attn.bias
+        (w_k, w_v), (b_k, b_v) = module.c_attn.weight.T.split(width), module.c_attn.bias.split(width)
+    else:
+        w_q, w_k, w_v = module.c_attn.weight.T.split(width)
+        b_q, b_k, b_v = module.c_attn.bias.split(width)
+    return Projections(w_q, w_k, w_v, module.c_proj.weight.T, b_q, b_k, b_v, module.c_proj.bias)
+
+
+_BART = Family(
+    _linear("q_proj", "k_proj", "v_proj", "out_proj"),
+    "num_heads",
+    crosses=lambda module, name: name.endswith("encoder_attn"),
+    decodes=lambda module, name: bool(module.is_decoder),
+)
+_T5 = Family(
+    _linear("q", "k", "v", "o"),
+    "n_heads",
+    scaled=False,
+    crosses=lambda module, name: name.endswith("EncDecAttention"),
+    decodes=lambda module, name: bool(module.is_decoder),
+    mask="mask",
+    bias="position_bias",
+    outputs=3,
+)
+_GPT2 = Family(
+    _gpt2,
+    "num_heads",
+    crosses=lambda module, name: bool(module.is_cross_attention),
+    hidden="encoder_hidden_states",
+)
+_FAMILIES = {
+    **dict.fromkeys(("Bart", "MBart", "Marian", "Pegasus", "PLBart", "M2M100", "Blenderbot", "BlenderbotSmall"), _BART),
+    "GPT2": _GPT2,
+    "OPT": Family(_linear("q_proj", "k_proj", "v_proj", "out_proj"), "num_heads"),
+    **dict.fromkeys(("T5", "MT5"), _T5),
+}
+
+
+def family_of(module: Any) -> Family | None:
+    """How ``module`` is read, or None if it is no attention module that EL-attention knows."""
+    name = type(module).__name__
+    return _FAMILIES.get(name.removesuffix("Attention")) if name.endswith("Attention") else None
+
+
+def refuse(model: torch.nn.Module) -> ModelError:
+    """Why nothing in ``model`` can attend to hidden states."""
+    rotary = sorted({type(m).__name__ for m in model.modules() if "Rotary" in type(m).__name__})
+    if rotary:
+        return ModelError(
+            f"{type(model).__name__} turns its keys by their positions ({rotary[0]}): RoPE stands between the query "
+            "and W_k, so keys cannot be folded into queries and hidden states cannot replace the cache. Generate with "
+            "keys and values (leave the model as it is)"
+        )
+    return ModelError(
+        f"{type(model).__name__} has no attention module that EL-attention knows; it knows those of "
+        f"{', '.join(sorted(_FAMILIES))}"
+    )

@@ -1,0 +1,29 @@
+"""The byte formulas, at the paper's sizes and against caches of real generations (tests/models/test_el.py)."""
+
+from __future__ import annotations
+
+from longctx.decode.cost import Shape, choose, el_bytes, kv_bytes
+
+BART_LARGE = Shape(
+    layers=12, heads=16, key_heads=16, head_dim=64, width=1024, batch=32, beams=4, source=1024, element_bytes=2
+)
+
+
+def test_the_papers_six_gibibytes() -> None:
+    assert kv_bytes(BART_LARGE) == 6 * 2**30
+    assert el_bytes(BART_LARGE) == 2**30 // 16
+    assert kv_bytes(BART_LARGE) // el_bytes(BART_LARGE) == 2 * 12 * 4
+
+
+def test_a_decoder_keeps_half_and_its_prompt_once_for_all_beams() -> None:
+    gpt2 = Shape(layers=12, heads=12, key_heads=12, head_dim=64, width=768, batch=8, beams=4, prompt=900)
+    assert kv_bytes(gpt2) == 8 * el_bytes(gpt2)
+    assert kv_bytes(gpt2, shared_prompt=True) == 2 * el_bytes(gpt2)
+
+
+def test_the_choice_is_never_the_slower_one_within_the_memory() -> None:
+    assert choose(BART_LARGE) == "kv"  # arithmetic decides: EL multiplies it
+    assert choose(BART_LARGE, memory=2**30) == "el"  # the other does not fit
+    assert choose(BART_LARGE, seconds_per_byte=1e-12, seconds_per_flop=1e-16) == "el"  # bandwidth decides
+    few_keys = Shape(layers=2, heads=32, key_heads=4, head_dim=128, width=4096, batch=1, prompt=1000)
+    assert choose(few_keys, memory=1) == "kv"  # grouped keys are smaller than what makes them
