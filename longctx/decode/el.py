@@ -13,17 +13,15 @@ A rotation of the keys by their positions (RoPE) stands between q and W_k and ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from longctx.decode.norm import Norm, key_scales
+from longctx.decode.logits import Bias, Logits, expand, rows_of
+from longctx.decode.norm import Norm
 from longctx.decode.shared import TILE, Edit, SharedResult, shared_attention
 from longctx.errors import AttentionError
 from longctx.kernels.flash.dropout import kept
-
-Bias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Partial(NamedTuple):
@@ -102,9 +100,9 @@ def el_attention(
     q = torch.nn.functional.linear(x, w_q, b_q).unflatten(-1, (heads, -1))
     q = q if q_norm is None else q_norm(q)
     partial = expanded_attention(
-        q.transpose(1, 2), hidden, w_k, w_v if w_vo is None else None, b_k=b_k, b_v=None if w_vo is not None else b_v,
+        q.transpose(1, 2), hidden, w_k, w_v if w_vo is None else None, b_k=b_k, b_v=b_v,
         scale=scale, causal=causal, q_offset=q_offset, mask=mask, bias=bias, softcap=softcap, sink=sink,
-        dropout_p=dropout_p, dropout_seed=dropout_seed, k_norm=k_norm, scales=scales, tile=tile, full=w_vo is not None,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, k_norm=k_norm, scales=scales, tile=tile,
     )  # fmt: skip
     if w_vo is None:
         out = partial[0].transpose(1, 2).flatten(2).to(x.dtype)
@@ -112,7 +110,9 @@ def el_attention(
     context, mass = partial[0], partial[2]  # type: ignore[misc]
     out = torch.einsum("bhtc,hcd->btd", context.to(x.dtype), w_vo)
     if b_v is not None:
-        per_head = torch.einsum("hv,dhv->hd", _per_query_head(b_v, heads, w_o), w_o.unflatten(1, (heads, -1)))
+        per_head = torch.einsum(
+            "hv,dhv->hd", rows_of(b_v.unflatten(0, (-1, w_o.shape[1] // heads)), heads), w_o.unflatten(1, (heads, -1))
+        )
         out = out + torch.einsum("bht,hd->btd", mass.to(x.dtype), per_head)
     return out if b_o is None else out + b_o
 
@@ -137,7 +137,6 @@ def expanded_attention(
     k_norm: Norm | None = None,
     scales: torch.Tensor | None = None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-    full: bool = False,
     tile: int = TILE,
 ) -> Partial | SharedResult:
     """The part of `el_attention` between W_q and W_o; with a latent as `hidden` and `rotary`, DeepSeek's MLA.
@@ -146,77 +145,36 @@ def expanded_attention(
         q: (B * beams, H, T, D), after its norm, not scaled. hidden, w_k, w_v, masks and the rest: see `el_attention`.
         rotary: (q (B * beams, H, T, R), k (B, S, R)), both rotated: q_r . k_r joins the logit before the scale, whose
             default then is 1 / sqrt(D + R).
-        full: leave W_v to the caller and return `SharedResult` with context (B * beams, H, T, C).
+        w_v: None leaves it to the caller, and `SharedResult` is returned, with context (B * beams, H, T, C).
     """
     beams, key_heads = _counts(q, hidden, w_k)
     rows, heads, tokens, width = q.shape
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    rotary_width = 0 if rotary is None else rotary[0].shape[-1]
-    factor = (width + rotary_width) ** -0.5 if scale is None else scale
-    q = q * factor
-    competing = sink is not None or softcap is not None
-    shift = _dot(q, k_norm.bias, heads) if competing and k_norm is not None and k_norm.bias is not None else None
-    weights, key_bias = w_k.unflatten(0, (key_heads, -1)), None if b_k is None else b_k.unflatten(0, (key_heads, -1))
-    if k_norm is not None:
-        q = q if k_norm.weight is None else q * _rows(k_norm.weight, heads)[:, None]
-        weights = k_norm.centre(weights.mT).mT
-        key_bias = None if key_bias is None else k_norm.centre(key_bias)
-        if scales is None:
-            scales = key_scales(hidden, w_k, b_k, key_heads, k_norm)
-    constant = None if key_bias is None else _dot(q, key_bias, heads)
-    if k_norm is None and not competing:
-        constant = None  # the same for all keys of a query: the softmax does not see it
-    expanded = torch.einsum("bgntd,gdc->bgntc", q.unflatten(1, (key_heads, -1)), weights).flatten(1, 2)
-    shared, rotated = hidden, None
-    if rotary is not None:
-        rotated = rotary[0] * factor
-        if k_norm is None:
-            expanded, shared, rotated = torch.cat((expanded, rotated), -1), torch.cat((hidden, rotary[1]), -1), None
-    q_positions = torch.arange(tokens, device=q.device) + (hidden.shape[1] - tokens if q_offset is None else q_offset)
-
-    def edit(logits: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """(B, beams * H, T, n) -> the same, as (B * beams, H, T, n) in between."""
-        logits = logits.view(rows, heads, tokens, -1)
-        if constant is not None:
-            logits = logits + constant.to(wide)[..., None]
-        if k_norm is not None:
-            assert scales is not None
-            logits = logits * _per_head(scales[:, start:stop], beams, heads).to(wide)
-        if shift is not None:
-            logits = logits + shift.to(wide)[..., None]
-        if rotated is not None:
-            assert rotary is not None
-            keys = rotary[1][:, start:stop].repeat_interleave(beams, 0).to(wide)
-            logits = logits + rotated.to(wide) @ keys[:, None].mT
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        keys = torch.arange(start, stop, device=q.device)
-        if bias is not None:
-            logits = logits + bias(q_positions, keys).to(wide)
-        if mask is not None:
-            part = mask[..., start:stop]
-            logits = logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part.to(wide)
-        if causal:
-            logits = logits.masked_fill(keys[None, :] > q_positions[:, None], -torch.inf)
-        return logits.view(rows // beams, beams * heads, tokens, -1)
-
+    factor = (width + (0 if rotary is None else rotary[0].shape[-1])) ** -0.5 if scale is None else scale
+    made = expand(q * factor, hidden, w_k, b_k, k_norm, scales, competing=sink is not None or softcap is not None)
+    queries, shared = made.queries, hidden
+    turned = None if rotary is None else (rotary[0] * factor, rotary[1])
+    if turned is not None and k_norm is None:
+        queries, shared, turned = torch.cat((queries, turned[0]), -1), torch.cat((hidden, turned[1]), -1), None
+    positions = torch.arange(tokens, device=q.device) + (hidden.shape[1] - tokens if q_offset is None else q_offset)
+    edit = Logits(
+        beams, heads, positions, made.constant, made.scales, made.shift, turned, softcap, bias, mask, causal
+    )  # fmt: skip
     result = shared_attention(
-        expanded.reshape(rows // beams, beams * heads, tokens, -1),
+        queries.reshape(rows // beams, beams * heads, tokens, -1),
         shared,
         value_width=hidden.shape[2],
         edit=edit,
-        keep=_dropout(rows, heads, tokens, beams, dropout_p, dropout_seed, q_positions),
+        keep=_dropout(rows, heads, beams, dropout_p, dropout_seed, positions),
         sink=None if sink is None else sink.repeat(beams),
         tile=tile,
     )
     context, lse, mass = (part.reshape(rows, heads, tokens, *part.shape[3:]) for part in result)
-    if full:
+    if w_v is None:
         return SharedResult(context, lse, mass)
-    assert w_v is not None
-    values = w_v.unflatten(0, (key_heads, -1)).to(wide)
+    values = w_v.unflatten(0, (key_heads, -1)).to(context.dtype)
     out = torch.einsum("bgntc,gvc->bgntv", context.unflatten(1, (key_heads, -1)), values).flatten(1, 2)
     if b_v is not None:
-        out = out + mass[..., None] * _rows(b_v.unflatten(0, (key_heads, -1)), heads)[:, None].to(wide)
+        out = out + mass[..., None] * rows_of(b_v.unflatten(0, (key_heads, -1)), heads)[:, None].to(out.dtype)
     return Partial(out, lse)
 
 
@@ -244,31 +202,8 @@ def _counts(q: torch.Tensor, hidden: torch.Tensor, w_k: torch.Tensor) -> tuple[i
     return q.shape[0] // hidden.shape[0], w_k.shape[0] // q.shape[3]
 
 
-def _rows(per_head: torch.Tensor, heads: int) -> torch.Tensor:
-    """(D,), (G, D) or (H, D) -> (1 or H, D)."""
-    if per_head.dim() == 1:
-        return per_head[None]
-    return per_head.repeat_interleave(heads // per_head.shape[0], 0)
-
-
-def _dot(q: torch.Tensor, per_head: torch.Tensor, heads: int) -> torch.Tensor:
-    """(B, H, T): every query with its head's vector."""
-    return torch.einsum("bhtd,hd->bht", q, _rows(per_head, heads).expand(heads, -1))
-
-
-def _per_head(scales: torch.Tensor, beams: int, heads: int) -> torch.Tensor:
-    """(B, n, G) -> (B * beams, H, 1, n)."""
-    per_head = scales.repeat_interleave(heads // scales.shape[2], 2)
-    return per_head.repeat_interleave(beams, 0).transpose(1, 2)[:, :, None]
-
-
-def _per_query_head(b_v: torch.Tensor, heads: int, w_o: torch.Tensor) -> torch.Tensor:
-    """(G * Dv,) -> (H, Dv)."""
-    return _rows(b_v.unflatten(0, (-1, w_o.shape[1] // heads)), heads)
-
-
 def _dropout(
-    rows: int, heads: int, tokens: int, beams: int, p: float, seeds: torch.Tensor | None, positions: torch.Tensor
+    rows: int, heads: int, beams: int, p: float, seeds: torch.Tensor | None, positions: torch.Tensor
 ) -> Edit | None:
     """Drop the probabilities that the hash of (seed, head, query, key) names; divide the rest by 1 - p."""
     if not p:
@@ -279,6 +214,6 @@ def _dropout(
     def keep(met: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         keys = torch.arange(start, stop, device=met.device)
         stay = kept(seeds, heads, positions, keys, p).to(met.dtype) / (1 - p)
-        return met * stay.view(rows // beams, beams * heads, tokens, -1)
+        return met * stay.view(met.shape)
 
     return keep
