@@ -76,7 +76,9 @@ def longctx_attention(
     binding = binding_of(module)
     _refuse(module, others)
     causal = _causal(module, is_causal)
-    _check_mask(module, attention_mask, key.shape[2])
+    decoding = binding is not None and binding.cache is not None and binding.cache.ready
+    if not decoding:  # there the mask is that of the whole context
+        _check_mask(module, attention_mask, key.shape[2])
     _agree(module, getattr(attention_mask, "longctx_rule", None), causal, sliding_window)
     if binding is not None and not binding.checked:
         binding.called.add(id(module))
@@ -87,6 +89,9 @@ def longctx_attention(
     window: int | tuple[int, int] | None = sliding_window
     if sliding_window is not None and not causal:
         window = (sliding_window - 1, sliding_window - 1)  # strictly left and right of a token
+    if decoding:
+        out = _decode(module, query, causal, sliding_window, extras)
+        return out.transpose(1, 2).contiguous(), None
     mesh, layout, ids = None, "contiguous", None
     if binding is not None and binding.sharded:
         mesh, layout = binding.mesh, binding.layout
@@ -215,6 +220,18 @@ def _documents(
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not ids.any():
         return None  # one document without padding: cheaper without ids; elsewhere asking would cost more than it saves
     return ids
+
+
+def _decode(
+    module: torch.nn.Module, query: torch.Tensor, causal: bool, window: int | None, extras: dict[str, Any]
+) -> torch.Tensor:
+    """Attend from the last tokens, which every rank has, to a cache that is spread over the ranks."""
+    binding = binding_of(module)
+    assert binding is not None
+    if not causal:
+        raise ModelError(f"{type(module).__name__} attends in both directions: it has no cache to generate from")
+    out: torch.Tensor = binding.cache.attend(int(module.layer_idx), query, window=window, **extras)  # type: ignore[arg-type]
+    return out
 
 
 def _shaped(ids: torch.Tensor, query: torch.Tensor, name: str = "document_ids") -> torch.Tensor:

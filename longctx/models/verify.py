@@ -47,7 +47,7 @@ class _Watcher:
     def before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.binding.document_ids = kwargs.get("document_ids")
         if self.binding.sharded:
-            check_keywords(model, kwargs)
+            check_keywords(model, kwargs, self.binding.cache)
         if not self.binding.checked:
             self._stop()
             self.ran.clear()
@@ -75,11 +75,19 @@ class _Watcher:
         self.handles.clear()
 
 
-def check_keywords(model: torch.nn.Module, kwargs: dict[str, Any]) -> None:
-    """Refuse keywords whose meaning is local to a shard, before anything is computed or sent."""
+def check_keywords(model: torch.nn.Module, kwargs: dict[str, Any], cache: Any = None) -> None:
+    """Refuse keywords whose meaning is local to a shard, before anything is computed or sent.
+
+    Args:
+        cache: of the sharded generation in progress, whose forwards are in order.
+    """
+    if cache is not None and kwargs.get("past_key_values") is cache:
+        return
     name = type(model).__name__
     if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
-        raise ModelError(f"{name} was called with a cache on a shard, which is not built; pass use_cache=False")
+        raise ModelError(
+            f"{name} was called with a cache on a shard; pass use_cache=False, or generate with longctx.generate"
+        )
     keep = kwargs.get("logits_to_keep", 0)
     if isinstance(keep, torch.Tensor) or keep:
         raise ModelError(f"{name}: logits_to_keep picks among the local tokens of a shard; leave it out")

@@ -1,0 +1,126 @@
+"""generate(): transformers' own generate() over a context that no single rank holds.
+
+The prompt runs through the model once, sharded, by ring attention, and its keys and values stay where they lie. From
+then on every rank computes the same new token: attention is the only place where they exchange anything, D + 1 numbers
+a query head and layer. Sampling draws from generators that start equal on all ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.decode.cache import ShardedCache
+from longctx.decode.sharded import Places
+from longctx.errors import ModelError
+from longctx.mesh import Mesh
+from longctx.models.attach import attach_attention
+from longctx.models.binding import binding_of
+from longctx.sharding import positions, shard
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    *,
+    mesh: Mesh,
+    layout: str = "zigzag",
+    attention_mask: torch.Tensor | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Any:
+    """Continue a prompt whose context is spread over the ranks of ``mesh``; call it on all of them alike.
+
+    Args:
+        model: a causal transformers model, whole on every rank; its attention becomes longctx's.
+        input_ids: (B, S) int64, the whole prompt, equal on every rank of the sequence group; S >= 2.
+        attention_mask: (B, S), 0 at padding, which must be on the left.
+        seed: of sampling.
+        options: of transformers' generate(): max_new_tokens, do_sample, num_beams, streamer, …
+
+    Returns:
+        what generate() returns, the same on every rank.
+
+    Raises:
+        ModelError: the model or an option cannot be generated from sharded; see docs/decode.md.
+    """
+    _check(model, input_ids, attention_mask, options)
+    model.eval()
+    if binding_of(model) is None or binding_of(model).mesh is not mesh:  # type: ignore[union-attr]
+        attach_attention(model, mesh, layout)
+    binding = binding_of(model)
+    assert binding is not None
+    layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    beams = max(int(options.get("num_beams") or 1), int(options.get("num_return_sequences") or 1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if not binding.sharded:
+            return model.generate(input_ids, attention_mask=mask, **(options | {"use_cache": True}))
+        try:
+            cache = binding.cache = _prefill(model, input_ids[:, :-1], mask[:, :-1], mesh, layout, layers, binding)
+            if beams > 1:
+                cache.batch_repeat_interleave(beams)
+            return model.generate(
+                input_ids, attention_mask=mask, past_key_values=cache, **(options | {"use_cache": True})
+            )
+        finally:
+            binding.cache = None
+
+
+def _prefill(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, mesh: Mesh, layout: str, layers: int, binding: Any
+) -> ShardedCache:
+    """Run the prompt but its last token through the model, sharded, and keep what each rank computes."""
+    length = ids.shape[1]
+    documents = shard(torch.where(mask > 0, 0, -1).to(torch.int32), mesh, layout=layout, pad_value=-1)
+    places = Places(
+        mesh.sequence_rank, mesh.sequence_size, length, positions(length, mesh, layout).to(ids.device), documents
+    )
+    cache = binding.cache = ShardedCache(mesh, layers, places)
+    model(
+        input_ids=shard(ids, mesh, layout=layout),
+        position_ids=shard((mask.cumsum(-1) - 1).clamp(min=0), mesh, layout=layout),
+        document_ids=documents,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    if not cache.filled:
+        raise ModelError(
+            f"{type(model).__name__} did not fill its cache of {layers} layers: only models whose every layer caches "
+            "keys and values can be generated from sharded"
+        )
+    cache.ready = True
+    return cache
+
+
+def _check(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]) -> None:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "generate"):
+        raise ModelError(f"{name}: sharded generation is for causal decoders with generate()")
+    if ids.dim() != 2 or ids.shape[1] < 2 or ids.is_floating_point():
+        raise ModelError(f"input_ids {tuple(ids.shape)} of {ids.dtype}: expected (B, S) token numbers with S >= 2")
+    if mask is not None and (mask.shape != ids.shape or bool((mask[:, -1] == 0).any())):
+        raise ModelError(
+            f"attention_mask {tuple(mask.shape)} for input_ids {tuple(ids.shape)}: give one of the same shape, with "
+            "padding on the left"
+        )
+    for option in ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens"):
+        if options.get(option) is not None:
+            raise ModelError(f"generate({option}=…): the cache of a sharded generation is its own; leave it out")
+    if options.get("use_cache") is False:
+        raise ModelError("generate(use_cache=False): a sharded generation lives on its cache; leave it out")
+
+
+def same_everywhere(tokens: torch.Tensor, mesh: Mesh) -> bool:
+    """Tell whether all ranks of the sequence group hold the same tokens (collective)."""
+    if mesh.sequence_size == 1:
+        return True
+    low, high = tokens.clone(), tokens.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=mesh.sequence_group)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=mesh.sequence_group)
+    return bool(torch.equal(low, high))
