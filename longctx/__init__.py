@@ -20,6 +20,7 @@ _HOME = {  # public name -> module it lives in
     "el_attention": "longctx.decode.el",
     "enable_el": "longctx.models.el",
     "disable_el": "longctx.models.el",
+    "generate": "longctx.models.generate",
     "register": "longctx.models.register",
     "initialize": "longctx.engine.initialize",
     "attach": "longctx.engine.attach",
@@ -39,6 +40,7 @@ __all__ = [
     "disable_el",
     "el_attention",
     "enable_el",
+    "generate",
     "initialize",
     "positions",
     "register",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from longctx.mesh import Mesh as Mesh
     from longctx.models.el import disable_el as disable_el
     from longctx.models.el import enable_el as enable_el
+    from longctx.models.generate import generate as generate
     from longctx.models.register import register as register
     from longctx.sharding import positions as positions
     from longctx.sharding import shard as shard

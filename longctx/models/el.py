@@ -187,6 +187,8 @@ def _mask(mask: Any, keys: int) -> torch.Tensor | None:
             f"EL-attention got a mask of {type(mask).__name__} {tuple(getattr(mask, 'shape', ()))}: load the model "
             "with attn_implementation 'sdpa' or 'eager'"
         )
+    if mask.dtype == torch.int32:  # longctx's own: documents of the keys, negative at padding
+        return mask[..., :keys] >= 0 if mask.shape[-1] >= keys > 1 else None
     return mask[..., :keys]
 
 

@@ -35,7 +35,7 @@ def generate(
     """Continue a prompt whose context is spread over the ranks of ``mesh``; call it on all of them alike.
 
     Args:
-        model: a causal transformers model, whole on every rank; its attention becomes longctx's.
+        model: a causal transformers model, whole on every rank; on a ring its attention becomes longctx's.
         input_ids: (B, S) int64, the whole prompt, equal on every rank of the sequence group; S >= 2.
         attention_mask: (B, S), 0 at padding, which must be on the left.
         seed: of sampling.
@@ -49,17 +49,17 @@ def generate(
     """
     _check(model, input_ids, attention_mask, options)
     model.eval()
-    if binding_of(model) is None or binding_of(model).mesh is not mesh:  # type: ignore[union-attr]
-        attach_attention(model, mesh, layout)
-    binding = binding_of(model)
-    assert binding is not None
     layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     beams = max(int(options.get("num_beams") or 1), int(options.get("num_return_sequences") or 1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if not binding.sharded:
+        if mesh.sequence_size == 1:
             return model.generate(input_ids, attention_mask=mask, **(options | {"use_cache": True}))
+        if binding_of(model) is None or binding_of(model).mesh is not mesh:  # type: ignore[union-attr]
+            attach_attention(model, mesh, layout)
+        binding = binding_of(model)
+        assert binding is not None
         try:
             cache = binding.cache = _prefill(model, input_ids[:, :-1], mask[:, :-1], mesh, layout, layers, binding)
             if beams > 1:

@@ -22,7 +22,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models", "data"),
     ("engine",),
     ("config",),
-    ("train", "eval", "plan"),
+    ("train", "eval", "plan", "generation"),
     ("launch",),
     ("cli",),
 )

@@ -1,0 +1,63 @@
+"""What `longctx generate` was asked for: one frozen value that travels to every rank as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from longctx.errors import ConfigError
+
+ATTENTION = ("auto", "el", "kv")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checkpoint, a prompt, and how to continue it."""
+
+    folder: str
+    prompt: str
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+    beams: int = 1
+    seed: int = 0
+    attention: str = "auto"
+    layout: str = "zigzag"
+
+    def __post_init__(self) -> None:
+        limits = {
+            "max-new-tokens": (self.max_new_tokens, 1, 2**31), "temperature": (self.temperature, 0, 100),
+            "top-k": (self.top_k, 0, 2**31), "top-p": (self.top_p, 1e-6, 1), "beams": (self.beams, 1, 1024),
+        }  # fmt: skip
+        for name, (value, low, high) in limits.items():
+            if not low <= value <= high:
+                raise ConfigError(f"generate --{name} {value}: give a number from {low} to {high}")
+        if self.attention not in ATTENTION:
+            raise ConfigError(f"generate --attention {self.attention}: choose one of {', '.join(ATTENTION)}")
+
+    def write(self, path: Path) -> None:
+        """Write it for the ranks, readable by this user alone."""
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Request:
+        """Read what `write` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def model_folder(checkpoint: Path) -> Path:
+    """Return the folder with the weights: a model's own, or the `model` folder of a run directory.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for folder in (checkpoint, checkpoint / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ConfigError(
+        f"generate {checkpoint}: no config.json there, nor in {checkpoint / 'model'}; give a run directory whose "
+        "training has ended, or a folder that save_pretrained wrote"
+    )

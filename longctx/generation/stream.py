@@ -1,0 +1,41 @@
+"""Text as it is made: what transformers calls a streamer, for our tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from longctx.data.tokenizer import Tokenizer
+
+_UNFINISHED = "\ufffd"
+
+
+class TextStream:
+    """Write what each new token adds to the text; a character whose bytes are not all there waits for them."""
+
+    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], Any]) -> None:
+        self.tokenizer, self.write = tokenizer, write
+        self.ids: list[int] = []
+        self.start = 0  # of the tokens that are decoded again: only the last few can change
+        self.shown = ""
+        self.prompt = True
+
+    def put(self, tokens: Any) -> None:
+        """Take the prompt (once, not shown), then new tokens."""
+        if self.prompt:
+            self.prompt = False
+            return
+        self.ids += tokens.flatten().tolist()
+        text = self.tokenizer.decode(self.ids[self.start :])
+        if text.endswith(_UNFINISHED):
+            return
+        self.write(text[len(self.shown) :])
+        self.shown = text
+        if len(self.ids) - self.start > 64:  # start again behind what is certain
+            self.start, self.shown = len(self.ids), ""
+
+    def end(self) -> None:
+        """Write what is left."""
+        text = self.tokenizer.decode(self.ids[self.start :])
+        self.write(text[len(self.shown) :])
+        self.shown = text

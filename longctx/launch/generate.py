@@ -1,0 +1,84 @@
+"""`longctx generate`: continue a text in this process, or on a ring of local ranks that share the context."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longctx.errors import ConfigError, LaunchError
+from longctx.generation.request import Request, model_folder
+from longctx.launch import hardware, local
+
+
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a run directory, or a model's folder")],
+    prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="a file with the text; - is standard input")] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", help="ask for one prompt after another")] = False,
+    ring: Annotated[int, typer.Option(help="ranks of this machine that share the context", min=1)] = 1,
+    attention: Annotated[str, typer.Option(help="auto, el (hidden states) or kv (keys and values)")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="stop after so many")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="sample among the k likeliest; 0: all")] = 50,
+    top_p: Annotated[float, typer.Option(help="sample among the likeliest that make up p")] = 1.0,
+    beams: Annotated[int, typer.Option(help="beam search instead of sampling")] = 1,
+    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
+) -> None:
+    """Continue a text with a trained model; the text goes to stdout as it is made, tokens/s to stderr."""
+    if sum((prompt is not None, prompt_file is not None, interactive)) != 1:
+        raise ConfigError("generate: give one of --prompt, --prompt-file and --interactive")
+    if prompt_file is not None:
+        try:
+            prompt = sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"generate --prompt-file {prompt_file}: cannot be read as UTF-8 text: {error}") from None
+    request = Request(
+        str(model_folder(checkpoint).resolve()), prompt or "", max_new_tokens=max_new_tokens, temperature=temperature,
+        top_k=top_k, top_p=top_p, beams=beams, seed=seed, attention=attention,
+    )  # fmt: skip
+    raise typer.Exit(_run(request, ring, interactive))
+
+
+def _run(request: Request, ring: int, interactive: bool) -> int:
+    """Write the answer to stdout and its figures to stderr; return the exit code.
+
+    Raises:
+        LaunchError: the ring does not fit this machine, or cannot be interactive.
+    """
+    if ring == 1:
+        return _here(request, interactive)
+    if interactive:
+        raise LaunchError("generate --interactive runs in one process: leave --ring out, or give --prompt")
+    if 0 < hardware.gpus() < ring:
+        raise LaunchError(f"generate --ring {ring}: this machine has {hardware.gpus()} GPUs, one rank each")
+    extra = {} if hardware.gpus() else {"DS_ACCELERATOR": "cpu"}
+    with tempfile.TemporaryDirectory(prefix="longctx-generate-") as folder:
+        path = Path(folder) / "request.json"
+        request.write(path)
+        command = [sys.executable, "-m", "longctx.launch.generate_rank", str(path)]
+        return local.run(command, world=ring, logs=Path(folder) / "logs", environment=extra)
+
+
+def _here(request: Request, interactive: bool) -> int:
+    from longctx.generation.run import Generator
+    from longctx.mesh import Mesh
+
+    generator = Generator(Path(request.folder), Mesh(ring=1, world_size=1))
+    while True:
+        if interactive:
+            try:
+                prompt = input("> ")
+            except EOFError:
+                return 0
+            if not prompt.strip():
+                continue
+            request = Request(**(vars(request) | {"prompt": prompt}))
+        done = generator.answer(request, lambda text: print(text, end="", flush=True))
+        print()
+        print(done.summary(1), file=sys.stderr)
+        if not interactive:
+            return 0

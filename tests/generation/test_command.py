@@ -1,0 +1,115 @@
+"""`longctx generate` as a user types it: text on stdout, figures on stderr, one process or a ring."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models.zoo import tiny_config, tiny_model
+
+from longctx.data.tokenizer import ByteTokenizer, train_bpe
+from longctx.errors import ConfigError
+from longctx.generation.request import Request, model_folder
+from longctx.generation.run import Generator
+from longctx.generation.stream import TextStream
+from longctx.mesh import Mesh
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "It was a bright cold day in April, and the clocks were striking thirteen. "
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run directory with a Llama, and a folder with a GPT-2."""
+    made = {}
+    for name in ("llama", "gpt2"):
+        run = tmp_path_factory.mktemp(name)
+        folder = run / "model" if name == "llama" else run
+        config = tiny_config(name)
+        config.vocab_size = 257
+        tiny_model(config, "sdpa").save_pretrained(folder)
+        ByteTokenizer().save(folder)
+        made[name] = run
+    return made
+
+
+def command(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", "longctx.cli", "generate", *map(str, arguments)],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280, input=stdin,
+    )  # fmt: skip
+
+
+def test_a_ring_writes_what_one_process_writes(checkpoints: dict[str, Path]) -> None:
+    common = (checkpoints["llama"], "--prompt", PROMPT, "--max-new-tokens", 8, "--seed", 3)
+    alone, ring = command(*common), command(*common, "--ring", 2)
+    assert alone.returncode == 0 and ring.returncode == 0, alone.stderr + ring.stderr
+    assert "tokens/s" in alone.stderr and "attention kv" in alone.stderr and "cache" in alone.stderr
+    assert alone.stdout.strip() and ring.stdout.startswith(alone.stdout.rstrip("\n"))
+    assert "one of 2" in ring.stdout
+
+
+def test_one_prompt_after_another(checkpoints: dict[str, Path]) -> None:
+    done = command(checkpoints["gpt2"], "--interactive", "--max-new-tokens", 3, stdin="Hello\n\nAgain\n")
+    assert done.returncode == 0 and done.stderr.count("tokens/s") == 2, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give one of --prompt"),
+        (("--prompt", "x y", "--prompt-file", "z"), "give one of --prompt"),
+        (("--prompt", "xy", "--attention", "fast"), "choose one of auto, el, kv"),
+        (("--prompt", "xy", "--temperature", "-1"), "--temperature -1.0: give a number from 0"),
+        (("--prompt-file", "/nowhere"), "cannot be read"),
+        (("--interactive", "--ring", "2"), "runs in one process"),
+    ],
+)
+def test_mistakes(checkpoints: dict[str, Path], arguments: tuple[str, ...], message: str) -> None:
+    done = command(checkpoints["llama"], *arguments)
+    assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_where_the_model_is(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    assert (
+        model_folder(checkpoints["llama"]).name == "model" and model_folder(checkpoints["gpt2"]) == checkpoints["gpt2"]
+    )
+    with pytest.raises(ConfigError, match=r"no config.json there"):
+        model_folder(tmp_path)
+
+
+def test_hidden_states_give_the_same_text_from_half_the_cache(checkpoints: dict[str, Path]) -> None:
+    generator = Generator(checkpoints["gpt2"], Mesh(ring=1, world_size=1))
+    made = {}
+    for attention in ("kv", "el", "auto"):
+        written = io.StringIO()
+        request = Request(str(checkpoints["gpt2"]), PROMPT, max_new_tokens=12, attention=attention, seed=1)
+        made[attention] = generator.answer(request, written.write)
+        assert written.getvalue() == made[attention].text
+    assert made["el"].text == made["kv"].text and made["el"].cache_bytes * 2 == made["kv"].cache_bytes
+    assert made["auto"].attention == "kv", "nothing here is short of memory"
+    beams = Request(str(checkpoints["gpt2"]), PROMPT, max_new_tokens=12, beams=3, attention="el")
+    assert (
+        generator.answer(beams, lambda text: None).text
+        == generator.answer(Request(**(vars(beams) | {"attention": "kv"})), lambda text: None).text
+    )
+
+
+def test_a_stream_is_the_text(tmp_path: Path) -> None:
+    """Also where a character comes in several tokens, and after many of them."""
+    import torch
+
+    text = "naïve café — 東京 🎉 " * 30
+    for tokenizer in (ByteTokenizer(), train_bpe([text], 300)):
+        written: list[str] = []
+        stream = TextStream(tokenizer, written.append)
+        stream.put(torch.tensor([[1, 2, 3]]))
+        for token in tokenizer.encode(text).tolist():
+            stream.put(torch.tensor([token]))
+        stream.end()
+        assert "".join(written) == text and len(written) > 100
