@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
-from longctx.decode.cache import cache_bytes
+from longctx.decode.caches.size import cache_bytes
 from longctx.decode.cost import Shape, choose
 from longctx.errors import ConfigError, ModelError
 from longctx.generation.request import Request

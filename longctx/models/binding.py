@@ -24,7 +24,7 @@ class Binding:
     checked: bool = False  # the first forward has been judged
     called: set[int] = field(default_factory=set)  # id of each module that reached longctx in the first forward
     document_ids: torch.Tensor | None = None  # of the forward in progress; RoPE needs to know which tokens are padding
-    cache: Any = None  # a decode.cache.ShardedCache, while a generation reads the sharded context
+    cache: Any = None  # a decode.caches.sharded.ShardedCache, while a generation reads the sharded context
     handles: list[Any] = field(default_factory=list)  # forward hooks, to be removed when the model is attached anew
 
     @property

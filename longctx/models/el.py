@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from longctx.decode.cache import append_hidden, self_attention_cache, share_prompt
+from longctx.decode.caches.hidden import append_hidden, self_attention_cache, share_prompt
 from longctx.decode.el import el_attention, expanded_attention
 from longctx.errors import ModelError
 from longctx.models.projections import Family, family_of, refuse

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longctx.decode.cache import ShardedCache
+from longctx.decode.caches.sharded import ShardedCache
 from longctx.decode.sharded import Places
 from longctx.errors import ModelError
 from longctx.mesh import Mesh

@@ -35,7 +35,7 @@ OWNERS = {
     "triton": ("kernels/", "longctx/kernels/"),
     "deepspeed": ("longctx/engine", "longctx/launch/", "launch/"),
     "yaml": ("longctx/config/",),
-    "transformers": ("longctx/models/", "longctx/decode/cache.py", "longctx/data/tokenizer.py"),
+    "transformers": ("longctx/models/", "longctx/decode/caches/", "longctx/data/tokenizer.py"),
 }
 # These answer `check`, `explain` and `--help` in half a second, so torch waits until something runs.
 TORCH_LATER = ("longctx/config/", "longctx/launch/", "longctx/cli.py", "longctx/__init__.py", "launch/")

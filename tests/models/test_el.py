@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import longctx
-from longctx.decode.cache import cache_bytes
+from longctx.decode.caches.size import cache_bytes
 from longctx.decode.cost import Shape, el_bytes, kv_bytes
 from longctx.errors import ModelError
 
