@@ -81,6 +81,7 @@ rings = st.fixed_dictionaries(
         "cut": st.integers(0, 7),
         "packed": st.sampled_from([None, 2, 5]),
         "names": some_extras,
+        "backend": st.sampled_from(("triton", "triton-tma")),
         "dtype": st.sampled_from(sorted(DTYPES)),
         "scale": st.sampled_from([0.5, -0.4]),
         "seed": st.integers(0, 1000),
@@ -97,7 +98,9 @@ def ring_equals_dense(drawn: dict[str, Any]) -> None:
         g = torch.Generator().manual_seed(drawn["seed"])
         documents = torch.randint(-1, drawn["packed"], (2, length), generator=g).sort(1).values
     chosen = in_single(extras.make(drawn["names"], drawn["heads"][0], 2, drawn["seed"]))
-    got, _ = simulated(drawn["ring"], drawn["layout"], rule, inputs, documents, drawn["scale"], "triton", chosen)
+    got, _ = simulated(
+        drawn["ring"], drawn["layout"], rule, inputs, documents, drawn["scale"], drawn["backend"], chosen
+    )
     assert error(got, expected(inputs, rule, documents, drawn["scale"], chosen)) <= tolerance(drawn["dtype"])
 
 
