@@ -24,6 +24,8 @@ RECORD = FLASH / "compiled.json"
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 PRODUCTS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 """The tensor-core instruction that half precision must use; see `product`."""
+NEWEST, OLDER_MAY_SPILL = "3.9.", 128
+"""Nothing is spilled by the triton that the record is made with; bytes a thread that older ones may (docs/kernels.md)."""
 SOURCES = ("elements", "forward", "backward_queries", "backward_keys")
 
 
@@ -189,7 +191,8 @@ def _specialised(made: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[
 def problems(compiled: Compiled) -> list[str]:
     """What a configuration must not be."""
     case, found = parse(compiled.case), []
-    if compiled.spilled and case.kind != "float":  # exact fp32 products are for checking, not for speed
+    allowed = 0 if compiled.triton.startswith(NEWEST) else OLDER_MAY_SPILL
+    if compiled.spilled > allowed and case.kind != "float":  # exact fp32 products are for checking, not for speed
         found.append(f"{compiled.case}: {compiled.spilled} bytes of registers spilled")
     if compiled.shared > SHARED_LIMIT[case.arch]:
         found.append(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from attention import dense, extras
+from attention.dense import relative_difference as error
 from attention.ring import simulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,19 +47,6 @@ def in_single(given: dense.Extras) -> dense.Extras:
     """Sink and slopes as fp32, which is what a backend gets."""
     sink, alibi = (None if x is None else x.float() for x in (given.sink, given.alibi))
     return given._replace(sink=sink, alibi=alibi)
-
-
-def error(got: dense.Results, truth: dense.Results) -> float:
-    """The largest difference, relative to a tensor's largest value where that is above one."""
-    assert torch.equal(got.lse == -math.inf, truth.lse == -math.inf)
-    worst = 0.0
-    for a, b in zip(got, truth, strict=True):
-        if b.numel():
-            finite = b.masked_fill(b == -math.inf, 0.0)
-            apart = (a.double().masked_fill(b == -math.inf, 0.0) - finite).abs().max()
-            assert not apart.isnan()
-            worst = max(worst, float(apart / finite.abs().max().clamp(min=1.0)))
-    return worst
 
 
 def expected(

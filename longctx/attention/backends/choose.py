@@ -97,7 +97,7 @@ def _gpu_problem(name: str, q: torch.Tensor, v: torch.Tensor, device: str, score
     """Why that backend of GPU cannot compute such a call; empty if it can."""
     if name in WIDEST:
         if device != "cuda" or torch.version.hip:
-            return f"it is torch's operator for NVIDIA's GPUs, and the tensors are on {device}"
+            return f"it needs an NVIDIA GPU, and the tensors are on {device}"
         return fused_torch_problem(name, q, v, scores, pattern != "other")
     problem = _triton_problem(q, v, device)
     if not problem and name == "triton-tma" and q.device.type == "cuda":
