@@ -24,8 +24,8 @@ RECORD = FLASH / "compiled.json"
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 PRODUCTS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 """The tensor-core instruction that half precision must use; see `product`."""
-NEWEST, OLDER_MAY_SPILL = "3.9.", 128
-"""Nothing is spilled by the triton that the record is made with; bytes a thread that older ones may (docs/kernels.md)."""
+NEWEST, OLDER_MAY_SPILL = "3.9.", 256
+"""The triton of the record, with which nothing is spilled; bytes a thread that older ones may (docs/kernels.md)."""
 SOURCES = ("elements", "forward", "backward_queries", "backward_keys")
 
 
