@@ -88,7 +88,7 @@ def fastest(q: torch.Tensor, v: torch.Tensor, device: str, scores: Scores, patte
     able = tuple(name for name in GPU if not _gpu_problem(name, q, v, device, scores, pattern))
     row = measured.best(measured.read(), chip, call, able)
     if row is None:
-        return "triton", f"our fused kernels; nothing like this call has been measured on {chip}"
+        return "triton", f"our fused kernels: proven in triton's interpreter, nothing like this call measured on {chip}"
     near = f"{'causal' if row.call.causal else 'full'} {row.call.dtype}, head dimension {row.call.head_dim}"
     return row.backend, f"measured fastest on {chip} for {near}, from {row.call.length} tokens"
 
