@@ -6,6 +6,7 @@ from __future__ import annotations
 _TABLE: dict[str, tuple[float, str]] = {
     "fp64": (1e-10, "fp64 arithmetic in another order of summation; thousands of terms of size one"),
     "fp16": (4e-3, "fused kernels round probabilities and their gradients to fp16 (2^-11) before products; relative"),
+    "bf16": (2e-2, "as fp16, of which bf16 has three bits fewer (2^-8); relative"),
     "fp32": (1e-5, "fp32 arithmetic in another order of summation, relative to the largest value"),
     "training loss": (1e-5, "fp32, 20 optimizer steps on ranks against one process; relative"),
     "training norm": (1e-5, "as the loss"),

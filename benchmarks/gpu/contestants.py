@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from benchmarks.gpu.rows import Row
 from benchmarks.peers import NotMeasured
 from longctx import block_attention
+from longctx.attention.backends.choose import choose_backend, pattern_of
+from longctx.attention.band import make_rule
+from longctx.attention.scores import Scores
+from longctx.errors import AttentionError
 
 Call = Callable[[], torch.Tensor]
 
@@ -26,13 +30,24 @@ class Inputs(NamedTuple):
     dout: torch.Tensor
 
 
-def ours(row: Row, x: Inputs) -> Call:
-    def call() -> torch.Tensor:
-        return block_attention(
-            x.q, x.k, x.v, causal=row.causal, window=row.window, document_ids=x.documents, backend="triton"
-        )[0]
+def _ours(backend: str) -> Callable[[Row, Inputs], Call]:
+    """block_attention on one of its backends; what that backend refuses, by name, is not measured."""
 
-    return call
+    def prepare(row: Row, x: Inputs) -> Call:
+        pattern = pattern_of(make_rule(row.causal, row.window), x.documents)
+        try:
+            choose_backend(backend, x.q, x.v, Scores(1.0), pattern)
+        except AttentionError as error:
+            raise NotMeasured(str(error)) from None
+
+        def call() -> torch.Tensor:
+            return block_attention(
+                x.q, x.k, x.v, causal=row.causal, window=row.window, document_ids=x.documents, backend=backend
+            )[0]
+
+        return call
+
+    return prepare
 
 
 def ours_as_ring(row: Row, x: Inputs) -> Call:
@@ -96,9 +111,11 @@ def tutorial(row: Row, x: Inputs) -> Call:
     return lambda: attention(x.q, x.k, x.v, row.causal)
 
 
-OURS, RING = "longctx", "longctx, ring in sequence"
+OURS, TMA, RING = "longctx", "longctx, TMA", "longctx, ring in sequence"
+BACKENDS = {OURS: "triton", TMA: "triton-tma", "longctx over cuDNN": "cudnn", "longctx over flash": "flash"}
+"""Between whom backend="auto" may choose: `python -m benchmarks.gpu.table` makes its table of their rows."""
 CONTESTANTS: dict[str, Callable[[Row, Inputs], Call]] = {
-    OURS: ours,
+    **{name: _ours(backend) for name, backend in BACKENDS.items()},
     RING: ours_as_ring,
     "SDPA cuDNN": _sdpa("CUDNN_ATTENTION"),
     "SDPA flash": _sdpa("FLASH_ATTENTION"),

@@ -45,6 +45,7 @@ class Required:
     direction: str
     ratio: float
     length: int = 16384
+    ours: str = "longctx"
 
 
 def _grid() -> tuple[Row, ...]:
@@ -82,6 +83,8 @@ REQUIRED = (
     Required("FlexAttention", "backward", 1.5),
     Required("tutorial", "forward", 1.1),
     Required("tutorial", "backward", 1.5),
+    Required("SDPA cuDNN", "forward", 1.0, ours="longctx, TMA"),
+    Required("SDPA cuDNN", "backward", 1.0, ours="longctx, TMA"),
 )
 SPLIT = 0.97
 """One call's time over the ring's, from 8192 tokens a step on."""

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import hardware
 from benchmarks.gpu import measure, rows
-from benchmarks.gpu.contestants import CONTESTANTS, OURS, RING
+from benchmarks.gpu.contestants import CONTESTANTS, OURS, RING, TMA
 from benchmarks.gpu.rows import Row
 from benchmarks.peers import NotMeasured
 
@@ -97,7 +97,7 @@ def _measure(row: Row, name: str, device: torch.device, wrong: dict[tuple[Row, s
         figure.note = str(error)
     except Exception as error:  # a peer that fails must not end the run; ours is named all the same
         figure.note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if name in (OURS, RING):
+        if name in (OURS, TMA, RING):
             wrong[small, name] = f"{name} {row.name}: {figure.note}"
     return figure
 
@@ -141,9 +141,11 @@ def _verdicts(figures: list[Figure]) -> Any:
     for row in dict.fromkeys(f.row for f in figures):
         own, split = by_name[row, OURS], by_name[row, RING]
         for required in rows.REQUIRED:
-            theirs, ours = (getattr(f, required.direction) for f in (by_name[row, required.contestant], own))
+            theirs, ours = (
+                getattr(by_name[row, name], required.direction) for name in (required.contestant, required.ours)
+            )
             if theirs and ours and row.causal and row.head_dim == 128 and row.length >= required.length:
-                text = f"{row.name} {required.direction}: {theirs / ours:.2f} x {required.contestant}"
+                text = f"{row.name} {required.direction}: {required.ours} {theirs / ours:.2f} x {required.contestant}"
                 yield f"{text}, required {required.ratio}", theirs / ours >= required.ratio
         if split.forward and own.forward and row.length // row.ring >= 8192:
             share = (own.forward + own.backward) / (split.forward + split.backward)

@@ -24,11 +24,11 @@ from longctx.layout import Span
 LENGTH, TOKENS = 16384, 16384
 
 
-def candidates(width: int, name: str) -> Iterator[Config]:
+def candidates(width: int, described: bool) -> Iterator[Config]:
     """Shapes worth trying; a tile of more than 128 x 128 scores never fits beside its accumulators."""
     for tile, step, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
         if width <= 128 or (tile * step <= 8192 and stages <= 3):
-            yield Config(tile, step, warps, stages)
+            yield Config(tile, step, warps, stages, described)
 
 
 def launches(width: int, name: str, kind: str, config: Config) -> Any:
@@ -56,21 +56,22 @@ def launches(width: int, name: str, kind: str, config: Config) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tune", description=__doc__)
     parser.add_argument("--kinds", nargs="+", default=["half", "extras"], choices=("half", "extras", "float"))
+    parser.add_argument("--tma", action="store_true", help="sm_90: read through tensor descriptors (half only)")
     chosen = parser.parse_args()
     print(f"# {torch.cuda.get_device_name()}, arch {arch(torch.device('cuda'))}, torch {torch.__version__}")
-    for kind in chosen.kinds:
+    for kind in ["half"] if chosen.tma else chosen.kinds:
         for name in tiles.PASSES:
             best = []
             for width in tiles.WIDTHS[kind]:
-                timed = sorted(_timed(width, name, kind))
+                timed = sorted(_timed(width, name, kind, chosen.tma))
                 best.append(timed[0][1] if timed else None)
                 for seconds, config in timed[:3]:
                     print(f"#   {kind} {name} {width}: {seconds * 1e3:.3f} ms {tuple(config)}")
             print(f'("{kind}", "{name}"): ({", ".join(map(str, best))}),', flush=True)
 
 
-def _timed(width: int, name: str, kind: str) -> Iterator[tuple[float, Config]]:
-    for config in candidates(width, name):
+def _timed(width: int, name: str, kind: str, described: bool) -> Iterator[tuple[float, Config]]:
+    for config in candidates(width, described):
         try:
             launch = launches(width, name, kind, config)
             launch()

@@ -10,22 +10,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import hash_rows, kept, load_ids, load_rows, logits, store_rows
+from .elements import hash_rows, kept, load_ids, load_rows, load_tile, logits, store_rows
 
 
 @triton.jit
 def _meet(
     dk, dv, key, value, k_ids, row, row_index, j, q_head, g_head, lse2, delta, q_ids, qt, gt,
-    near, far, offset, valid, start, stride, seed, head, scale, cap, slope, threshold, boost,
+    near, far, offset, valid, start, stride, seed, head, scale, cap, slope, threshold, boost, q_tiles, g_tiles, batch,
     STEP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, MASKED: tl.constexpr,
     DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries. Rows are keys, columns are queries."""
     col = j * STEP + tl.arange(0, STEP)
     inside = col < valid
-    at = (offset + j * STEP).to(tl.int64)
-    query = load_rows(q_head + at * qt, qt, inside, STEP, DK, WK, MASKED)
-    dout = load_rows(g_head + at * gt, gt, inside, STEP, DV, WV, MASKED)
+    if DESCRIBED and not MASKED:
+        query = load_tile(q_tiles, batch, head, offset + j * STEP, STEP, WK)
+        dout = load_tile(g_tiles, batch, head, offset + j * STEP, STEP, WV)
+    else:
+        at = (offset + j * STEP).to(tl.int64)
+        query = load_rows(q_head + at * qt, qt, inside, STEP, DK, WK, MASKED)
+        dout = load_rows(g_head + at * gt, gt, inside, STEP, DV, WV, MASKED)
     if MASKED:
         own_lse = tl.load(lse2 + offset + col, mask=inside, other=float("inf"))
         own_delta = tl.load(delta + offset + col, mask=inside, other=0.0)
@@ -58,13 +63,15 @@ def _meet(
 
 @triton.jit(do_not_specialize=["threshold"])
 def keys_kernel(
-    q, k, v, dout, lse2, delta, dk, dv, heads, entries, q_documents, k_documents, slopes, seeds,
+    q, k, v, dout, q_tiles, g_tiles, lse2, delta, dk, dv, heads, entries, q_documents, k_documents, slopes, seeds,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, ab, ah, at, bb, bh, bt,
     entry_batch, q_length, k_length, kv_head_count, group, spans, stride, scale, cap, threshold, boost, outer,
     TILE: tl.constexpr, STEP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr,
     DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, B * G), the table's rows being keys. dk (strides a), dv (strides b) are fp32."""
+    """Grid (row tiles, B * G), the table's rows being keys. dk (strides a), dv (strides b) are fp32. q_tiles, g_tiles:
+    if DESCRIBED, descriptors of q and dout with tiles of (STEP, WK) and (STEP, WV)."""
     tile = tl.program_id(0)
     batch = (tl.program_id(1) // kv_head_count).to(tl.int64)
     kv_head = tl.program_id(1) % kv_head_count
@@ -110,7 +117,8 @@ def keys_kernel(
                     dk_acc, dv_acc, key, value, k_ids, row, row_index, j,
                     q_head, g_head, lse2 + at_head, delta + at_head, q_documents, qt, gt,
                     near, far, offset, valid, start, stride, seed, head, scale, cap, slope, threshold, boost,
-                    STEP, DK, DV, WK, WV, False, DOCUMENTS, SOFTCAP, ALIBI, DROPOUT,
+                    q_tiles, g_tiles, batch,
+                    STEP, DK, DV, WK, WV, False, DOCUMENTS, SOFTCAP, ALIBI, DROPOUT, DESCRIBED,
                 )  # fmt: skip
             for t in range(lo, hi - (full_hi - full_lo)):
                 j = tl.where(t < full_lo, t, t + full_hi - full_lo)
@@ -118,7 +126,8 @@ def keys_kernel(
                     dk_acc, dv_acc, key, value, k_ids, row, row_index, j,
                     q_head, g_head, lse2 + at_head, delta + at_head, q_documents, qt, gt,
                     near, far, offset, valid, start, stride, seed, head, scale, cap, slope, threshold, boost,
-                    STEP, DK, DV, WK, WV, True, DOCUMENTS, SOFTCAP, ALIBI, DROPOUT,
+                    q_tiles, g_tiles, batch,
+                    STEP, DK, DV, WK, WV, True, DOCUMENTS, SOFTCAP, ALIBI, DROPOUT, DESCRIBED,
                 )  # fmt: skip
             entry += 9
 

@@ -28,6 +28,13 @@ def load_rows(base, stride, inside, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH
 
 
 @triton.jit
+def load_tile(tiles, batch, head, at, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """(ROWS, WIDTH) from row `at` of one head, through a descriptor of (B, heads, T, D): on Hopper the copy engine
+    (TMA) fetches it, and no register holds an address."""
+    return tl.reshape(tiles.load([batch.to(tl.int32), head, at, 0]), (ROWS, WIDTH))
+
+
+@triton.jit
 def store_rows(base, stride, tile, inside, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Write the rows that are `inside`, DIM numbers each."""
     at = base + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, WIDTH)[None, :]

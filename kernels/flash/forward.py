@@ -10,23 +10,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import hash_rows, kept, load_ids, load_rows, logits, store_rows
+from .elements import hash_rows, kept, load_ids, load_rows, load_tile, logits, store_rows
 
 
 @triton.jit
 def _meet(
     acc, top, total, query, q_ids, row, row_index, row_hash, j,
     k_head, v_head, k_ids, kt, vt, near, far, offset, valid, start, stride,
-    scale, cap, slope, threshold, boost,
+    scale, cap, slope, threshold, boost, k_tiles, v_tiles, batch, kv_head,
     STEP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, MASKED: tl.constexpr,
     DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, POSITIVE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: the online softmax's step."""
     col = j * STEP + tl.arange(0, STEP)
     inside = col < valid
-    at = (offset + j * STEP).to(tl.int64)
-    key = load_rows(k_head + at * kt, kt, inside, STEP, DK, WK, MASKED)
-    value = load_rows(v_head + at * vt, vt, inside, STEP, DV, WV, MASKED)
+    if DESCRIBED and not MASKED:  # a tile at an edge may end in padding, which must not be read
+        key = load_tile(k_tiles, batch, kv_head, offset + j * STEP, STEP, WK)
+        value = load_tile(v_tiles, batch, kv_head, offset + j * STEP, STEP, WV)
+    else:
+        at = (offset + j * STEP).to(tl.int64)
+        key = load_rows(k_head + at * kt, kt, inside, STEP, DK, WK, MASKED)
+        value = load_rows(v_head + at * vt, vt, inside, STEP, DV, WV, MASKED)
     qk = tl.dot(query, tl.trans(key), input_precision="ieee")
     index = start + stride * col
     if POSITIVE and not (MASKED or SOFTCAP or ALIBI):  # the scale inside the exponent: one fused multiply-add
@@ -54,14 +59,15 @@ def _meet(
 
 @triton.jit(do_not_specialize=["threshold"])
 def forward_kernel(
-    q, k, v, out, lse, heads, entries, q_documents, k_documents, slopes, seeds,
+    q, k, v, k_tiles, v_tiles, out, lse, heads, entries, q_documents, k_documents, slopes, seeds,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, lb, lh,
     entry_batch, q_length, k_length, head_count, group, spans, stride, scale, cap, threshold, boost,
     TILE: tl.constexpr, STEP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr,
     FIRST: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
-    POSITIVE: tl.constexpr,
+    POSITIVE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, B * H). q, k, v have the strides given and a dense last dimension; out, lse are fp32."""
+    """Grid (row tiles, B * H). q, k, v have the strides given and a dense last dimension; out, lse are fp32. k_tiles,
+    v_tiles: if DESCRIBED, descriptors of k and v with tiles of (STEP, WK) and (STEP, WV)."""
     tile = tl.program_id(0)
     batch = (tl.program_id(1) // head_count).to(tl.int64)
     head = tl.program_id(1) % head_count
@@ -94,8 +100,9 @@ def forward_kernel(
     if DOCUMENTS:
         q_ids = load_ids(q_documents + batch * q_length + begin + row, inside, -1)
         k_documents += batch * k_length
-    k_head = k + batch * kb + (head // group).to(tl.int64) * kh
-    v_head = v + batch * vb + (head // group).to(tl.int64) * vh
+    kv_head = head // group
+    k_head = k + batch * kb + kv_head.to(tl.int64) * kh
+    v_head = v + batch * vb + kv_head.to(tl.int64) * vh
     entry = entries + batch * entry_batch + tile * spans * 9
     for _ in range(spans):
         lo = tl.load(entry)
@@ -111,16 +118,16 @@ def forward_kernel(
             acc, top, total = _meet(
                 acc, top, total, query, q_ids, row, row_index, row_hash, j,
                 k_head, v_head, k_documents, kt, vt, near, far, offset, valid, start, stride,
-                scale, cap, slope, threshold, boost,
-                STEP, DK, DV, WK, WV, False, DOCUMENTS, SOFTCAP, ALIBI, DROPOUT, POSITIVE,
+                scale, cap, slope, threshold, boost, k_tiles, v_tiles, batch, kv_head,
+                STEP, DK, DV, WK, WV, False, DOCUMENTS, SOFTCAP, ALIBI, DROPOUT, POSITIVE, DESCRIBED,
             )  # fmt: skip
         for t in range(lo, hi - (full_hi - full_lo)):
             j = tl.where(t < full_lo, t, t + full_hi - full_lo)
             acc, top, total = _meet(
                 acc, top, total, query, q_ids, row, row_index, row_hash, j,
                 k_head, v_head, k_documents, kt, vt, near, far, offset, valid, start, stride,
-                scale, cap, slope, threshold, boost,
-                STEP, DK, DV, WK, WV, True, DOCUMENTS, SOFTCAP, ALIBI, DROPOUT, POSITIVE,
+                scale, cap, slope, threshold, boost, k_tiles, v_tiles, batch, kv_head,
+                STEP, DK, DV, WK, WV, True, DOCUMENTS, SOFTCAP, ALIBI, DROPOUT, POSITIVE, DESCRIBED,
             )  # fmt: skip
         entry += 9
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
 from .backward_keys import keys_kernel
@@ -57,10 +58,11 @@ class Step:
 
     def forward(self, out: torch.Tensor, lse: torch.Tensor, first: bool) -> Launch:
         """Continue the running out (B, H, Tq, Dv) and lse (B, H, Tq), fp32; if `first` they hold nothing yet."""
-        config = self._config("forward")
+        config = self._config("forward", self.k, self.v)
         table = self._table(self.geometry, self.documents, config, idle=first)
         arguments = {
-            "q": self.q, "k": self.k, "v": self.v, "out": out, "lse": lse, **self._data(table),
+            "q": self.q, "k": self.k, "v": self.v, "k_tiles": _tiles(self.k, config), "v_tiles": _tiles(self.v, config),
+            "out": out, "lse": lse, **self._data(table),
             **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v), **_strides("o", out),
             "lb": lse.stride(0), "lh": lse.stride(1), "head_count": self.q.shape[1], **self._numbers(table, self.k),
             **self._shape(config), "FIRST": first, "POSITIVE": self.scores.scale > 0,
@@ -70,13 +72,14 @@ class Step:
     def queries(self, rows: Prepared, dq: torch.Tensor, first: bool) -> tuple[Launch, torch.Tensor | None]:
         """Add to dq (B, H, Tq, Dk), fp32 (if `first`: write it); and where this leaves its parts of sum(dS * |i - j|),
         (B, H, tiles), where there is ALiBi."""
-        config = self._config("queries")
+        config = self._config("queries", self.k, self.v)
         table = self._table(self.geometry, self.documents, config, idle=first)
         dslopes = None
         if self.scores.alibi is not None:
             dslopes = torch.empty((*dq.shape[:2], table.tiles), dtype=torch.float32, device=dq.device)
         arguments = {
-            "q": self.q, "k": self.k, "v": self.v, "dout": rows.dout, "lse2": rows.lse2, "delta": rows.delta,
+            "q": self.q, "k": self.k, "v": self.v, "k_tiles": _tiles(self.k, config), "v_tiles": _tiles(self.v, config),
+            "dout": rows.dout, "lse2": rows.lse2, "delta": rows.delta,
             "dq": dq, "dslopes": dslopes, **self._data(table),
             **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v), **_strides("g", rows.dout),
             **_strides("o", dq), "head_count": self.q.shape[1], **self._numbers(table, self.k),
@@ -86,11 +89,12 @@ class Step:
 
     def keys(self, rows: Prepared, dk: torch.Tensor, dv: torch.Tensor) -> Launch:
         """Write dk, dv: as k, v, in fp32."""
-        config = self._config("keys")
+        config = self._config("keys", self.q, rows.dout)
         swapped = None if self.documents is None else self.documents[::-1]
         table = self._table(self.geometry.swapped(), swapped, config, idle=True)
         arguments = {
-            "q": self.q, "k": self.k, "v": self.v, "dout": rows.dout, "lse2": rows.lse2, "delta": rows.delta,
+            "q": self.q, "k": self.k, "v": self.v, "dout": rows.dout, "q_tiles": _tiles(self.q, config),
+            "g_tiles": _tiles(rows.dout, config), "lse2": rows.lse2, "delta": rows.delta,
             "dk": dk, "dv": dv, **self._data(table),
             **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v), **_strides("g", rows.dout),
             **_strides("a", dk), **_strides("b", dv), "kv_head_count": self.k.shape[1],
@@ -98,9 +102,12 @@ class Step:
         }  # fmt: skip
         return self._launch(keys_kernel, table, self.k.shape[1], arguments, config)
 
-    def _config(self, name: str) -> tiles.Config:
+    def _config(self, name: str, *walked: torch.Tensor) -> tiles.Config:
+        """Of a pass that walks these tensors; the portable one where a descriptor cannot hold them."""
         width = max(self.q.shape[-1], self.v.shape[-1])
-        return self.choose(name, width, self.q.dtype.itemsize, self._extras, self.arch)
+        asked = name, width, self.q.dtype.itemsize, self._extras, self.arch
+        config = self.choose(*asked)
+        return config if not config.described or all(map(describable, walked)) else tiles.choose(*asked)
 
     @property
     def _extras(self) -> bool:
@@ -136,6 +143,7 @@ class Step:
             "TILE": config.tile, "STEP": config.step, "DK": d_k, "DV": d_v, "WK": padded(d_k), "WV": padded(d_v),
             "DOCUMENTS": self.documents is not None, "SOFTCAP": self.scores.softcap is not None,
             "ALIBI": self.scores.alibi is not None, "DROPOUT": self.scores.dropout_p > 0,
+            "DESCRIBED": config.described,
         }  # fmt: skip
 
     def _launch(self, kernel: Any, table: Table, heads: int, arguments: dict[str, Any], config: tiles.Config) -> Launch:
@@ -156,6 +164,24 @@ def prepare(
         "head_count": heads, "length": length, "TILE": tile, "DV": d_v, "WV": padded(d_v), "DLSE": dlse is not None,
     }  # fmt: skip
     return Launch(preprocess_kernel, (-(-length // tile), batch * heads), arguments), Prepared(q, dout, lse2, delta)
+
+
+def describable(x: torch.Tensor) -> bool:
+    """Whether a descriptor can hold (B, heads, T, D): the copy engine wants its addresses in units of 16 bytes."""
+    apart = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    on_meta = x.device.type == "meta"
+    begin = 0 if on_meta else x.data_ptr()
+    return begin % 16 == 0 and x.stride(3) == 1 and all(s > 0 and s * x.itemsize % 16 == 0 for s in apart)
+
+
+def _tiles(x: torch.Tensor, config: tiles.Config) -> TensorDescriptor | None:
+    """A descriptor of (B, heads, T, D) that hands out (step, D padded) of one head; None where none is used."""
+    if not config.described:
+        return None
+    width, sizes = padded(x.shape[3]), list(x.shape)
+    dense = sizes[3] * 16  # of a dimension of one entry any stride will do, but it is checked
+    strides = [dense if size == 1 else stride for size, stride in zip(sizes[:3], x.stride()[:3], strict=True)]
+    return TensorDescriptor(x, sizes, [*strides, 1], [1, 1, config.step, width])
 
 
 def padded(dim: int) -> int:

@@ -4,6 +4,8 @@ the interpreter cannot do and which makes the first step of a job slow and its s
 `python -m benchmarks.gpu.tune` measures candidates on a GPU and prints rows for these tables. Until it has, the rows
 are what fits: no spilled register (fp32 apart) and no more shared memory than the chip has, proven ahead of time by
 tests/kernels/test_aot.py. At most 32 rows a chip, so that all of them can be. Other chips take small tiles, unproven.
+
+sm_90 has a second table, of kernels that read through its copy engine; see `choose_hopper`.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 class Config(NamedTuple):
-    """A program owns `tile` rows and walks the other side in steps of `step`."""
+    """A program owns `tile` rows and walks the other side in steps of `step`. described: whole tiles of the other side
+    come through tensor descriptors, which Hopper's copy engine (TMA) serves."""
 
     tile: int
     step: int
     warps: int
     stages: int
+    described: bool = False
 
 
 # (kind, pass): one row a width of the kind.
@@ -76,6 +80,13 @@ _TABLES: dict[str, _Rows] = {
     },
 }
 
+# Read through tensor descriptors. Dk/dV of rows of 256 numbers spill this way: there the portable row stays.
+_HOPPER: _Rows = {
+    ("half", "forward"): (Config(128, 128, 8, 3, True), Config(128, 128, 8, 2, True), Config(128, 32, 8, 3, True)),
+    ("half", "queries"): (Config(128, 64, 8, 3, True), Config(128, 64, 8, 3, True), Config(64, 16, 8, 3, True)),
+    ("half", "keys"): (Config(128, 64, 8, 4, True), Config(128, 32, 8, 4, True), Config(32, 64, 8, 2)),
+}
+
 # Chips with about 100 KB of shared memory (sm_86, sm_89, sm_120), and any that is not listed.
 _SMALL = {"half": Config(64, 32, 4, 2), "extras": Config(64, 32, 4, 1), "float": Config(32, 16, 4, 1)}
 _SMALL_WIDE = {"half": Config(32, 32, 4, 1), "extras": Config(32, 32, 4, 1), "float": Config(16, 16, 4, 1)}
@@ -107,3 +118,15 @@ def choose(name: str, width: int, itemsize: int, extras: bool, arch: str) -> Con
     chosen = kind(itemsize, extras)
     column = next(i for i, limit in enumerate(WIDTHS[chosen]) if width <= limit)
     return _TABLES[arch][chosen, name][column]
+
+
+def choose_hopper(name: str, width: int, itemsize: int, extras: bool, arch: str) -> Config:
+    """`choose` for the path of sm_90, which reads through tensor descriptors: half precision without extras. The
+    portable row where there is no such path."""
+    chosen = kind(itemsize, extras)
+    if arch == "interpreter":
+        return _INTERPRETER[name]._replace(described=True)
+    if arch != "sm_90" or chosen != "half":
+        return choose(name, width, itemsize, extras, arch)
+    column = next(i for i, limit in enumerate(WIDTHS[chosen]) if width <= limit)
+    return _HOPPER[chosen, name][column]

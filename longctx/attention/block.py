@@ -13,7 +13,7 @@ import torch
 from longctx.attention import sink as sinks
 from longctx.attention.arguments import check_documents, check_scores, check_tensors, resolve_scale, resolve_seeds
 from longctx.attention.backends.base import Backend, Rows
-from longctx.attention.backends.choose import choose_backend
+from longctx.attention.backends.choose import choose_backend, pattern_of
 from longctx.attention.band import Rule, make_rule
 from longctx.attention.mask import BlockMask
 from longctx.attention.operator import INPUTS, fake_backward, fake_forward, make_scores, per_head, register_gradient
@@ -57,7 +57,8 @@ def block_attention(
         dropout_p: the share of the probabilities that is dropped; the others are divided by 1 - dropout_p.
         dropout_seed: an int, or (B,) int64 with one seed a row. With the head and the positions of query and key it
             decides what is dropped, and nothing else does.
-        backend: "auto", "aten" (CPU; without softcap, alibi, dropout) or "reference".
+        backend: "auto", "aten" (CPU; without softcap, alibi, dropout), "triton" or another of docs/kernels.md (GPU), or
+            "reference".
 
     Returns:
         out (B, H, Tq, Dv) in q's dtype and lse (B, H, Tq) in fp32 (fp64 for fp64), the natural logarithm of the
@@ -169,9 +170,10 @@ def _settings(
 ) -> tuple[Backend, BlockMask, Scores]:
     """The operator's plain arguments as objects."""
     spans = (Span(q_offset, q.shape[2]),), (Span(0, k.shape[2]),)
-    mask = BlockMask(*spans, Rule(left, right), q_documents, k_documents)
+    rule = Rule(left, right)
+    mask = BlockMask(*spans, rule, q_documents, k_documents)
     scores = make_scores(q, scale, softcap, alibi, dropout_p, seeds)
-    return choose_backend(backend, q, v, scores), mask, scores
+    return choose_backend(backend, q, v, scores, pattern_of(rule, q_documents)), mask, scores
 
 
 _forward.register_fake(fake_forward)

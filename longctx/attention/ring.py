@@ -14,7 +14,7 @@ import torch
 
 from longctx.attention.arguments import check_documents, check_scores, check_tensors, resolve_scale, resolve_seeds
 from longctx.attention.backends.base import Rows
-from longctx.attention.backends.choose import choose_backend
+from longctx.attention.backends.choose import choose_backend, pattern_of
 from longctx.attention.band import Rule, make_rule
 from longctx.attention.comm import LocalLink, ProcessLink
 from longctx.attention.operator import INPUTS, fake_backward, fake_forward, make_scores, per_head, register_gradient
@@ -64,7 +64,8 @@ def ring_attention(
         dropout_seed: an int, or (B,) int64 with one seed a row; equal on all ranks of the ring. With the head and the
             global indices of query and key it decides what is dropped, so the number of ranks does not.
         return_lse: also return the logarithm of the softmax's denominator (sink included, nothing dropped).
-        backend: "auto", "aten" (CPU; without softcap, alibi, dropout) or "reference".
+        backend: "auto", "aten" (CPU; without softcap, alibi, dropout), "triton" or another of docs/kernels.md (GPU), or
+            "reference".
 
     Returns:
         out (B, H, T, Dv) in q's dtype [, lse (B, H, T) in fp32, fp64 for fp64]; both differentiable, by q, k, v, sink
@@ -141,7 +142,7 @@ def _forward(
     documents: torch.Tensor | None,
     *settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _passes(q, v, alibi, *settings).forward(q, k, v, documents, sink)
+    return _passes(q, v, alibi, documents, *settings).forward(q, k, v, documents, sink)
 
 
 @torch.library.custom_op(
@@ -164,7 +165,7 @@ def _backward(
     *settings: Any,
 ) -> tuple[torch.Tensor, ...]:
     rows = Rows(q, out, lse, dout, dlse)
-    dq, dkv, dalibi = _passes(q, v, alibi, *settings).backward(rows, k, v, documents)
+    dq, dkv, dalibi = _passes(q, v, alibi, documents, *settings).backward(rows, k, v, documents)
     return dq, dkv, *per_head(rows, sink, alibi, dalibi)
 
 
@@ -191,6 +192,7 @@ def _passes(
     q: torch.Tensor,
     v: torch.Tensor,
     alibi: torch.Tensor | None,
+    documents: torch.Tensor | None,
     seeds: torch.Tensor | None,
     mesh: str,
     layout: str,
@@ -204,4 +206,6 @@ def _passes(
 ) -> Passes:
     link = ProcessLink(from_key(mesh)) if mesh else LocalLink()
     scores = make_scores(q, scale, softcap, alibi, dropout_p, seeds)
-    return Passes(link, layout, Rule(left, right, length), scores, choose_backend(backend, q, v, scores))
+    rule = Rule(left, right, length)
+    chosen = choose_backend(backend, q, v, scores, pattern_of(rule, documents))
+    return Passes(link, layout, rule, scores, chosen)

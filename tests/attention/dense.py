@@ -140,3 +140,16 @@ def difference(got: Results, expected: Results) -> float:
         assert not delta.isnan()
         worst = max(worst, float(delta))
     return worst
+
+
+def relative_difference(got: Results, expected: Results) -> float:
+    """The largest difference, relative to a tensor's largest value where that is above one; `got` on any device."""
+    assert torch.equal(got.lse.cpu() == -math.inf, expected.lse == -math.inf)
+    worst = 0.0
+    for a, b in zip(got, expected, strict=True):
+        if b.numel():
+            finite = b.masked_fill(b == -math.inf, 0.0)
+            apart = (a.cpu().double().masked_fill(b == -math.inf, 0.0) - finite).abs().max()
+            assert not apart.isnan()
+            worst = max(worst, float(apart / finite.abs().max().clamp(min=1.0)))
+    return worst

@@ -92,7 +92,8 @@ def test_wheel_and_sdist(checkout: Path, tmp_path: Path) -> None:
         names = archive.namelist()
         archive.extractall(site)
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"longctx"}
-    assert {"longctx/py.typed", "longctx/kernels/probe/inner/__init__.py"} <= set(names)
+    data = {"longctx/py.typed", "longctx/attention/backends/measured.csv"}
+    assert data | {"longctx/kernels/probe/inner/__init__.py"} <= set(names)
     block = "import sys\nfor name in ('triton', 'mpi4py'):\n    sys.modules[name] = None\n"
     out = run(sys.executable, "-c", block + ASK, cwd=tmp_path, PYTHONPATH=str(site))
     assert out.startswith(str(site))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from attention import dense, extras
+from attention.dense import relative_difference as error
 from attention.ring import simulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,19 +49,6 @@ def in_single(given: dense.Extras) -> dense.Extras:
     return given._replace(sink=sink, alibi=alibi)
 
 
-def error(got: dense.Results, truth: dense.Results) -> float:
-    """The largest difference, relative to a tensor's largest value where that is above one."""
-    assert torch.equal(got.lse == -math.inf, truth.lse == -math.inf)
-    worst = 0.0
-    for a, b in zip(got, truth, strict=True):
-        if b.numel():
-            finite = b.masked_fill(b == -math.inf, 0.0)
-            apart = (a.double().masked_fill(b == -math.inf, 0.0) - finite).abs().max()
-            assert not apart.isnan()
-            worst = max(worst, float(apart / finite.abs().max().clamp(min=1.0)))
-    return worst
-
-
 def expected(
     inputs: tuple[torch.Tensor, ...], rule: Rule, documents: torch.Tensor | None, scale: float, given: dense.Extras
 ) -> dense.Results:
@@ -81,6 +69,7 @@ rings = st.fixed_dictionaries(
         "cut": st.integers(0, 7),
         "packed": st.sampled_from([None, 2, 5]),
         "names": some_extras,
+        "backend": st.sampled_from(("triton", "triton-tma")),
         "dtype": st.sampled_from(sorted(DTYPES)),
         "scale": st.sampled_from([0.5, -0.4]),
         "seed": st.integers(0, 1000),
@@ -97,7 +86,9 @@ def ring_equals_dense(drawn: dict[str, Any]) -> None:
         g = torch.Generator().manual_seed(drawn["seed"])
         documents = torch.randint(-1, drawn["packed"], (2, length), generator=g).sort(1).values
     chosen = in_single(extras.make(drawn["names"], drawn["heads"][0], 2, drawn["seed"]))
-    got, _ = simulated(drawn["ring"], drawn["layout"], rule, inputs, documents, drawn["scale"], "triton", chosen)
+    got, _ = simulated(
+        drawn["ring"], drawn["layout"], rule, inputs, documents, drawn["scale"], drawn["backend"], chosen
+    )
     assert error(got, expected(inputs, rule, documents, drawn["scale"], chosen)) <= tolerance(drawn["dtype"])
 
 

@@ -33,7 +33,8 @@ class Rows:
 class Backend(Protocol):
     """One step's arithmetic. Shapes and meanings as in kernels/flash/reference.py."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def forward_step(
         self,

@@ -9,24 +9,35 @@ from functools import cache
 
 import torch
 
+from longctx.attention.backends import measured
 from longctx.attention.backends.aten import AtenBackend
 from longctx.attention.backends.base import Backend
+from longctx.attention.backends.fused_torch import WIDEST, FusedTorchBackend
+from longctx.attention.backends.fused_torch import problem as fused_torch_problem
 from longctx.attention.backends.reference import ReferenceBackend
+from longctx.attention.band import Rule
 from longctx.attention.scores import Scores
 from longctx.errors import AttentionError
 
 log = logging.getLogger("longctx")
 
 
-def choose_backend(name: str, q: torch.Tensor, v: torch.Tensor, scores: Scores) -> Backend:
+GPU = ("triton", "triton-tma", "cudnn", "flash")
+"""What may compute attention on a GPU: our kernels, ours through sm_90's copy engine, torch's operators."""
+
+
+def choose_backend(name: str, q: torch.Tensor, v: torch.Tensor, scores: Scores, pattern: str = "other") -> Backend:
     """The backend of that name, or the fastest for such tensors if `name` is "auto" (announced once, with the reason).
+
+    Args:
+        pattern: which keys are visible, see `pattern_of`.
 
     Raises:
         AttentionError: unknown, or not available for these tensors or these scores.
     """
     device = q.device
     if name == "auto":
-        name, reason = fastest(q, v, device.type, scores)
+        name, reason = fastest(q, v, device.type, scores, pattern)
         _announce(device.type, name, reason)
     if name == "reference":
         return ReferenceBackend()
@@ -38,17 +49,26 @@ def choose_backend(name: str, q: torch.Tensor, v: torch.Tensor, scores: Scores) 
         if scores.extras:
             raise AttentionError(f"backend='aten' cannot do {' and '.join(scores.extras)}; use 'auto' or 'reference'")
         return AtenBackend()
-    if name == "triton":
-        problem = _triton_problem(q, v, device.type)
+    if name in GPU:
+        problem = _gpu_problem(name, q, v, device.type, scores, pattern)
         if problem:
-            raise AttentionError(f"backend='triton': {problem}; use 'auto' or 'reference'")
-        from longctx.attention.backends.triton import TritonBackend  # imports triton
+            raise AttentionError(f"backend={name!r}: {problem}; use 'auto' or 'reference'")
+        if name in WIDEST:
+            return FusedTorchBackend(name)
+        from longctx.attention.backends import triton  # imports triton
 
-        return TritonBackend()
-    raise AttentionError(f"backend={name!r} is unknown; use 'auto', 'aten', 'reference' or 'triton'")
+        return triton.HOPPER if name == "triton-tma" else triton.TritonBackend()
+    raise AttentionError(f"backend={name!r} is unknown; use 'auto', 'aten', 'reference', {', '.join(map(repr, GPU))}")
 
 
-def fastest(q: torch.Tensor, v: torch.Tensor, device: str, scores: Scores) -> tuple[str, str]:
+def pattern_of(rule: Rule, documents: torch.Tensor | None) -> str:
+    """ "full" or "causal" where nothing else hides a key; "other" with a window, documents or padding."""
+    if documents is not None or rule.left is not None or rule.length is not None or rule.right not in (None, 0):
+        return "other"
+    return "full" if rule.right is None else "causal"
+
+
+def fastest(q: torch.Tensor, v: torch.Tensor, device: str, scores: Scores, pattern: str = "other") -> tuple[str, str]:
     """(backend, why) for tensors like these on that type of device."""
     if device == "cpu":
         if scores.extras:
@@ -57,7 +77,34 @@ def fastest(q: torch.Tensor, v: torch.Tensor, device: str, scores: Scores) -> tu
     problem = _triton_problem(q, v, device)
     if problem:
         return "reference", f"{problem}, so plain PyTorch tiles: correct and slow"
-    return "triton", "our fused kernels: proven in triton's interpreter, not yet run on a GPU by us"
+    chip = _chip(q.device, device)
+    call = measured.Call(
+        str(q.dtype).removeprefix("torch."),
+        max(q.shape[-1], v.shape[-1]),
+        q.shape[1] // v.shape[1],
+        pattern != "full",
+        q.shape[2],
+    )
+    able = tuple(name for name in GPU if not _gpu_problem(name, q, v, device, scores, pattern))
+    row = measured.best(measured.read(), chip, call, able)
+    if row is None:
+        return "triton", f"our fused kernels: proven in triton's interpreter, nothing like this call measured on {chip}"
+    near = f"{'causal' if row.call.causal else 'full'} {row.call.dtype}, head dimension {row.call.head_dim}"
+    return row.backend, f"measured fastest on {chip} for {near}, from {row.call.length} tokens"
+
+
+def _gpu_problem(name: str, q: torch.Tensor, v: torch.Tensor, device: str, scores: Scores, pattern: str) -> str:
+    """Why that backend of GPU cannot compute such a call; empty if it can."""
+    if name in WIDEST:
+        if device != "cuda" or torch.version.hip:
+            return f"it needs an NVIDIA GPU, and the tensors are on {device}"
+        return fused_torch_problem(name, q, v, scores, pattern != "other")
+    problem = _triton_problem(q, v, device)
+    if not problem and name == "triton-tma" and q.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(q.device)
+        if torch.version.hip or capability != (9, 0):
+            return "it needs sm_90's copy engine (Hopper: H100, H200)"
+    return problem
 
 
 def _triton_problem(q: torch.Tensor, v: torch.Tensor, device: str) -> str:
@@ -74,6 +121,11 @@ def _triton_problem(q: torch.Tensor, v: torch.Tensor, device: str) -> str:
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"its kernels take head dimensions up to 256, not {max(q.shape[-1], v.shape[-1])}"
     return ""
+
+
+@cache
+def _chip(device: torch.device, kind: str) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else kind
 
 
 @cache

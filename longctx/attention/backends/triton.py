@@ -26,7 +26,7 @@ class TritonBackend:
     """fp32, bf16, fp16; head dimensions up to 256. `choose` picks tile sizes (kernels/flash/tiles.py)."""
 
     choose: object = fused.tiles.choose
-    name = "triton"
+    name: str = "triton"
 
     def forward_step(
         self,
@@ -80,6 +80,10 @@ class TritonBackend:
             scores = replace(scores, alibi=scores.alibi.float().contiguous())
         shape = geometry(mask.q_spans, mask.k_spans, mask.rule)
         return fused.Step(_dense(q), _dense(k), _dense(v), shape, documents, scores, arch(q.device), self.choose)
+
+
+HOPPER = TritonBackend(fused.tiles.choose_hopper, "triton-tma")
+"""The same kernels, whole tiles read through sm_90's copy engine; what that path does not do, the portable one does."""
 
 
 @lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ class Attention(Section):
         "zigzag",
         description="tokens a rank holds; zigzag and striped share causal work equally, contiguous does not",
     )
-    backend: Literal["auto", "aten", "reference", "triton"] = Field(
+    backend: Literal["auto", "aten", "reference", "triton", "triton-tma", "cudnn", "flash"] = Field(
         "auto",
         description="what computes a block: aten (fused, CPU), reference (plain PyTorch), triton (fused, GPU); auto",
     )
