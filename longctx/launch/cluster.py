@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from longctx import slurm
 from longctx.config.derived import Derived
 from longctx.config.schema import RunConfig
 from longctx.config.write import dump
@@ -112,7 +113,7 @@ def _address(job: Plan) -> str:
             return found
     for name, _ in reversed(job.placement.hosts):  # the last host is the likeliest not to be this one
         try:
-            return address_towards(name)
+            return address_towards(slurm.address(name) if job.config.launch.launcher == "slurm" else name)
         except OSError:
             continue
     names = ", ".join(name for name, _ in job.placement.hosts[:8])

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 from longctx.config.sections.launch import Launch
 from longctx.errors import LaunchError
+from longctx.launch.environment import AGENTS
 
 Hosts = Sequence[tuple[str, int]]  # (name, ranks)
 _SSH = ("-T", "-x", "-a", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=6")
 # By default mpirun's daemon outlives the loss of its connection by eight minutes.
 _KEEPALIVE = {"time": 10, "intvl": 5, "probes": 3}
-_TOOLS = {"deepspeed": "ssh", "openmpi": "mpirun", "mpich": "mpiexec", "slurm": "srun"}
+_TOOLS = {"deepspeed": "ssh", "openmpi": "mpirun", "mpich": "mpiexec.hydra", "slurm": "srun"}
 
 
 class Command(NamedTuple):
@@ -60,9 +61,8 @@ def remote(python: str, python_path: str, arguments: Sequence[str]) -> list[str]
 
 def ssh(host: str, arguments: Sequence[str], launch: Launch) -> tuple[str, ...]:
     """Return the arguments that run a command on ``host``; every one of ``arguments`` arrives there unchanged."""
-    own = [word for option in launch.ssh_options for word in ("-o", option)]  # first: ssh keeps the first value it sees
-    port = ["-p", str(launch.ssh_port)] if launch.ssh_port else []
-    return ("ssh", *own, *_SSH, *port, "-o", "ConnectTimeout=15", "--", host, shlex.join(arguments))
+    # the user's first: ssh keeps the first value it sees
+    return ("ssh", *_ssh_options(launch), *_SSH, "-o", "ConnectTimeout=15", "--", host, shlex.join(arguments))
 
 
 def _deepspeed(hosts: Hosts, index: int, ticket: str) -> list[str]:
@@ -88,8 +88,7 @@ def _deepspeed(hosts: Hosts, index: int, ticket: str) -> list[str]:
 
 def _openmpi(launch: Launch, hosts: Hosts) -> list[str]:
     arguments = ["mpirun", "-n", str(_ranks(hosts)), "--host", _counted(hosts), "--map-by", "slot", "--bind-to", "none"]
-    options = [word for option in launch.ssh_options for word in ("-o", option)]
-    options += ["-p", str(launch.ssh_port)] if launch.ssh_port else []
+    options = _ssh_options(launch)
     if options:  # no word of these has a space: mpirun splits the text there
         arguments += ["--prtemca", "plm_ssh_args", " ".join(options)]
     for name, seconds in _KEEPALIVE.items():
@@ -100,7 +99,11 @@ def _openmpi(launch: Launch, hosts: Hosts) -> list[str]:
 
 
 def _mpich(launch: Launch, hosts: Hosts) -> list[str]:
-    arguments = ["mpiexec", "-launcher", "ssh", "-n", str(_ranks(hosts)), "-hosts", _counted(hosts)]
+    """MPICH's own name for its starter: mpiexec alone is OpenMPI's too. It would hand on this shell's environment."""
+    options = _ssh_options(launch)
+    arguments = ["env", f"HYDRA_LAUNCHER_EXTRA_ARGS={' '.join(options)}"] if options else []
+    arguments += ["mpiexec.hydra", "-launcher", "ssh", "-genvlist", ",".join(AGENTS)]
+    arguments += ["-n", str(_ranks(hosts)), "-hosts", _counted(hosts)]
     return arguments + (["-iface", launch.interface] if launch.interface != "auto" else [])
 
 
@@ -114,7 +117,14 @@ def _slurm(launch: Launch, hosts: Hosts) -> list[str]:
         )
     arguments = ["srun", f"--ntasks={_ranks(hosts)}", f"--nodes={len(hosts)}", f"--ntasks-per-node={counts.pop()}"]
     arguments += ["--nodelist=" + ",".join(name for name, _ in hosts), "--distribution=block", "--kill-on-bad-exit=1"]
-    return [*arguments, "--unbuffered", f"--chdir={os.sep}"]  # agents go to launch.folder themselves
+    arguments += ["--unbuffered", f"--chdir={os.sep}"]  # agents go to launch.folder themselves
+    return [*arguments, "--export=" + ",".join(AGENTS)]  # else srun would send this shell's whole environment
+
+
+def _ssh_options(launch: Launch) -> list[str]:
+    """Return what the YAML says to ssh. No word of it has a space."""
+    options = [word for option in launch.ssh_options for word in ("-o", option)]
+    return options + (["-p", str(launch.ssh_port)] if launch.ssh_port else [])
 
 
 def _counted(hosts: Hosts) -> str:

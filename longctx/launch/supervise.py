@@ -117,7 +117,7 @@ class Supervisor:
             label = host if host in self.processes else next(iter(self.processes))
             code = exit_code(self.processes[label])
             how = f"no answer in {self.start_seconds} s" if code is None else f"its command {report.ended(code)}"
-            said = [line for line in report.tail(self._log(label), 400).splitlines() if line.strip()]
+            said = [line for line in report.tail(self._log(label), 400).splitlines() if any(map(str.isalnum, line))]
             ours = [line for line in said if line.startswith("longctx: ")]
             found[host] = [how + (f": {(ours or said)[-1][-400:]}" if said else "")]
         return found

@@ -65,7 +65,11 @@ def test_each_launcher_by_its_own_words() -> None:
         "prte_if_include eth0 python -m longctx.launch.agent t"
     )
     assert argv("{launcher: mpich, hosts: [a, b]}") == (
-        "mpiexec -launcher ssh -n 4 -hosts a:2,b:2 python -m longctx.launch.agent t"
+        "mpiexec.hydra -launcher ssh -genvlist HOME,LANG,LD_LIBRARY_PATH,LOGNAME,PATH,SHELL,TMPDIR,TZ,USER,"
+        "XDG_CACHE_HOME -n 4 -hosts a:2,b:2 python -m longctx.launch.agent t"
+    )
+    assert argv("{launcher: mpich, hosts: [a, b], ssh_port: 22, ssh_options: [User=x]}").startswith(
+        "env HYDRA_LAUNCHER_EXTRA_ARGS=-o User=x -p 22 mpiexec.hydra "
     )
     assert argv("{launcher: slurm, hosts: [a, b], options: ['--partition=gpu']}").startswith(
         "srun --ntasks=4 --nodes=2 --ntasks-per-node=2 --nodelist=a,b --distribution=block"
