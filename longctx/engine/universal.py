@@ -25,7 +25,7 @@ def convert(source: Path, target: Path, ranks: int, reader: Reader) -> None:
 
     Raises:
         OSError: the disk is full.
-        RuntimeError, AssertionError, KeyError: DeepSpeed cannot convert it, such as that of another optimizer than Adam.
+        RuntimeError, AssertionError, KeyError: DeepSpeed cannot convert it, as that of another optimizer than Adam.
     """
     from deepspeed.checkpoint import ds_to_universal
 

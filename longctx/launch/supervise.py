@@ -35,6 +35,8 @@ class Outcome(NamedTuple):
     code: int
     again: bool
     """whether starting again could help: a rank or host died, nobody asked for the end, no mistake of the user"""
+    absent: frozenset[str] = frozenset()
+    """hosts that did not answer, so that nothing was started"""
 
 
 class Supervisor:
@@ -92,11 +94,10 @@ class Supervisor:
         if self.asked_to_stop:
             return Outcome(130, False)
         problems = self.members.wrong(hardware.gpus())
-        if not self.members.complete:
-            problems |= self._absent()
-        if problems:
-            self._say("not started, because of\n" + table(problems))
-            return Outcome(1, False)
+        absent = {} if self.members.complete else self._absent()
+        if problems or absent:
+            self._say("not started, because of\n" + table(problems | absent))
+            return Outcome(1, False, frozenset(absent))
         if start:
             self.started = True
             self.members.send(start=self.members.by_rank[0].meeting)

@@ -20,6 +20,7 @@ from real_jobs import (
     GONE_SECONDS,
     ROOT,
     begin,
+    cmdline,
     finish,
     ranks,
     start,
@@ -105,7 +106,7 @@ def test_mpirun_typed_by_hand(hosts: Hosts, tmp_path: Path, local_losses: list[s
 def test_a_killed_rank_under_mpirun_by_hand(hosts: Hosts, tmp_path: Path) -> None:
     process = mpirun(hosts, tmp_path, write(tmp_path, "run"), "train.steps=100000")
     wait_for_steps(process, tmp_path / "run")
-    victim = next(pid for pid in hosts.processes(1) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    victim = next(pid for pid in hosts.processes(1) if b"train.py" in cmdline(pid))
     since = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     code, output = finish(process, GONE_SECONDS)
@@ -163,6 +164,22 @@ def test_stop_resume_and_restart(hosts: Hosts, tmp_path: Path) -> None:
     code, output = finish(process)
     assert code == 0 and output.count("resumed at step") == 2 and "starting again" in output, output
     assert len(losses(tmp_path / "run")) == goal
+
+
+def test_a_restart_goes_on_without_the_host_that_died(hosts: Hosts, tmp_path: Path) -> None:
+    path = yaml_for(tmp_path, hosts, "deepspeed", "run")
+    process = start(path, "train.steps=60", "checkpoint.every=2", "launch.restarts=1")
+    wait_for_steps(process, tmp_path / "run", 5)
+    hosts.unplug(1)
+    try:
+        code, output = finish(process)
+        assert code == 0 and f"going on without {hosts.addresses[1]}: mesh.data is now 1" in output, output
+        assert "was saved by 4 ranks; dividing it anew for 2" in output
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert summary["world"]["data"] == 1 and summary["samples"] == 120 and len(losses(tmp_path / "run")) == 60
+        wait_until_empty(hosts, time.monotonic())
+    finally:
+        hosts.plug_in(1)
 
 
 def test_hosts_that_are_not_ready_are_named_in_one_table(hosts: Hosts, tmp_path: Path) -> None:

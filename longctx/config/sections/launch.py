@@ -30,7 +30,7 @@ class Launch(Section):
     launcher: Literal["local", "deepspeed", "openmpi", "mpich", "slurm"] = Field(
         "local",
         description="local: this machine; deepspeed: DeepSpeed's launcher on every host, over ssh; openmpi: mpirun; "
-        "mpich: mpiexec.hydra; slurm: srun",
+        "mpich: mpiexec; slurm: srun",
     )
     hosts: Texts = Field((), description="where ranks run: a name, or name:ranks, in the order of the ranks")
     hostfile: str | None = environment_field(
@@ -58,7 +58,7 @@ class Launch(Section):
     )
     ssh_port: HumanInt | None = Field(None, ge=1, le=65535, description="port of the hosts' sshd; default: ssh's own")
     ssh_options: Texts = Field((), description="further ssh options, Name=value; those that run commands are refused")
-    options: Texts = Field((), description="further arguments of mpirun, mpiexec.hydra or srun, as --partition=gpu")
+    options: Texts = Field((), description="further arguments of mpirun, mpiexec or srun, such as --partition=gpu")
     start_seconds: HumanInt = Field(
         120, ge=1, le=86_400, description="how long every host has to answer before anything is trained"
     )
