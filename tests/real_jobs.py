@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+from launch_samples import CANARIES
 from namespaces import Hosts
 
 ROOT = Path(__file__).resolve().parents[1]
 GONE_SECONDS = 60
-CANARY = "canary-that-stays"
 YAML = """
 data: {sources: TEXT, tokenizer: bytes, sequence_length: 512, held_out: 0.1, packing: best_fit}
 mesh: {ring: 2, data: 2}
@@ -42,7 +42,7 @@ def write(folder: Path, name: str, launch: str = "") -> Path:
 
 
 def start(path: Path, *arguments: str, command: str = "train", **more: str) -> subprocess.Popen[str]:
-    """Start `longctx train PATH`, with a secret in the environment; ``more`` are further variables."""
+    """Start `longctx train PATH`, with 40 secrets in the environment; ``more`` are further variables."""
     argv = [sys.executable, "-m", "longctx.cli", command, str(path), *arguments]
     return begin(argv, path.parent, **more)
 
@@ -50,7 +50,7 @@ def start(path: Path, *arguments: str, command: str = "train", **more: str) -> s
 def begin(argv: list[str], folder: Path, **more: str) -> subprocess.Popen[str]:
     """Start any command in ``folder``."""
     found = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = os.environ | {"PYTHONPATH": found, "HF_TOKEN": CANARY, "DS_ACCELERATOR": "cpu"} | more
+    environment = os.environ | {"PYTHONPATH": found, "DS_ACCELERATOR": "cpu"} | CANARIES | more
     return subprocess.Popen(
         argv, env=environment, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -98,6 +98,11 @@ def wait_until_empty(hosts: Hosts, since: float) -> float:
 def written_by(output: Path) -> str:
     """Return everything that a run wrote as text, to look for what must not be there."""
     return "".join(path.read_bytes().decode("latin-1") for path in output.rglob("*") if path.is_file())
+
+
+def command_lines() -> str:
+    """Return the command lines of all processes of this machine, its hosts' too."""
+    return " ".join(cmdline(int(path.name)).decode("latin-1") for path in Path("/proc").glob("[0-9]*"))
 
 
 def cmdline(pid: int) -> bytes:

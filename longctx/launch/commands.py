@@ -17,6 +17,7 @@ from typing import NamedTuple
 from longctx.config.sections.launch import Launch
 from longctx.errors import LaunchError
 from longctx.launch.environment import AGENTS
+from longctx.network import address_of, address_towards
 
 Hosts = Sequence[tuple[str, int]]  # (name, ranks)
 _SSH = ("-T", "-x", "-a", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=6")
@@ -103,8 +104,9 @@ def _mpich(launch: Launch, hosts: Hosts) -> list[str]:
     options = _ssh_options(launch)
     arguments = ["env", f"HYDRA_LAUNCHER_EXTRA_ARGS={' '.join(options)}"] if options else []
     arguments += ["mpiexec.hydra", "-launcher", "ssh", "-genvlist", ",".join(AGENTS)]
-    arguments += ["-n", str(_ranks(hosts)), "-hosts", _counted(hosts)]
-    return arguments + (["-iface", launch.interface] if launch.interface != "auto" else [])
+    here = _own_address(launch, hosts)
+    arguments += ["-localhost", here] if here else []  # else hosts call this one by its name, which may be theirs
+    return [*arguments, "-n", str(_ranks(hosts)), "-hosts", _counted(hosts)]
 
 
 def _slurm(launch: Launch, hosts: Hosts) -> list[str]:
@@ -119,6 +121,14 @@ def _slurm(launch: Launch, hosts: Hosts) -> list[str]:
     arguments += ["--nodelist=" + ",".join(name for name, _ in hosts), "--distribution=block", "--kill-on-bad-exit=1"]
     arguments += ["--unbuffered", f"--chdir={os.sep}"]  # agents go to launch.folder themselves
     return [*arguments, "--export=" + ",".join(AGENTS)]  # else srun would send this shell's whole environment
+
+
+def _own_address(launch: Launch, hosts: Hosts) -> str | None:
+    """Return the address by which hosts reach this one, where it can be told. Nothing is sent."""
+    try:
+        return address_of(launch.interface) or address_towards(hosts[-1][0])
+    except OSError:
+        return None
 
 
 def _ssh_options(launch: Launch) -> list[str]:

@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
 class Supervisor:
     """The processes and connections of one attempt."""
 
-    FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
     def __init__(self, ticket: Ticket, listener: socket.socket, start_seconds: int) -> None:
         self.ticket, self.start_seconds = ticket, start_seconds
@@ -167,11 +167,12 @@ class Supervisor:
         return text if member.end.report.get("user") else f"{where} failed (full output in {self.logs}):\n{text}"
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        """Pass a signal on to the ranks; the second SIGINT ends the wait."""
+        """Pass a signal on to the ranks; the second SIGINT ends the wait. SIGUSR2 has them show where they are."""
         if number == signal.SIGINT and self.asked_to_stop:
             self.interrupted_twice = True
             return
-        self.asked_to_stop = self.asked_to_stop or time.monotonic()
+        if number != signal.SIGUSR2:
+            self.asked_to_stop = self.asked_to_stop or time.monotonic()
         if self.started:
             self.members.send(signal=number)
 

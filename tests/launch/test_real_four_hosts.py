@@ -25,8 +25,8 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 
 def yaml_for(folder: Path, hosts: Hosts, name: str) -> Path:
-    keys = f"ssh_port: {PORT}, ssh_options: {json.dumps(hosts.ssh_options)}"
-    return write(folder, name, f"launcher: deepspeed, hosts: [{', '.join(hosts.addresses)}], silence_seconds: 20, {keys}")
+    keys = f"ssh_port: {PORT}, ssh_options: {json.dumps(hosts.ssh_options)}, silence_seconds: 20"
+    return write(folder, name, f"launcher: deepspeed, hosts: [{', '.join(hosts.addresses)}], {keys}")
 
 
 def test_the_losses_are_those_of_one_machine(hosts: Hosts, tmp_path: Path) -> None:

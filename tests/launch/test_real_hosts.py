@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launch_samples import HOSTILE, config
+from launch_samples import config, hostile, repeats_a_canary
 from namespaces import PORT, Hosts, run
 from real_jobs import (
-    CANARY,
     GONE_SECONDS,
     ROOT,
     begin,
     cmdline,
+    command_lines,
     finish,
     ranks,
     start,
@@ -68,7 +68,7 @@ def test_the_same_losses_as_on_one_machine(
     assert code == 0, output
     assert losses(tmp_path / "run") == local_losses and len(local_losses) == 5
     assert "step 5/5" in output and not hosts.processes(0) and not hosts.processes(1)
-    assert CANARY not in output + written_by(tmp_path / "run")
+    assert not repeats_a_canary(output + written_by(tmp_path / "run"))
     assert not (tmp_path / "run" / "launch" / "ticket.json").exists()
 
 
@@ -123,6 +123,7 @@ def test_a_killed_rank_a_dead_host_and_a_dead_launcher_leave_nothing(
     hosts.bystanders = {bystander.pid}
     try:
         process = training(yaml_for(tmp_path, hosts, launcher, "killed"))
+        assert not repeats_a_canary(command_lines())
         since = time.monotonic()
         os.kill(ranks(hosts, 1)[0], signal.SIGKILL)
         code, output = finish(process, GONE_SECONDS)
@@ -194,7 +195,7 @@ def test_hostile_strings_through_a_real_sshd(hosts: Hosts, tmp_path: Path) -> No
     listed = ", ".join(hosts.addresses)
     options = json.dumps(hosts.ssh_options)
     launch = config(f"{{launcher: deepspeed, hosts: [{listed}], ssh_port: {PORT}, ssh_options: {options}}}").launch
-    words = [word for word in HOSTILE for _ in range(2)]
+    words = hostile(500)
     command = ssh(hosts.addresses[0], ["env", "-C", str(tmp_path), "printf", "%s\\0", *words], launch)
     done = subprocess.run(command, capture_output=True, check=True)
     assert done.stdout == b"".join(os.fsencode(word) + b"\0" for word in words) and not list(tmp_path.iterdir())

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from launch_samples import repeats_a_canary
 from namespaces import Hosts
 from real_jobs import (
-    CANARY,
     GONE_SECONDS,
     ROOT,
     begin,
     cmdline,
+    command_lines,
     finish,
     ranks,
     start,
@@ -74,7 +75,7 @@ def test_the_same_losses_as_on_one_machine(cluster: Cluster, tmp_path: Path, loc
     code, output = finish(start(yaml_for(tmp_path, "run"), **cluster.slurm.environment))
     assert code == 0 and "step 5/5" in output, output
     assert losses(tmp_path / "run") == local_losses and len(local_losses) == 5
-    assert CANARY not in output + written_by(tmp_path / "run")
+    assert not repeats_a_canary(output + written_by(tmp_path / "run"))
     cluster.gone(time.monotonic())
 
 
@@ -113,6 +114,7 @@ def test_a_killed_rank_under_srun_by_hand(cluster: Cluster, tmp_path: Path) -> N
 
 def test_a_killed_rank_a_dead_host_and_a_dead_launcher_leave_nothing(cluster: Cluster, tmp_path: Path) -> None:
     process = training(yaml_for(tmp_path, "killed"), **cluster.slurm.environment)
+    assert not repeats_a_canary(command_lines())
     since = time.monotonic()
     os.kill(ranks(cluster.hosts, 1)[0], signal.SIGKILL)
     code, output = finish(process, GONE_SECONDS)
