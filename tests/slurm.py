@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -114,10 +115,9 @@ class Slurm:
             time.sleep(0.2)
 
     def ask(self, *command: str) -> str:
-        """Return what sinfo, squeue or scontrol prints."""
-        done = subprocess.run(
-            command, env=os.environ | self.environment, capture_output=True, text=True, check=False, timeout=60
-        )
+        """Return what sinfo, squeue, scontrol or sbatch prints."""
+        environment = _with_this_checkout() | self.environment
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
         return (done.stdout or done.stderr).strip()
 
     def steps(self) -> str:
@@ -135,3 +135,11 @@ class Slurm:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+
+
+def _with_this_checkout() -> dict[str, str]:
+    """Return an environment in which a batch job finds `longctx`, and this copy of it."""
+    root = Path(__file__).resolve().parents[1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    found = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+    return os.environ | {"PATH": path, "PYTHONPATH": found, "DS_ACCELERATOR": "cpu"}

@@ -84,7 +84,7 @@ def _safely(reader: Reader) -> Iterator[None]:
             return original(file, map_location=map_location, **options)
         return reader(file, map_location)
 
-    torch.load = load
+    torch.load = load  # type: ignore[assignment]
     try:
         yield
     finally:

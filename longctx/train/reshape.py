@@ -30,8 +30,8 @@ def load(root: Path, engine: Any, found: Manifest, say: Callable[[str], None]) -
     name = store.name_of(found.step)
     if engine.zero_nvme_offload_optimizer():
         raise CheckpointError(
-            f"{root / name} was saved by {found.world.get('size')} ranks, this run has {world}, and what is offloaded to "
-            "NVMe cannot be divided anew: start as many"
+            f"{root / name} was saved by {found.world.get('size')} ranks, this run has {world}: start as many, since "
+            "what is offloaded to NVMe cannot be divided anew"
         )
     say(f"{name} was saved by {found.world.get('size')} ranks; dividing it anew for {world}")
     folder = _converted(root, found, rank, world)

@@ -33,7 +33,6 @@ from slurm import Slurm
 from tiny_run import losses
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
-PYTHON = f"PATH={Path(sys.executable).parent}:/usr/bin:/bin PYTHONPATH={ROOT} {sys.executable}"
 
 
 class Cluster(NamedTuple):
@@ -141,18 +140,29 @@ def test_a_killed_rank_a_dead_host_and_a_dead_launcher_leave_nothing(cluster: Cl
     subprocess.run(["scancel", "--me"], env=os.environ | cluster.slurm.environment, check=True)
 
 
-def test_scancel_of_a_batch_job_leaves_its_neighbour_alone(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_batch_job_saves_and_queues_itself_again_and_ends_without_its_neighbour(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """launch/slurm.sbatch: the signal that SLURM sends before the time is over; then scancel."""
     path = write(tmp_path, "run", "launcher: slurm, options: [--overlap]")
-    script = tmp_path / "job.sbatch"
-    script.write_text(f"#!/bin/sh\nexec env {PYTHON} -m longctx.cli train {path} train.steps=100000\n")
+    path.write_text(path.read_text().replace("steps: 5", "steps: 100000"))
     options = ["--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--parsable", f"--output={tmp_path}/out"]
-    job = cluster.slurm.ask("sbatch", *options, str(script))
+    job = cluster.slurm.ask("sbatch", *options, str(ROOT / "launch" / "slurm.sbatch"), str(path))
     assert job.isdigit(), job
-    neighbour = begin(["srun", "-n1", "--job-name=neighbour", "sleep", "300"], tmp_path, **cluster.slurm.environment)
+    neighbour = begin(["srun", "-n1", "--job-name=neighbour", "sleep", "600"], tmp_path, **cluster.slurm.environment)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not metrics.is_file() or metrics.read_text().count("\n") < 2:
         assert time.monotonic() < deadline and job in cluster.slurm.steps(), (tmp_path / "out").read_text()
+        time.sleep(0.2)
+    assert cluster.slurm.ask("scancel", "--signal=USR1", job) == ""
+    while f"{job} PENDING" not in cluster.slurm.steps():
+        assert time.monotonic() < deadline and job in cluster.slurm.steps(), (tmp_path / "out").read_text()
+        time.sleep(0.2)
+    assert "start again to resume" in (tmp_path / "out").read_text()
+    assert cluster.slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now") == ""
+    while (tmp_path / "out").read_text().count("resumed at step") < 1:
+        assert time.monotonic() < deadline + 200 and job in cluster.slurm.steps(), (tmp_path / "out").read_text()
         time.sleep(0.2)
     since = time.monotonic()
     assert cluster.slurm.ask("scancel", job) == ""
