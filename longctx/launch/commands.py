@@ -21,8 +21,6 @@ from longctx.network import address_of, address_towards
 
 Hosts = Sequence[tuple[str, int]]  # (name, ranks)
 _SSH = ("-T", "-x", "-a", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=6")
-# By default mpirun's daemon outlives the loss of its connection by eight minutes.
-_KEEPALIVE = {"time": 10, "intvl": 5, "probes": 3}
 _TOOLS = {"deepspeed": "ssh", "openmpi": "mpirun", "mpich": "mpiexec.hydra", "slurm": "srun"}
 
 
@@ -92,8 +90,11 @@ def _openmpi(launch: Launch, hosts: Hosts) -> list[str]:
     options = _ssh_options(launch)
     if options:  # no word of these has a space: mpirun splits the text there
         arguments += ["--prtemca", "plm_ssh_args", " ".join(options)]
-    for name, seconds in _KEEPALIVE.items():
-        arguments += ["--prtemca", f"oob_tcp_keepalive_{name}", str(seconds)]
+    # By default mpirun's daemon outlives the loss of its connection by eight minutes. It must notice before the agents
+    # do: once it has words of theirs to send, the kernel asks no more and only repeats them, for a quarter of an hour.
+    silence = launch.silence_seconds
+    for name, number in (("time", silence // 4), ("intvl", silence * 3 // 20), ("probes", 3)):
+        arguments += ["--prtemca", f"oob_tcp_keepalive_{name}", str(max(number, 1))]
     if launch.interface != "auto":
         arguments += ["--prtemca", "prte_if_include", launch.interface]
     return arguments

@@ -78,7 +78,7 @@ def test_each_launcher_by_its_own_words() -> None:
 
     assert argv("{launcher: openmpi, hosts: [a, b], ssh_port: 22, interface: eth0}") == (
         "mpirun -n 4 --host a:2,b:2 --map-by slot --bind-to none --prtemca plm_ssh_args -p 22 --prtemca "
-        "oob_tcp_keepalive_time 10 --prtemca oob_tcp_keepalive_intvl 5 --prtemca oob_tcp_keepalive_probes 3 --prtemca "
+        "oob_tcp_keepalive_time 7 --prtemca oob_tcp_keepalive_intvl 4 --prtemca oob_tcp_keepalive_probes 3 --prtemca "
         "prte_if_include eth0 python -m longctx.launch.agent t"
     )
     assert argv("{launcher: mpich, hosts: [a, b]}") == (
