@@ -135,7 +135,7 @@ def row(mesh: Any, megabits: int, length: int) -> list[dict[str, Any]]:
         ("backward", 3, 10, passes[2:]),
     ):
         computed = wall - waited
-        flops = work * 2 * length**2 * HEADS * HEAD_DIM / 2 / computed * 2  # two blocks a rank, half of each is masked
+        flops = work * length**2 * HEADS * HEAD_DIM / computed  # two blocks a rank, half of each is masked
         alone = messages * message_seconds
         bandwidth = block / message_seconds
         enough = BYTES * KV_HEADS / HEADS * flops / bandwidth if name == "forward" else 0.0
