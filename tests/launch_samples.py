@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 from longctx.config.load import loads
@@ -19,6 +20,22 @@ HOSTILE = tuple(
     "$(touch pwned)|`touch pwned`|; touch pwned|'; touch pwned; '|\"$(touch pwned)\"|a\nb|%h %n|&& touch pwned|> pwned|"
     "*|~|$HOME|\\|!!|#x| ||-oProxyCommand=x|a'b\"c|{a,b}|\u2028|é|\udcff|--|${IFS}|\t|^x^y|=x".split("|")
 ) + ("| touch pwned",)
+
+CANARIES = {f"SECRET_{number:02d}": f"c4n4ry-{number:02d}-hf_sk-ghp_AKIA" for number in range(40)}
+
+
+def hostile(count: int) -> list[str]:
+    """Return ``count`` different strings that a shell would obey, made of those above, the same every time."""
+    pieces, draw = [*HOSTILE, "a", "pwned", "node1"], random.Random(0)
+    found = dict.fromkeys(HOSTILE)
+    while len(found) < count:
+        found["".join(draw.choices(pieces, k=draw.randint(1, 6)))] = None
+    return list(found)
+
+
+def repeats_a_canary(text: str) -> bool:
+    """Say whether one of the 40 secrets is in ``text``."""
+    return any(secret in text for secret in CANARIES.values())
 
 
 def config(launch: str, *overrides: str) -> RunConfig:

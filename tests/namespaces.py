@@ -31,6 +31,8 @@ class Hosts:
         self.bridge = "longctx-br"
         self.names = [f"longctx-h{number}" for number in range(1, count + 1)]
         self.sshds: list[subprocess.Popen[bytes]] = []
+        self.bystanders: set[int] = set()
+        """processes on the hosts that a test does not count"""
         try:
             self._make_network()
             self._make_keys()
@@ -103,9 +105,9 @@ class Hosts:
             time.sleep(0.2)
 
     def processes(self, index: int) -> list[int]:
-        """Processes of a host, without its sshd."""
-        listed = run("ip", "netns", "pids", self.names[index]).split()
-        return [int(pid) for pid in listed if not _is_sshd(int(pid))]
+        """Processes of a host, without its daemons and bystanders."""
+        listed = map(int, run("ip", "netns", "pids", self.names[index]).split())
+        return [pid for pid in listed if pid not in self.bystanders and not _is_daemon(pid)]
 
     def unplug(self, index: int) -> None:
         """Cut a host off, as a power cut or a broken switch does: no connection is closed."""
@@ -131,8 +133,8 @@ class Hosts:
         subprocess.run(["ip", "link", "del", self.bridge], capture_output=True, check=False)
 
 
-def _is_sshd(pid: int) -> bool:
+def _is_daemon(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip() == "sshd"
+        return Path(f"/proc/{pid}/comm").read_text().strip() in ("sshd", "slurmd", "slurmstepd")
     except OSError:
         return True

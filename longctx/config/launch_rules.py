@@ -11,7 +11,7 @@ from longctx.errors import LaunchError
 
 Broken = tuple[str, str, str]  # key, message, code
 
-_OVER_SSH = ("deepspeed", "openmpi")
+_OVER_SSH = ("deepspeed", "openmpi", "mpich")
 _WITH_OPTIONS = ("openmpi", "mpich", "slurm")
 
 
@@ -56,5 +56,4 @@ def _ssh(launch: Launch) -> Iterator[Broken]:
     if launch.launcher not in _OVER_SSH:
         for name in ("ssh_port", "ssh_options"):
             if getattr(launch, name):
-                also = "; put it into ~/.ssh/config" if launch.launcher == "mpich" else ""
-                yield name, f"is not read by launcher {launch.launcher}; remove the key{also}", "idle-key"
+                yield name, f"is not read by launcher {launch.launcher}; remove the key", "idle-key"

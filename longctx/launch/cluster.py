@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from longctx import slurm
 from longctx.config.derived import Derived
 from longctx.config.schema import RunConfig
 from longctx.config.write import dump
@@ -46,9 +47,12 @@ def plan(config: RunConfig, sizes: Derived) -> Plan:
     Raises:
         LaunchError: the mesh does not fit the hosts, or the hosts are not known.
     """
-    launch = config.launch
-    hosts = with_slots(hosts_of(launch), launch, sizes.world)
-    placement = place(hosts, sizes.ring, sizes.ulysses, sizes.data)
+    hosts = with_slots(hosts_of(config.launch), config.launch, sizes.world)
+    return _plan(config, hosts, (sizes.ring, sizes.ulysses, sizes.data))
+
+
+def _plan(config: RunConfig, hosts: Sequence[tuple[str, int]], grid: tuple[int, int, int]) -> Plan:
+    launch, placement = config.launch, place(hosts, *grid)
     python, folder = launch.python or sys.executable, launch.folder or os.getcwd()
     path = Path(folder, config.output.folder).absolute() / ticket.FOLDER / ticket.NAME
     found = commands(launch, placement.hosts, python, hardware.python_path(), str(path))
@@ -66,13 +70,37 @@ def train(config: RunConfig, sizes: Derived, *, only_check: bool = False) -> int
     private = job.ticket.parent
     ticket.make_private(private)
     with FolderLock(private):
-        for left in range(config.launch.restarts, -1, -1):
-            outcome = _attempt(job, only_check)
-            if not (outcome.again and left):
+        outcome = _attempt(job, only_check)
+        for left in range(config.launch.restarts - 1, -1, -1):
+            if not outcome.again:
                 break
-            print(f"longctx: starting again from the newest checkpoint ({left - 1} more times)", file=sys.stderr)
+            print(f"longctx: starting again from the newest checkpoint ({left} more times)", file=sys.stderr)
             time.sleep(1)
+            outcome = _attempt(job, only_check)
+            fewer = without(job, sizes, outcome.absent)
+            if fewer is not None:  # the host that died has not come back
+                job = fewer
+                outcome = _attempt(job, only_check)
     return outcome.code
+
+
+def without(job: Plan, sizes: Derived, absent: frozenset[str]) -> Plan | None:
+    """Return the plan for the hosts that are left: fewer replicas, each step still on as many rows. None if no host is
+    absent, or if what is left has no room for one replica.
+    """
+    left = [(name, count) for name, count in job.placement.hosts if name not in absent]
+    room = sum(count for _, count in left)
+    of_one, batch, micro = sizes.ring * sizes.ulysses, sizes.global_batch, sizes.micro_batch
+    data = next((d for d in range(room // of_one, 0, -1) if batch % (micro * d) == 0), 0)
+    if not absent or data == 0:
+        return None
+    names = ", ".join(sorted(absent))
+    print(f"longctx: going on without {names}: mesh.data is now {data}", file=sys.stderr, flush=True)
+    changes = {
+        "mesh": job.config.mesh.model_copy(update={"ring": sizes.ring, "data": data, "world": "auto"}),
+        "train": job.config.train.model_copy(update={"global_batch": batch}),
+    }
+    return _plan(job.config.model_copy(update=changes), left, (sizes.ring, sizes.ulysses, data))
 
 
 def _attempt(job: Plan, only_check: bool) -> Outcome:
@@ -112,7 +140,7 @@ def _address(job: Plan) -> str:
             return found
     for name, _ in reversed(job.placement.hosts):  # the last host is the likeliest not to be this one
         try:
-            return address_towards(name)
+            return address_towards(slurm.address(name) if job.config.launch.launcher == "slurm" else name)
         except OSError:
             continue
     names = ", ".join(name for name, _ in job.placement.hosts[:8])

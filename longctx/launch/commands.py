@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 from longctx.config.sections.launch import Launch
 from longctx.errors import LaunchError
+from longctx.launch.environment import AGENTS
+from longctx.network import address_of, address_towards
 
 Hosts = Sequence[tuple[str, int]]  # (name, ranks)
 _SSH = ("-T", "-x", "-a", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=6")
-# By default mpirun's daemon outlives the loss of its connection by eight minutes.
-_KEEPALIVE = {"time": 10, "intvl": 5, "probes": 3}
-_TOOLS = {"deepspeed": "ssh", "openmpi": "mpirun", "mpich": "mpiexec", "slurm": "srun"}
+_TOOLS = {"deepspeed": "ssh", "openmpi": "mpirun", "mpich": "mpiexec.hydra", "slurm": "srun"}
 
 
 class Command(NamedTuple):
@@ -60,9 +60,8 @@ def remote(python: str, python_path: str, arguments: Sequence[str]) -> list[str]
 
 def ssh(host: str, arguments: Sequence[str], launch: Launch) -> tuple[str, ...]:
     """Return the arguments that run a command on ``host``; every one of ``arguments`` arrives there unchanged."""
-    own = [word for option in launch.ssh_options for word in ("-o", option)]  # first: ssh keeps the first value it sees
-    port = ["-p", str(launch.ssh_port)] if launch.ssh_port else []
-    return ("ssh", *own, *_SSH, *port, "-o", "ConnectTimeout=15", "--", host, shlex.join(arguments))
+    # the user's first: ssh keeps the first value it sees
+    return ("ssh", *_ssh_options(launch), *_SSH, "-o", "ConnectTimeout=15", "--", host, shlex.join(arguments))
 
 
 def _deepspeed(hosts: Hosts, index: int, ticket: str) -> list[str]:
@@ -88,20 +87,27 @@ def _deepspeed(hosts: Hosts, index: int, ticket: str) -> list[str]:
 
 def _openmpi(launch: Launch, hosts: Hosts) -> list[str]:
     arguments = ["mpirun", "-n", str(_ranks(hosts)), "--host", _counted(hosts), "--map-by", "slot", "--bind-to", "none"]
-    options = [word for option in launch.ssh_options for word in ("-o", option)]
-    options += ["-p", str(launch.ssh_port)] if launch.ssh_port else []
+    options = _ssh_options(launch)
     if options:  # no word of these has a space: mpirun splits the text there
         arguments += ["--prtemca", "plm_ssh_args", " ".join(options)]
-    for name, seconds in _KEEPALIVE.items():
-        arguments += ["--prtemca", f"oob_tcp_keepalive_{name}", str(seconds)]
+    # By default mpirun's daemon outlives the loss of its connection by eight minutes. It must notice before the agents
+    # do: once it has words of theirs to send, the kernel asks no more and only repeats them, for a quarter of an hour.
+    silence = launch.silence_seconds
+    for name, number in (("time", silence // 4), ("intvl", silence * 3 // 20), ("probes", 3)):
+        arguments += ["--prtemca", f"oob_tcp_keepalive_{name}", str(max(number, 1))]
     if launch.interface != "auto":
         arguments += ["--prtemca", "prte_if_include", launch.interface]
     return arguments
 
 
 def _mpich(launch: Launch, hosts: Hosts) -> list[str]:
-    arguments = ["mpiexec", "-launcher", "ssh", "-n", str(_ranks(hosts)), "-hosts", _counted(hosts)]
-    return arguments + (["-iface", launch.interface] if launch.interface != "auto" else [])
+    """MPICH's own name for its starter: mpiexec alone is OpenMPI's too. It would hand on this shell's environment."""
+    options = _ssh_options(launch)
+    arguments = ["env", f"HYDRA_LAUNCHER_EXTRA_ARGS={' '.join(options)}"] if options else []
+    arguments += ["mpiexec.hydra", "-launcher", "ssh", "-genvlist", ",".join(AGENTS)]
+    here = _own_address(launch, hosts)
+    arguments += ["-localhost", here] if here else []  # else hosts call this one by its name, which may be theirs
+    return [*arguments, "-n", str(_ranks(hosts)), "-hosts", _counted(hosts)]
 
 
 def _slurm(launch: Launch, hosts: Hosts) -> list[str]:
@@ -114,7 +120,22 @@ def _slurm(launch: Launch, hosts: Hosts) -> list[str]:
         )
     arguments = ["srun", f"--ntasks={_ranks(hosts)}", f"--nodes={len(hosts)}", f"--ntasks-per-node={counts.pop()}"]
     arguments += ["--nodelist=" + ",".join(name for name, _ in hosts), "--distribution=block", "--kill-on-bad-exit=1"]
-    return [*arguments, "--unbuffered", f"--chdir={os.sep}"]  # agents go to launch.folder themselves
+    arguments += ["--unbuffered", f"--chdir={os.sep}"]  # agents go to launch.folder themselves
+    return [*arguments, "--export=" + ",".join(AGENTS)]  # else srun would send this shell's whole environment
+
+
+def _own_address(launch: Launch, hosts: Hosts) -> str | None:
+    """Return the address by which hosts reach this one, where it can be told. Nothing is sent."""
+    try:
+        return address_of(launch.interface) or address_towards(hosts[-1][0])
+    except OSError:
+        return None
+
+
+def _ssh_options(launch: Launch) -> list[str]:
+    """Return what the YAML says to ssh. No word of it has a space."""
+    options = [word for option in launch.ssh_options for word in ("-o", option)]
+    return options + (["-p", str(launch.ssh_port)] if launch.ssh_port else [])
 
 
 def _counted(hosts: Hosts) -> str:

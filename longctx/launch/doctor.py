@@ -155,6 +155,20 @@ def _network() -> Iterator[Check]:
             )
 
 
+def _launchers() -> Iterator[Check]:
+    """What can start ranks on other hosts; `longctx launch CONFIG --check` then asks the hosts themselves."""
+    tools = {"deepspeed": "ssh", "openmpi": "mpirun", "mpich": "mpiexec.hydra", "slurm": "srun"}
+    here = [f"{name} ({tool})" for name, tool in tools.items() if shutil.which(tool)]
+    yield Check("launchers", OK, f"local{''.join(f', {name}' for name in here)}")
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        address = "no address"
+    alone = address.startswith(("127.", "no "))
+    more = ": no other host gets here by that name, so ranks use the interface towards each other" if alone else ""
+    yield Check("host name", OK, f"{socket.gethostname()} is {address}{more}")
+
+
 def _limits() -> Iterator[Check]:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     fine = files == resource.RLIM_INFINITY or files >= 1024
@@ -164,10 +178,10 @@ def _limits() -> Iterator[Check]:
 def _environment() -> Iterator[Check]:
     world, rank = launched_world()
     if world is None:
-        yield Check("launcher", OK, "this shell is not inside a launched job")
+        yield Check("shell", OK, "this shell is not inside a launched job")
     else:
         fix = "longctx train starts its own ranks: unset WORLD_SIZE and RANK, or run launch/train.py here"
-        yield Check("launcher", WARN, f"rank {rank} of {world} in the environment", fix)
+        yield Check("shell", WARN, f"rank {rank} of {world} in the environment", fix)
 
 
 def _halves(error: Exception) -> tuple[str, str]:
@@ -183,6 +197,7 @@ _CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
     _accelerators,
     _disk,
     _network,
+    _launchers,
     _limits,
     _environment,
 )

@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 
-_HOST = (
-    "CUDA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES HOME LANG LD_LIBRARY_PATH LOGNAME PATH SHELL TMPDIR "
-    "TZ USER XDG_CACHE_HOME SLURM_JOB_ID"
-).split()
 # Chosen by each host or each rank, so another machine's value would be wrong.
 _NEVER = {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"}
+AGENTS = tuple("HOME LANG LD_LIBRARY_PATH LOGNAME PATH SHELL TMPDIR TZ USER XDG_CACHE_HOME".split())
+"""what an agent needs of a launcher that would otherwise hand it everything"""
+_HOST = (*sorted(_NEVER), *AGENTS, "SLURM_JOB_ID")
 
 
 def travelling(environment: Mapping[str, str], allowed: Iterable[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from longctx import slurm
 from longctx.config.hosts import Host, once_each, parse_host, parse_hostfile
 from longctx.config.schema import RunConfig
 from longctx.config.sections.launch import Launch
@@ -54,16 +55,14 @@ def default_world(config: RunConfig) -> int:
 
 
 def _allocation() -> tuple[Host, ...]:
-    nodes = os.environ.get("SLURM_JOB_NODELIST")
-    tool = shutil.which("scontrol")
-    if not nodes or tool is None:
+    listed = os.environ.get("SLURM_JOB_NODELIST")
+    if not listed or shutil.which("scontrol") is None:
         raise LaunchError(
             "no host is named and this is not inside a SLURM allocation: run it under salloc or sbatch, or write "
             "launch.hosts"
         )
     try:
-        command = [tool, "show", "hostnames", nodes]
-        names = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+        names = slurm.nodes(listed)
     except (OSError, subprocess.SubprocessError) as error:
-        raise LaunchError(f"scontrol does not say which hosts {nodes[:80]!r} are: {error}") from None
+        raise LaunchError(f"scontrol does not say which hosts {listed[:80]!r} are: {error}") from None
     return once_each([parse_host(name) for name in names])

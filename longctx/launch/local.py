@@ -82,7 +82,7 @@ def run(command: Sequence[str], *, world: int, logs: Path, environment: dict[str
 class _Job:
     """The processes of one job, by rank."""
 
-    FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+    FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self, logs: Path, errors: Path) -> None:
         self.logs, self.errors = logs, errors
@@ -155,11 +155,12 @@ class _Job:
         kill(self.ranks)
 
     def forward(self, number: int, frame: FrameType | None) -> None:
-        """Pass a signal on to the ranks; the second SIGINT ends the wait."""
+        """Pass a signal on to the ranks; the second SIGINT ends the wait. SIGUSR2 has them show where they are."""
         if number == signal.SIGINT and self.asked_to_stop:
             self.interrupted_twice = True
             return
-        self.asked_to_stop = self.asked_to_stop or time.monotonic()
+        if number != signal.SIGUSR2:
+            self.asked_to_stop = self.asked_to_stop or time.monotonic()
         for process in self.ranks:
             if exit_code(process) is None:
                 os.kill(process.pid, number)

@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run this rank's job and return its exit code: 0 done, 75 stopped after saving, 1 failed, 130 interrupted."""
     _die_with_parent()
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2)  # where does it hang? Every thread's stack, into this rank's log
     options = _parse(arguments)
     _, rank = launched_world()
     try:

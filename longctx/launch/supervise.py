@@ -35,12 +35,14 @@ class Outcome(NamedTuple):
     code: int
     again: bool
     """whether starting again could help: a rank or host died, nobody asked for the end, no mistake of the user"""
+    absent: frozenset[str] = frozenset()
+    """hosts that did not answer, so that nothing was started"""
 
 
 class Supervisor:
     """The processes and connections of one attempt."""
 
-    FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
     def __init__(self, ticket: Ticket, listener: socket.socket, start_seconds: int) -> None:
         self.ticket, self.start_seconds = ticket, start_seconds
@@ -92,11 +94,10 @@ class Supervisor:
         if self.asked_to_stop:
             return Outcome(130, False)
         problems = self.members.wrong(hardware.gpus())
-        if not self.members.complete:
-            problems |= self._absent()
-        if problems:
-            self._say("not started, because of\n" + table(problems))
-            return Outcome(1, False)
+        absent = {} if self.members.complete else self._absent()
+        if problems or absent:
+            self._say("not started, because of\n" + table(problems | absent))
+            return Outcome(1, False, frozenset(absent))
         if start:
             self.started = True
             self.members.send(start=self.members.by_rank[0].meeting)
@@ -117,7 +118,7 @@ class Supervisor:
             label = host if host in self.processes else next(iter(self.processes))
             code = exit_code(self.processes[label])
             how = f"no answer in {self.start_seconds} s" if code is None else f"its command {report.ended(code)}"
-            said = [line for line in report.tail(self._log(label), 400).splitlines() if line.strip()]
+            said = [line for line in report.tail(self._log(label), 400).splitlines() if any(map(str.isalnum, line))]
             ours = [line for line in said if line.startswith("longctx: ")]
             found[host] = [how + (f": {(ours or said)[-1][-400:]}" if said else "")]
         return found
@@ -166,11 +167,12 @@ class Supervisor:
         return text if member.end.report.get("user") else f"{where} failed (full output in {self.logs}):\n{text}"
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        """Pass a signal on to the ranks; the second SIGINT ends the wait."""
+        """Pass a signal on to the ranks; the second SIGINT ends the wait. SIGUSR2 has them show where they are."""
         if number == signal.SIGINT and self.asked_to_stop:
             self.interrupted_twice = True
             return
-        self.asked_to_stop = self.asked_to_stop or time.monotonic()
+        if number != signal.SIGUSR2:
+            self.asked_to_stop = self.asked_to_stop or time.monotonic()
         if self.started:
             self.members.send(signal=number)
 

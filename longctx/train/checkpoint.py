@@ -10,28 +10,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from longctx.errors import CheckpointError
-from longctx.train import durable, manifest, rng, store
+from longctx.train import durable, manifest, reshape, rng, store
 from longctx.train.agree import broadcast_json, gather_json, ranks, together
-from longctx.train.manifest import FileEntry, Manifest
+from longctx.train.manifest import FileEntry, Manifest, Progress
 from longctx.train.safe_load import make_safe, safe_load
 
 # fp32 weights and Adam's two moments are 12 bytes a parameter, half-precision weights 2 more; the rest is room
 BYTES_PER_PARAMETER = 16
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: updates made, packed rows and valid tokens consumed."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
 
 
 class Checkpoints:
@@ -107,6 +98,8 @@ class Checkpoints:
         name = store.name_of(found.step)
         if engine.load_universal_checkpoint():
             raise CheckpointError("deepspeed.checkpoint.load_universal reads with pickle, which runs code; remove it")
+        if found.world.get("size") != ranks()[1] and found.zero_stage > 0:
+            return reshape.load(self.root, engine, found, self.say)
         contents: dict[str, Any] = {}
         with together():
             for entry in found.files:  # what DeepSpeed will read here: this rank's own files, and the replicated one
@@ -194,7 +187,6 @@ class Checkpoints:
     def _require_same_run(self, name: str, found: Manifest) -> None:
         here = self.facts
         pairs: list[tuple[str, Any, Any, str]] = [
-            ("ranks", found.world.get("size"), here.world["size"], "start as many"),
             ("zero.stage", found.zero_stage, here.zero_stage, "set it back"),
             ("data.seed", found.seed, here.seed, "set it back: it orders the samples"),
         ]
@@ -206,6 +198,15 @@ class Checkpoints:
                     f"{self.root / name} was saved with {what} {before}, this run has {now}: {remedy}, or choose "
                     "another output.folder to start anew"
                 )
+        before, now = found.world.get("size"), here.world["size"]
+        if before != now and here.run.get("optimizer") != "adamw":
+            raise CheckpointError(
+                f"{self.root / name} was saved by {before} ranks, this run has {now}, and only the state of adamw can "
+                "be divided anew: start as many, or choose another output.folder"
+            )
+        rows, rows_now = (one.run.get("global_batch") for one in (found, here))
+        if rows != rows_now:
+            self.say(f"{name} was saved with a global_batch of {rows} rows, now {rows_now}")
         old, new = ({**one.run, **one.world, "layout": one.layout} for one in (found, here))
         for what in ("threads", "layout", "ring"):
             before, now = old.get(what), new.get(what)

@@ -24,6 +24,15 @@ MAX_BYTES = 64 * 2**20  # a manifest lists files; one of this size is not a mani
 
 
 @dataclass(frozen=True)
+class Progress:
+    """Where a run stands: updates made, packed rows and valid tokens consumed."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
 class FileEntry:
     """One file of a checkpoint: path inside its folder, length, SHA-256, and the rank that wrote it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -55,6 +56,7 @@ if __name__ == "__main__":
     from longctx.launch.rank import _die_with_parent
 
     _die_with_parent()
+    faulthandler.register(signal.SIGUSR2)
     number = int(os.environ["RANK"])
     try:
         code = behave(sys.argv[1], number, sys.argv[2])

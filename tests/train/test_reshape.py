@@ -1,0 +1,66 @@
+"""A run that goes on with another number of ranks: the same rows, the same losses, the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_run import config, losses, weights, write
+
+from longctx.errors import CheckpointError
+from longctx.train.checkpoint import Checkpoints
+from longctx.train.manifest import Manifest
+from longctx.train.run import run
+
+from distributed import run_ranks
+from tolerances import tolerance
+
+LIMIT = 280.0
+BATCH = "train.global_batch=4"
+
+
+def train(rank: int, world: int, folder: str, name: str, overrides: tuple[str, ...]) -> str:
+    try:
+        run(config(Path(folder), *overrides, name=name))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def on(world: int, folder: Path, name: str, *overrides: str) -> None:
+    answers = run_ranks(world, train, str(folder), name, (BATCH, *overrides), timeout=LIMIT)
+    assert answers == ["no error"] * world, answers
+
+
+@pytest.mark.parametrize(
+    "stage, dtype",
+    [(3, "fp32"), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((1, "fp32"), (2, "fp32"), (3, "bf16")))],
+)
+def test_half_the_ranks_and_all_again_give_the_same_run(tmp_path: Path, stage: int, dtype: str) -> None:
+    same = (f"zero.stage={stage}", f"model.dtype={dtype}", "mesh.ring=2", "train.schedule=constant")
+    write(tmp_path, "whole")
+    write(tmp_path, "parts")
+    on(4, tmp_path, "whole", *same, "mesh.data=2", "train.steps=6")
+    on(4, tmp_path, "parts", *same, "mesh.data=2", "train.steps=2")
+    on(2, tmp_path, "parts", *same, "mesh.data=1", "train.steps=4", "checkpoint.resume=must")
+    on(4, tmp_path, "parts", *same, "mesh.data=2", "train.steps=6", "checkpoint.resume=must")
+    limit = tolerance("training loss" if dtype == "fp32" else "bf16 training loss")
+    pairs = zip(losses(tmp_path / "parts"), losses(tmp_path / "whole"), strict=True)
+    assert all(float.fromhex(part) == pytest.approx(float.fromhex(whole), rel=limit) for part, whole in pairs)
+    parts, whole = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    for name, truth in whole.items():
+        assert (parts[name].double() - truth.double()).norm() <= limit * truth.double().norm(), name
+    assert not [path for path in (tmp_path / "parts" / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def test_what_cannot_be_divided_anew_is_refused_by_name(tmp_path: Path) -> None:
+    def manifest(ranks: int, optimizer: str) -> Manifest:
+        facts = {"optimizer": optimizer, "global_batch": 4}
+        return Manifest(2, 8, 0, 9, {"size": ranks, "ring": 1}, "zigzag", 3, "", None, {}, facts)
+
+    said: list[str] = []
+    Checkpoints(tmp_path, 1, manifest(2, "adamw"), said.append)._require_same_run("step-2", manifest(4, "adamw"))
+    assert not said
+    sgd = Checkpoints(tmp_path, 1, manifest(2, "sgd"), said.append)
+    with pytest.raises(CheckpointError, match="was saved by 4 ranks, this run has 2, and only the state of adamw"):
+        sgd._require_same_run("step-2", manifest(4, "sgd"))
