@@ -17,6 +17,8 @@ _HOME = {  # public name -> module it lives in
     "positions": "longctx.sharding",
     "block_attention": "longctx.attention.block",
     "ring_attention": "longctx.attention.ring",
+    "abc_attention": "longctx.bounded.abc",
+    "cosine_attention": "longctx.bounded.cosine",
     "register": "longctx.models.register",
     "initialize": "longctx.engine.initialize",
     "attach": "longctx.engine.attach",
@@ -30,9 +32,11 @@ __all__ = [
     "Engine",
     "LongctxError",
     "Mesh",
+    "abc_attention",
     "attach",
     "block_attention",
     "build",
+    "cosine_attention",
     "initialize",
     "positions",
     "register",
@@ -45,6 +49,8 @@ __all__ = [
 if TYPE_CHECKING:
     from longctx.attention.block import block_attention as block_attention
     from longctx.attention.ring import ring_attention as ring_attention
+    from longctx.bounded.abc import abc_attention as abc_attention
+    from longctx.bounded.cosine import cosine_attention as cosine_attention
     from longctx.engine.attach import attach as attach
     from longctx.engine.build import build as build
     from longctx.engine.engine import Engine as Engine
