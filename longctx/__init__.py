@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+_PARTS = ("bounded", "nn")  # sub-packages that are used as such: longctx.nn.ABCAttention
+
 _HOME = {  # public name -> module it lives in
     "Mesh": "longctx.mesh",
     "shard": "longctx.sharding",
@@ -19,6 +21,7 @@ _HOME = {  # public name -> module it lives in
     "ring_attention": "longctx.attention.ring",
     "abc_attention": "longctx.bounded.abc",
     "cosine_attention": "longctx.bounded.cosine",
+    "convert": "longctx.models.convert",
     "register": "longctx.models.register",
     "initialize": "longctx.engine.initialize",
     "attach": "longctx.engine.attach",
@@ -36,6 +39,7 @@ __all__ = [
     "attach",
     "block_attention",
     "build",
+    "convert",
     "cosine_attention",
     "initialize",
     "positions",
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
     from longctx.engine.logprobs import token_logprobs as token_logprobs
     from longctx.errors import LongctxError as LongctxError
     from longctx.mesh import Mesh as Mesh
+    from longctx.models.convert import convert as convert
     from longctx.models.register import register as register
     from longctx.sharding import positions as positions
     from longctx.sharding import shard as shard
@@ -65,10 +70,12 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'longctx' has no attribute {name!r}; it has {', '.join(__all__)}")
     from importlib import import_module
 
+    if name in _PARTS:
+        return import_module(f"longctx.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'longctx' has no attribute {name!r}; it has {', '.join(__all__)}")
     module = import_module(_HOME[name])
     # A public name may equal its module's (longctx.engine.attach.attach): bind the object, not the module.
     value = getattr(module, name)
