@@ -7,9 +7,8 @@ import difflib
 from typing import Any
 
 from longctx.errors import ModelError
-from longctx.models.families import FAMILIES, NAME, MixedLayers, family_of, mixed_classes
-from longctx.models.memories import install
-from longctx.models.register import register
+from longctx.models.families import FAMILIES, MixedLayers, family_of, give_memories, mixed_classes
+from longctx.models.register import NAME, register
 from longctx.nn.kinds import read_layers, write_layers
 
 
@@ -54,7 +53,7 @@ def convert(model: Any, layers: dict[Any, Any]) -> Any:
             part.config.attention_layers = written
             part.config._attn_implementation = NAME
     model.__class__ = model_class
-    install(model, config, FAMILIES[family].attention)
+    give_memories(model, config)
     return model
 
 

@@ -55,22 +55,8 @@ def family_of(config: Any) -> str | None:
     return name if name in FAMILIES else None
 
 
-class MixedLayers:
-    """What every converted model adds to its family's class."""
-
-    config: Any
-
-    def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(config, *arguments, **keywords)  # type: ignore[call-arg]
-        install(self, config, FAMILIES[family_of(config) or ""].attention)
-
-    def _check_and_adjust_attn_implementation(self, implementation: str | None, *others: Any, **keywords: Any) -> str:
-        if implementation not in (None, NAME):
-            raise ModelError(
-                f"attn_implementation={implementation!r}: {type(self).__name__} has layers that only longctx computes; "
-                "leave attn_implementation out"
-            )
-        return super()._check_and_adjust_attn_implementation(NAME, *others, **keywords)  # type: ignore[misc]
+class MemoryWeights:
+    """What a transformers model with memories in it knows besides: how their weights begin."""
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         from transformers import initialization as init
@@ -82,6 +68,42 @@ class MixedLayers:
             init.constant_(module.exponent, module.kind.exponent)
         else:
             super()._init_weights(module)  # type: ignore[misc]
+
+
+class MixedLayers(MemoryWeights):
+    """What every converted model adds to its family's class."""
+
+    config: Any
+
+    def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(config, *arguments, **keywords)  # type: ignore[call-arg]
+        give_memories(self, config)
+
+    def _check_and_adjust_attn_implementation(self, implementation: str | None, *others: Any, **keywords: Any) -> str:
+        if implementation not in (None, NAME):
+            raise ModelError(
+                f"attn_implementation={implementation!r}: {type(self).__name__} has layers that only longctx computes; "
+                "leave attn_implementation out"
+            )
+        return super()._check_and_adjust_attn_implementation(NAME, *others, **keywords)  # type: ignore[misc]
+
+
+def give_memories(model: Any, config: Any) -> None:
+    """Give the layers of ``model`` the memories of ``config``, and its inner models the knowledge of their weights."""
+    from transformers import PreTrainedModel
+
+    install(model, config, FAMILIES[family_of(config) or ""].attention)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and not isinstance(part, MemoryWeights):
+            part.__class__ = with_memory_weights(type(part))
+
+
+@cache
+def with_memory_weights(plain: type) -> type:
+    """Return the class of an inner model (LlamaModel) of a converted one."""
+    made = type(f"Longctx{plain.__name__}", (MemoryWeights, plain), {"__module__": __name__})
+    globals()[made.__name__] = made  # where pickle looks for it
+    return made
 
 
 @cache

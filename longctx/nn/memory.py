@@ -72,6 +72,7 @@ class ABCMemory(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.kind, self.kv_heads, self.place = kind, kv_heads, place
+        self.initial_std = 0.0  # of the first weights: it gives logits of size one for inputs of size one
         own = kv_heads if kind.per_head else 1
         self.key_control: torch.nn.Parameter | None = None
         self.value_control: torch.nn.Parameter | None = None
@@ -85,18 +86,14 @@ class ABCMemory(torch.nn.Module):
             if length is None:
                 raise ModelError("abc: the control linformer has a weight for every position; give max_length")
             self.key_control = torch.nn.Parameter(torch.empty(own, kind.slots, length))
+        if self.key_control is not None:
+            self.initial_std = 1 / math.sqrt(self.key_control.shape[-1])
         self.reset_parameters()
-
-    @property
-    def initial_std(self) -> float:
-        """Standard deviation of the first weights: logits of size one for inputs of size one."""
-        assert self.key_control is not None
-        return 1 / math.sqrt(self.key_control.shape[-1])
 
     def reset_parameters(self) -> None:
         """Draw the control's weights."""
         for weight in (self.key_control, self.value_control):
-            if weight is not None and weight.numel():
+            if weight is not None:
                 torch.nn.init.normal_(weight, std=self.initial_std)
 
     def forward(

@@ -54,8 +54,8 @@ class WindowMemory(torch.nn.Module):
         if not return_state:
             ids = document_ids if document_ids is None else document_ids.to(torch.int32)
             return ring_attention(
-                query, key, value, mesh=mesh, layout=layout, causal=causal, window=window, document_ids=ids,
-                scale=scale, backend=backend, **extras,
+                query, key, value, mesh=mesh, layout="contiguous" if mesh is None else layout, causal=causal,
+                window=window, document_ids=ids, scale=scale, backend=backend, **extras,
             )  # fmt: skip
         ids = document_ids
         if ids is None:
