@@ -5,7 +5,8 @@ the pairs that may meet, W the write weights and K0, V0 the memory before the ch
 
     logits = scale read (A W + Q K'^T)      P = softmax(logits)      P' = read P      O = (P' W^T) V + P' V'
     dP = read (dO V'^T + (dO V^T) W)        dL = P (dP - rowsum(P dP))                G = scale read dL
-    dQ = (G W^T) K + G K'      dK = (G W^T)^T Q + W U      dV = (P' W^T)^T dO + W U      dW = A^T G + (dO V^T)^T P' + ...
+    dQ = (G W^T) K + G K'      dK = (G W^T)^T Q + W U      dV = (P' W^T)^T dO + W U
+    dW = A^T G + K U^T + (dO V^T)^T P' + V U^T
 
 where U is the gradient of the memory after the chunk. Weights are quotients of masses, see weights.py: c holds, a token
 and slot, by how much the loss falls as the mass grows that the token divided by.

@@ -117,7 +117,7 @@ class _Walk:
         if dsize is None:
             dsize = (dscaled * v).sum(-1, keepdim=True)
             dscaled.mul_(size)
-        parts = (_through_unit(dq, q, q_norm), _through_unit(dk, k, k_norm), dscaled, dsize)
+        parts = (through_unit(dq, q, q_norm), through_unit(dk, k, k_norm), dscaled, dsize)
         for whole, part in zip(grads, parts, strict=True):
             unfold(whole[..., None] if whole.dim() == 3 else whole, block, part)
         return gradient
@@ -128,7 +128,7 @@ class _Walk:
         if sight.valid is not None:
             k, v = (x.masked_fill(~sight.valid, 0.0) for x in (k, v))
             q = q.unflatten(3, (-1, block.size)).masked_fill(~sight.valid[:, :, :, None], 0.0).flatten(3, 4)
-        return _unit(q), _unit(k), v, size
+        return unit(q), unit(k), v, size
 
     def _remember(
         self, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor, sight: Sight
@@ -151,13 +151,13 @@ class _Walk:
         return self._sights[block.size]
 
 
-def _unit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of length 1 (x is overwritten) and the length they had; zero rows stay zero."""
+def unit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of length 1 and the length they had; zero rows stay zero."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(EPSILON)
-    return x.div_(norm), norm
+    return x / norm, norm
 
 
-def _through_unit(gradient: torch.Tensor, unit: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+def through_unit(gradient: torch.Tensor, unit: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """The gradient of x from that of x / ||x||."""
     along = (gradient * unit).sum(-1, keepdim=True)
     return gradient.addcmul_(unit, along, value=-1.0).div_(norm)

@@ -13,6 +13,7 @@ import torch
 from longctx.attention.comm import STATE, Link, Message, Packet
 
 Value = tuple[torch.Tensor, ...]
+Operation = Callable[[Value, Value], Value]
 
 
 class Chain(NamedTuple):
@@ -27,6 +28,11 @@ class Chain(NamedTuple):
     def reversed(self) -> Chain:
         """The same sequence read from its end."""
         return Chain(tuple(tuple(self.total - 1 - chunk for chunk in here) for here in self.chunks))
+
+
+def one_each(ring: int) -> Chain:
+    """Every rank has one state, in the order of the ranks."""
+    return Chain(tuple((rank,) for rank in range(ring)))
 
 
 def collect(

@@ -36,7 +36,7 @@ def backwards(
     close: torch.Tensor | None,
     kept: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of every chunk's carry before + local, (B, G, chunks, M, D), and that of the memory before the first.
+    """The gradients of every chunk's carry before + local, (B, G, chunks, M, D), and of the memory before the first.
 
     `gradient` is that of the memory after the last chunk; `local` what the reads of each chunk add to the gradient of
     carry * before.

@@ -37,6 +37,16 @@ def average(first: Value, second: Value) -> Value:
     return *merged, document
 
 
+def total(first: Value, second: Value) -> Value:
+    """As `average`, for memories that are sums: the mass only tells what was written to."""
+    keep, document = _joined(first[-1], second[-1])
+    merged: list[torch.Tensor] = []
+    for at in range(0, len(first) - 1, 2):
+        memory = torch.where(_like(keep, first[at + 1]), first[at + 1], 0.0) + second[at + 1]
+        merged += [_log_add(first[at], second[at], keep)[0], memory]
+    return *merged, document
+
+
 def latest(first: Value, second: Value) -> Value:
     """Token counts of the running document: (count (B,) int64, document)."""
     keep, document = _joined(first[-1], second[-1])

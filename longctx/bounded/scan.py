@@ -12,14 +12,12 @@ way the states came, so it costs what forward costs. Bytes do not depend on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from longctx.attention.comm import Link
-from longctx.bounded.exchange import Chain, Value, collect, shift
+from longctx.bounded.exchange import Chain, Operation, Value, collect, shift
 from longctx.errors import AttentionError
 from longctx.layout import Layout, get_layout
-
-Operation = Callable[[Value, Value], Value]
 
 _GATHER_RING = 8
 _GATHER_BYTES = 64 << 20

@@ -38,6 +38,7 @@ class ABCState(State):
     keys: (B, G, M, D). values: (B, G, M, Dv).
     document: (B,) int64, the document that the memory belongs to (-1: no token yet), or None if there is only one.
     value_log_mass: (B, G, M) where values have a control of their own.
+    count: (B,) int64, the tokens of the document so far, where the control goes by position.
     """
 
     log_mass: torch.Tensor
@@ -45,6 +46,7 @@ class ABCState(State):
     values: torch.Tensor
     document: torch.Tensor | None = None
     value_log_mass: torch.Tensor | None = None
+    count: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,17 @@ class CosineState(State):
     memory: torch.Tensor
     count: torch.Tensor
     document: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FifoState(State):
+    """The last tokens of a queue control (window, dilated, compressive), oldest first.
+
+    keys (B, G, N, D), values (B, G, N, Dv) in their own dtype. document: (B, N) int64, -1 where nothing was seen yet.
+    index: (B, N) int64, each token's place in its document.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    document: torch.Tensor
+    index: torch.Tensor

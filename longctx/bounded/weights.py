@@ -2,8 +2,8 @@
 
 Each chunk has one reference r a slot, the larger of the log mass before it and of its own logits. Relative to it a
 token's mass is e = exp(s - r), that of the state before is d = exp(z_before - r), and the mass that token t sees is
-total_t = d + sum_{j<=t} e_j. Every weight of the formulas is a quotient of these, exp(s_j - z_t) = e_j / total_t, so the
-products of a chunk need one exponential a logit and the division comes last, as in any softmax.
+total_t = d + sum_{j<=t} e_j. Every weight of the formulas is a quotient of these, exp(s_j - z_t) = e_j / total_t, so
+the products of a chunk need one exponential a logit and the division comes last, as in any softmax.
 
 That is exact as long as no total_t underflows: if a slot gains more than exp(60) within one chunk (exp(600) in fp64),
 `make` returns None and the caller cuts the block in two. A chunk of one token has total_t >= 1.
