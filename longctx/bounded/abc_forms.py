@@ -8,6 +8,7 @@ running one needs the log masses first, since a token's weight depends on all ma
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch.nn import functional
@@ -18,7 +19,7 @@ from longctx.bounded.abc_write import memory_of
 from longctx.bounded.chunks import Runs
 from longctx.bounded.exchange import Operation, Value, collect, one_each
 from longctx.bounded.scan import associative_exclusive_scan
-from longctx.bounded.sequence import Place
+from longctx.bounded.sequence import Place, check_one_document, only_document
 from longctx.bounded.state import ABCState
 
 
@@ -66,17 +67,15 @@ def causal(x: Inputs, place: Place, state: ABCState | None) -> tuple[torch.Tenso
 
 def over_all(x: Inputs, place: Place, state: ABCState | None) -> tuple[torch.Tensor, ABCState]:
     """Every query reads the memory of all tokens, and of `state`: (out, the state)."""
-    keys = _element(x, place.valid if place.ids is not None and place.ids.shape[1] == x.k.shape[2] else None, None)
-    whole = keys
+    whole = _element(x, place.valid, only_document(place.ids, x.k.shape[0], x.k.device))
     if place.link.ring > 1:
-        known, token = collect([keys], place.link, one_each(place.link.ring), lambda source, here: True)
-        whole = (keys[0] + token, *keys[1:])  # ties an output to the exchange, for its backward
-        ordered = [whole if rank == place.link.rank else known[rank] for rank in range(place.link.ring)]
-        whole = ordered[0]
-        for other in ordered[1:]:
-            whole = _operation(x)(whole, other)
+        known, token = collect([whole], place.link, one_each(place.link.ring), lambda source, here: True)
+        known[place.link.rank] = (whole[0] + token, *whole[1:])  # ties an output to the exchange, for its backward
+        if place.ids is not None:
+            check_one_document([known[rank][-1] for rank in range(place.link.ring)])
+        whole = reduce(_operation(x), (known[rank] for rank in range(place.link.ring)))
     if state is not None:
-        whole = _operation(x)(_as_value(state), whole)
+        whole = _operation(x)(_as_value(state, whole[-1]), whole)
     found = _as_state(whole, x, None)
     out = _read(x, found)
     if place.valid is not None and place.valid.shape[1] == x.q.shape[2]:
@@ -108,10 +107,8 @@ def _tail(x: Inputs, ids: torch.Tensor | None) -> tuple[torch.Tensor | None, tor
     return runs.tail(), runs.document
 
 
-def _element(x: Inputs, tokens: torch.Tensor | None, document: torch.Tensor | None) -> Value:
+def _element(x: Inputs, tokens: torch.Tensor | None, document: torch.Tensor) -> Value:
     """What a stretch leaves, as the monoid takes it: (z, memory)s and the document. Shared controls travel once."""
-    if document is None:
-        document = torch.zeros(x.k.shape[0], dtype=torch.int64, device=x.k.device)
     mean = x.normalizer != "sum"
     if x.value is not None:
         keys = memory_of((x.k,), x.key, normalized=mean, tokens=tokens)
@@ -131,8 +128,7 @@ def _as_state(value: Value, x: Inputs, document: torch.Tensor | None) -> ABCStat
     return ABCState(value[0], keys, values, document, None)
 
 
-def _as_value(state: ABCState) -> Value:
-    document = torch.zeros(state.keys.shape[0], dtype=torch.int64, device=state.keys.device)
+def _as_value(state: ABCState, document: torch.Tensor) -> Value:
     if state.value_log_mass is not None:
         return state.log_mass, state.keys, state.value_log_mass, state.values, document
     return state.log_mass, torch.cat([state.keys, state.values], -1), document

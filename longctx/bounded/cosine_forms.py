@@ -16,7 +16,7 @@ from longctx.bounded.chunks import Runs
 from longctx.bounded.cosine_write import memory_of
 from longctx.bounded.exchange import Value, collect, one_each
 from longctx.bounded.scan import associative_exclusive_scan
-from longctx.bounded.sequence import Place
+from longctx.bounded.sequence import Place, check_one_document, only_document
 from longctx.bounded.state import CosineState
 from longctx.kernels.cosine.reference import unit
 
@@ -107,7 +107,10 @@ def over_all(x: Inputs, place: Place, state: CosineState | None) -> tuple[torch.
 
 def _over_ranks(memory: torch.Tensor, total: torch.Tensor, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
     ring = place.link.ring
-    known, token = collect([(memory, total)], place.link, one_each(ring), lambda source, here: True)
+    document = only_document(place.ids, total.shape[0], total.device)
+    known, token = collect([(memory, total, document)], place.link, one_each(ring), lambda source, here: True)
+    if place.ids is not None:
+        check_one_document([known[rank][2] for rank in range(ring)])
     memories = [memory + token if rank == place.link.rank else known[rank][0] for rank in range(ring)]
     return torch.stack(memories).sum(0), torch.stack([known[rank][1] for rank in range(ring)]).sum(0)
 

@@ -107,7 +107,7 @@ def _state(local: Tokens, before: Tokens | None, count: int) -> FifoState:
     missing = max(count - whole.keys.shape[2], 0)
     if missing:
         whole = _nothing(local, missing).then(whole)
-    order = (whole.document >= 0).long().argsort(1, stable=True)[:, -count:]  # padding first
+    order = (whole.document >= 0).long().argsort(dim=1, stable=True)[:, -count:]  # padding first
     keys, values = (
         x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (whole.keys, whole.values)
     )

@@ -57,6 +57,33 @@ class Place:
         return torch.cat(found, 1)
 
 
+_SEVERAL = -2
+
+
+def only_document(ids: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
+    """(B,) the one document of each row here, -1 if there is none, a mark if there are several."""
+    if ids is None:
+        return torch.zeros(batch, dtype=torch.int64, device=device)
+    top = ids.amax(1)
+    several = ((ids >= 0) & (ids != top[:, None])).any(1)
+    return top.clamp_min(-1).masked_fill(several, _SEVERAL)
+
+
+def check_one_document(documents: list[torch.Tensor]) -> None:
+    """Every rank sees all ranks' `only_document`, so that all raise or none does.
+
+    Raises:
+        AttentionError: a row holds several documents.
+    """
+    found = torch.stack(documents)
+    top = found.amax(0)
+    if bool(((found == _SEVERAL) | ((found >= 0) & (found != top))).any()):
+        raise AttentionError(
+            "packed documents without causal on a ring: each document has a memory of its own, and a rank would need "
+            "all of them; put one document in a row, or use a causal model"
+        )
+
+
 def locate(
     tokens: int,
     batch: int,
