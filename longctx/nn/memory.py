@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from longctx.attention.arguments import GOLDEN
+from longctx.bounded import control as controls
 from longctx.bounded.abc import abc_attention
 from longctx.bounded.cosine import cosine_attention
 from longctx.errors import ModelError
@@ -132,8 +133,6 @@ class ABCMemory(torch.nn.Module):
             if self.value_control is None:
                 return first
             return first, self._logits(self.value_control, value, inputs)
-        from longctx.bounded import control as controls
-
         if kind.control == "linformer":
             return controls.linformer(self.key_control)
         if kind.control == "random":
