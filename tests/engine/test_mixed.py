@@ -17,7 +17,7 @@ STEPS, LAYERS = 4, {"0": {"abc": {"slots": 4}}, "1": "cosine"}
 def model() -> Any:
     import longctx
 
-    made = longctx.convert(tiny_llama("longctx"), LAYERS)
+    made = longctx.convert(tiny_llama("sdpa"), LAYERS)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
