@@ -57,6 +57,7 @@ def trained(rank: int, world: int, stage: int) -> dict[str, Any]:
 
     settings = {
         "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 1e9,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }
