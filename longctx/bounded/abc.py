@@ -96,7 +96,7 @@ def attend(
         found = fifo.attend(
             q, k, v, control, causal, scale, mesh, layout, document_ids, length, state, return_state, link
         )
-        return found if return_state else found[0]
+        return found if return_state else found[0]  # type: ignore[return-value]  # a state that was asked for is one
     place = locate(
         k.shape[2], k.shape[0], k.device,
         mesh=mesh, layout=layout, document_ids=document_ids, length=length, link=link,
@@ -104,7 +104,9 @@ def attend(
     check_state(state, return_state, place, ABCState)
     assert state is None or isinstance(state, ABCState)
     if not causal and place.link.ring == 1 and _several(place):
-        return _packed(q, k, v, control, normalizer, scale, place, return_state)
+        if return_state or state is not None:
+            raise AttentionError("packed documents without causal have a memory each: there is no one state")
+        return _packed(q, k, v, control, normalizer, scale, place)
     inputs, count = _inputs(q, k, v, control, causal, normalizer, scale, place, state)
     out, after = (abc_forms.causal if causal else abc_forms.over_all)(inputs, place, state)
     if not return_state:
@@ -126,6 +128,8 @@ def _inputs(
 ) -> tuple[abc_forms.Inputs, torch.Tensor | None]:
     """(the inputs of the forms, the tokens counted if the control counts them)."""
     kind, count = "logits", None
+    if state is not None and state.count is not None and not getattr(control, "positional", False):
+        raise AttentionError("this state counted its tokens: it was made by another control")
     if isinstance(control, Control):
         kind = control.kind
         counted = place.counts(*((None, None) if state is None else (state.count, state.document)))
@@ -133,8 +137,6 @@ def _inputs(
             if state is not None and state.count is None:
                 raise AttentionError("this state did not count its tokens: it was made by another control")
             count = counted[:, -1].expand(k.shape[0]).clone()
-        elif state is not None and state.count is not None:
-            raise AttentionError("this state counted its tokens: it was made by another control")
         if kind == "slots" and not control.positional and (state is not None or place.link.ring > 1):
             raise AttentionError(
                 "control cluster on a ring, or after a state: clusters are found among all keys of a document, which "
@@ -186,11 +188,10 @@ def _packed(
     normalizer: str,
     scale: float | None,
     place: Place,
-    return_state: bool,
 ) -> torch.Tensor:
     """Bidirectional attention within each document of packed rows, one document at a time."""
-    if return_state or q.shape[2] != k.shape[2]:
-        raise AttentionError("packed documents without causal have a memory each: no state, no cross attention")
+    if q.shape[2] != k.shape[2]:
+        raise AttentionError("cross attention to packed documents: which one a query belongs to is not known")
     assert place.ids is not None
     out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     pieces = []
@@ -201,9 +202,10 @@ def _packed(
             one = control[cut, :, here]
         elif isinstance(control, tuple):
             one = (control[0][cut, :, here], control[1][cut, :, here])
-        parts = (x[cut, :, here] for x in (q, k, v))
-        piece = abc_attention(*parts, one, causal=False, normalizer=normalizer, scale=scale)
-        pieces.append(((cut, slice(None), here), piece))
-    for where, piece in pieces:
-        out[where] = piece
+        q_here, k_here, v_here = (x[cut, :, here] for x in (q, k, v))
+        piece = abc_attention(q_here, k_here, v_here, one, causal=False, normalizer=normalizer, scale=scale)
+        assert isinstance(piece, torch.Tensor)
+        pieces.append((row, here, piece))
+    for row, here, piece in pieces:
+        out[row : row + 1, :, here] = piece
     return out

@@ -7,7 +7,7 @@ running one needs the log masses first, since a token's weight depends on all ma
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -77,10 +77,10 @@ def over_all(x: Inputs, place: Place, state: ABCState | None) -> tuple[torch.Ten
     if state is not None:
         whole = _operation(x)(_as_value(state, whole[-1]), whole)
     found = _as_state(whole, x, None)
-    out = _read(x, found)
-    if place.valid is not None and place.valid.shape[1] == x.q.shape[2]:
-        out = out.masked_fill(~place.valid[:, None, :, None], 0.0)
-    return out.to(x.q.dtype), found
+    if place.valid is None or place.valid.shape[1] != x.q.shape[2]:
+        return _read(x, found), found
+    absent = ~place.valid[:, None, :, None]
+    return _read(replace(x, q=x.q.masked_fill(absent, 0.0)), found).masked_fill(absent, 0.0), found
 
 
 def _continue(x: Inputs, ids: torch.Tensor | None, start: ABCState) -> tuple[torch.Tensor, ABCState]:
@@ -111,8 +111,8 @@ def _element(x: Inputs, tokens: torch.Tensor | None, document: torch.Tensor) -> 
     """What a stretch leaves, as the monoid takes it: (z, memory)s and the document. Shared controls travel once."""
     mean = x.normalizer != "sum"
     if x.value is not None:
-        keys = memory_of((x.k,), x.key, normalized=mean, tokens=tokens)
-        return *keys, *memory_of((x.v,), x.value, normalized=mean, tokens=tokens), document
+        for_keys = memory_of((x.k,), x.key, normalized=mean, tokens=tokens)
+        return *for_keys, *memory_of((x.v,), x.value, normalized=mean, tokens=tokens), document
     mass, keys, values = memory_of((x.k, x.v), x.key, normalized=mean, tokens=tokens)
     return mass, torch.cat([keys, values], -1), document
 
@@ -154,28 +154,25 @@ def _running_starts(x: Inputs, place: Place) -> list[ABCState]:
     """As `_starts`, where weights depend on the mass before: first the masses, then the memories."""
     parts = [x.part(here) for here in place.parts]
     tails = [_tail(part, _ids(place, here)) for part, here in zip(parts, place.parts, strict=True)]
-    masses = []
+    masses: list[Value] = []
     for part, (tokens, document) in zip(parts, tails, strict=True):
         logits = (part.key,) if part.value is None else (part.key, part.value)
         masses.append((*(memory_of((), s, tokens=tokens)[0] for s in logits), document))
-    before = associative_exclusive_scan(
-        masses, monoid.add_mass, (*(torch.full_like(z, -torch.inf) for z in masses[0][:-1]), masses[0][-1] * 0 - 1),
-        place.link, place.chain,
-    )  # fmt: skip
-    starts, sums = [], []
+    before = associative_exclusive_scan(masses, monoid.add_mass, _nothing(masses[0]), place.link, place.chain)
+    starts: list[ABCState] = []
+    sums: list[Value] = []
     for part, here, mass, (_, document) in zip(parts, place.parts, before, tails, strict=True):
         empty = part.empty()
         known = None if place.ids is None else mass[-1]
         starts.append(ABCState(mass[0], empty.keys, empty.values, known, mass[1] if len(mass) > 2 else None))
         after = _continue(part, _ids(place, here), starts[-1])[1]
         sums.append((torch.cat([after.keys, after.values], -1), document))
-    nothing = (torch.zeros_like(sums[0][0]), torch.full_like(sums[0][1], -1))
-    memories = associative_exclusive_scan(sums, monoid.add, nothing, place.link, place.chain)
-    split = [x.k.shape[3], x.v.shape[3]]
-    return [
-        ABCState(start.log_mass, *memory.split(split, -1), start.document, start.value_log_mass)
-        for start, (memory, _) in zip(starts, memories, strict=True)
-    ]
+    memories = associative_exclusive_scan(sums, monoid.add, _nothing(sums[0]), place.link, place.chain)
+    found = []
+    for start, (memory, _) in zip(starts, memories, strict=True):
+        keys, values = memory.split([x.k.shape[3], x.v.shape[3]], -1)
+        found.append(replace(start, keys=keys, values=values))
+    return found
 
 
 def _read(x: Inputs, state: ABCState) -> torch.Tensor:
@@ -187,4 +184,4 @@ def _read(x: Inputs, state: ABCState) -> torch.Tensor:
     out = functional.scaled_dot_product_attention(q, state.keys, state.values, attn_mask=mask, scale=x.scale)
     if mask is not None:
         out = out * written.any(-1)[:, :, None, None]
-    return out.unflatten(2, (-1, x.q.shape[2])).flatten(1, 2)
+    return out.unflatten(2, (-1, x.q.shape[2])).flatten(1, 2).to(x.q.dtype)

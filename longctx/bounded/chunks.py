@@ -116,7 +116,8 @@ class Runs:
         before, after, valid = edges[:, :, :-1], edges[:, :, 1:], ids >= 0
         visible = ((ids == ids.transpose(-1, -2)) & valid).tril()
         sights = (visible, (ids == before) & valid, (ids == after) & valid, before == after)
-        return Sight(*(x.to(dtype) for x in sights), valid)
+        seen, first, last, kept = (x.to(dtype) for x in sights)
+        return Sight(seen, first, last, kept, valid)
 
     def counts(self, count: torch.Tensor | None) -> torch.Tensor:
         """(B, T) int64: valid tokens of the token's own document up to and with it; `count` (B,) came before."""

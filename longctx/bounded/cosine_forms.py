@@ -6,7 +6,8 @@ how many tokens their documents have had, a number a row: the scale of a value d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,15 +53,16 @@ def causal(x: Inputs, place: Place, state: CosineState | None) -> tuple[torch.Te
         document = document.clamp_min(0)
     counts = place.counts(None if state is None else state.count, document)
     size = x.size(counts)
-    starts: list[Value] = [(x.empty() if state is None else state.memory, document)]  # type: ignore[assignment]
+    memories: Sequence[torch.Tensor] = [x.empty() if state is None else state.memory]
+    known: Sequence[torch.Tensor | None] = [document]
     if place.link.ring > 1:
-        starts = _starts(x, size, place)
+        memories, known = zip(*_starts(x, size, place), strict=True)
     outs = []
-    for here, (memory, known) in zip(place.parts, starts, strict=True):
+    for here, memory, before in zip(place.parts, memories, known, strict=True):
         q, k, v = (y[:, :, here] for y in (x.q, x.k, x.v))
         part = None if ids is None else ids[:, here]
         out, last = cosine_chunks.Chunked.apply(
-            q, k, v, size[:, :, here], memory, part, None if part is None else known, x.on_query, cosine_chunks.CHUNK
+            q, k, v, size[:, :, here], memory, part, None if part is None else before, x.on_query, cosine_chunks.CHUNK
         )
         outs.append(out)
     if ids is not None:
@@ -86,6 +88,10 @@ def _starts(x: Inputs, size: torch.Tensor, place: Place) -> list[Value]:
 def over_all(x: Inputs, place: Place, state: CosineState | None) -> tuple[torch.Tensor, CosineState]:
     """Every query sees every key of its document: N^-a (Q K^T) V, by whichever product is cheaper."""
     batch, queries, tokens = x.q.shape[0], x.q.shape[2], x.k.shape[2]
+    absent = None
+    if place.valid is not None and queries == tokens:
+        absent = ~place.valid[:, None, :, None]
+        x = replace(x, q=x.q.masked_fill(absent, 0.0))
     if state is None and place.link.ring == 1 and _pairs_are_cheaper(x, place):
         memory, out, total = x.empty(), *_by_pairs(x, place)
     else:
@@ -100,8 +106,8 @@ def over_all(x: Inputs, place: Place, state: CosineState | None) -> tuple[torch.
         out = (q @ memory).unflatten(2, (-1, queries)).flatten(1, 2)
         total = total[:, None]
     out = out * x.size(total)[..., None]
-    if place.valid is not None and queries == tokens:
-        out = out.masked_fill(~place.valid[:, None, :, None], 0.0)
+    if absent is not None:
+        out = out.masked_fill(absent, 0.0)
     return out.to(x.q.dtype), CosineState(memory, total.amax(1), None)
 
 

@@ -32,7 +32,7 @@ class Tokens(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     document: torch.Tensor
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody asks of tokens
 
     def last(self, count: int) -> Tokens:
         return Tokens(*(x[:, :, -count:] if x.dim() == 4 else x[:, -count:] for x in self))

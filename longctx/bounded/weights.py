@@ -73,14 +73,14 @@ def make(s: torch.Tensor, mass: torch.Tensor, sight: Sight, normalizer: str) -> 
     d = (before - reference).exp_()
     total = sight.visible @ e
     total += times(d, sight.before)
-    over, seen = 1.0 / total, None
+    over, seen = total.reciprocal(), None
     if not bool(total.amin() >= _SMALLEST[s.dtype]):
         seen = (sight.visible @ (s > -torch.inf).to(s.dtype)) + times((d > 0).to(s.dtype), sight.before) > 0
         if bool((seen & (total < _SMALLEST[s.dtype])).any()):
             return None
         over = over.masked_fill_(~seen, 0.0)
     end = times(e, sight.after).sum(3, keepdim=True) + times(d, sight.kept)
-    shut = torch.where(end > 0, 1.0 / end, 0.0)
+    shut = torch.where(end > 0, end.reciprocal(), 0.0)
     if normalizer == "prefix":
         return Weights(e, over, d, shut, seen, masses[-1], e, over, d, shut)
     return Weights(e * over, None, None, None, seen, masses[-1], e, over, d, shut)
