@@ -32,7 +32,7 @@ class Control:
 
     def control(self, k: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None, causal: bool) -> torch.Tensor:
         """(B, G, T, M) for keys k (B, G, T, D) at `index` (B or 1, T) of their documents."""
-        raise NotImplementedError
+        raise AttentionError(f"{type(self).__name__} writes no weights: it is a queue of tokens")
 
 
 @dataclass(frozen=True)

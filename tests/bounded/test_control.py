@@ -158,5 +158,6 @@ def test_strategies_check_their_arguments() -> None:
     _, state = abc_attention(q, k, v, control.random(4), return_state=True)
     with pytest.raises(AttentionError, match="made by another control"):
         abc_attention(q, k, v, torch.zeros(2, 2, 37, 4, dtype=torch.float64), state=state)
+    _, state = abc_attention(q, k, v, torch.zeros(2, 2, 37, 4, dtype=torch.float64), return_state=True)
     with pytest.raises(AttentionError, match="cluster on a ring, or after a state"):
         abc_attention(q, k, v, control.cluster(4), state=state)
