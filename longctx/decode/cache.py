@@ -39,9 +39,14 @@ class StateLayer(CacheLayerMixin):
         return kept + (self.state.nbytes if self.state is not None else 0)
 
     def documents_of(
-        self, position_ids: torch.Tensor | None, valid: torch.Tensor | None, shape: tuple[int, int]
+        self,
+        position_ids: torch.Tensor | None,
+        valid: torch.Tensor | None,
+        shape: tuple[int, int],
+        device: torch.device | None = None,
     ) -> torch.Tensor:
-        """Return the documents of the next tokens, continuing the last one where its position goes on.
+        """Return the documents of the tokens that ``update`` has counted last, going on with the one before them where
+        its position goes on.
 
         Args:
             position_ids: (B or 1, T), or None where the model does not say: then everything is one document.
@@ -51,9 +56,8 @@ class StateLayer(CacheLayerMixin):
         Returns:
             (B, T) int64, -1 at padding.
         """
-        device = position_ids.device if position_ids is not None else valid.device if valid is not None else None
         if position_ids is None:
-            position_ids = torch.arange(self.tokens, self.tokens + shape[1], device=device)[None]
+            position_ids = torch.arange(self.tokens - shape[1], self.tokens, device=device)[None]
         positions = position_ids.expand(shape)
         if valid is None:
             valid = torch.ones_like(positions, dtype=torch.bool)

@@ -95,7 +95,8 @@ def give_memories(model: Any, config: Any) -> None:
     install(model, config, FAMILIES[family_of(config) or ""].attention)
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and not isinstance(part, MemoryWeights):
-            part.__class__ = with_memory_weights(type(part))
+            plain: Any = type(part)
+            part.__class__ = with_memory_weights(plain)
 
 
 @cache

@@ -145,8 +145,9 @@ def attend(
     if notes.cache is not None:
         valid = padded_tokens(mask, query)
         shape = (query.shape[0], tokens)
-        ids = document_ids if document_ids is not None else notes.cache.documents_of(position_ids, valid, shape)
-        state = notes.cache.state
+        ids, state = document_ids, notes.cache.state
+        if ids is None:
+            ids = notes.cache.documents_of(position_ids, valid, shape, query.device)
         out, notes.cache.state = memory(
             query, key, value, notes.inputs, document_ids=ids.long(), state=state, return_state=True, **common
         )

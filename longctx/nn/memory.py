@@ -134,6 +134,7 @@ class ABCMemory(torch.nn.Module):
                 return first
             return first, self._logits(self.value_control, value, inputs)
         if kind.control == "linformer":
+            assert self.key_control is not None
             return controls.linformer(self.key_control)
         if kind.control == "random":
             return controls.random(kind.slots, (kind.seed + self.place * GOLDEN) % 2**63)

@@ -119,6 +119,18 @@ def test_the_cache_is_flat_from_1k_to_64k_tokens() -> None:
     assert len(sizes) == 3 and len(set(sizes.values())) == 1
 
 
+def test_documents_of_tokens_whose_positions_nobody_says() -> None:
+    layer, keys = StateLayer(), torch.zeros(2, 1, 5, 4)
+    for length in (5, 1, 2):
+        layer.update(keys[:, :, :length], keys[:, :, :length])
+        assert not layer.documents_of(None, None, (2, length)).any()
+    valid = torch.tensor([[True, False, True], [False, False, False]])
+    layer.update(keys[:, :, :3], keys[:, :, :3])
+    assert layer.documents_of(torch.tensor([[8, 1, 9]]), valid, (2, 3)).tolist() == [[0, -1, 0], [-1, -1, -1]]
+    layer.update(keys[:, :, :1], keys[:, :, :1])
+    assert layer.documents_of(torch.tensor([[10], [0]]), None, (2, 1)).tolist() == [[0], [1]]
+
+
 def test_what_a_state_cannot_do_is_refused() -> None:
     from transformers import StaticCache
 
