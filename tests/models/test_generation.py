@@ -106,6 +106,7 @@ def test_the_cache_does_not_grow() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_cache_is_flat_from_1k_to_64k_tokens() -> None:
     model = mixed_model("llama", {"0": {"abc": {"slots": 8}}, "1": "cosine"}).float()
     model.config.max_position_embeddings = 2**17
