@@ -10,7 +10,7 @@ PEERS := .venv/.peers
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smoke test test-slow test-aot test-multinode bench bench-gpu lint clean
+.PHONY: help install quickstart smoke test test-slow test-aot test-multinode bench bench-gpu bench-bounded compare-bounded lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,12 @@ bench: $(INSTALLED) $(PEERS)  ## ring attention and a training step beside other
 
 bench-gpu: $(INSTALLED)  ## the attention kernels beside torch's on one GPU, under 8 minutes
 	$(BIN)/python -m benchmarks.gpu.run
+
+bench-bounded: $(INSTALLED)  ## time, memory and state of bounded memories against length, beside torch's softmax
+	$(BIN)/python -m benchmarks.bounded.speed
+
+compare-bounded: $(INSTALLED)  ## one small model trained with every kind of layer, hours; goes on where it stopped
+	$(BIN)/python -m benchmarks.bounded.compare
 
 # A peer that cannot be installed is reported as 'not measured'; it does not stop the bench.
 $(PEERS): $(INSTALLED)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+_PARTS = ("bounded", "nn")  # sub-packages that are used as such: longctx.nn.ABCAttention
+
 _HOME = {  # public name -> module it lives in
     "Mesh": "longctx.mesh",
     "shard": "longctx.sharding",
@@ -21,6 +23,9 @@ _HOME = {  # public name -> module it lives in
     "enable_el": "longctx.models.el",
     "disable_el": "longctx.models.el",
     "generate": "longctx.models.generate",
+    "abc_attention": "longctx.bounded.abc",
+    "cosine_attention": "longctx.bounded.cosine",
+    "convert": "longctx.models.convert",
     "register": "longctx.models.register",
     "initialize": "longctx.engine.initialize",
     "attach": "longctx.engine.attach",
@@ -34,6 +39,7 @@ __all__ = [
     "Engine",
     "LongctxError",
     "Mesh",
+    "abc_attention",
     "attach",
     "block_attention",
     "build",
@@ -41,6 +47,8 @@ __all__ = [
     "el_attention",
     "enable_el",
     "generate",
+    "convert",
+    "cosine_attention",
     "initialize",
     "positions",
     "register",
@@ -53,6 +61,8 @@ __all__ = [
 if TYPE_CHECKING:
     from longctx.attention.block import block_attention as block_attention
     from longctx.attention.ring import ring_attention as ring_attention
+    from longctx.bounded.abc import abc_attention as abc_attention
+    from longctx.bounded.cosine import cosine_attention as cosine_attention
     from longctx.decode.el import el_attention as el_attention
     from longctx.engine.attach import attach as attach
     from longctx.engine.build import build as build
@@ -61,6 +71,7 @@ if TYPE_CHECKING:
     from longctx.engine.logprobs import token_logprobs as token_logprobs
     from longctx.errors import LongctxError as LongctxError
     from longctx.mesh import Mesh as Mesh
+    from longctx.models.convert import convert as convert
     from longctx.models.el import disable_el as disable_el
     from longctx.models.el import enable_el as enable_el
     from longctx.models.generate import generate as generate
@@ -71,10 +82,12 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'longctx' has no attribute {name!r}; it has {', '.join(__all__)}")
     from importlib import import_module
 
+    if name in _PARTS:
+        return import_module(f"longctx.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'longctx' has no attribute {name!r}; it has {', '.join(__all__)}")
     module = import_module(_HOME[name])
     # A public name may equal its module's (longctx.engine.attach.attach): bind the object, not the module.
     value = getattr(module, name)

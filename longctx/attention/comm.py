@@ -32,6 +32,8 @@ class Counters:
     kv_bytes: int = 0
     gradient_bytes: int = 0
     document_bytes: int = 0
+    state_bytes: int = 0
+    """Of bounded memories and their gradients, in `messages` and `bytes` as well."""
 
     def reset(self) -> None:
         for field in fields(self):
@@ -41,7 +43,7 @@ class Counters:
 counters = Counters()
 """Of this process; tests and metrics read it."""
 
-KV, GRADIENT, HOME = 0, 1, 2
+KV, GRADIENT, HOME, STATE = 0, 1, 2, 3
 """Kinds of messages; several may be under way between one pair of ranks."""
 
 
@@ -130,6 +132,8 @@ def count(sends: list[Message], counters: Counters = counters) -> None:
             ids = 0 if documents is None else documents.numel() * documents.element_size()
             counters.document_bytes += ids
             counters.kv_bytes += nbytes - ids
+        elif message.kind == STATE:
+            counters.state_bytes += nbytes
         else:
             counters.gradient_hops += 1
             counters.gradient_bytes += nbytes

@@ -14,6 +14,8 @@ FREE_HEAD_DIM = frozenset({"llama", "mistral", "qwen3", "gemma", "gemma2", "gemm
 GROUPED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "olmo", "olmo2"})
 """architectures with fewer key/value heads than query heads"""
 ROTARY = GROUPED
+CONVERTIBLE = frozenset({"llama", "mistral", "qwen2", "qwen3", "gpt2"})
+"""architectures whose layers can attend in other ways (attention.layers)"""
 _TWO_MATRIX_MLP = frozenset({"gpt2", "phi"})
 _GPT2_NAMES = {
     "hidden_size": "n_embd",

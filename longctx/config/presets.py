@@ -44,6 +44,17 @@ PRESETS = {
         data={"sequence_length": 4096, "vocab_size": 4096, "sample_bytes": 2_000_000},
         train={"eval_every": 10, "eval_batches": 4},
     ),
+    "cpu-hybrid": _preset(
+        "llama-hybrid-2m_4k_ring2-zero3_cpu.yaml",
+        "Three layers of bounded memory (ABC, 64 slots) for each of exact attention, over a ring of 2 processes.",
+        30,
+        2e-3,
+        model=_llama(128, 4, 4, 2, tie_embeddings=True),
+        mesh={"ring": 2},
+        attention={"layers": {"*": {"abc": {"slots": 64}}, "3": "ring"}},
+        data={"sequence_length": 4096, "vocab_size": 4096, "sample_bytes": 2_000_000},
+        train={"eval_every": 10, "eval_batches": 4},
+    ),
     "1-gpu-32k": _preset(
         "llama-300m_32k_zero1-offload_1-gpu.yaml",
         "300 million parameters, 32K tokens on one GPU; optimizer states in host memory.",

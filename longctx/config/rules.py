@@ -10,6 +10,7 @@ from longctx.config.deepspeed import conflicts, to_deepspeed
 from longctx.config.derived import derive
 from longctx.config.fields import Section
 from longctx.config.launch_rules import broken_launch
+from longctx.config.layer_rules import broken_layers
 from longctx.config.problems import redact, show
 from longctx.config.schema import RunConfig
 from longctx.engine.settings import load_settings
@@ -111,6 +112,11 @@ def _attention(config: RunConfig) -> Iterator[Finding]:
         yield Finding("attention.window", message, "window")
 
 
+def _layers(config: RunConfig) -> Iterator[Finding]:
+    for key, message in broken_layers(config):
+        yield Finding(key, message, "layers")
+
+
 def _mesh(config: RunConfig) -> Iterator[Finding]:
     if config.mesh.ulysses > 1:
         message = f"got {config.mesh.ulysses}; exchanging heads is not built yet, use 1 and a larger mesh.ring"
@@ -190,6 +196,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _heads,
     _extra,
     _attention,
+    _layers,
     _mesh,
     _data,
     _train,

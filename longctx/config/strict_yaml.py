@@ -196,7 +196,7 @@ def _convert_mapping(node: Any, path: Key, document: Document, name: str) -> dic
         place = _place(key_node, name)
         if not isinstance(key_node, yaml.ScalarNode) or (key_node.tag != "str") or _FORBIDDEN.search(key_node.value):
             given = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or block"
-            message = f"got {show(given)} as a key; keys are plain words"
+            message = f"got {show(given)} as a key; keys are words (a number in quotes)"
             document.problems.append(Problem(place, show_key(path), message, "bad-key"))
             continue
         key = key_node.value

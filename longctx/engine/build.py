@@ -18,7 +18,13 @@ from longctx.mesh import Mesh
 
 
 def build(
-    model: Any, mesh: Mesh | None = None, *, config: Any = None, dtype: torch.dtype | None = None, seed: int = 0
+    model: Any,
+    mesh: Mesh | None = None,
+    *,
+    config: Any = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    layers: dict[Any, Any] | None = None,
 ) -> Any:
     """Return a causal language model of transformers with longctx's attention.
 
@@ -29,12 +35,14 @@ def build(
             model is built, its dtype what it is built in. None builds it whole.
         dtype: of the weights; None follows ``config`` (bf16, fp16, else fp32).
         seed: of the random weights, the same on any number of ranks and any stage.
+        layers: how chosen layers attend instead of as they did, as ``longctx.convert`` takes it.
 
     Raises:
         EngineError: the configuration contradicts the mesh.
         ModelError: the folder is incomplete, unsafe or of an unknown architecture.
     """
     from longctx.models import pretrained, zero3
+    from longctx.models.convert import convert
 
     mesh = (Mesh() if mesh is None else mesh).connect()
     settings = load_settings({} if config is None else config, mesh)
@@ -44,10 +52,15 @@ def build(
         import deepspeed
 
         deepspeed.init_distributed()  # adopts the mesh's; zero.Init would count one rank without it
+    folder = isinstance(model, (str, Path))
+    description = pretrained.read_config(model) if folder else model
+    if layers:
+        description = convert(description, layers)
     with zero3.partitioned_by(settings) if partitioned else contextlib.nullcontext():
-        if isinstance(model, (str, Path)):
-            return pretrained.load_pretrained(model, dtype=dtype)
-        built = pretrained.make_model(model, dtype=dtype)
+        if folder:
+            with seeded(seed):  # weights that only the converted layers have
+                return pretrained.load_pretrained(model, dtype=dtype, config=description)
+        built = pretrained.make_model(description, dtype=dtype)
     with seeded(seed):  # whatever constructing it has drawn
         zero3.draw_weights(built, partitioned)
     return built

@@ -14,8 +14,10 @@ from longctx.attention.block import block_attention
 from longctx.attention.ring import ring_attention
 from longctx.errors import ModelError
 from longctx.models.binding import binding_of
+from longctx.models.documents import sharded_documents, whole_documents
 from longctx.models.dropout import layer_seeds
-from longctx.models.masks import Rule, documents_from_positions
+from longctx.models.masks import Rule
+from longctx.models.memories import attend, memory_of
 
 # Keywords that travel through a model to its attention and change nothing here.
 _HARMLESS = frozenset(
@@ -76,16 +78,24 @@ def longctx_attention(
     binding = binding_of(module)
     _refuse(module, others)
     causal = _causal(module, is_causal)
+    memory = memory_of(module)
     decoding = binding is not None and binding.cache is not None and binding.cache.ready
     if not decoding:  # there the mask is that of the whole context
-        _check_mask(module, attention_mask, key.shape[2])
-    _agree(module, getattr(attention_mask, "longctx_rule", None), causal, sliding_window)
+        _check_mask(module, attention_mask, None if memory is not None else key.shape[2])
     if binding is not None and not binding.checked:
         binding.called.add(id(module))
     query, key, value = _autocast(query, key, value)
-    extras: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sink": s_aux}
+    extras: dict[str, Any] = {"softcap": softcap, "sink": s_aux}
     if dropout and module.training:
         extras |= {"dropout_p": dropout, "dropout_seed": layer_seeds(module, query, dropout_seeds)}
+    if memory is not None:
+        out = attend(
+            module, binding, query, key, value, attention_mask, causal=causal, scale=scaling,
+            document_ids=document_ids, position_ids=position_ids, extras=extras,
+        )  # fmt: skip
+        return out, None
+    _agree(module, getattr(attention_mask, "longctx_rule", None), causal, sliding_window)
+    extras["scale"] = scaling
     window: int | tuple[int, int] | None = sliding_window
     if sliding_window is not None and not causal:
         window = (sliding_window - 1, sliding_window - 1)  # strictly left and right of a token
@@ -95,9 +105,9 @@ def longctx_attention(
     mesh, layout, ids = None, "contiguous", None
     if binding is not None and binding.sharded:
         mesh, layout = binding.mesh, binding.layout
-        ids = _sharded_documents(module, query, key, attention_mask, document_ids)
+        ids = sharded_documents(module, query, key, attention_mask, document_ids)
     elif query.shape[2] == key.shape[2]:
-        ids = _documents(query, attention_mask, document_ids, position_ids)
+        ids = whole_documents(query, attention_mask, document_ids, position_ids)
     else:
         out = _cached(module, query, key, value, attention_mask, position_ids, causal, window, extras)
         return out.transpose(1, 2).contiguous(), None
@@ -142,14 +152,15 @@ def _causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True))
 
 
-def _check_mask(module: torch.nn.Module, mask: torch.Tensor | None, keys: int) -> None:
+def _check_mask(module: torch.nn.Module, mask: torch.Tensor | None, keys: int | None) -> None:
+    """Refuse masks that are not ours; ``keys`` is None where the layer does not keep them."""
     if mask is None:
         return
     ours = isinstance(mask, torch.Tensor) and mask.dtype == torch.int32 and mask.dim() == 4
-    if not ours or mask.shape[2] != 1 or mask.shape[3] not in (1, keys):
+    if not ours or mask.shape[2] != 1 or (keys is not None and mask.shape[3] not in (1, keys)):
         shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ModelError(
-            f"{type(module).__name__} got an attention mask of {shape} for {keys} keys: longctx takes no T x T mask. "
+            f"{type(module).__name__} got an attention mask of {shape}: longctx takes no T x T mask. "
             "Give padding as a (B, T) attention_mask, or documents and padding as document_ids"
         )
 
@@ -172,56 +183,6 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensors
 
 
-def _sharded_documents(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    document_ids: torch.Tensor | None,
-) -> torch.Tensor:
-    """Return the (B, T) documents of this rank's tokens; a shard cannot recover them, so they are required."""
-    if query.shape[2] != key.shape[2]:
-        raise ModelError(
-            f"{type(module).__name__}: {query.shape[2]} queries and {key.shape[2]} keys on a shard: a cache of a "
-            "sharded sequence is not built; pass use_cache=False"
-        )
-    if document_ids is None:
-        raise ModelError(
-            f"{type(module).__name__} runs on a shard without document_ids: pass the keyword document_ids=(B, T) int32 "
-            "of the local tokens (-1 at padding) to the model, as engine.shard does. If you did, this model does not "
-            "hand it to its attention and cannot be sharded"
-        )
-    ids = _shaped(document_ids, query)
-    if mask is not None and mask.shape[3] == ids.shape[1]:  # padding of the local tokens; packing seen there is local
-        ids = torch.where(mask[:, 0, 0] < 0, -1, ids)
-    return ids.to(torch.int32)
-
-
-def _documents(
-    query: torch.Tensor, mask: torch.Tensor | None, document_ids: torch.Tensor | None, position_ids: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Return the (B, T) documents of a whole sequence from the best source there is, or None if there is only one.
-
-    position_ids comes before transformers' own finding, which does not look when a cache or a 2D mask is given (packed
-    documents then see each other).
-    """
-    found = None if mask is None or mask.shape[3] == 1 and query.shape[2] != 1 else mask[:, 0, 0]
-    if document_ids is not None:
-        ids = _shaped(document_ids, query)
-    elif position_ids is not None and position_ids.dim() == 2:
-        ids = documents_from_positions(_shaped(position_ids, query, "position_ids"))
-    elif found is not None:
-        ids = found
-    else:
-        return None
-    if found is not None:
-        ids = torch.where(found < 0, -1, ids)
-    ids = ids.to(torch.int32)
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not ids.any():
-        return None  # one document without padding: cheaper without ids; elsewhere asking would cost more than it saves
-    return ids
-
-
 def _decode(
     module: torch.nn.Module, query: torch.Tensor, causal: bool, window: int | None, extras: dict[str, Any]
 ) -> torch.Tensor:
@@ -232,13 +193,6 @@ def _decode(
         raise ModelError(f"{type(module).__name__} attends in both directions: it has no cache to generate from")
     out: torch.Tensor = binding.cache.attend(int(module.layer_idx), query, window=window, **extras)  # type: ignore[arg-type]
     return out
-
-
-def _shaped(ids: torch.Tensor, query: torch.Tensor, name: str = "document_ids") -> torch.Tensor:
-    batch, tokens = query.shape[0], query.shape[2]
-    if ids.dim() != 2 or ids.shape[0] not in (1, batch) or ids.shape[1] != tokens:
-        raise ModelError(f"{name} has shape {tuple(ids.shape)}; these tokens need ({batch}, {tokens})")
-    return ids.expand(batch, tokens)
 
 
 def _cached(
@@ -257,7 +211,8 @@ def _cached(
     if tokens > keys:
         raise ModelError(f"{type(module).__name__}: {tokens} queries, only {keys} keys: this is not self-attention")
     ids = None if mask is None or mask.shape[3] == 1 else mask[:, 0, 0]
-    if position_ids is not None and position_ids.dim() == 2 and getattr(module, "layer_idx", None) in (0, None):
+    first = getattr(module, "longctx_checks", getattr(module, "layer_idx", None) in (0, None))
+    if position_ids is not None and position_ids.dim() == 2 and first:
         known = keys if ids is None else (ids >= 0).sum(-1)
         if bool((position_ids[:, -1] + 1 < known).any()):
             raise ModelError(

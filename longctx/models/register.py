@@ -9,7 +9,7 @@ OLDEST = (5, 17)  # transformers; before it, mask functions have another signatu
 
 
 def register() -> None:
-    """Register longctx's attention function and its mask function with transformers (idempotent).
+    """Register longctx's attention, its mask function and its converted models with transformers (idempotent).
 
     The mask function matters as much as the attention function: with none under the same name, transformers passes no
     padding and no packing at all, without a word. A model with no mesh runs as a ring of one on its own device.
@@ -26,8 +26,10 @@ def register() -> None:
             f"transformers {transformers.__version__} is too old: pip install 'transformers>={OLDEST[0]}.{OLDEST[1]}'"
         )
 
+    from longctx.models.families import register_families
     from longctx.models.hook import longctx_attention
     from longctx.models.masks import document_mask
 
     AttentionInterface.register(NAME, longctx_attention)
     AttentionMaskInterface.register(NAME, document_mask)
+    register_families()

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from longctx.nn.kinds import ABC, Kind, Ring, Window, read_layers
+
 # Dense bf16 matrix throughput by the maker's data sheet, FLOP/s; matched as a substring of the device name, in order.
 PEAKS = (
     ("B300", 2.25e15),
@@ -58,8 +60,14 @@ class FlopsModel:
         if getattr(config, "use_sliding_window", True) is False:
             self.window = None
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+        self.others: list[Kind] = []  # layers that do not attend as the architecture does
+        if getattr(config, "attention_layers", None):
+            mixed = read_layers(config.attention_layers, config.num_hidden_layers)
+            self.others = [kind for kind in mixed if not isinstance(kind, Ring)]
+            kinds = [name for name, kind in zip(kinds, mixed, strict=True) if isinstance(kind, Ring)]
+        self.shared = 1 + (getattr(config, "num_key_value_heads", None) or self.heads) / self.heads
         self.sliding_layers = kinds.count("sliding_attention") if self.window is not None else 0
-        self.full_layers = config.num_hidden_layers - self.sliding_layers
+        self.full_layers = config.num_hidden_layers - self.sliding_layers - len(self.others)
 
     def pairs(self, batch: dict[str, Any]) -> int:
         """Count the (query, key) pairs that this rank's tokens see by causal attention, over all layers.
@@ -72,6 +80,12 @@ class FlopsModel:
         total = self.full_layers * int(seen.sum())
         if self.window is not None:
             total += self.sliding_layers * int(seen.clamp(max=self.window).sum())
+        for kind in self.others:
+            if isinstance(kind, Window):
+                total += int(seen.clamp(max=kind.size).sum())
+            else:  # a token reads the memory once a query head and writes it once a key head, each as so many pairs
+                size = kind.slots if isinstance(kind, ABC) else self.head_dim // 2
+                total += int(size * self.shared * seen.numel())
         return total
 
     def step(self, tokens: float, pairs: float) -> float:

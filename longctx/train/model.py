@@ -13,6 +13,7 @@ from longctx.config.schema import RunConfig
 from longctx.engine.build import build
 from longctx.errors import ModelError
 from longctx.mesh import Mesh
+from longctx.models.convert import convert
 from longctx.models.pretrained import read_config
 from longctx.models.scratch import make_config
 
@@ -31,11 +32,11 @@ def model_config(config: RunConfig, vocabulary_size: int, end_of_document: int |
     if model.pretrained is not None:
         found = read_config(model.pretrained)
         _require_rows(found.vocab_size, vocabulary_size, f"{model.pretrained} has")
-        return found
+        return _mixed(found, config)
     assert model.architecture is not None
     _require_rows(model.vocab_size or vocabulary_size, vocabulary_size, "model.vocab_size gives")
     keywords = transformers_keywords(config, vocabulary_size, end_of_document)
-    return make_config(model.architecture, tie_embeddings=model.tie_embeddings, extra=keywords)
+    return _mixed(make_config(model.architecture, tie_embeddings=model.tie_embeddings, extra=keywords), config)
 
 
 def build_model(config: RunConfig, description: Any, settings: dict[str, Any], mesh: Mesh) -> torch.nn.Module:
@@ -45,8 +46,14 @@ def build_model(config: RunConfig, description: Any, settings: dict[str, Any], m
         description: what ``model_config`` returned.
         settings: DeepSpeed's configuration of the run.
     """
-    source = config.model.pretrained or description
-    model: torch.nn.Module = build(source, mesh, config=settings, seed=config.train.seed)
+    folder = config.model.pretrained
+    model: torch.nn.Module = build(
+        folder or description,
+        mesh,
+        config=settings,
+        seed=config.train.seed,
+        layers=config.attention.layers if folder else None,  # the description has them already
+    )
     if config.model.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     return model
@@ -55,8 +62,14 @@ def build_model(config: RunConfig, description: Any, settings: dict[str, Any], m
 def hash_of_model(config: RunConfig, description: Any) -> str:
     """Return a short hash of what decides shapes and meaning of the weights; a resumed run must find the same."""
     ours = config.model.model_dump(exclude={"pretrained", "activation_checkpointing", "vocab_size", "max_positions"})
-    facts = [ours, config.attention.window, description.model_type, description.vocab_size, description.hidden_size]
+    attention = [config.attention.window, *([config.attention.layers] if config.attention.layers else [])]
+    facts = [ours, *attention, description.model_type, description.vocab_size, description.hidden_size]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _mixed(description: Any, config: RunConfig) -> Any:
+    """Return a transformers config whose layers attend as `attention.layers` says."""
+    return convert(description, config.attention.layers) if config.attention.layers else description
 
 
 def _require_rows(rows: int, vocabulary_size: int, who: str) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from longctx.data.tokenfile import TokenFile
 from longctx.data.tokenizer import load_tokenizer
+from longctx.models.convert import converted
 from longctx.models.pretrained import load_pretrained
 
 TEMPERATURE = 0.8
@@ -40,7 +41,8 @@ def draw_sample(model_folder: Path, tokens: Path, prompt_length: int, new_tokens
         prompt = file.document(longer[0])[:prompt_length].astype("int64")
         name = file.name(longer[0])
     model = load_pretrained(model_folder)
-    model.set_attn_implementation("sdpa")  # plain transformers from here on: what a user of the folder gets
+    if not converted(model.config):
+        model.set_attn_implementation("sdpa")  # plain transformers from here on: what a user of the folder gets
     model.config.use_cache = True
     model.eval()
     state = torch.get_rng_state()

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from house_files import ROOT, project_files
 
@@ -101,6 +102,18 @@ def test_custom_trainers_page_runs() -> None:
     assert abs(values[0]["replicated"] - values[0]["preference"]) <= tolerance("fp32"), "counted once, not per rank"
     assert values[0]["tokens"] == 41 + 16
     assert values[0]["attention"] <= tolerance("fp32")
+
+
+def test_bounded_models_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    x, y = torch.randn(2, 1, 10, 64).unbind()
+    names: dict[str, Any] = {"model": tiny_llama(0), "x": x, "y": y, "longctx": longctx}
+    for block in blocks("docs/bounded_models.md"):
+        names.update(run_block(block, names))
+    ids = rows(1)["input_ids"]
+    assert torch.equal(names["again"](ids).logits, names["model"](ids).logits)
+    whole = names["layer"](torch.cat([x, y], 1))
+    assert (torch.cat([names["out"], names["more"]], 1) - whole).abs().max() <= tolerance("fp32")
 
 
 def test_public_names() -> None:

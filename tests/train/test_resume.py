@@ -21,6 +21,7 @@ LIMIT = 280.0
 DROPOUT = ("model.architecture=gpt2", "model.extra={resid_pdrop: 0.1, embd_pdrop: 0.1}", "train.global_batch=2")
 CASES = {
     "zero3": ("zero.stage=3",),
+    "zero2-mixed-layers": ("zero.stage=2", "attention.layers={'0': {abc: {slots: 4}}, '1': cosine}"),
     "zero2-bf16": ("zero.stage=2", "model.dtype=bf16", *DROPOUT),
     "zero1": ("zero.stage=1", *DROPOUT),
     "zero0-sgd": ("zero.stage=0", "train.optimizer=sgd", "train.momentum=0.9"),

@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from longctx.config.fields import HumanInt, Section
+from longctx.config.fields import HumanInt, Raw, Section
 
 
 class Attention(Section):
-    """Exact softmax attention over the ring."""
+    """Exact softmax attention over the ring, and layers whose memory does not grow."""
 
     layout: Literal["zigzag", "contiguous", "striped"] = Field(
         "zigzag",
@@ -25,4 +25,10 @@ class Attention(Section):
         ge=1,
         le=2**40,
         description="keys a token sees to its left, itself too, where the architecture has windows; default: its own",
+    )
+    layers: Raw = Field(
+        default_factory=dict,
+        description='how chosen layers attend instead, e.g. {"0-2": ring, "3": {window: 1024}, "4-10": {abc: {slots: '
+        '64}}, "11": cosine}; "*" is all of them, later entries win, layers not named stay exact '
+        "(docs/bounded_models.md has the options)",
     )

@@ -1,0 +1,211 @@
+"""abc_attention: attention over a memory of M slots (ABC), causal, bidirectional or cross, on one device or a ring."""
+
+from __future__ import annotations
+
+import torch
+
+from longctx.attention.arguments import check_tensors, resolve_scale
+from longctx.attention.comm import Link
+from longctx.bounded import abc_forms, fifo
+from longctx.bounded.arguments import check_backend, check_ids, check_logits, check_state
+from longctx.bounded.clusters import documents
+from longctx.bounded.control import Control, Fifo
+from longctx.bounded.sequence import Place, locate
+from longctx.bounded.state import ABCState, FifoState
+from longctx.errors import AttentionError
+from longctx.layout import Layout
+from longctx.mesh import Mesh
+
+Logits = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+NORMALIZERS = ("prefix", "running", "global", "sum")
+
+
+def abc_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    control: Logits | Control,
+    *,
+    causal: bool = True,
+    normalizer: str = "prefix",
+    scale: float | None = None,
+    mesh: Mesh | None = None,
+    layout: str | Layout = "zigzag",
+    document_ids: torch.Tensor | None = None,
+    length: int | None = None,
+    state: ABCState | FifoState | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, ABCState | FifoState]:
+    """Attention with bounded-memory control (Peng et al., ACL 2022): keys and values are written into M slots, and
+    queries read the slots by softmax. Time is linear in the length, the state does not grow.
+
+        K_t = sum_j phi_tj (x) k_j      V_t = sum_j phi_tj (x) v_j      out_t = V_t^T softmax(scale K_t q_t)
+
+    Args:
+        q: (B, H, T, D), this rank's tokens. k: (B, G, T, D), v: (B, G, T, Dv), G dividing H; one floating dtype.
+            Without `causal` (and a ring) k and v may have another length than q.
+        control: logits (B, G, T, M); a pair of them, for keys and for values; or a strategy of
+            longctx.bounded.control. Logits of -inf write nothing.
+        causal: a token reads what was written up to and with itself; else all reads are of all tokens.
+        normalizer: how logits s become weights phi. "prefix": e^{s_j} over the sum of e^{s_i} of all i <= t, a mean;
+            "running": e^{s_j} over the sum of i <= j, a token keeps its weight; "global": over all tokens, which is
+            what "prefix" means when not causal; "sum": for strategies that choose slots or give weights, added up.
+        scale: of the reading softmax; default 1 / sqrt(D).
+        mesh: whose ring holds the sequence; None is one device. layout: "zigzag" or "contiguous".
+        document_ids: (B, T) int64, a document being one run of an id, on all ranks; the memory restarts with each; -1
+            is padding. In cross attention those of the keys.
+        length: the true global length; tokens beyond are padding.
+        state: of the tokens before; fp32 (fp64 for fp64 inputs); gradients flow into it. On one device only.
+        return_state: also return the state after the last token. On one device only.
+        backend: "auto" or "chunked": matrix products over chunks of tokens, in fp32 (fp64 for fp64).
+
+    Returns:
+        out (B, H, T, Dv) in q's dtype [, state]. A token that reads nothing, padding for one, gets 0 and no gradient.
+
+    Raises:
+        AttentionError: the arguments do not fit together, or are not supported.
+    """
+    return attend(
+        q, k, v, control, causal, normalizer, scale, mesh, layout, document_ids, length, state, return_state, backend
+    )
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    control: Logits | Control,
+    causal: bool,
+    normalizer: str,
+    scale: float | None,
+    mesh: Mesh | None,
+    layout: str | Layout,
+    document_ids: torch.Tensor | None,
+    length: int | None,
+    state: ABCState | FifoState | None,
+    return_state: bool,
+    backend: str,
+    link: Link | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ABCState | FifoState]:
+    """`abc_attention` over a link of the caller's choice."""
+    check_tensors(q, k, v)
+    check_backend(backend)
+    check_ids(document_ids, q, k, causal)
+    if isinstance(control, Fifo):
+        found = fifo.attend(
+            q, k, v, control, causal, scale, mesh, layout, document_ids, length, state, return_state, link
+        )
+        return found if return_state else found[0]  # type: ignore[return-value]  # a state that was asked for is one
+    place = locate(
+        k.shape[2], k.shape[0], k.device,
+        mesh=mesh, layout=layout, document_ids=document_ids, length=length, link=link,
+    )  # fmt: skip
+    check_state(state, return_state, place, ABCState)
+    assert state is None or isinstance(state, ABCState)
+    if not causal and place.link.ring == 1 and _several(place):
+        if return_state or state is not None:
+            raise AttentionError("packed documents without causal have a memory each: there is no one state")
+        return _packed(q, k, v, control, normalizer, scale, place)
+    inputs, count = _inputs(q, k, v, control, causal, normalizer, scale, place, state)
+    out, after = (abc_forms.causal if causal else abc_forms.over_all)(inputs, place, state)
+    if not return_state:
+        return out
+    fields = vars(after) | {"count": count}
+    return out, ABCState(**fields)
+
+
+def _inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    control: Logits | Control,
+    causal: bool,
+    normalizer: str,
+    scale: float | None,
+    place: Place,
+    state: ABCState | None,
+) -> tuple[abc_forms.Inputs, torch.Tensor | None]:
+    """(the inputs of the forms, the tokens counted if the control counts them)."""
+    kind, count = "logits", None
+    if state is not None and state.count is not None and not getattr(control, "positional", False):
+        raise AttentionError("this state counted its tokens: it was made by another control")
+    if isinstance(control, Control):
+        kind = control.kind
+        counted = place.counts(*((None, None) if state is None else (state.count, state.document)))
+        if control.positional:
+            if state is not None and state.count is None:
+                raise AttentionError("this state did not count its tokens: it was made by another control")
+            count = counted[:, -1].expand(k.shape[0]).clone()
+        if kind == "slots" and not control.positional and (state is not None or place.link.ring > 1):
+            raise AttentionError(
+                "control cluster on a ring, or after a state: clusters are found among all keys of a document, which "
+                "no state holds; use it on one device and whole sequences"
+            )
+        key, value = control.control(k, counted - 1, place.valid, causal), None
+        if kind == "slots" and normalizer == "sum":
+            key = key.exp()
+    elif isinstance(control, torch.Tensor):
+        key, value = control, None
+    else:
+        key, value = control
+    for name, s in (("control", key), ("control of values", value)):
+        check_logits(name, s, k)
+    rule = _normalizer(normalizer, kind, causal)
+    return abc_forms.Inputs(q, k, v, key, value, rule, resolve_scale(scale, q)), count
+
+
+def _normalizer(normalizer: str, kind: str, causal: bool) -> str:
+    if normalizer not in NORMALIZERS:
+        raise AttentionError(f"normalizer={normalizer!r}: use one of {', '.join(map(repr, NORMALIZERS))}")
+    if kind == "weights":
+        if normalizer not in ("prefix", "sum"):
+            raise AttentionError(f"normalizer={normalizer!r}: this control gives weights, which are summed: use 'sum'")
+        return "sum"
+    if normalizer == "sum" and kind == "logits":
+        raise AttentionError("normalizer='sum' of logits: e^s has no bound; use 'prefix' or 'running'")
+    if causal and normalizer == "global":
+        raise AttentionError("normalizer='global' is a mean over all tokens, later ones too: it needs causal=False")
+    if not causal and normalizer == "running":
+        raise AttentionError("normalizer='running' follows the order of tokens: it needs causal=True; use 'global'")
+    return "prefix" if normalizer == "global" else normalizer
+
+
+def _several(place: Place) -> bool:
+    """Whether a row holds more than one document."""
+    if place.ids is None:
+        return False
+    valid = place.ids >= 0
+    top = place.ids.amax(1)
+    return bool((valid & (place.ids != top[:, None])).any())
+
+
+def _packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    control: Logits | Control,
+    normalizer: str,
+    scale: float | None,
+    place: Place,
+) -> torch.Tensor:
+    """Bidirectional attention within each document of packed rows, one document at a time."""
+    if q.shape[2] != k.shape[2]:
+        raise AttentionError("cross attention to packed documents: which one a query belongs to is not known")
+    assert place.ids is not None
+    out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+    pieces = []
+    for row, _, here in documents(place.ids):
+        cut = slice(row, row + 1)
+        one = control
+        if isinstance(control, torch.Tensor):
+            one = control[cut, :, here]
+        elif isinstance(control, tuple):
+            one = (control[0][cut, :, here], control[1][cut, :, here])
+        q_here, k_here, v_here = (x[cut, :, here] for x in (q, k, v))
+        piece = abc_attention(q_here, k_here, v_here, one, causal=False, normalizer=normalizer, scale=scale)
+        assert isinstance(piece, torch.Tensor)
+        pieces.append((row, here, piece))
+    for row, here, piece in pieces:
+        out[row : row + 1, :, here] = piece
+    return out

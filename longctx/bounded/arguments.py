@@ -1,0 +1,58 @@
+"""Checks of what users hand to attention with bounded memory; they look at shapes and dtypes, not at data."""
+
+from __future__ import annotations
+
+import torch
+
+from longctx.attention.arguments import check_documents
+from longctx.bounded.sequence import Place
+from longctx.bounded.state import State
+from longctx.errors import AttentionError
+
+BACKENDS = ("auto", "chunked")
+
+
+def check_backend(backend: str) -> None:
+    """A backend that exists."""
+    if backend not in BACKENDS:
+        raise AttentionError(f"backend={backend!r}: use one of {', '.join(map(repr, BACKENDS))}")
+
+
+def check_ids(ids: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, causal: bool) -> None:
+    """Document ids of the keys; as many queries as keys if causal."""
+    if causal and q.shape[2] != k.shape[2]:
+        raise AttentionError(
+            f"{q.shape[2]} queries and {k.shape[2]} keys: causal attention needs one key a query; to go on after "
+            "earlier tokens pass their `state`, for cross attention causal=False"
+        )
+    check_documents("document_ids", ids, k)
+
+
+def check_logits(name: str, s: torch.Tensor | None, k: torch.Tensor) -> None:
+    """(B, G, T, M) floating, beside k (B, G, T, D)."""
+    if s is None:
+        return
+    if s.dim() != 4 or s.shape[:3] != k.shape[:3] or s.shape[3] < 1 or not s.is_floating_point():
+        raise AttentionError(
+            f"{name} {tuple(s.shape)} of {s.dtype}: expected floating-point logits (B, G, T, M) beside keys "
+            f"{tuple(k.shape)}, one a token and slot"
+        )
+    if s.device != k.device:
+        raise AttentionError(f"{name} on {s.device}, but the keys are on {k.device}")
+
+
+def check_state(state: State | None, return_state: bool, place: Place, kind: type[State]) -> None:
+    """A state of this operator, on one device, which knows its document if documents are told apart."""
+    if (state is not None or return_state) and place.link.ring > 1:
+        raise AttentionError(
+            f"state on a ring of {place.link.ring}: a state belongs to a whole sequence on one device; run without a "
+            "mesh, or without state and return_state"
+        )
+    if state is None:
+        return
+    if not isinstance(state, kind):
+        raise AttentionError(f"state is a {type(state).__name__}: expected {kind.__name__}, as return_state=True gives")
+    if place.ids is not None and getattr(state, "document", None) is None:
+        raise AttentionError(
+            "document_ids with a state that was made without them: pass document_ids from the first call on"
+        )

@@ -1,0 +1,163 @@
+"""Causal cosine attention over a local sequence by chunks, with its own backward: the training form (methods 3.2, 6.1).
+
+Inside a chunk (Q K^T over visible pairs) V, between chunks Q S with the state S, in fp32 (fp64 for fp64 inputs).
+Backward is the same product three times, with S and with the gradient of S that comes from the chunks behind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from longctx.attention.backends.base import accumulator_dtype
+from longctx.bounded import memory
+from longctx.bounded.chunks import Block, Runs, Sight, blocks, causal_sight, fold, times, unfold
+from longctx.kernels.cosine.reference import EPSILON
+
+CHUNK = 64
+BLOCK_ROWS = 4096
+"""Rows of queries, over batch and heads, that are computed together."""
+
+Optional = torch.Tensor | None
+
+
+class Chunked(torch.autograd.Function):
+    """(q, k, v, size, S) -> (out, S after).
+
+    q (B, H, T, D), k (B, G, T, D) need not be normalised, v (B, G, T, Dv). size = n^-a: (B, G, T) multiplies the
+    values, (B, H, T) the outputs, as `on_query` says. S (B, G, D, Dv). `ids` (B, T) and `document` (B,) as in `Runs`,
+    or None for one document.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        size: torch.Tensor,
+        state: torch.Tensor,
+        ids: Optional,
+        document: Optional,
+        on_query: bool,
+        chunk: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        walk = _Walk(q, k, v, size, ids, document, on_query)
+        out = q.new_empty((*q.shape[:3], v.shape[3]))
+        steps = []
+        rows = max(q.shape[0] * q.shape[1] * chunk, 1)
+        for block in blocks(q.shape[2], chunk, max(BLOCK_ROWS // rows, 1)):
+            steps.append((block, state))
+            state = walk.forward(block, state, out)
+        ctx.set_materialize_grads(False)
+        ctx.steps, ctx.on_query = steps, on_query
+        ctx.save_for_backward(q, k, v, size, ids, document)
+        return out, state.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Optional, dstate: Optional) -> Any:
+        q, k, v, size, ids, document = ctx.saved_tensors
+        walk = _Walk(q, k, v, size, ids, document, ctx.on_query)
+        if dout is None:
+            dout = q.new_zeros((*q.shape[:3], v.shape[3]))
+        gradient = torch.zeros_like(ctx.steps[0][1]) if dstate is None else dstate
+        grads = [torch.empty_like(x) for x in (q, k, v, size)]
+        for block, state in reversed(ctx.steps):
+            gradient = walk.backward(block, state, dout, gradient, grads)
+        return *grads, gradient, None, None, None, None
+
+
+class _Walk:
+    """The blocks of one call, in either direction."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        size: torch.Tensor,
+        ids: Optional,
+        document: Optional,
+        on_query: bool,
+    ) -> None:
+        self.q, self.k, self.v, self.size, self.on_query = q, k, v, size[..., None], on_query
+        self.group, self.dtype = k.shape[1], accumulator_dtype(q.dtype)
+        self.runs = None if ids is None else Runs(ids, document)
+        self._sights: dict[int, Sight] = {}
+
+    def forward(self, block: Block, state: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        sight = self._sight(block)
+        (q, _), (k, _), v, size = self._inputs(block, sight)
+        scaled = v if self.on_query else v * size
+        before, state = self._remember(k, scaled, state, sight)
+        part = self._read(q, k, scaled, before, sight)
+        unfold(out, block, part.mul_(size) if self.on_query else part)
+        return state
+
+    def backward(
+        self, block: Block, state: torch.Tensor, dout: torch.Tensor, gradient: torch.Tensor, grads: list[torch.Tensor]
+    ) -> torch.Tensor:
+        sight = self._sight(block)
+        (q, q_norm), (k, k_norm), v, size = self._inputs(block, sight)
+        scaled = v if self.on_query else v * size
+        before, _ = self._remember(k, scaled, state, sight)
+        dout = fold(dout, block, self.group, self.dtype)
+        dsize = None
+        if self.on_query:
+            dsize = (dout * self._read(q, k, scaled, before, sight)).sum(-1, keepdim=True)
+            dout = dout * size
+        pairs = sight.pairs(dout @ scaled.transpose(-1, -2))
+        dq = pairs @ k + sight.rows(dout @ before.transpose(-1, -2))
+        local = sight.rows(q.clone()).transpose(-1, -2) @ dout
+        inside, gradient = memory.backwards(gradient, local, None, None, sight.kept)
+        dk = pairs.transpose(-1, -2) @ q + times(scaled @ inside.transpose(-1, -2), sight.after)
+        scores = sight.pairs(q @ k.transpose(-1, -2))
+        dscaled = scores.transpose(-1, -2) @ dout + times(k @ inside, sight.after)
+        if dsize is None:
+            dsize = (dscaled * v).sum(-1, keepdim=True)
+            dscaled.mul_(size)
+        parts = (through_unit(dq, q, q_norm), through_unit(dk, k, k_norm), dscaled, dsize)
+        for whole, part in zip(grads, parts, strict=True):
+            unfold(whole[..., None] if whole.dim() == 3 else whole, block, part)
+        return gradient
+
+    def _inputs(self, block: Block, sight: Sight) -> Any:
+        """((unit q, its norms), (unit k, its norms), v, size), folded; zeros at padding, whatever it holds."""
+        q, k, v, size = (fold(x, block, self.group, self.dtype) for x in (self.q, self.k, self.v, self.size))
+        if sight.valid is not None:
+            k, v = (x.masked_fill(~sight.valid, 0.0) for x in (k, v))
+            q = q.unflatten(3, (-1, block.size)).masked_fill(~sight.valid[:, :, :, None], 0.0).flatten(3, 4)
+        return unit(q), unit(k), v, size
+
+    def _remember(
+        self, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor, sight: Sight
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        local = times(k, sight.after).transpose(-1, -2) @ v
+        return memory.forwards(state, local, None, None, sight.kept)
+
+    def _read(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, sight: Sight
+    ) -> torch.Tensor:
+        out = sight.pairs(q @ k.transpose(-1, -2)) @ v
+        out += sight.rows(q @ before)
+        return out
+
+    def _sight(self, block: Block) -> Sight:
+        if self.runs is not None:
+            return self.runs.sight(block, self.dtype)
+        if block.size not in self._sights:
+            self._sights[block.size] = causal_sight(block.size, self.dtype, self.q.device)
+        return self._sights[block.size]
+
+
+def unit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of length 1 and the length they had; zero rows stay zero."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(EPSILON)
+    return x / norm, norm
+
+
+def through_unit(gradient: torch.Tensor, unit: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """The gradient of x from that of x / ||x||."""
+    along = (gradient * unit).sum(-1, keepdim=True)
+    return gradient.addcmul_(unit, along, value=-1.0).div_(norm)

@@ -1,0 +1,187 @@
+"""ABC whose slots are a queue of tokens: window, dilated, compressive. Exact attention to a bounded range of tokens.
+
+Such a memory is no sum, so no scan joins it: what a token sees lies within `reach` tokens before it, and those are what
+the state holds and what a rank gets from the ranks before it, the halo. Their number does not depend on the length.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from longctx.attention.arguments import resolve_scale
+from longctx.attention.block import block_attention
+from longctx.attention.comm import Link
+from longctx.bounded.arguments import check_state
+from longctx.bounded.control import Fifo
+from longctx.bounded.exchange import Value, collect
+from longctx.bounded.sequence import Place, locate
+from longctx.bounded.state import FifoState, State
+from longctx.errors import AttentionError
+from longctx.layout import Layout
+from longctx.mesh import Mesh
+
+_QUERIES = 128
+
+
+class Tokens(NamedTuple):
+    """keys (B, G, T, D), values (B, G, T, Dv), their documents (B, T) and their places therein (B, T), int64."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    document: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody asks of tokens
+
+    def last(self, count: int) -> Tokens:
+        return Tokens(*(x[:, :, -count:] if x.dim() == 4 else x[:, -count:] for x in self))
+
+    def then(self, later: Tokens) -> Tokens:
+        return Tokens(*(torch.cat(pair, 2 if pair[0].dim() == 4 else 1) for pair in zip(self, later, strict=True)))
+
+
+def reach(control: Fifo) -> int:
+    """Tokens before itself that a token may see (at least 1, so that a state knows where it is)."""
+    if not control.strided:
+        return max(control.recent - 1, 1)
+    older = control.strided * control.stride
+    return older if not control.pooled else older + control.stride + control.recent - 2
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    control: Fifo,
+    causal: bool,
+    scale: float | None,
+    mesh: Mesh | None,
+    layout: str | Layout,
+    document_ids: torch.Tensor | None,
+    length: int | None,
+    state: State | None,
+    return_state: bool,
+    link: Link | None,
+) -> tuple[torch.Tensor, FifoState | None]:
+    """(out, the state if asked for); arguments as of `abc_attention`."""
+    if not causal:
+        raise AttentionError("a queue of tokens follows their order: window, dilated and compressive need causal=True")
+    place = locate(
+        k.shape[2], k.shape[0], k.device,
+        mesh=mesh, layout=layout, document_ids=document_ids, length=length, link=link,
+    )  # fmt: skip
+    check_state(state, return_state, place, FifoState)
+    before = None if state is None else Tokens(*(getattr(state, name) for name in Tokens._fields))
+    ids = place.ids
+    if ids is None:
+        ids = torch.zeros(k.shape[0], k.shape[2], dtype=torch.int64, device=k.device)
+        if before is not None:  # no ids: all tokens go on with the state's document
+            ids = ids + before.document[:, -1:].clamp_min(0)
+    counted = place.counts(None, None) if before is None else _counted(place, ids, before)
+    local = Tokens(k, v, ids, (counted - 1).expand(k.shape[0], -1))
+    if place.valid is not None:
+        hidden = ~place.valid[:, None, :, None]
+        q, k, v = (x.masked_fill(hidden, 0.0) for x in (q, k, v))
+        local = local._replace(keys=k, values=v)
+    halos = [before] if place.link.ring == 1 else _halos(local, place, reach(control))
+    outs = [
+        _stretch(q[:, :, part], Tokens(*(_cut(x, part) for x in local)), halo, control, resolve_scale(scale, q))
+        for part, halo in zip(place.parts, halos, strict=True)
+    ]
+    return torch.cat(outs, 2), _state(local, before, reach(control)) if return_state else None
+
+
+def _cut(x: torch.Tensor, part: slice) -> torch.Tensor:
+    return x[:, :, part] if x.dim() == 4 else x[:, part]
+
+
+def _counted(place: Place, ids: torch.Tensor, before: Tokens) -> torch.Tensor:
+    whole = Place(place.link, place.chain, place.parts, place.index, ids)
+    return whole.counts(before.index[:, -1] + 1, before.document[:, -1])
+
+
+def _state(local: Tokens, before: Tokens | None, count: int) -> FifoState:
+    """The last `count` valid tokens; what was never seen has document -1."""
+    whole = local if before is None else before.then(local)
+    missing = max(count - whole.keys.shape[2], 0)
+    if missing:
+        whole = _nothing(local, missing).then(whole)
+    order = (whole.document >= 0).long().argsort(dim=1, stable=True)[:, -count:]  # padding first
+    keys, values = (
+        x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (whole.keys, whole.values)
+    )
+    return FifoState(keys, values, whole.document.gather(1, order), whole.index.gather(1, order))
+
+
+def _nothing(like: Tokens, count: int) -> Tokens:
+    keys, values = (x.new_zeros((*x.shape[:2], count, x.shape[3])) for x in (like.keys, like.values))
+    absent = like.document.new_full((like.document.shape[0], count), -1)
+    return Tokens(keys, values, absent, absent)
+
+
+def _halos(local: Tokens, place: Place, count: int) -> list[Tokens | None]:
+    """The `count` tokens before each stretch of this rank."""
+    size = place.parts[0].stop - place.parts[0].start
+    sent = min(count, size)
+    chunks = -(-count // size)  # as many stretches before it are needed
+    tails: list[Value] = [tuple(Tokens(*(_cut(x, part) for x in local)).last(sent)) for part in place.parts]
+    known, token = collect(
+        tails, place.link, place.chain, lambda source, here: any(c - chunks <= source < c for c in here)
+    )
+    halos: list[Tokens | None] = []
+    for chunk in place.chain.chunks[place.link.rank]:
+        halo = _nothing(local, count)
+        halo = halo._replace(keys=halo.keys + token.to(halo.keys.dtype))  # ties the first stretch to the exchange
+        for source in range(max(chunk - chunks, 0), chunk):
+            halo = halo.then(Tokens(*known[source]))
+        halos.append(halo.last(count))
+    return halos
+
+
+def _stretch(q: torch.Tensor, local: Tokens, halo: Tokens | None, control: Fifo, scale: float) -> torch.Tensor:
+    seen = local if halo is None else halo.then(local)
+    if not control.strided:
+        return block_attention(
+            q, seen.keys, seen.values, window=control.recent, scale=scale,
+            document_ids=local.document, key_document_ids=seen.document,
+        )[0]  # fmt: skip
+    outs = []
+    offset, far = seen.keys.shape[2] - q.shape[2], reach(control)
+    step = max(_QUERIES, far // 2)
+    for start in range(0, q.shape[2], step):
+        rows = slice(start, min(start + step, q.shape[2]))
+        first = max(rows.start + offset - far, 0)
+        window = Tokens(*(_cut(x, slice(first, rows.stop + offset)) for x in seen))
+        asking = window.last(rows.stop - rows.start)
+        outs.append(_strided(q[:, :, rows], asking, window, control, scale))
+    return torch.cat(outs, 2)
+
+
+def _strided(q: torch.Tensor, asking: Tokens, seen: Tokens, control: Fifo, scale: float) -> torch.Tensor:
+    """Queries over the recent tokens and over the entries of the strides, in one softmax."""
+    age = asking.index[:, :, None] - seen.index[:, None]
+    same = (asking.document[:, :, None] == seen.document[:, None]) & (asking.document >= 0)[:, :, None] & (age >= 0)
+    ends = ((seen.index + 1) % control.stride == 0)[:, None]
+    if control.pooled:
+        youngest, oldest = control.recent, control.recent + control.strided * control.stride - 1
+    else:
+        youngest, oldest = 1, control.strided * control.stride
+    entries = same & ends & (age >= youngest) & (age <= oldest)
+    keys, values = seen.keys, seen.values
+    if control.pooled:
+        keys, values = (torch.cat([x, _means(x, control.stride)], 2) for x in (keys, values))
+        mask = torch.cat([same & (age < control.recent), entries], 2)
+    else:
+        mask = (same & (age < control.recent)) | entries
+    none = ~mask.any(-1, keepdim=True)
+    rows = (mask | none)[:, None].expand(-1, q.shape[1] // keys.shape[1], -1, -1).flatten(1, 2)[:, None]
+    grouped = q.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+    out = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=rows, scale=scale)
+    return out.unflatten(2, (-1, q.shape[2])).flatten(1, 2).masked_fill(none[:, None], 0.0)
+
+
+def _means(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """The mean of each token of x (B, G, T, D) with the stride - 1 before it; the first, with fewer, are not used."""
+    padded = functional.pad(x, (0, 0, stride - 1, 0))
+    return padded.unfold(2, stride, 1).mean(-1)

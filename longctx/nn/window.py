@@ -1,0 +1,73 @@
+"""Exact softmax attention to the last tokens, with a state that holds just these: its place among bounded memories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from longctx.attention.block import block_attention
+from longctx.attention.ring import ring_attention
+from longctx.bounded.state import State
+from longctx.nn.kinds import Window
+
+
+@dataclass(frozen=True)
+class WindowState(State):
+    """The last tokens of every row: keys (B, G, n, D), values (B, G, n, Dv), documents (B, n) int64 (-1: padding)."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    documents: torch.Tensor
+
+
+class WindowMemory(torch.nn.Module):
+    """What a layer of kind ``window`` remembers: the last ``size`` tokens as they are. It has no parameters."""
+
+    exact = True  # softmax over tokens: capped logits, sinks and dropout mean something
+
+    def __init__(self, kind: Window) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        inputs: torch.Tensor | None = None,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        mesh: Any = None,
+        layout: Any = "zigzag",
+        document_ids: torch.Tensor | None = None,
+        state: WindowState | None = None,
+        return_state: bool = False,
+        backend: str = "auto",
+        **extras: Any,
+    ) -> Any:
+        """Attend as ``ABCMemory.forward`` does; not causal, the window reaches as far to the right."""
+        size = self.kind.size
+        window: int | tuple[int, int] = size if causal else (size - 1, size - 1)
+        if not return_state:
+            ids = document_ids if document_ids is None else document_ids.to(torch.int32)
+            return ring_attention(
+                query, key, value, mesh=mesh, layout="contiguous" if mesh is None else layout, causal=causal,
+                window=window, document_ids=ids, scale=scale, backend=backend, **extras,
+            )  # fmt: skip
+        ids = document_ids
+        if ids is None:
+            ids = torch.zeros(key.shape[0], key.shape[2], dtype=torch.int64, device=key.device)
+        keys, values, all_ids = key, value, ids
+        if state is not None:
+            keys, values = torch.cat([state.keys, key], 2), torch.cat([state.values, value], 2)
+            all_ids = torch.cat([state.documents, ids], 1)
+        out, _ = block_attention(
+            query, keys, values, causal=causal, window=window, scale=scale, document_ids=ids.to(torch.int32),
+            key_document_ids=all_ids.to(torch.int32), **extras,
+        )  # fmt: skip
+        first = max(keys.shape[2] - (size - 1), 0)
+        # copies: a slice would keep all of what it was cut from
+        return out, WindowState(keys[:, :, first:].clone(), values[:, :, first:].clone(), all_ids[:, first:].clone())

@@ -1,0 +1,288 @@
+"""ABC on one device: direct = token by token = chunked, forward and every gradient, at any chunk and any split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bounded import direct
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longctx.bounded import abc_chunks, control
+from longctx.bounded.abc import abc_attention
+from longctx.bounded.state import ABCState
+from longctx.errors import AttentionError
+from longctx.kernels.abc import reference
+
+from tolerances import tolerance
+
+EXACT = tolerance("fp64")
+SCALE = 0.7
+
+
+def make(
+    batch: int = 2,
+    heads: int = 4,
+    groups: int = 2,
+    length: int = 37,
+    width: int = 5,
+    out: int = 3,
+    slots: int = 4,
+    spread: float = 1.0,
+    seed: int = 0,
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Generator]:
+    """([q, k, v, key control, value control], a weight for the output, a generator)."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    q, k, v = (
+        normal(batch, heads, length, width),
+        normal(batch, groups, length, width),
+        normal(batch, groups, length, out),
+    )
+    controls = [spread * normal(batch, groups, length, slots) for _ in range(2)]
+    leaves = [x.requires_grad_() for x in (q, k, v, *controls)]
+    return leaves, normal(batch, heads, length, out), g
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, 70),
+    st.sampled_from([(1, 1), (2, 1), (4, 2)]),
+    st.integers(1, 5),
+    st.sampled_from([1, 3, 16, 64]),
+    st.sampled_from(["prefix", "running"]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**16),
+)
+def test_direct_is_chunked(
+    length: int, heads: tuple[int, int], slots: int, chunk: int, normalizer: str, pair: bool, docs: bool, seed: int
+) -> None:
+    leaves, weight, g = make(2, *heads, length, slots=slots, seed=seed)
+    q, k, v, key, value = leaves
+    documents = direct.random_documents(2, length, g) if docs else None
+    seen = direct.visible(length, documents)
+    expected = direct.abc(q, k, v, key, value if pair else key, seen, normalizer, SCALE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(abc_chunks, "CHUNK", chunk)
+        patch.setattr(abc_chunks, "BLOCK_ROWS", 256)
+        ours = abc_attention(
+            q, k, v, (key, value) if pair else key, normalizer=normalizer, scale=SCALE, document_ids=documents
+        )
+        found = [ours, *direct.gradients(ours, weight, leaves)]
+    assert max(direct.differences(found, [expected, *direct.gradients(expected, weight, leaves)])) <= EXACT
+
+
+@pytest.mark.parametrize("normalizer", ["prefix", "running", "sum"])
+@pytest.mark.parametrize("docs", [False, True])
+def test_states_and_their_gradients(normalizer: str, docs: bool) -> None:
+    """From a state to a state: token by token = chunked, with gradients to the first and from the last."""
+    (q, k, v, s, _), weight, g = make()
+    documents = (
+        direct.packed([[(-1, 3), (4, 17), (5, 10), (-1, 7)], [(2, 1), (3, 8), (-1, 3), (7, 25)]]) if docs else None
+    )
+    document = torch.tensor([4, 1]) if docs else None
+    first = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((2, 2, 4), (2, 2, 4, 5), (2, 2, 4, 3))]
+    leaves = [q, k, v, s, *(x.requires_grad_() for x in first)]
+    out, after, _ = reference.recurrent(
+        q, k, v, s, tuple(first), documents, document, normalizer=normalizer, scale=SCALE
+    )
+    chunked, mass, _, keys, values = abc_chunks.Chunked.apply(
+        q, k, v, s, None, first[0], None, first[1], first[2], documents, document, normalizer, SCALE, 8
+    )
+    theirs, ours = [out, *after[1:]], [chunked, keys, values]
+    if normalizer != "sum":  # there the mass only tells what was written to
+        theirs, ours = [*theirs, after[0]], [*ours, mass]
+    weights = [torch.randn(x.shape, generator=g, dtype=torch.float64) for x in theirs]
+    both = []
+    for results in (ours, theirs):
+        loss = sum((x * w).sum() for x, w in zip(results, weights, strict=True))
+        both.append([*results, *torch.autograd.grad(loss, leaves, allow_unused=True)])
+    assert max(direct.differences(*both)) <= EXACT
+
+
+@pytest.mark.parametrize("spread", [30.0, 500.0, 5000.0])
+def test_logits_of_any_size(spread: float) -> None:
+    """A slot that gains more than a float holds within a chunk: the chunk is cut, and nothing is lost."""
+    leaves, weight, _ = make(spread=spread)
+    q, k, v, s, _ = leaves
+    expected = direct.abc(q, k, v, s, s, direct.visible(37, None), "prefix", SCALE)
+    ours = abc_attention(q, k, v, s, scale=SCALE)
+    found = [ours, *direct.gradients(ours, weight, leaves)]
+    # Gradients of logits are differences of terms as large as the logits' effect: relative to the spread.
+    assert max(direct.differences(found, [expected, *direct.gradients(expected, weight, leaves)])) <= EXACT * spread
+
+
+def test_rising_logits_in_single_precision() -> None:
+    """Logits that rise by 40 a token in fp32, where exp(-88) is already nothing."""
+    (q, k, v, _, _), _, g = make()
+    s = 40.0 * torch.arange(37.0)[None, None, :, None] + torch.randn(2, 2, 37, 4, generator=g)
+    expected = direct.abc(q, k, v, s.double(), s.double(), direct.visible(37, None), "prefix", SCALE)
+    ours = abc_attention(q.float(), k.float(), v.float(), s, scale=SCALE)
+    assert ours.isfinite().all()
+    # a logit of 1480 in fp32 is known to 1e-4 only: its weight is not better known
+    assert direct.differences([ours.double()], [expected])[0] <= 100 * tolerance("fp32") * float(
+        expected.detach().abs().max()
+    )
+
+
+@pytest.mark.parametrize("cuts", [[1] * 37, [5, 1, 20, 11], [36, 1]])
+@pytest.mark.parametrize("normalizer", ["prefix", "running"])
+@pytest.mark.parametrize("pair", [False, True])
+def test_any_split_with_the_state_carried(cuts: list[int], normalizer: str, pair: bool) -> None:
+    leaves, weight, _ = make()
+    q, k, v, key, value = leaves
+
+    def whole(part: slice, state: Any) -> Any:
+        s = (key[:, :, part], value[:, :, part]) if pair else key[:, :, part]
+        return abc_attention(
+            q[:, :, part], k[:, :, part], v[:, :, part], s, normalizer=normalizer, state=state, return_state=True
+        )
+
+    expected, last = whole(slice(0, 37), None)
+    state, outs, start = None, [], 0
+    for cut in cuts:
+        out, state = whole(slice(start, start + cut), state)
+        outs.append(out)
+        start += cut
+    ours = torch.cat(outs, 2)
+    found = [ours, state.keys, state.values, state.log_mass, *direct.gradients(ours, weight, leaves)]
+    wanted = [expected, last.keys, last.values, last.log_mass, *direct.gradients(expected, weight, leaves)]
+    assert max(direct.differences(found, wanted)) <= EXACT
+    assert state.nbytes == last.nbytes
+
+
+def test_state_can_be_reordered_and_saved(tmp_path: Any) -> None:
+    (q, k, v, s, _), _, _ = make()
+    first = slice(0, 20)
+    _, state = abc_attention(q[:, :, first], k[:, :, first], v[:, :, first], s[:, :, first], return_state=True)
+    torch.save(vars(state.detach()), tmp_path / "state.pt")
+    state = ABCState(**torch.load(tmp_path / "state.pt", weights_only=True)).select(torch.tensor([1, 1, 0]))
+    rest = slice(20, 37)
+    order = torch.tensor([1, 1, 0])
+    q2, k2, v2, s2 = (x[order][:, :, rest] for x in (q, k, v, s))
+    ours = abc_attention(q2, k2, v2, s2, state=state)
+    assert direct.differences([ours], [abc_attention(q, k, v, s)[order][:, :, rest]])[0] <= EXACT
+
+
+def test_identities() -> None:
+    """First output = first value; one slot ignores queries; constant control = mean so far; prefix = a gated memory."""
+    (q, k, v, s, _), _, _ = make(heads=2)
+    out = abc_attention(q, k, v, s)
+    assert direct.differences([out[:, :, 0]], [v[:, :, 0]])[0] <= EXACT
+    one = s[..., :1]
+    assert direct.differences([abc_attention(q, k, v, one)], [abc_attention(q * 7, k, v, one)])[0] <= EXACT
+    flat = abc_attention(q, k, v, torch.zeros_like(s))
+    mean = v.cumsum(2) / torch.arange(1, 38, dtype=torch.float64)[:, None]
+    assert direct.differences([flat], [mean])[0] <= EXACT
+    mass = torch.logcumsumexp(s, 2)
+    before = torch.cat([torch.full_like(mass[:, :, :1], -torch.inf), mass[:, :, :-1]], 2)
+    keys = values = torch.zeros(())
+    gated = []
+    for t in range(37):
+        keep, add = (before - mass)[:, :, t, :, None].exp(), (s - mass)[:, :, t, :, None].exp()
+        keys = keep * keys + (1 - keep) * k[:, :, t, None]
+        values = keep * values + add * v[:, :, t, None]
+        p = (q[:, :, t, None] @ keys.transpose(-1, -2) / 5**0.5).softmax(-1)
+        gated.append((p @ values)[:, :, 0])
+    assert direct.differences([out], [torch.stack(gated, 2)])[0] <= EXACT
+
+
+def test_invariances() -> None:
+    """Slots have no order; a constant added to a slot's logits changes nothing; keys' rotation stays relative."""
+    (q, k, v, s, _), _, _ = make()
+    out = abc_attention(q, k, v, s)
+    assert direct.differences([abc_attention(q, k, v, s[..., [2, 0, 3, 1]])], [out])[0] <= EXACT
+    shifted = abc_attention(q, k, v, s + torch.tensor([3.0, -200.0, 0.1, 40.0], dtype=torch.float64))
+    assert direct.differences([shifted], [out])[0] <= EXACT
+
+
+def test_identity_control_is_softmax_attention() -> None:
+    (q, k, v, _, _), weight, _ = make(heads=2)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    ours = abc_attention(q, k, v, control.identity())
+    found = [ours, *direct.gradients(ours, weight, [q, k, v])]
+    assert max(direct.differences(found, [expected, *direct.gradients(expected, weight, [q, k, v])])) <= EXACT
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_changes_nothing_whatever_it_holds(causal: bool) -> None:
+    leaves, weight, _ = make()
+    plain = abc_attention(*leaves[:4], causal=causal)
+    wide = [
+        torch.cat([torch.full_like(x[:, :, :4], torch.nan), x, torch.full_like(x[:, :, :6], torch.nan)], 2).detach()
+        for x in leaves[:4]
+    ]
+    wide = [x.requires_grad_() for x in wide]
+    ids = direct.packed([[(-1, 4), (3, 37), (-1, 6)]] * 2)
+    padded = abc_attention(*wide, causal=causal, document_ids=ids)
+    assert not padded[:, :, :4].any() and not padded[:, :, 41:].any()
+    grads = torch.autograd.grad((padded[:, :, 4:41] * weight).sum(), wide)
+    assert all(x.isfinite().all() for x in grads)
+    found = [padded[:, :, 4:41], *(x[:, :, 4:41] for x in grads)]
+    assert max(direct.differences(found, [plain, *direct.gradients(plain, weight, leaves[:4])])) <= EXACT
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 20), st.integers(1, 30), st.booleans(), st.integers(0, 2**16))
+def test_over_all_tokens(queries: int, keys: int, pair: bool, seed: int) -> None:
+    """Bidirectional and cross attention: every slot is attention by a learned query, then a softmax over slots."""
+    (_, k, v, key, value), _, g = make(length=keys, seed=seed)
+    q = torch.randn(2, 4, queries, 5, generator=g, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(2, 4, queries, 3, generator=g, dtype=torch.float64)
+    leaves = [q, k, v, key, value]
+    memory_k = key.softmax(2).transpose(-1, -2) @ k
+    memory_v = (value if pair else key).softmax(2).transpose(-1, -2) @ v
+    memory_k, memory_v = (x.repeat_interleave(2, 1) for x in (memory_k, memory_v))
+    expected = (SCALE * q @ memory_k.transpose(-1, -2)).softmax(-1) @ memory_v
+    ours = abc_attention(q, k, v, (key, value) if pair else key, causal=False, normalizer="global", scale=SCALE)
+    found = [ours, *direct.gradients(ours, weight, leaves)]
+    assert max(direct.differences(found, [expected, *direct.gradients(expected, weight, leaves)])) <= EXACT
+
+
+def test_packed_documents_without_causal_are_documents_alone() -> None:
+    (q, k, v, s, _), _, _ = make()
+    ids = direct.packed([[(-1, 3), (4, 17), (5, 10), (-1, 7)], [(2, 30), (3, 7)]])
+    ours = abc_attention(q, k, v, s, causal=False, document_ids=ids)
+    for row, here in ((0, slice(3, 20)), (0, slice(20, 30)), (1, slice(0, 30)), (1, slice(30, 37))):
+        alone = abc_attention(*(x[row : row + 1, :, here] for x in (q, k, v, s)), causal=False)
+        assert direct.differences([ours[row : row + 1, :, here]], [alone])[0] <= EXACT
+
+
+def test_nothing_is_written() -> None:
+    """Logits of -inf everywhere: zero, no gradient, no NaN."""
+    (q, k, v, s, _), weight, _ = make()
+    s = torch.full_like(s, -torch.inf).requires_grad_()
+    out = abc_attention(q, k, v, s)
+    assert not out.any() and not any(x.any() for x in torch.autograd.grad(out, [q, k, v, s], weight))
+
+
+def refuse(message: str, **changes: Any) -> None:
+    (q, k, v, s, _), _, _ = make()
+    arguments = {"q": q, "k": k, "v": v, "control": s} | changes
+    with pytest.raises(AttentionError, match=message):
+        abc_attention(*[arguments.pop(name) for name in ("q", "k", "v", "control")], **arguments)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    refuse("layout|backend", backend="triton")
+    refuse("normalizer='mean'", normalizer="mean")
+    refuse("e\\^s has no bound", normalizer="sum")
+    refuse("needs causal=False", normalizer="global")
+    refuse("needs causal=True", normalizer="running", causal=False)
+    refuse("one a token and slot", control=torch.zeros(2, 2, 36, 4))
+    refuse("length=40", length=40)
+    refuse("expected ABCState", state=object.__new__(control.Random))
+    refuse("need causal=True", control=control.window(4), causal=False)
+    refuse("are summed", control=control.linformer(torch.zeros(1, 4, 64)), normalizer="running")
+    refuse("has 9 positions", control=control.linformer(torch.zeros(1, 4, 9)))
+    refuse("has 9 positions", control=control.identity(9))
+    refuse("one key a query", q=torch.zeros(2, 4, 5, 5, dtype=torch.float64))
+    (q, k, v, s, _), _, _ = make()
+    _, state = abc_attention(q, k, v, s, return_state=True)
+    refuse("from the first call on", state=state, document_ids=torch.zeros(2, 37, dtype=torch.int64))

@@ -1,0 +1,74 @@
+"""Bounded memories over real processes: ranks 1 to 4 give what one device gives, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bounded import direct, ranks
+
+from distributed import run_ranks
+from tolerances import tolerance
+
+SOME = [
+    "prefix", "running", "linformer", "dilated", "cosine value", "cosine query", "bidirectional",
+    "bidirectional cosine",
+]  # fmt: skip
+PACKED = [[(-1, 3), (4, 17), (5, 23), (-1, 5)], [(2, 1), (3, 8), (7, 39)]]
+
+
+def on_a_mesh(rank: int, world_size: int, layout: str) -> list[tuple[str, bool, ranks.Answer]]:
+    import longctx
+
+    mesh = longctx.Mesh(ring=world_size)
+    here = ranks.indices(layout, world_size, 48)[rank]
+    answers = []
+    for name in SOME:
+        for packed in (False, True):
+            if packed and not ranks.CASES[name].causal:
+                continue
+            leaves, weight = ranks.inputs(name)
+            ids = direct.packed(PACKED) if packed else None
+
+            def run(mine: list[torch.Tensor], own: torch.Tensor | None, name: str = name) -> torch.Tensor:
+                return ranks.call(name, mine, own, layout, None, mesh=mesh)
+
+            answers.append((name, packed, ranks.local_answer(name, leaves, weight, ids, here, run)))
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("ring", "layout"),
+    [(2, "zigzag"), (3, "contiguous"), pytest.param(4, "zigzag", marks=pytest.mark.slow)],
+)
+def test_processes_are_one_device(ring: int, layout: str) -> None:
+    by_rank = run_ranks(ring, on_a_mesh, layout)
+    order = torch.cat(ranks.indices(layout, ring, 48)).argsort()
+    for case in zip(*by_rank, strict=True):
+        name, packed, _ = case[0]
+        leaves, weight = ranks.inputs(name)
+        expected = ranks.one_device(name, leaves, weight, direct.packed(PACKED) if packed else None)
+        found = ranks.assemble(name, [answer for _, _, answer in case], order)
+        assert max(direct.differences(found, expected)) <= tolerance("fp64"), (name, packed)
+
+
+def test_a_mesh_of_one_is_one_device() -> None:
+    for name, packed, found in on_a_mesh(0, 1, "zigzag"):
+        leaves, weight = ranks.inputs(name)
+        expected = ranks.one_device(name, leaves, weight, direct.packed(PACKED) if packed else None)
+        assert max(direct.differences(found, expected)) <= tolerance("fp64"), (name, packed)
+
+
+def with_heads_split(rank: int, world_size: int) -> str:
+    import longctx
+
+    mesh = longctx.Mesh(ulysses=world_size)
+    q = torch.zeros(1, 2, 4, 3)
+    try:
+        longctx.cosine_attention(q, q, q, torch.zeros(2), mesh=mesh)
+    except longctx.LongctxError as error:
+        return str(error)
+    return ""
+
+
+def test_split_heads_are_refused() -> None:
+    assert all("use Mesh(ring=2)" in message for message in run_ranks(2, with_heads_split))

@@ -1,0 +1,137 @@
+"""Bounded memories over simulated rings: every form and control equals one device, with bytes as the formulas say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bounded import direct, ranks
+
+from longctx.attention import simulate
+from longctx.attention.comm import Link
+from longctx.errors import AttentionError
+
+from tolerances import tolerance
+
+EXACT = tolerance("fp64")
+DOCUMENTS = {
+    "none": None,
+    "packed": direct.packed([[(-1, 3), (4, 17), (5, 23), (-1, 5)], [(2, 1), (3, 8), (7, 39)]]),
+    "padded": direct.packed([[(-1, 7), (0, 41)], [(0, 40), (-1, 8)]]),
+}
+RINGS = [(2, "contiguous"), (4, "contiguous"), (2, "zigzag"), (3, "zigzag")]
+MORE_RINGS = [(3, "contiguous"), (6, "contiguous"), (12, "contiguous"), (4, "zigzag"), (6, "zigzag"), (12, "zigzag")]
+
+
+def check(name: str, documents: str, rings: list[tuple[int, str]]) -> None:
+    leaves, weight = ranks.inputs(name)
+    ids = DOCUMENTS[documents]
+    expected = ranks.one_device(name, leaves, weight, ids)
+    for ring, layout in rings:
+        found, _ = ranks.simulated(ring, layout, name, leaves, weight, ids)
+        assert max(direct.differences(found, expected)) <= EXACT, (ring, layout)
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("name", [name for name, case in ranks.CASES.items() if case.causal])
+def test_causal(name: str, documents: str) -> None:
+    check(name, documents, RINGS)
+
+
+@pytest.mark.parametrize("documents", ["none", "padded"])
+@pytest.mark.parametrize("name", [name for name, case in ranks.CASES.items() if not case.causal])
+def test_over_all_tokens(name: str, documents: str) -> None:
+    check(name, documents, RINGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("name", ranks.CASES)
+def test_larger_rings(name: str, documents: str) -> None:
+    if documents == "packed" and not ranks.CASES[name].causal:
+        documents = "padded"
+    check(name, documents, MORE_RINGS)
+
+
+@pytest.mark.parametrize("name", ["prefix", "cosine value", "bidirectional", "bidirectional cosine", "compressive"])
+def test_tokens_beyond_the_length_are_padding(name: str) -> None:
+    leaves, weight = ranks.inputs(name)
+    expected = ranks.one_device(name, leaves, weight, None, length=43)
+    shorter, cut = ranks.inputs(name)
+    shorter = [x[:, :, :43] if x.dim() == 4 and x.shape[2] == 48 else x for x in shorter]
+    alone = ranks.one_device(name, shorter, cut[:, :, :43], None)
+    assert direct.differences([expected[0][:, :, :43]], [alone[0]])[0] <= EXACT  # type: ignore[index]
+    found, _ = ranks.simulated(3, "zigzag", name, leaves, weight, None, length=43)
+    assert max(direct.differences(found, expected)) <= EXACT
+
+
+def stages(name: str, ring: int, layout: str, length: int, documents: torch.Tensor | None = None) -> list[list[int]]:
+    """(messages, bytes) of every rank, forward and backward together."""
+    leaves, weight = ranks.inputs(name, length)
+    _, counters = ranks.simulated(ring, layout, name, leaves, weight, documents)
+    assert all(c.bytes == c.state_bytes for c in counters)
+    return [[c.messages, c.bytes] for c in counters]
+
+
+def test_bytes_are_those_of_the_formulas_at_any_length() -> None:
+    """One exchange each way: b h n (d_k + d_v + 1) numbers of ABC, b h d_k d_v of Cottention, to every later rank and
+    back; and 8 bytes a row, forward, to say which document a state belongs to."""
+    batch, groups, heads, slots, width, out, size, ring = 2, 2, 4, ranks.SLOTS, 5, 3, 8, 4
+    states = {
+        "prefix": batch * groups * slots * (width + out + 1) * size,
+        "cosine value": batch * heads * width * out * size,  # an exponent a query head: a memory a query head
+        "cosine query": batch * groups * width * out * size,
+    }
+    for name, state in states.items():
+        for length in (48, 480):
+            for rank, (messages, sent) in enumerate(stages(name, ring, "contiguous", length)):
+                later, earlier = ring - 1 - rank, rank
+                assert messages == later + earlier == ring - 1
+                assert sent == later * (state + 8 * batch) + earlier * state
+    running = batch * groups * slots
+    for rank, (messages, sent) in enumerate(stages("running", ring, "contiguous", 48)):
+        later, earlier = ring - 1 - rank, rank
+        assert messages == 2 * (ring - 1)  # first the masses, then the memories
+        assert sent == (running + running * (width + out)) * size * (ring - 1) + later * 2 * 8 * batch
+    for length in (48, 480):
+        for _, (messages, sent) in enumerate(stages("bidirectional", ring, "zigzag", length)):
+            assert messages == 2 * (ring - 1)
+            assert sent == (2 * states["prefix"] + 8 * batch) * (ring - 1)
+
+
+@pytest.mark.parametrize("name", ["prefix", "running", "random sum", "window", "dilated", "compressive"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_bytes_do_not_grow(name: str, layout: str) -> None:
+    assert stages(name, 2, layout, 160) == stages(name, 2, layout, 320)
+
+
+@pytest.mark.parametrize("frozen", range(4))
+def test_every_rank_reaches_every_exchange(frozen: int) -> None:
+    """Freeze each input in turn: no rank waits for another."""
+    parts = ranks.indices("zigzag", 3, 48)
+    for name in ("prefix", "running", "cosine value", "bidirectional"):
+        leaves, weight = ranks.inputs(name)
+
+        def worker(
+            link: Link, name: str = name, leaves: list[torch.Tensor] = leaves, weight: torch.Tensor = weight
+        ) -> torch.Tensor:
+            here = parts[link.rank]
+            dealt = [x[:, :, here] if x.dim() == 4 else x for x in leaves]
+            mine = [x.clone().requires_grad_(place != frozen) for place, x in enumerate(dealt)]
+            out = ranks.call(name, mine, None, "zigzag", link)
+            out.backward(weight[:, :, here])
+            return out
+
+        simulate.run(3, worker)
+
+
+def refuse(message: str, layout: str, name: str, documents: torch.Tensor | None) -> None:
+    leaves, weight = ranks.inputs(name)
+    with pytest.raises(AttentionError, match=message):
+        ranks.simulated(2, layout, name, leaves, weight, documents)
+
+
+def test_what_a_ring_cannot_do_is_refused() -> None:
+    refuse("deals single tokens out", "striped", "prefix", None)
+    refuse("deals single tokens out", "striped", "cosine value", None)
+    refuse("each document has a memory of its own", "zigzag", "bidirectional", DOCUMENTS["packed"])
+    refuse("each document has a memory of its own", "contiguous", "bidirectional cosine", DOCUMENTS["packed"])
