@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from longctx.decode.caches.hidden import append_hidden, self_attention_cache, share_prompt
+from longctx.decode.caches.hidden import HiddenLayer, append_hidden
+from longctx.decode.caches.prompt import self_attention_cache, use_layers
 from longctx.decode.el import el_attention, expanded_attention
 from longctx.errors import ModelError
+from longctx.models.beams import Beams, expand_once
 from longctx.models.projections import Family, family_of, refuse
 
 _STATE = "longctx_el"
@@ -54,7 +56,7 @@ def enable_el(model: torch.nn.Module, *, cross: bool = True, causal: bool = True
     if not state.changed:
         raise refuse(model)
     setattr(model, _STATE, state)
-    for name, make in zip(_REPLACED, (_expand, _prepare), strict=True):
+    for name, make in zip(_REPLACED, (expand_once, _prepare), strict=True):
         if hasattr(model, name):
             setattr(model, name, MethodType(make(getattr(model, name), state), model))
     return list(state.changed)
@@ -72,14 +74,13 @@ def disable_el(model: torch.nn.Module) -> None:
     delattr(model, _STATE)
 
 
-class _State:
+class _State(Beams):
     """What enable_el did to one model, and how many beams the generation in progress has."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.changed: list[str] = []
         self.layers: list[int] = []
-        self.crosses = False
-        self.beams = 1
 
 
 def _cross(family: Family, original: Any) -> Any:
@@ -192,30 +193,13 @@ def _mask(mask: Any, keys: int) -> torch.Tensor | None:
     return mask[..., :keys]
 
 
-def _expand(original: Any, state: _State) -> Any:
-    def expand(self: Any, expand_size: int = 1, **kwargs: Any) -> Any:
-        """Repeat what the decoder is given for every beam, but not the encoder's output and its padding.
-
-        The three stay together: transformers makes the mask of the cross attention with the encoder's rows.
-        """
-        state.beams = expand_size
-        if kwargs.get("encoder_outputs") is None or not state.crosses:
-            return original(expand_size=expand_size, **kwargs)
-        held = {name: kwargs[name] for name in ("encoder_outputs", "attention_mask") if kwargs.get(name) is not None}
-        others = {name: value for name, value in kwargs.items() if name not in held}
-        ids, expanded = original(expand_size=expand_size, encoder_outputs=type(held["encoder_outputs"])(), **others)
-        return ids, expanded | held
-
-    return expand
-
-
 def _prepare(original: Any, state: _State) -> Any:
     def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         given = model_kwargs.get("past_key_values")
         result = original(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is not None and given is None and state.layers:
-            share_prompt(cache, state.layers, state.beams)
+            use_layers(cache, state.layers, HiddenLayer, state.beams)
         return result
 
     return prepare

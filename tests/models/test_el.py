@@ -10,6 +10,8 @@ import torch
 import transformers
 
 import longctx
+from longctx.decode.caches.hidden import HiddenLayer
+from longctx.decode.caches.prompt import use_layers
 from longctx.decode.caches.size import cache_bytes
 from longctx.decode.cost import Shape, el_bytes, kv_bytes
 from longctx.errors import ModelError
@@ -215,7 +217,7 @@ def test_a_cache_can_be_cropped_repeated_and_selected() -> None:
         plain = model(input_ids=rows.repeat_interleave(3, 0)[[0, 4]]).logits[:, -1]
         longctx.enable_el(model)
         cache = transformers.DynamicCache()
-        longctx.models.el.share_prompt(cache, [0, 1], 1)
+        use_layers(cache, [0, 1], HiddenLayer, 1)
         model(input_ids=torch.cat((rows[:, :5], rows[:, :2]), 1), past_key_values=cache, use_cache=True)
         cache.crop(-2)
         cache.batch_repeat_interleave(3)
