@@ -80,7 +80,13 @@ def test_equals_dense(
     assert dense.difference(results, expected(inputs, rule, ids)) <= tolerance("fp64")
 
 
-@pytest.mark.parametrize(("layout", "ring"), [("contiguous", 16), ("striped", 16), ("zigzag", 16), ("zigzag", 64)])
+@pytest.mark.parametrize(
+    ("layout", "ring"),
+    [
+        ("contiguous", 16), ("striped", 16), ("zigzag", 16), ("zigzag", 32),
+        pytest.param("zigzag", 64, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_large_rings_equal_dense_and_send_the_closed_form(layout: str, ring: int) -> None:
     length, rule = 4 * ring, make_rule(layout != "contiguous", None)
     ids = (torch.arange(length) * 5 // length)[None].int()

@@ -43,13 +43,15 @@ def compiled(rank: int, world: int, stage: int, how: str) -> list[float]:
     return losses
 
 
+SLOW = ((0, "model"), (1, "layers"), (2, "model"), (3, "model"))
+
+
 @pytest.mark.parametrize(
     ("stage", "how"),
     [
-        (0, "model"),
         (1, "engine"),
         (3, "layers"),
-        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in ((1, "layers"), (2, "model"), (3, "model"))),
+        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in SLOW),
     ],
 )
 def test_a_compiled_model_trains_alike(stage: int, how: str) -> None:

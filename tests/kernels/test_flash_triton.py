@@ -92,7 +92,7 @@ def ring_equals_dense(drawn: dict[str, Any]) -> None:
     assert error(got, expected(inputs, rule, documents, drawn["scale"], chosen)) <= tolerance(drawn["dtype"])
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(drawn=rings)
 def test_rings_equal_dense(drawn: dict[str, Any]) -> None:
     ring_equals_dense(drawn)

@@ -48,7 +48,7 @@ def train(rank: int, world: int, folder: str, name: str, overrides: tuple[str, .
         Loop._step = step  # type: ignore[method-assign]
 
 
-SLOW = ("zero2-bf16", "zero1")  # the same path as another case, with another stage
+SLOW = ("zero3", "zero2-bf16", "zero1")  # the same path as another case, with another stage
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
