@@ -18,6 +18,7 @@ from longctx.errors import ModelError
 from longctx.mesh import Mesh
 from longctx.models.attach import attach_attention
 from longctx.models.binding import binding_of
+from longctx.models.memories import memory_of
 from longctx.sharding import positions, shard
 
 
@@ -56,6 +57,11 @@ def generate(
         torch.manual_seed(seed)
         if mesh.sequence_size == 1:
             return model.generate(input_ids, attention_mask=mask, **(options | {"use_cache": True}))
+        if any(memory_of(module) is not None for module in model.modules()):
+            raise ModelError(
+                f"{type(model).__name__} has layers with a bounded memory, whose state is not handed from rank to rank "
+                "when generating yet; its state does not grow, so generate on one device (mesh of ring 1)"
+            )
         if binding_of(model) is None or binding_of(model).mesh is not mesh:  # type: ignore[union-attr]
             attach_attention(model, mesh, layout)
         binding = binding_of(model)

@@ -126,6 +126,9 @@ def test_what_cannot_be_is_refused() -> None:
         generate(model, torch.ones(1, 3, dtype=torch.int64), mesh=mesh, attention_mask=torch.tensor([[1, 1, 0]]))
     with pytest.raises(ModelError, match="cache_implementation"):
         generate(model, torch.ones(1, 3, dtype=torch.int64), mesh=mesh, cache_implementation="static")
+    mixed = longctx.convert(tiny_model(tiny_config("llama"), "longctx"), {"0": "cosine"})
+    with pytest.raises(ModelError, match="bounded memory, whose state is not handed"):
+        generate(mixed, torch.ones(1, 3, dtype=torch.int64), mesh=longctx.Mesh(ring=2, world_size=2))
     bart = transformers.BartForConditionalGeneration(
         transformers.BartConfig(
             vocab_size=9, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=1, pad_token_id=0,
