@@ -17,6 +17,7 @@ from longctx.errors import ConfigError, ModelError
 from longctx.generation.request import Request
 from longctx.generation.stream import TextStream
 from longctx.mesh import Mesh
+from longctx.models.convert import converted
 from longctx.models.el import disable_el, enable_el
 from longctx.models.generate import generate
 from longctx.models.pretrained import load_pretrained
@@ -51,7 +52,7 @@ class Generator:
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.model: Any = load_pretrained(folder).to(mesh.device).eval()
         self.model.config.use_cache = True
-        if mesh.sequence_size == 1:
+        if mesh.sequence_size == 1 and not converted(self.model.config):  # bounded memories are longctx's to compute
             self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
 
     def answer(self, request: Request, write: Callable[[str], Any]) -> Generated:

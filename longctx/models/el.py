@@ -17,6 +17,7 @@ from longctx.decode.caches.prompt import self_attention_cache, use_layers
 from longctx.decode.el import el_attention, expanded_attention
 from longctx.errors import ModelError
 from longctx.models.beams import Beams, expand_once
+from longctx.models.memories import memory_of
 from longctx.models.projections import Family, family_of, refuse
 
 _STATE = "longctx_el"
@@ -30,6 +31,7 @@ def enable_el(model: torch.nn.Module, *, cross: bool = True, causal: bool = True
         model: a transformers model with generate(); training mode and forward without a cache stay as they are.
         cross: cross attention reads the encoder's output itself: 2 * layers * beams times fewer bytes.
         causal: self-attention of the decoder caches its inputs: half the bytes, and the prompt once for all beams.
+            Layers with a bounded memory stay as they are.
 
     Returns:
         the names of the modules that changed.
@@ -42,7 +44,7 @@ def enable_el(model: torch.nn.Module, *, cross: bool = True, causal: bool = True
     state = _State()
     for name, module in model.named_modules():
         family = family_of(module)
-        if family is None or not family.decodes(module, name):
+        if family is None or not family.decodes(module, name) or memory_of(module) is not None:
             continue
         crossing = family.crosses(module, name)
         if not (cross if crossing else causal):
@@ -116,7 +118,7 @@ def _self(family: Family, original: Any) -> Any:
         tokens = hidden_states.shape[1]
         mask = _mask(kwargs.get(family.mask), past + tokens)
         if not past:
-            kwargs |= {"past_key_values": None, family.mask: mask}
+            kwargs |= {"past_key_values": None, family.mask: _of_prompt(kwargs.get(family.mask), tokens)}
             if family.bias is not None and kwargs.get(family.bias) is not None:
                 kwargs[family.bias] = kwargs[family.bias][..., :tokens]
             return original(hidden_states, **kwargs)
@@ -177,6 +179,11 @@ def _position_bias(module: Any, given: torch.Tensor | None, past: int, tokens: i
 
 def _scale(module: Any, family: Family) -> float:
     return float(module.scaling) if family.scaled else 1.0
+
+
+def _of_prompt(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
+    """The model's own mask without the places that a static cache has not filled yet."""
+    return mask if mask is None else mask[..., :tokens]
 
 
 def _mask(mask: Any, keys: int) -> torch.Tensor | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from models.zoo import tiny_config, tiny_model
 
+import longctx
 from longctx.data.tokenizer import ByteTokenizer, train_bpe
 from longctx.errors import ConfigError
 from longctx.generation.request import Request, model_folder
@@ -98,6 +99,20 @@ def test_hidden_states_give_the_same_text_from_half_the_cache(checkpoints: dict[
         generator.answer(beams, lambda text: None).text
         == generator.answer(Request(**(vars(beams) | {"attention": "kv"})), lambda text: None).text
     )
+
+
+def test_a_model_with_bounded_memories(tmp_path: Path) -> None:
+    config = tiny_config("gpt2")
+    config.vocab_size = 257
+    model = longctx.convert(tiny_model(config, "longctx"), {"1": "cosine"})
+    model.save_pretrained(tmp_path)
+    ByteTokenizer().save(tmp_path)
+    generator = Generator(tmp_path, Mesh(ring=1, world_size=1))
+    texts = {
+        kind: generator.answer(Request(str(tmp_path), PROMPT, max_new_tokens=8, attention=kind), lambda text: None).text
+        for kind in ("kv", "el")
+    }
+    assert texts["kv"] == texts["el"]
 
 
 def test_a_stream_is_the_text(tmp_path: Path) -> None:

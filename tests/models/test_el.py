@@ -106,10 +106,13 @@ def test_relatives(name: str) -> None:
     assert torch.equal(generate(model, num_beams=3).sequences, theirs.sequences)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bart", "t5"])
-def test_eager_masks(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "implementation"), [("gpt2", "eager"), ("bart", "eager"), ("t5", "eager"), ("gpt2", "longctx")]
+)
+def test_masks_of_other_implementations(name: str, implementation: str) -> None:
+    longctx.register()
     model = make(name)
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(implementation)
     theirs = generate(model, num_beams=2)
     longctx.enable_el(model)
     assert torch.equal(generate(model, num_beams=2).sequences, theirs.sequences)
@@ -200,6 +203,15 @@ def test_only_one_kind_of_attention() -> None:
     assert all("self_attn" in name for name in longctx.enable_el(model, cross=False))
     theirs = generate(make("bart"), num_beams=2)
     assert torch.equal(generate(model, num_beams=2).sequences, theirs.sequences)
+
+
+def test_layers_with_a_bounded_memory_keep_it() -> None:
+    model = longctx.convert(make("gpt2"), {"1": {"abc": {"slots": 4}}})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs = generate(model)
+    (changed,) = longctx.enable_el(model)
+    assert changed.endswith("0.attn") and torch.equal(generate(model).sequences, theirs.sequences)
 
 
 def test_saving_while_enabled(tmp_path: Any) -> None:
