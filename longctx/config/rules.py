@@ -168,6 +168,13 @@ def _train(config: RunConfig) -> Iterator[Finding]:
         yield Finding("train.min_lr_ratio", "means nothing for schedule constant; remove the key", "idle-key")
 
 
+def _memory(config: RunConfig) -> Iterator[Finding]:
+    memory = config.memory
+    if memory.z_loss and memory.loss_tile == "none":
+        message = "needs a tiled loss; set memory.loss_tile to auto, or remove the key"
+        yield Finding("memory.z_loss", message, "conflict")
+
+
 def _zero(config: RunConfig) -> Iterator[Finding]:
     zero = config.zero
     if zero.stage == 0:
@@ -200,6 +207,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _mesh,
     _data,
     _train,
+    _memory,
     _zero,
     _deepspeed,
     _launch,

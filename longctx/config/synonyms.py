@@ -42,6 +42,8 @@ _NAMES = {
     "mesh.world": "world_size num_gpus gpus nproc nproc_per_node processes ranks",
     "attention.window": "sliding_window window_size",
     "attention.backend": "attn_implementation implementation kernel",
+    "memory.loss_tile": "tiled_logits tiled_loss fused_linear_cross_entropy use_liger_kernel logits_tile",
+    "memory.z_loss": "z_loss_weight router_z_loss",
     "zero.stage": "zero_stage zero_optimization",
     "zero.offload_optimizer": "offload cpu_offload optimizer_offload",
     "checkpoint.every": "save_every save_steps save_interval checkpoint_interval",

@@ -11,6 +11,7 @@ import torch
 from longctx.config.architecture import transformers_keywords
 from longctx.config.schema import RunConfig
 from longctx.engine.build import build
+from longctx.engine.memory import Memory
 from longctx.errors import ModelError
 from longctx.mesh import Mesh
 from longctx.models.convert import convert
@@ -57,6 +58,15 @@ def build_model(config: RunConfig, description: Any, settings: dict[str, Any], m
     if config.model.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     return model
+
+
+def memory_of(config: RunConfig) -> Memory:
+    """Return what the `memory:` section asks of the model."""
+    memory = config.memory
+    return Memory(
+        loss_tile=None if memory.loss_tile == "none" else memory.loss_tile,
+        z_loss=memory.z_loss,
+    )
 
 
 def hash_of_model(config: RunConfig, description: Any) -> str:
