@@ -127,6 +127,7 @@ def make_engine(ring: int, stage: int, *, model: Any = None, gas: int = 1, **con
 
     offload, memory = config.pop("offload", False), config.pop("memory", None)
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 5000, "stage3_param_persistence_threshold": 600}
+    zero |= config.pop("zero", {})
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     settings = {

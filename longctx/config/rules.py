@@ -44,7 +44,7 @@ def _model_source(config: RunConfig) -> Iterator[Finding]:
     if model.pretrained is None and model.architecture is None:
         yield Finding("model", "give architecture and sizes (from scratch), or pretrained (a folder)", "model-source")
     elif model.pretrained is not None:
-        own = {"pretrained", "dtype", "activation_checkpointing"}
+        own = {"pretrained", "dtype"}
         for name in _changed(model):
             if name not in own:
                 message = "the pretrained folder decides this; remove the key, or remove model.pretrained"

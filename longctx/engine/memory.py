@@ -8,9 +8,12 @@ from typing import Any
 
 from longctx.errors import EngineError
 from longctx.models.loss import tile_loss, why_not_tiled
+from longctx.models.mlp import find_mlps, tile_mlps
+from longctx.models.recompute import Policy, recompute_layers
 from longctx.nn.tiling import Tile
 
 logger = logging.getLogger(__name__)
+_WHOLE = 2**62  # tokens: one tile
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,16 @@ class Memory:
         loss_tile: tokens whose logits exist at once; "auto" chooses, and leaves models alone whose loss it cannot tile;
             None never tiles.
         z_loss: weight of PaLM's auxiliary loss lse² in training; needs a tiled loss.
+        mlp_tile: tokens that an MLP computes at once, forward and backward; "auto" is as many as the hidden size, and
+            leaves alone models whose MLPs it cannot tile; None never tiles.
+        recompute: what backward computes anew: "none"; "mlp", the inner results of MLPs; "layer", everything but a
+            layer's input; "layer_keep_attention", that without attention, so that no hop of the ring is repeated.
     """
 
     loss_tile: Tile | None = None
     z_loss: float = 0.0
+    mlp_tile: Tile | None = None
+    recompute: Policy = "none"
 
 
 def read_memory(given: Memory | dict[str, Any] | None) -> Memory:
@@ -61,3 +70,19 @@ def save_memory(model: Any, memory: Memory, *, announce: bool = True) -> None:
             tile_loss(model, memory.loss_tile, z_loss=memory.z_loss)
         elif announce:
             logger.warning("the loss is not tiled: %s. All of a rank's logits will exist at once", reason)
+    recompute_layers(model, memory.recompute)
+    if memory.recompute == "mlp":
+        _make_leaves(tile_mlps(model, _WHOLE if memory.mlp_tile is None else memory.mlp_tile, always=True))
+    elif memory.mlp_tile is not None:
+        if memory.mlp_tile != "auto" or find_mlps(model)[0]:
+            _make_leaves(tile_mlps(model, memory.mlp_tile))
+        elif announce:
+            logger.warning("MLPs are not tiled: %s has no plain ones", type(model).__name__)
+
+
+def _make_leaves(modules: list[Any]) -> None:
+    """Have ZeRO-3 gather each module's weights once, when it is entered, however often it calls its children."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in modules:
+        set_z3_leaf_module(module, True)

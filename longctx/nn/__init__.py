@@ -8,9 +8,10 @@ if TYPE_CHECKING:
     from longctx.nn.attention import ABCAttention as ABCAttention
     from longctx.nn.attention import CosineAttention as CosineAttention
     from longctx.nn.loss import tiled_loss as tiled_loss
+    from longctx.nn.tokenwise import tiled as tiled
 
-_HOMES = {"ABCAttention": "attention", "CosineAttention": "attention", "tiled_loss": "loss"}
-__all__ = ["ABCAttention", "CosineAttention", "tiled_loss"]
+_HOMES = {"ABCAttention": "attention", "CosineAttention": "attention", "tiled": "tokenwise", "tiled_loss": "loss"}
+__all__ = ["ABCAttention", "CosineAttention", "tiled", "tiled_loss"]
 
 
 def __getattr__(name: str) -> Any:

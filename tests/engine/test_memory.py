@@ -19,6 +19,7 @@ from engine_tiny import (
     weights_of,
 )
 
+from longctx.attention import comm
 from longctx.engine.memory import Memory, read_memory, save_memory
 from longctx.errors import EngineError
 
@@ -85,13 +86,53 @@ class Traffic:
 
 
 def count_traffic(rank: int, world: int, memory: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
-    engine = make_engine(2, 3, memory=memory)
+    engine = make_engine(2, 3, memory=memory, zero={"stage3_max_reuse_distance": 0})  # nothing is left gathered
     run_window(engine, [ragged_rows(0, 0, 0)])  # the first step records the order of modules
     with pytest.MonkeyPatch.context() as patch:
         traffic = Traffic(engine, patch)
         run_window(engine, [ragged_rows(1, 0, 0)])
     engine.destroy()
     return dict(traffic.gathered), dict(traffic.reduced)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_tiled_mlps_train_the_same_model(stage: int) -> None:
+    check(stage, {"mlp_tile": 5})
+
+
+@pytest.mark.parametrize(
+    ("stage", "memory"),
+    [
+        (3, {"recompute": "layer_keep_attention", "mlp_tile": 5, "loss_tile": 3}),
+        (2, {"recompute": "layer_keep_attention", "mlp_tile": 5}),
+        (3, {"recompute": "mlp"}),
+    ],
+)
+def test_recomputation_trains_the_same_model(stage: int, memory: dict[str, Any]) -> None:
+    check(stage, memory)
+
+
+def count_hops(rank: int, world: int, recompute: str) -> int:
+    engine = make_engine(2, 3, memory={"recompute": recompute})
+    run_window(engine, [ragged_rows(0, 0, 0)])
+    before = comm.counters.hops
+    run_window(engine, [ragged_rows(1, 0, 0)])
+    engine.destroy()
+    return comm.counters.hops - before
+
+
+def test_a_step_that_keeps_attention_has_the_hops_of_forward_and_backward_only() -> None:
+    hops = {policy: run_ranks(2, count_hops, policy) for policy in ("none", "layer", "layer_keep_attention")}
+    assert hops["layer_keep_attention"] == hops["none"]
+    assert hops["layer"][0] > hops["none"][0]
+
+
+def test_zero3_gathers_a_tiled_mlp_twice_and_reduces_it_once() -> None:
+    for gathered, reduced in run_ranks(2, count_traffic, {"mlp_tile": 2}):
+        for layer in range(2):
+            for name in ("gate", "up", "down"):
+                assert gathered[f"model.layers.{layer}.mlp.{name}_proj.weight"] == 2  # forward and backward
+        assert set(reduced.values()) == {1} and "model.layers.0.mlp.down_proj.weight" in reduced
 
 
 def test_zero3_gathers_a_tiled_loss_twice_and_reduces_it_once() -> None:
@@ -116,3 +157,5 @@ def test_auto_says_what_it_leaves_alone(caplog: pytest.LogCaptureFixture) -> Non
     assert not caplog.records
     save_memory(model, Memory(loss_tile="auto"))
     assert "the loss is not tiled: Linear is none of" in caplog.text
+    save_memory(model, Memory(mlp_tile="auto"))
+    assert "MLPs are not tiled: Linear has no plain ones" in caplog.text
