@@ -56,7 +56,8 @@ def tile_loss(model: Any, tile: Tile = "auto", *, z_loss: float = 0.0) -> None:
         raise ModelError(f"the loss cannot be tiled: {reason}. Leave loss_tile and z_loss out")
     head = model.get_output_embeddings()
     setattr(model, _SETTINGS, (tile, z_loss))
-    model.forward = MethodType(_tiled_forward(type(model)), model)
+    kind: Any = type(model)
+    model.forward = MethodType(_tiled_forward(kind), model)
     head.forward = MethodType(_head_forward, head)
 
 

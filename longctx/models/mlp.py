@@ -54,7 +54,8 @@ def tile_mlps(model: torch.nn.Module, tile: Tile = "auto", *, always: bool = Fal
         raise ModelError(f"the MLPs of {type(model).__name__} cannot be tiled: {what}. Leave mlp_tile out")
     for module in plain:
         setattr(module, _SETTINGS, (tile, always))
-        module.forward = MethodType(_tiled_forward(type(module)), module)  # type: ignore[method-assign]
+        kind: Any = type(module)
+        module.forward = MethodType(_tiled_forward(kind), module)
     return plain
 
 
