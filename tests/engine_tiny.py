@@ -125,8 +125,9 @@ def make_engine(ring: int, stage: int, *, model: Any = None, gas: int = 1, **con
     """Return an SGD engine of a tiny Llama (or ``model``), its buckets so small that every ZeRO stage has several."""
     import longctx
 
-    offload = config.pop("offload", False)
+    offload, memory = config.pop("offload", False), config.pop("memory", None)
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 5000, "stage3_param_persistence_threshold": 600}
+    zero |= config.pop("zero", {})
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     settings = {
@@ -140,7 +141,8 @@ def make_engine(ring: int, stage: int, *, model: Any = None, gas: int = 1, **con
     }
     model = tiny_llama() if model is None else model
     trained = [p for p in model.parameters() if p.requires_grad]
-    return longctx.initialize(model, settings, longctx.Mesh(ring=ring), optimizer=make_optimizer("sgd", trained))[0]
+    optimizer = make_optimizer("sgd", trained)
+    return longctx.initialize(model, settings, longctx.Mesh(ring=ring), optimizer=optimizer, memory=memory)[0]
 
 
 def weights_of(engine: Any) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from longctx.attention.band import Rule, make_rule
 from longctx.attention.comm import LocalLink, ProcessLink
 from longctx.attention.operator import INPUTS, fake_backward, fake_forward, make_scores, per_head, register_gradient
 from longctx.attention.passes import Passes, split
+from longctx.attention.replay import replayed
 from longctx.errors import AttentionError
 from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh, from_key
@@ -142,7 +143,7 @@ def _forward(
     documents: torch.Tensor | None,
     *settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _passes(q, v, alibi, documents, *settings).forward(q, k, v, documents, sink)
+    return replayed(lambda: _passes(q, v, alibi, documents, *settings).forward(q, k, v, documents, sink))
 
 
 @torch.library.custom_op(

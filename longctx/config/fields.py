@@ -47,6 +47,11 @@ def human_int_or_auto(value: Any) -> Any:
     return value if value == "auto" else human_int(value)
 
 
+def human_tile(value: Any) -> Any:
+    """Like ``human_int``; the words ``auto`` and ``none`` pass through."""
+    return value if value in ("auto", "none") else human_int(value)
+
+
 def listed(value: Any) -> Any:
     """Turn one string, or a YAML list, into a tuple: ``sources: text/`` is ``sources: [text/]``."""
     if isinstance(value, str):
@@ -58,6 +63,10 @@ HumanInt = Annotated[int, BeforeValidator(human_int, json_schema_input_type=int 
 AutoInt = Annotated[
     Annotated[int, Field(ge=1, le=2**20)] | Literal["auto"],
     BeforeValidator(human_int_or_auto, json_schema_input_type=int | str),
+]
+Tile = Annotated[
+    Annotated[int, Field(ge=1, le=2**30)] | Literal["auto", "none"],
+    BeforeValidator(human_tile, json_schema_input_type=int | str),
 ]
 Texts = Annotated[tuple[str, ...], BeforeValidator(listed, json_schema_input_type=str | list[str])]
 Pair = Annotated[tuple[float, float], BeforeValidator(listed, json_schema_input_type=list[float])]

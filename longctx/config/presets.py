@@ -31,7 +31,8 @@ def _llama(hidden: int, layers: int, heads: int, kv_heads: int, **more: Any) -> 
     return {"architecture": "llama", **sizes, **more}
 
 
-_LARGE: dict[str, Any] = {"dtype": "bf16", "activation_checkpointing": True}
+_LARGE: dict[str, Any] = {"dtype": "bf16"}
+_FRUGAL: dict[str, Any] = {"mlp_tile": "auto", "recompute": "layer_keep_attention"}
 
 PRESETS = {
     "cpu-tiny": _preset(
@@ -64,6 +65,7 @@ PRESETS = {
         mesh={"ring": 1, "data": 1},
         data={"sequence_length": 32_768, "vocab_size": 32_768, "packing": "best_fit"},
         train={"global_batch": 8, "eval_every": 200},
+        memory=_FRUGAL,
         zero={"stage": 1, "offload_optimizer": "cpu"},
         checkpoint={"every": 200},
     ),
@@ -76,6 +78,7 @@ PRESETS = {
         mesh={"ring": 8, "data": 1},
         data={"sequence_length": 262_144, "vocab_size": 32_768, "packing": "best_fit"},
         train={"global_batch": 4, "eval_every": 100},
+        memory=_FRUGAL,
         zero={"stage": 3, "overlap_comm": True},
         checkpoint={"every": 100},
     ),
@@ -96,6 +99,7 @@ PRESETS = {
         mesh={"ring": 64, "data": 1},
         data={"sequence_length": 1_048_576, "vocab_size": 65_536, "packing": "best_fit"},
         train={"global_batch": 4, "eval_every": 50},
+        memory=_FRUGAL,
         zero={"stage": 3, "overlap_comm": True},
         checkpoint={"every": 50},
     ),

@@ -44,7 +44,7 @@ def _model_source(config: RunConfig) -> Iterator[Finding]:
     if model.pretrained is None and model.architecture is None:
         yield Finding("model", "give architecture and sizes (from scratch), or pretrained (a folder)", "model-source")
     elif model.pretrained is not None:
-        own = {"pretrained", "dtype", "activation_checkpointing"}
+        own = {"pretrained", "dtype"}
         for name in _changed(model):
             if name not in own:
                 message = "the pretrained folder decides this; remove the key, or remove model.pretrained"
@@ -168,6 +168,13 @@ def _train(config: RunConfig) -> Iterator[Finding]:
         yield Finding("train.min_lr_ratio", "means nothing for schedule constant; remove the key", "idle-key")
 
 
+def _memory(config: RunConfig) -> Iterator[Finding]:
+    memory = config.memory
+    if memory.z_loss and memory.loss_tile == "none":
+        message = "needs a tiled loss; set memory.loss_tile to auto, or remove the key"
+        yield Finding("memory.z_loss", message, "conflict")
+
+
 def _zero(config: RunConfig) -> Iterator[Finding]:
     zero = config.zero
     if zero.stage == 0:
@@ -200,6 +207,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _mesh,
     _data,
     _train,
+    _memory,
     _zero,
     _deepspeed,
     _launch,

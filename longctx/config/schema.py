@@ -9,6 +9,7 @@ from longctx.config.sections.attention import Attention
 from longctx.config.sections.checkpoint import Checkpoint
 from longctx.config.sections.data import Data
 from longctx.config.sections.launch import Launch
+from longctx.config.sections.memory import Memory
 from longctx.config.sections.mesh import Mesh
 from longctx.config.sections.model import Model
 from longctx.config.sections.output import Output
@@ -24,6 +25,7 @@ class RunConfig(Section):
     attention: Attention = Field(Attention(), description="how attention is computed")
     data: Data = Field(description="what it is trained on")
     train: Train = Field(description="the loop")
+    memory: Memory = Field(Memory(), description="what a training step keeps in memory")
     zero: Zero = Field(Zero(), description="what DeepSpeed shards")
     checkpoint: Checkpoint = Field(Checkpoint(), description="saving and resuming")
     output: Output = Field(description="the run directory")

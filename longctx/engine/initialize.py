@@ -6,6 +6,7 @@ from typing import Any
 
 from longctx.engine.engine import Engine
 from longctx.engine.loader import RowLoader
+from longctx.engine.memory import Memory, read_memory, save_memory
 from longctx.engine.probe import gradient_factor
 from longctx.engine.settings import load_settings
 from longctx.errors import EngineError
@@ -25,6 +26,7 @@ def initialize(
     lr_scheduler: Any = None,
     collate_fn: Any = None,
     seed: int = 0,
+    memory: Memory | dict[str, Any] | None = None,
     args: Any = None,
     **stock: Any,
 ) -> tuple[Engine, Any, RowLoader | None, Any]:
@@ -39,6 +41,8 @@ def initialize(
         training_data: a map-style dataset of rows; ``loader`` then yields windows that are already sharded and weighed.
         collate_fn: turns a list of ``training_data``'s items into a batch of full rows.
         seed: of the loader's order of samples, and of attention dropout.
+        memory: how the model saves memory (``engine.memory.Memory``, or some of its attributes as a dictionary); by
+            default it is left as it is.
         stock: other arguments of ``deepspeed.initialize``.
 
     Raises:
@@ -54,6 +58,7 @@ def initialize(
     mesh = (Mesh() if mesh is None else mesh).connect()
     settings = load_settings(getattr(args, "deepspeed_config", None) if config is None else config, mesh)
     attach_attention(model, mesh, layout)
+    save_memory(model, read_memory(memory), announce=mesh.rank == 0)
     factor = gradient_factor(settings, mesh, mesh)
 
     import deepspeed

@@ -23,7 +23,7 @@ from longctx.train.checkpoint import Checkpoints, Progress
 from longctx.train.corpus import Corpus, Say, prepare_corpus
 from longctx.train.environment import git_commit, versions
 from longctx.train.manifest import Manifest
-from longctx.train.model import build_model, hash_of_model, model_config
+from longctx.train.model import build_model, hash_of_model, memory_of, model_config
 from longctx.train.optimizer import make_optimizer
 
 
@@ -139,6 +139,7 @@ def _engine(config: RunConfig, sizes: Derived, mesh: Mesh, description: Any) -> 
         layout=config.attention.layout,
         optimizer=optimizer,
         seed=config.train.seed,
+        memory=memory_of(config),
     )
     binding = binding_of(engine.module)
     assert binding is not None  # initialize attached the model

@@ -11,6 +11,7 @@ import torch
 from longctx.config.architecture import transformers_keywords
 from longctx.config.schema import RunConfig
 from longctx.engine.build import build
+from longctx.engine.memory import Memory
 from longctx.errors import ModelError
 from longctx.mesh import Mesh
 from longctx.models.convert import convert
@@ -54,14 +55,23 @@ def build_model(config: RunConfig, description: Any, settings: dict[str, Any], m
         seed=config.train.seed,
         layers=config.attention.layers if folder else None,  # the description has them already
     )
-    if config.model.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     return model
+
+
+def memory_of(config: RunConfig) -> Memory:
+    """Return what the `memory:` section asks of the model."""
+    memory = config.memory
+    return Memory(
+        loss_tile=None if memory.loss_tile == "none" else memory.loss_tile,
+        z_loss=memory.z_loss,
+        recompute=memory.recompute,
+        mlp_tile=None if memory.mlp_tile == "none" else memory.mlp_tile,
+    )
 
 
 def hash_of_model(config: RunConfig, description: Any) -> str:
     """Return a short hash of what decides shapes and meaning of the weights; a resumed run must find the same."""
-    ours = config.model.model_dump(exclude={"pretrained", "activation_checkpointing", "vocab_size", "max_positions"})
+    ours = config.model.model_dump(exclude={"pretrained", "vocab_size", "max_positions"})
     attention = [config.attention.window, *([config.attention.layers] if config.attention.layers else [])]
     facts = [ours, *attention, description.model_type, description.vocab_size, description.hidden_size]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

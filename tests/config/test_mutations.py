@@ -177,7 +177,7 @@ def test_the_message_has_place_value_expectation_and_suggestion():
         ("", "seq_len", "data.sequence_length"),
         ("model", "num_hidden_layers", "model.layers"),
         ("model", "num_key_value_heads", "model.kv_heads"),
-        ("model", "gradient_checkpointing", "model.activation_checkpointing"),
+        ("model", "gradient_checkpointing", "memory.recompute"),
         ("mesh", "context_parallel_size", "mesh.ring"),
         ("", "output_dir", "output.folder"),
         ("", "zero_stage", "zero.stage"),

@@ -25,7 +25,7 @@ CASES = {
     "zero2-bf16": ("zero.stage=2", "model.dtype=bf16", *DROPOUT),
     "zero1": ("zero.stage=1", *DROPOUT),
     "zero0-sgd": ("zero.stage=0", "train.optimizer=sgd", "train.momentum=0.9"),
-    "zero3-offload-checkpointing": ("zero.offload_optimizer=cpu", "model.activation_checkpointing=true", *DROPOUT),
+    "zero3-offload-checkpointing": ("zero.offload_optimizer=cpu", "memory.recompute=layer_keep_attention", *DROPOUT),
 }
 
 

@@ -57,7 +57,3 @@ class Model(Section):
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="arithmetic of forward and backward; bf16 keeps fp32 master weights in the optimizer"
     )
-    activation_checkpointing: bool = Field(
-        False,
-        description="recompute each layer in backward instead of keeping its activations; needed for long sequences",
-    )

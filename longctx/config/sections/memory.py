@@ -1,0 +1,32 @@
+"""`memory:` what a training step keeps in memory beside weights and attention."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from longctx.config.fields import Section, Tile
+
+
+class Memory(Section):
+    """Logits, activations and checkpoints, which grow with the sequence: how little of them exists at once."""
+
+    loss_tile: Tile = Field(
+        "auto",
+        description="tokens whose logits exist at once; auto chooses (and leaves alone a model whose loss it cannot "
+        "tile), none makes the logits of all of a rank's tokens",
+    )
+    z_loss: float = Field(
+        0.0, ge=0, le=1, description="weight of lse² in the training loss, lse the log of the softmax's denominator"
+    )
+    mlp_tile: Tile = Field(
+        "none",
+        description="tokens that an MLP computes at once, its results recomputed in backward; auto takes as many as "
+        "hidden_size",
+    )
+    recompute: Literal["none", "mlp", "layer", "layer_keep_attention"] = Field(
+        "none",
+        description="what backward computes anew instead of keeping it: the inside of MLPs; all of a layer but its "
+        "input, needed for long sequences; or that without attention, so that no hop of the ring is repeated",
+    )

@@ -1,0 +1,183 @@
+"""tiled_loss: cross entropy straight from hidden states; the logits exist for one tile of tokens at a time.
+
+Logits are the largest tensor of a language model: V of them a token, in fp32 and with a gradient of the same size. The
+loss is a sum over tokens, so a tile of tokens is enough at a time, and everything that its logits are needed for can be
+done while they are there: the loss, and the gradients of hidden states and head. The forward does both; the backward
+only multiplies by what comes down to it. Nothing is computed twice, and the head's weight is read in the forward alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from longctx.errors import ModelError
+from longctx.nn.tiling import Tile, choose_tile
+
+IGNORED = -100
+_ROWS = 4096  # of the head's gradient that are added to at a time where its accumulator has another dtype
+
+
+def tiled_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    ignore_index: int = IGNORED,
+    tile: Tile = "auto",
+) -> torch.Tensor:
+    """Return the sum over tokens of cross entropy + z_loss · lse², lse the logarithm of the softmax's denominator.
+
+    The same as ``F.cross_entropy(head(hidden).float(), labels, reduction="sum")``, and so are its gradients. Where
+    every label is ignored the sum is 0 with gradients of 0, never a shortcut. One backward only: it uses up what the
+    forward has kept (the gradients themselves, the head's in fp32).
+
+    Args:
+        hidden: (..., D), any floating dtype; logits are rounded to it as a head's are, the rest is fp32 (or fp64).
+        weight: (V, D), the head's, tied to the embedding or not.
+        labels: (...) int64, already shifted; ``ignore_index`` where a token does not count.
+        bias: (V,) of the head.
+        softcap: bends logits to within (-softcap, softcap): softcap · tanh(x / softcap).
+        z_loss: how much of lse² is added (PaLM's auxiliary loss, about 1e-4).
+        tile: tokens whose logits exist at once; "auto" bounds their bytes.
+
+    Returns:
+        (), fp32; fp64 for fp64.
+
+    Raises:
+        ModelError: shapes, labels or numbers that do not fit together.
+    """
+    _check(hidden, weight, labels, bias, softcap, z_loss)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    rows = choose_tile(tile, weight.shape[0], hidden.device)
+    settings = _Settings(softcap, z_loss, ignore_index, rows, torch.is_grad_enabled())
+    total: torch.Tensor = _TiledLoss.apply(hidden.flatten(0, -2), weight, bias, labels.flatten(), settings)
+    return total
+
+
+@dataclass(frozen=True)
+class _Settings:
+    softcap: float | None
+    z_loss: float
+    ignore_index: int
+    tile: int
+    differentiate: bool
+
+
+class _TiledLoss(torch.autograd.Function):
+    """(hidden (N, D), weight (V, D), bias (V,) or None, labels (N,)) -> the sum, with gradients made on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        settings: _Settings,
+    ) -> torch.Tensor:
+        wanted = [settings.differentiate and need for need in ctx.needs_input_grad[:3]]
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        dhidden = torch.empty_like(hidden) if wanted[0] else None
+        dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if wanted[1] else None
+        dbias = torch.zeros(weight.shape[:1], dtype=dtype, device=weight.device) if wanted[2] else None
+        for first in range(0, hidden.shape[0], settings.tile):
+            part = slice(first, first + settings.tile)
+            x = hidden[part]
+            logits = F.linear(x, weight, bias).to(dtype)
+            total += _loss_and_gradient(logits, labels[part], settings, any(wanted))
+            if dbias is not None:
+                dbias += logits.sum(0)
+            logits = logits.to(hidden.dtype)
+            if dhidden is not None:
+                torch.mm(logits, weight, out=dhidden[part])
+            if dweight is not None:
+                _add_product(dweight, logits, x)
+        ctx.gradients = dhidden, dweight, dbias
+        ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dtotal: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise ModelError("tiled_loss went backward twice: it keeps its gradients for one backward; compute it anew")
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [
+            None if gradient is None else gradient.mul_(dtotal).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None)
+
+
+def _loss_and_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, settings: _Settings, differentiate: bool
+) -> torch.Tensor:
+    """Return a tile's loss, and turn its logits (n, V) into their gradient, in place: no second tile is made.
+
+    With p = softmax(x), lse = log Σ exp(x): loss = lse − x[label] + z · lse², d loss / dx = (1 + 2 z lse) p − onehot.
+    """
+    slope = None
+    if settings.softcap is not None:
+        logits.div_(settings.softcap).tanh_()
+        if differentiate:
+            slope = logits.square().neg_().add_(1)
+        logits.mul_(settings.softcap)
+    valid = labels != settings.ignore_index
+    labels = labels.masked_fill(~valid, 0)
+    index = torch.arange(len(labels), device=labels.device)
+    picked = logits[index, labels]
+    largest = logits.amax(-1, keepdim=True)
+    denominator = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    lse = (largest + denominator.log()).squeeze(-1)
+    loss = (lse - picked + settings.z_loss * lse.square()).masked_fill(~valid, 0.0).sum()
+    if differentiate:
+        weight = (1 + 2 * settings.z_loss * lse).masked_fill(~valid, 0.0)
+        logits.mul_(weight[:, None] / denominator)
+        logits[index, labels] -= valid.to(logits.dtype)
+        if slope is not None:
+            logits.mul_(slope)
+    return loss
+
+
+def _add_product(total: torch.Tensor, dlogits: torch.Tensor, x: torch.Tensor) -> None:
+    """total (V, D) += dlogits (n, V)ᵀ x (n, D), without a second whole matrix where the accumulator is the wider."""
+    if total.dtype == x.dtype:
+        total.addmm_(dlogits.T, x)
+        return
+    for rows, columns in zip(total.split(_ROWS), dlogits.split(_ROWS, 1), strict=True):
+        rows += columns.T @ x
+
+
+def _check(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    z_loss: float,
+) -> None:
+    if hidden.dim() < 2 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ModelError(
+            f"hidden is {tuple(hidden.shape)} and weight {tuple(weight.shape)}: give (..., D) and (V, D) with one D"
+        )
+    if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
+        raise ModelError(
+            f"labels are {tuple(labels.shape)} {labels.dtype}, hidden is {tuple(hidden.shape)}: give int64 labels, "
+            "one a token"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ModelError(f"bias is {tuple(bias.shape)}: weight {tuple(weight.shape)} needs ({weight.shape[0]},)")
+    if softcap is not None and not softcap > 0:
+        raise ModelError(f"softcap={softcap}: a bound above 0, or None for none")
+    if not 0 <= z_loss < float("inf"):
+        raise ModelError(f"z_loss={z_loss}: a finite weight of at least 0")

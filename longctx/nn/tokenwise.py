@@ -1,0 +1,155 @@
+"""tiled: a function of single tokens (an MLP), one tile of tokens at a time, forward and backward.
+
+An MLP's intermediate results are several times as wide as its input, and autograd keeps them all for backward. Here
+only the input is kept, and a tile's intermediate results are computed anew when its gradient is due. The parameters go
+into one node of autograd's graph: each gets one gradient, the fp32 sum over tiles, however many there are.
+
+Under activation checkpointing the input is kept by a node of its own, which comes before any work of this function.
+A checkpoint's recomputation stops as soon as everything kept is there again, so it never runs the function a third time
+(unless the layer needs its result, as one that normalises it does).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+
+def tiled(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    tile: int,
+    *,
+    random: bool = False,
+) -> torch.Tensor:
+    """Return ``function(x)``, computed in tiles of tokens, without keeping its intermediate results.
+
+    Args:
+        function: from (1, n, D) to (1, n, E), each token by itself; it reads ``parameters`` when called.
+        x: (..., D).
+        parameters: everything in ``function`` that may need a gradient.
+        tile: tokens at a time.
+        random: it draws random numbers (dropout): backward draws the same.
+
+    Returns:
+        (..., E), in ``function``'s dtype. Gradients of ``parameters`` are summed in fp32, fp64 for fp64.
+    """
+    wanted = tuple(parameter for parameter in parameters if parameter.requires_grad)
+    if not torch.is_grad_enabled() or not (x.requires_grad or wanted):
+        return _forward(function, x, tile)
+    keeper: list[Any] = []
+    kept = _Keep.apply(x, keeper) if x.requires_grad else x
+    out: torch.Tensor = _Tiled.apply(kept, function, tile, random, keeper[0] if keeper else None, *wanted)
+    return out
+
+
+def _forward(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, tile: int) -> torch.Tensor:
+    """function(x) tile by tile, written into one result."""
+    flat = x.reshape(1, -1, x.shape[-1])
+    out: torch.Tensor | None = None
+    for first in range(0, flat.shape[1], tile):
+        part = function(flat[:, first : first + tile])
+        if out is None:
+            out = part.new_empty(1, flat.shape[1], part.shape[-1])
+        out[:, first : first + tile] = part
+    assert out is not None  # transformers knows no empty batch
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+class _Keep(torch.autograd.Function):
+    """x -> x, which it keeps for the node behind it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, keeper: list[Any]) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        keeper.append(ctx)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return dx, None
+
+
+class _Tiled(torch.autograd.Function):
+    """(x, ..., *parameters) -> function(x). Backward repeats each tile's forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        tile: int,
+        random: bool,
+        keeper: Any,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.function, ctx.tile, ctx.parameters = function, tile, parameters
+        ctx.keeper, ctx.x = keeper, None if keeper is not None else x
+        ctx.random = _Random(x.device) if random else None
+        ctx.autocast = _autocast(x.device.type)
+        return _forward(function, x, tile)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x = ctx.x if ctx.keeper is None else ctx.keeper.saved_tensors[0]
+        flat, dflat = x.detach().reshape(1, -1, x.shape[-1]), dout.reshape(1, -1, dout.shape[-1])
+        dx = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
+        totals: list[torch.Tensor | None] = [None] * len(ctx.parameters)
+        with ctx.random.again() if ctx.random else contextlib.nullcontext(), ctx.autocast():
+            for first in range(0, flat.shape[1], ctx.tile):
+                part = slice(first, first + ctx.tile)
+                grads = _gradients(ctx, flat[:, part], dflat[:, part], dx is not None)
+                if dx is not None:
+                    dx[:, part] = grads.pop(0)
+                for index, grad in enumerate(grads):
+                    totals[index] = _added(totals[index], grad)
+                del grads  # before the next tile's come
+        dparameters = (
+            None if total is None else total.to(p.dtype) for total, p in zip(totals, ctx.parameters, strict=True)
+        )
+        return (None if dx is None else dx.view(x.shape), None, None, None, None, *dparameters)
+
+
+def _gradients(ctx: Any, x: torch.Tensor, dout: torch.Tensor, of_x: bool) -> list[torch.Tensor]:
+    """Gradients of one tile: [x's, if ``of_x``, then every parameter's]; nothing reaches a parameter's ``.grad``."""
+    x = x.detach().requires_grad_(of_x)
+    with torch.enable_grad():
+        out = ctx.function(x)
+    inputs = [x, *ctx.parameters] if of_x else list(ctx.parameters)
+    return list(torch.autograd.grad(out, inputs, dout, allow_unused=True))
+
+
+def _added(total: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
+    if grad is None:
+        return total
+    if total is None:
+        return grad if grad.dtype == torch.float64 else grad.float()
+    return total.add_(grad)
+
+
+def _autocast(device: str) -> Callable[[], Any]:
+    """What makes a context with the autocast of now, for later: backward runs without."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype=dtype, enabled=enabled)
+
+
+class _Random:
+    """The generators' states at a forward, for its repetition."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.devices = [device] if device.type == "cuda" else []
+        self.host = torch.get_rng_state()
+        self.states = [torch.cuda.get_rng_state(device) for device in self.devices]
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.host)
+            for device, state in zip(self.devices, self.states, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
