@@ -7,7 +7,7 @@ import torch
 from longctx.attention.arguments import check_tensors, resolve_scale
 from longctx.attention.comm import Link
 from longctx.bounded import abc_forms, fifo
-from longctx.bounded.arguments import check_backend, check_ids, check_logits, check_state
+from longctx.bounded.arguments import check_ids, check_logits, check_state, choose_backend
 from longctx.bounded.clusters import documents
 from longctx.bounded.control import Control, Fifo
 from longctx.bounded.sequence import Place, locate
@@ -90,7 +90,7 @@ def attend(
 ) -> torch.Tensor | tuple[torch.Tensor, ABCState | FifoState]:
     """`abc_attention` over a link of the caller's choice."""
     check_tensors(q, k, v)
-    check_backend(backend)
+    choose_backend(backend, q, v, "abc has no kernels")
     check_ids(document_ids, q, k, causal)
     if isinstance(control, Fifo):
         found = fifo.attend(
