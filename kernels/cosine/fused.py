@@ -71,8 +71,8 @@ class Causal:
         factor = torch.empty_like(inverse) if sized else inverse
         size = self.size if sized else inverse
         arguments = {
-            "x": x, "size": size, "ids": self._ids, "inverse": inverse, "factor": factor, **_strides("x", x),
-            **_strides("s", size), "head_count": heads, "length": length, "TILE": 64, "DX": width,
+            "x": x, "size": size, "ids": self._ids, "inverse": inverse, "factor": factor, **strides("x", x),
+            **strides("s", size), "head_count": heads, "length": length, "TILE": 64, "DX": width,
             "WX": padded(width), "SIZED": sized, "DOCUMENTS": self.documents is not None,
         }  # fmt: skip
         return Launch(lengths_kernel, (-(-length // 64), batch * heads), arguments), Side(x, inverse, factor)
@@ -88,11 +88,11 @@ class Causal:
         d_a, d_x, group = side.x.shape[3], x.shape[3], side.x.shape[1] // self.k.shape[1]
         arguments = {
             "a": side.x, "x": x, "factor": side.factor, "ids": self._ids, "edges": self._edges, "states": states,
-            **_strides("a", side.x), **_strides("x", x), "state_heads": self.k.shape[1], "group": group,
+            **strides("a", side.x), **strides("x", x), "state_heads": self.k.shape[1], "group": group,
             "length": self.q.shape[2], "chunks": self.chunks, "CHUNK": config.chunk, "DA": d_a, "DX": d_x,
-            "TA": config.step, "TX": config.step, "AFTER": int(after), "DOCUMENTS": self.documents is not None,
+            "TA": min(config.step, padded(d_a)), "TX": min(config.step, padded(d_x)), "AFTER": int(after), "DOCUMENTS": self.documents is not None,
         }  # fmt: skip
-        tiles_of_state = -(-d_a // config.step) * -(-d_x // config.step)
+        tiles_of_state = -(-d_a // arguments["TA"]) * -(-d_x // arguments["TX"])
         grid = (self.chunks, tiles_of_state, self.k.shape[0] * self.k.shape[1])
         return Launch(write_kernel, grid, arguments, config.warps, config.stages)
 
@@ -134,7 +134,7 @@ class Causal:
         arguments = {
             "a": a, "b": b, "x": x, "own": own.factor, "other": other.factor, "states": states, "ids": self._ids,
             "edges": self._edges, "out": out, "row_of": row_of, "inverse": own.inverse, "dsize": dsize,
-            **_strides("a", a), **_strides("b", b), **_strides("x", x), **_strides("o", out), **_strides("y", row_of),
+            **strides("a", a), **strides("b", b), **strides("x", x), **strides("o", out), **strides("y", row_of),
             "state_row": d_v if upright else 1, "state_column": 1 if upright else d_v, "head_count": a.shape[1],
             "group": self.q.shape[1] // self.k.shape[1], "length": a.shape[2], "chunks": self.chunks,
             "CHUNK": config.chunk, "STEP": min(config.step, padded(a.shape[3])), "DA": a.shape[3],
@@ -166,8 +166,8 @@ def scan(states: torch.Tensor, start: torch.Tensor, factors: Optional, down: boo
     strides = (0,) * 4 if factors is None else factors.stride()
     arguments = {
         "states": states, "start": start, "factors": factors, **dict(zip(("fb", "fh", "fc", "fr"), strides, strict=True)),
-        "head_count": heads, "chunks": slots - 1, "TILE": 128, "STEPS": 8, "NUMBERS": rows * width, "WIDTH": width,
-        "DOWN": int(down), "FACTORS": factors is not None,
+        "head_count": heads, "chunks": slots - 1, "TILE": 128, "NUMBERS": rows * width, "WIDTH": width,
+        "DOWN": int(down), "FACTORS": factors is not None, "AHEAD": 4,
     }  # fmt: skip
     return Launch(scan_kernel, (-(-rows * width // 128), batch * heads), arguments, 2)
 
@@ -177,5 +177,6 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _strides(name: str, x: torch.Tensor) -> dict[str, int]:
+def strides(name: str, x: torch.Tensor) -> dict[str, int]:
+    """Batch, head and token strides; the last dimension is dense."""
     return {f"{name}{axis}": x.stride(dim) for axis, dim in zip("bht", range(3), strict=True)}

@@ -62,7 +62,7 @@ def product_kernel(
 
     column = tl.arange(0, WX)
     total = tl.zeros([CHUNK, WX], tl.float32)
-    for start in tl.static_range(0, WA, STEP):
+    for start in range(0, WA, STEP):
         depth = start + tl.arange(0, STEP)
         left = tl.load(
             a + row[:, None] * at + depth[None, :], mask=valid[:, None] & (depth < DA)[None, :], other=0.0
@@ -79,7 +79,7 @@ def product_kernel(
     for i in range(others):
         other_head = (first + i).to(tl.int64)
         scores = tl.zeros([CHUNK, CHUNK], tl.float32)
-        for start in tl.static_range(0, WA, STEP):
+        for start in range(0, WA, STEP):
             depth = start + tl.arange(0, STEP)
             mask = valid[:, None] & (depth < DA)[None, :]
             left = tl.load(a + row[:, None] * at + depth[None, :], mask=mask, other=0.0)

@@ -60,43 +60,34 @@ def write_kernel(
 
 
 @triton.jit
-def _then(keep, total, later_keep, later_total):
-    return keep * later_keep, total * later_keep + later_total
-
-
-@triton.jit
 def scan_kernel(
     states, start, factors, fb, fh, fc, fr, head_count, chunks,
-    TILE: tl.constexpr, STEPS: tl.constexpr, NUMBERS: tl.constexpr, WIDTH: tl.constexpr, DOWN: tl.constexpr,
-    FACTORS: tl.constexpr,
+    TILE: tl.constexpr, NUMBERS: tl.constexpr, WIDTH: tl.constexpr, DOWN: tl.constexpr, FACTORS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Slot by slot, in place: state = factor * state + what the chunk wrote, STEPS chunks at a time.
+    """Slot by slot, in place: state = factor * state + what the chunk wrote.
 
     Grid (tiles of a matrix, B * heads). states (B, heads, chunks + 1, NUMBERS) fp32, dense, a matrix having rows of
-    WIDTH numbers; start (B, heads, NUMBERS) dense, the first slot's, or None for zeros. factors: a number a chunk and
-    row of the matrix, with strides; None for 1. DOWN: from the last slot to the first.
+    WIDTH numbers; start (B, heads, NUMBERS) dense, the first slot's. factors: a number a chunk and row of the matrix,
+    with strides; None for 1. DOWN: from the last slot to the first. AHEAD: how many slots are under way from memory.
     """
     batch = (tl.program_id(1) // head_count).to(tl.int64)
     head = (tl.program_id(1) % head_count).to(tl.int64)
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = column < NUMBERS
-    step = tl.arange(0, STEPS)
-    states += tl.program_id(1).to(tl.int64) * (chunks + 1) * NUMBERS
+    states += tl.program_id(1).to(tl.int64) * (chunks + 1) * NUMBERS + column
+    factors_here = factors
+    if FACTORS:
+        factors_here += batch * fb + head * fh + column // WIDTH * fr
     state = tl.load(start + tl.program_id(1).to(tl.int64) * NUMBERS + column, mask=inside, other=0.0)
-    tl.store(states + (chunks * NUMBERS * DOWN).to(tl.int64) + column, state, mask=inside)
-    for first in range(0, chunks, STEPS):
-        chunk = first + step
+    tl.store(states + chunks.to(tl.int64) * NUMBERS * DOWN, state, mask=inside)
+    for i in tl.range(0, chunks, num_stages=AHEAD):
+        chunk = i
         if DOWN:
-            chunk = chunks - 1 - chunk
-        known = (chunk >= 0) & (chunk < chunks)
-        slot = states + (chunk + 1 - DOWN).to(tl.int64)[:, None] * NUMBERS + column[None, :]
-        mask = known[:, None] & inside[None, :]
-        written = tl.load(slot, mask=mask, other=0.0)
-        keep = tl.full([STEPS, TILE], 1.0, tl.float32)
+            chunk = chunks - 1 - i
+        slot = states + (chunk + 1 - DOWN).to(tl.int64) * NUMBERS
+        written = tl.load(slot, mask=inside, other=0.0)
         if FACTORS:
-            place = factors + batch * fb + head * fh + chunk[:, None] * fc + (column // WIDTH)[None, :] * fr
-            keep = tl.load(place, mask=mask, other=1.0)
-        keep, total = tl.associative_scan((keep, written), 0, _then)
-        total += keep * state[None, :]
-        tl.store(slot, total, mask=mask)
-        state = tl.sum(tl.where((step == STEPS - 1)[:, None], total, 0.0), 0)
+            state *= tl.load(factors_here + chunk.to(tl.int64) * fc, mask=inside, other=1.0)
+        state += written
+        tl.store(slot, state, mask=inside)

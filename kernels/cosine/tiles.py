@@ -34,8 +34,9 @@ def choose(name: str, width: int, itemsize: int, arch: str) -> Config:
     """
     if arch == "interpreter":  # small and unequal, so that short tests have many chunks and a mix-up of sides shows
         return Config(16, 16, 1)
+    chunk = 32 if width > 128 or itemsize > 2 else 64
+    if name == "write":
+        return Config(chunk, 64 if itemsize <= 2 else 32, 4)
     if itemsize > 2:
-        return Config(32, 32, 4) if width <= 128 else Config(32, 16, 8)
-    if width <= 64:
-        return Config(64, 64, 4)
-    return Config(64, 64 if width <= 128 else 32, 8)
+        return Config(chunk, 32 if width <= 128 else 16, 4 if width <= 128 else 8)
+    return Config(chunk, 64 if width <= 64 else 32, 4 if width <= 64 else 8)

@@ -13,14 +13,19 @@ from longctx.errors import AttentionError
 BACKENDS = ("auto", "chunked", "triton")
 
 
+def check_backend(backend: str) -> None:
+    """A backend that exists."""
+    if backend not in BACKENDS:
+        raise AttentionError(f"backend={backend!r}: use one of {', '.join(map(repr, BACKENDS))}")
+
+
 def choose_backend(backend: str, q: torch.Tensor, v: torch.Tensor, unsupported: str = "") -> str:
     """ "chunked" or "triton": what was asked for, or the kernels for "auto" on a GPU where they can.
 
     Args:
         unsupported: what this call asks for and the kernels do not do; empty if there is nothing.
     """
-    if backend not in BACKENDS:
-        raise AttentionError(f"backend={backend!r}: use one of {', '.join(map(repr, BACKENDS))}")
+    check_backend(backend)
     if backend == "chunked" or (backend == "auto" and q.device.type != "cuda"):
         return "chunked"
     problem = unsupported or triton_problem(q, v, q.device.type)

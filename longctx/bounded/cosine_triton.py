@@ -72,9 +72,13 @@ def _call(
     made = Causal(_dense(q), _dense(k), _dense(v), size, on_query, None, arch(q.device))
     if ids is None:
         return made
-    edges = Runs(ids, document).edges(made.chunk)
-    kept = (edges[:, 1:] == edges[:, :-1]).float()
-    return Causal(made.q, made.k, made.v, size, on_query, Documents(ids.contiguous(), edges, kept), made.arch)
+    return Causal(made.q, made.k, made.v, size, on_query, documents_of(ids, document, made.chunk), made.arch)
+
+
+def documents_of(ids: torch.Tensor, document: Optional, chunk: int) -> Documents:
+    """What the kernels need to know of packed documents: ids (B, T), and the one before them (B,) or None."""
+    edges = Runs(ids, document).edges(chunk)
+    return Documents(ids.contiguous(), edges, (edges[:, 1:] == edges[:, :-1]).float())
 
 
 def _states(call: Causal, start: torch.Tensor) -> Any:
