@@ -1,7 +1,8 @@
 """Compile the kernels of bounded memory for chips that are not here; as kernel_aot.py does for flash.
 
-Run as a process of its own, without TRITON_INTERPRET: `python tests/kernel_aot_bounded.py CASE...` prints one JSON object
-a case; `--record [OPERATOR...]` writes kernels/<operator>/compiled.json. A case is operator-arch-kind-pass-width.
+Run as a process of its own, without TRITON_INTERPRET: `python tests/kernel_aot_bounded.py CASE...` prints one JSON
+object a case; `--record [OPERATOR...]` writes kernels/<operator>/compiled.json. A case is
+operator-arch-kind-pass-width.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ def columns_kernel(
     CHUNK: tl.constexpr, LEVELS: tl.constexpr, SLOTS: tl.constexpr, WM: tl.constexpr, DX: tl.constexpr,
     WX: tl.constexpr, DOCUMENTS: tl.constexpr, CONTROL: tl.constexpr, FIRST: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, B * G). One memory a launch: x = k, read_by = q, y = g, or x = v, read_by = dO, y = p; y (B, H, T, M)
-    and memory (B, G, chunks + 1, M, DX), its gradient, are fp32 and dense.
+    """Grid (chunks, B * G). One memory a launch: x = k, read_by = q, y = g, or x = v, read_by = dO, y = p; y (B, H,
+    T, M) and memory (B, G, chunks + 1, M, DX), its gradient, are fp32 and dense.
 
-    Writes out (B, G, T, DX), dense. CONTROL: instead, this memory's part of ds into out (B, G, T, M), fp32; unless FIRST
-    it is added. MASS: of the log mass, y = c and x = 1, which is subtracted.
+    Writes out (B, G, T, DX), dense. CONTROL: instead, this memory's part of ds into out (B, G, T, M), fp32; unless
+    FIRST it is added. MASS: of the log mass, y = c and x = 1, which is subtracted.
     """
     chunk = tl.program_id(0)
     batch = (tl.program_id(1) // head_count).to(tl.int64)

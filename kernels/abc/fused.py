@@ -82,8 +82,8 @@ class Causal:
         return found if self.documents is None else found * self.documents.kept[:, None, :, None]
 
     def write(self, x: torch.Tensor, masses: Masses, y: torch.Tensor | None = None) -> tuple[Launch, torch.Tensor]:
-        """What each chunk writes of x (B, G, T, X) into the memory after it; with the reads' y (B, H, T, M) of x (B, H, T,
-        X): what each adds to the gradient of the memory before it."""
+        """What each chunk writes of x (B, G, T, X) into the memory after it; with the reads' y (B, H, T, M) of x (B,
+        H, T, X): what each adds to the gradient of the memory before it."""
         batch, heads, _, slots = self.s.shape
         states = self._empty((batch, heads, self.chunks + 1, slots, x.shape[3]))
         config = self._config("recall" if y is not None else "write")

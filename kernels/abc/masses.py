@@ -24,7 +24,8 @@ def masses_kernel(
     CHUNK: tl.constexpr, SLOTS: tl.constexpr, WM: tl.constexpr, DOCUMENTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, B * G). Without ROWS: what the chunk adds to its last document, into slot chunk + 1 of boundary
-    (B, G, chunks + 1, M). With ROWS: z (B, G, T, M) of every row, from slot chunk on; padding repeats the row before."""
+    (B, G, chunks + 1, M). With ROWS: z (B, G, T, M) of every row, from slot chunk on; padding repeats the row
+    before."""
     chunk = tl.program_id(0)
     batch = (tl.program_id(1) // head_count).to(tl.int64)
     head = (tl.program_id(1) % head_count).to(tl.int64)

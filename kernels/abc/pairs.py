@@ -1,8 +1,8 @@
 """Pairs of tokens of one chunk under the weights of ABC, w_tjm = exp(s_jm - z_tm) for j <= t, with no exponent above 0.
 
-A weight is a product of a factor of j and a factor of t only relative to some mass between the two; a single one for the
-chunk would overflow or vanish where logits grow. So pairs meet in levels: at level l, rows are cut into blocks of 2^l, and t
-in an odd block meets j in the block before it, relative to the mass at the end of that block,
+A weight is a product of a factor of j and a factor of t only relative to some mass between the two; a single one for
+the chunk would overflow or vanish where logits grow. So pairs meet in levels: at level l, rows are cut into blocks of
+2^l, and t in an odd block meets j in the block before it, relative to the mass at the end of that block,
 
     exp(s_j - z_t) = exp(s_j - z_mid) exp(z_mid - z_t)        z_mid: of the last row of j's block, j <= mid < t
 

@@ -2,7 +2,8 @@
 
 With w the weights of pairs.py, K0, V0 the memory before the chunk and fade_t = exp(z before - z_t),
 
-    l_t = scale (fade_t K0 q_t + sum_j w_tj (q_t . k_j))      p = softmax(l)      o_t = (fade p)^T V0 + sum_j (p . w_tj) v_j
+    l_t = scale (fade_t K0 q_t + sum_j w_tj (q_t . k_j))      p = softmax(l)
+    o_t = (fade p)^T V0 + sum_j (p . w_tj) v_j
     dp_t = fade_t V0 dO_t + sum_j w_tj (dO_t . v_j)           dl = p (dp - p . dp)          g = scale dl
     dq_t = (fade g)^T K0 + sum_j (g . w_tj) k_j               c = dl l + p dp
 """
@@ -43,8 +44,9 @@ def rows_kernel(
     CHUNK: tl.constexpr, LEVELS: tl.constexpr, SLOTS: tl.constexpr, WM: tl.constexpr, DK: tl.constexpr,
     WK: tl.constexpr, DV: tl.constexpr, WV: tl.constexpr, DOCUMENTS: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, B * H). keys, values (B, G, chunks + 1, M, D), z (B, G, T, M), boundary (B, G, chunks + 1, M), p_out,
-    g_out, c_out (B, H, T, M): fp32, dense. Forward writes out; BACKWARD takes dout, with out's strides, and writes dq
+    """Grid (chunks, B * H). keys, values (B, G, chunks + 1, M, D), z (B, G, T, M), boundary (B, G, chunks + 1, M),
+    p_out, g_out, c_out (B, H, T, M): fp32, dense. Forward writes out; BACKWARD takes dout, with out's strides, and
+    writes dq
     (B, H, T, DK) dense, p_out, g_out and c_out."""
     chunk = tl.program_id(0)
     batch = (tl.program_id(1) // head_count).to(tl.int64)

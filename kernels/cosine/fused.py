@@ -90,7 +90,8 @@ class Causal:
             "a": side.x, "x": x, "factor": side.factor, "ids": self._ids, "edges": self._edges, "states": states,
             **strides("a", side.x), **strides("x", x), "state_heads": self.k.shape[1], "group": group,
             "length": self.q.shape[2], "chunks": self.chunks, "CHUNK": config.chunk, "DA": d_a, "DX": d_x,
-            "TA": min(config.step, padded(d_a)), "TX": min(config.step, padded(d_x)), "AFTER": int(after), "DOCUMENTS": self.documents is not None,
+            "TA": min(config.step, padded(d_a)), "TX": min(config.step, padded(d_x)), "AFTER": int(after),
+            "DOCUMENTS": self.documents is not None,
         }  # fmt: skip
         tiles_of_state = -(-d_a // arguments["TA"]) * -(-d_x // arguments["TX"])
         grid = (self.chunks, tiles_of_state, self.k.shape[0] * self.k.shape[1])
@@ -163,9 +164,10 @@ def scan(states: torch.Tensor, start: torch.Tensor, factors: Optional, down: boo
     batch, heads, slots, rows, width = states.shape
     if factors is not None:
         factors = factors.expand(batch, heads, slots - 1, rows)
-    strides = (0,) * 4 if factors is None else factors.stride()
+    apart = (0,) * 4 if factors is None else factors.stride()
     arguments = {
-        "states": states, "start": start, "factors": factors, **dict(zip(("fb", "fh", "fc", "fr"), strides, strict=True)),
+        "states": states, "start": start, "factors": factors,
+        **dict(zip(("fb", "fh", "fc", "fr"), apart, strict=True)),
         "head_count": heads, "chunks": slots - 1, "TILE": 128, "NUMBERS": rows * width, "WIDTH": width,
         "DOWN": int(down), "FACTORS": factors is not None, "AHEAD": 4,
     }  # fmt: skip

@@ -1,4 +1,5 @@
-"""The lengths of rows, once for a whole pass: 1 / ||x||, and that times the scale n^-a where this side of the pair bears it.
+"""The lengths of rows, once for a whole pass: 1 / ||x||, and that times the scale n^-a where this side of the pair
+bears it.
 
 With these two numbers a row the products of product.py take q and k as they are: what is multiplied on tensor cores is
 never rounded for having been divided.
@@ -17,8 +18,8 @@ def lengths_kernel(
     x, size, ids, inverse, factor, xb, xh, xt, sb, sh, st, head_count, length,
     TILE: tl.constexpr, DX: tl.constexpr, WX: tl.constexpr, SIZED: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of rows, B * heads). x (B, heads, T, DX); size (B, heads, T) fp32; inverse, factor (B, heads, T) fp32,
-    dense. Both are 0 at padding, whatever it holds. factor: written if SIZED, else inverse stands for it."""
+    """Grid (tiles of rows, B * heads). x (B, heads, T, DX); size (B, heads, T) fp32; inverse, factor (B, heads, T)
+    fp32, dense. Both are 0 at padding, whatever it holds. factor: written if SIZED, else inverse stands for it."""
     begin = (tl.program_id(0) * TILE).to(tl.int64)
     batch = (tl.program_id(1) // head_count).to(tl.int64)
     head = (tl.program_id(1) % head_count).to(tl.int64)

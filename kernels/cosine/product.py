@@ -10,8 +10,8 @@
 | dv       | k  | q  | dO | gradient after the chunk            | j >= t, all heads of the group |
 
 own and other are the factors of the two sides: 1 / ||q||, 1 / ||k||, one of them times n^-a. They come last, so a and x
-enter as they are. dq and dk go on through the division by the length of their own row: with y the row, i = 1 / ||y|| and
-d the result above,
+enter as they are. dq and dk go on through the division by the length of their own row: with y the row, i = 1 / ||y||
+and d the result above,
 
     dy = d - y i^2 (d . y)          d . y / n^-a is the gradient of n^-a
 

@@ -1,7 +1,8 @@
 """The state between chunks: what each chunk writes, all chunks at once, and then a walk that adds it up.
 
-Both directions have N + 1 slots of a matrix (D, Dv) for N chunks. Forward, slot c is the state before chunk c; backward,
-slot c + 1 is the gradient of the state after chunk c. So forward writes chunk c into slot c + 1 and walks up, backward
+Both directions have N + 1 slots of a matrix (D, Dv) for N chunks. Forward, slot c is the state before chunk c;
+backward, slot c + 1 is the gradient of the state after chunk c. So forward writes chunk c into slot c + 1 and walks
+up, backward
 writes it into slot c and walks down.
 """
 

@@ -46,8 +46,8 @@ def cosine_attention(
         scale_on: where the scale is applied, "value" (the authors' code and checkpoints) or "query" (the paper's
             equation). Without `causal` they are one. With "value", H exponents and G < H the state has H heads.
         mesh, layout, document_ids, length, state, return_state: as of `abc_attention`.
-        backend: "chunked", matrix products of torch; "triton", kernels for causal attention in bf16, fp16 and fp32, head
-            dimensions up to 256; "auto", the kernels on a GPU where they can.
+        backend: "chunked", matrix products of torch; "triton", kernels for causal attention in bf16, fp16 and fp32,
+            head dimensions up to 256; "auto", the kernels on a GPU where they can.
 
     Returns:
         out (B, H, T, Dv) in q's dtype [, state]. Padding gets 0 and no gradient.

@@ -1,7 +1,7 @@
 """Causal cosine attention by the Triton kernels: the function of `cosine_chunks.Chunked`, on a GPU or interpreted.
 
-Only the inputs are kept; backward makes the states again. Importing this file imports triton, so it is imported when that
-backend is asked for.
+Only the inputs are kept; backward makes the states again. Importing this file imports triton, so it is imported when
+that backend is asked for.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ def compiled(cases: list[bounded.Case]) -> list[str]:
     """Compile in a process without the interpreter; returns what is wrong."""
     done = subprocess.run(
         [sys.executable, str(Path(bounded.__file__)), *map(str, cases)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, text=True, check=False,
+        capture_output=True,
     )  # fmt: skip
     lines = done.stdout.splitlines()
     assert len(lines) == len(cases), done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""The kernels of bounded memory, interpreted, against the torch chunks in fp64: from a state to a state, every gradient.
+"""The kernels of bounded memory, interpreted, against torch's chunks in fp64: from state to state, every gradient.
 
 What is not written is NaN (conftest.py), so a row or a chunk that no program covers shows.
 """
@@ -95,24 +95,20 @@ def test_padding_changes_nothing_whatever_it_holds() -> None:
 
 
 def test_states_beyond_the_range_of_fp16() -> None:
-    """Sums over a sequence pass 65504; what is read of them need not."""
+    """Sums over a sequence, and of gradients, pass 65504; what is read of them need not."""
     g = torch.Generator().manual_seed(1)
-    q, k = (normal(g, 1, 1, 20, 16).half() for _ in range(2))
-    memory = 1e5 * normal(g, 1, 1, 16, 1) * torch.tensor([1.0, -1.0])
-    v = (1e-3 * normal(g, 1, 1, 20, 2)).half()
-    weight = torch.ones(1, 1, 20, 2)  # the columns cancel in the gradients, not in the state's
+    q, k, v = torch.ones(1, 1, 20, 16), normal(g, 1, 1, 20, 16), 1e-3 * normal(g, 1, 1, 20, 2)
+    memory = torch.tensor([1e5, -1e5]).repeat(8)[None, None, :, None].repeat(1, 1, 1, 2)  # to such queries it is 0
     results = []
     for backend, dtype in (("triton", torch.float16), ("chunked", torch.float64)):
-        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        leaves = [x.half().to(dtype).requires_grad_() for x in (q, k, v)]
         wide = torch.promote_types(dtype, torch.float32)
         state = CosineState(memory.to(wide), torch.tensor([7]))
         out, after = cosine_attention(
             *leaves, torch.zeros(1, dtype=wide), state=state, return_state=True, backend=backend
         )
-        loss = ((out.to(wide) * weight.to(wide)).sum() * 1e-3) + (after.memory * 1e5).sum()
-        dq, dk, dv = torch.autograd.grad(loss, leaves)
-        results.append([after.memory.detach(), dk, dv])
-    assert float(memory.abs().max()) > 65504
+        (dk,) = torch.autograd.grad((after.memory * torch.tensor([1e5, -2e5], dtype=wide)).sum(), leaves[1])
+        results.append([out.detach(), after.memory.detach(), dk])
     assert worst(*results) <= tolerance("fp16")
 
 
@@ -127,9 +123,9 @@ def abc(leaves: list[Tensor], weights: list[Tensor], documents: Tensor | None, b
     return [*(x.detach() for x in found), *torch.autograd.grad(loss, leaves)]
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
-    st.integers(1, 21),
+    st.integers(1, 18),
     st.sampled_from([(1, 1), (2, 1)]),
     st.sampled_from([(5, 3, 4), (8, 16, 3), (3, 5, 17)]),
     st.booleans(),
