@@ -60,9 +60,8 @@ def abc_attention(
         length: the true global length; tokens beyond are padding.
         state: of the tokens before; fp32 (fp64 for fp64 inputs); gradients flow into it. On one device only.
         return_state: also return the state after the last token. On one device only.
-        backend: "chunked", torch's matrix products over chunks of tokens, in fp32 (fp64 for fp64); "triton", kernels
-            for causal attention with "prefix", one control, bf16, fp16 and fp32, slots and head dimensions up to 128;
-            "auto", the kernels on a GPU where they can.
+        backend: "chunked", torch's products over chunks, in fp32 (fp64 for fp64); "triton", kernels for causal "prefix"
+            with one control, not fp64, slots and head dimensions up to 128; "auto", the kernels on a GPU if they can.
 
     Returns:
         out (B, H, T, Dv) in q's dtype [, state]. A token that reads nothing, padding for one, gets 0 and no gradient.
