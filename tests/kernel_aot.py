@@ -135,18 +135,26 @@ def launch(case: Case) -> Any:
     return replace(made, arguments={**made.arguments, **documents})
 
 
-def compile_case(case: Case) -> Compiled:
+class Built(NamedTuple):
+    """One launch compiled for one chip: numbers a thread, bytes a program, and the machine code as text."""
+
+    registers: int
+    spilled: int
+    shared: int
+    text: str
+
+
+def build(made: Any, arch: str) -> Built:
+    """Compile a launch for a chip that need not be here."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    made = launch(case)
-    amd = case.arch.startswith("gfx")
-    target = GPUTarget("hip", case.arch, 64) if amd else GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32)
-    options = made.options
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):  # ptxas's words, printed where TRITON_DUMP_PTXAS_LOG=1
-        built = triton.compile(ASTSource(made.kernel, *_specialised(made)), target=target, options=options)
+        built = triton.compile(ASTSource(made.kernel, *_specialised(made)), target=target, options=made.options)
     if amd:
         text = built.asm["amdgcn"]
         registers, spilled = (int(re.search(rf"\.vgpr_{what}:\s+(\d+)", text)[1]) for what in ("count", "spill_count"))
@@ -155,11 +163,16 @@ def compile_case(case: Case) -> Compiled:
         text = built.asm["ptx"]
         registers = int(re.search(r"Used (\d+) registers", said.getvalue())[1])
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said.getvalue()))
+    return Built(registers, spilled, built.metadata.shared, text)
+
+
+def compile_case(case: Case) -> Compiled:
+    import triton
+
+    registers, spilled, shared, text = build(launch(case), case.arch)
     products = len(re.findall(re.escape(product(case)), text))
-    copies = 0 if amd else text.count("cp.async.bulk.tensor")
-    return Compiled(
-        str(case), case.hash, registers, spilled, built.metadata.shared, products, triton.__version__, copies
-    )
+    copies = 0 if case.arch.startswith("gfx") else text.count("cp.async.bulk.tensor")
+    return Compiled(str(case), case.hash, registers, spilled, shared, products, triton.__version__, copies)
 
 
 def _specialised(made: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:

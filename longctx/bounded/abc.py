@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from longctx.attention.arguments import check_tensors, resolve_scale
 from longctx.attention.comm import Link
 from longctx.bounded import abc_forms, fifo
-from longctx.bounded.arguments import check_backend, check_ids, check_logits, check_state
+from longctx.bounded.arguments import check_backend, check_ids, check_logits, check_state, choose_backend
 from longctx.bounded.clusters import documents
 from longctx.bounded.control import Control, Fifo
 from longctx.bounded.sequence import Place, locate
@@ -58,7 +60,8 @@ def abc_attention(
         length: the true global length; tokens beyond are padding.
         state: of the tokens before; fp32 (fp64 for fp64 inputs); gradients flow into it. On one device only.
         return_state: also return the state after the last token. On one device only.
-        backend: "auto" or "chunked": matrix products over chunks of tokens, in fp32 (fp64 for fp64).
+        backend: "chunked", torch's products over chunks, in fp32 (fp64 for fp64); "triton", kernels for causal "prefix"
+            with one control, not fp64, slots and head dimensions up to 128; "auto", the kernels on a GPU if they can.
 
     Returns:
         out (B, H, T, Dv) in q's dtype [, state]. A token that reads nothing, padding for one, gets 0 and no gradient.
@@ -93,6 +96,7 @@ def attend(
     check_backend(backend)
     check_ids(document_ids, q, k, causal)
     if isinstance(control, Fifo):
+        choose_backend(backend, q, v, "a queue of tokens is no memory that is summed up")
         found = fifo.attend(
             q, k, v, control, causal, scale, mesh, layout, document_ids, length, state, return_state, link
         )
@@ -106,8 +110,10 @@ def attend(
     if not causal and place.link.ring == 1 and _several(place):
         if return_state or state is not None:
             raise AttentionError("packed documents without causal have a memory each: there is no one state")
+        choose_backend(backend, q, v, _WITHOUT_CAUSAL)
         return _packed(q, k, v, control, normalizer, scale, place)
     inputs, count = _inputs(q, k, v, control, causal, normalizer, scale, place, state)
+    inputs = replace(inputs, backend=choose_backend(backend, q, v, _without_kernel(inputs, causal)))
     out, after = (abc_forms.causal if causal else abc_forms.over_all)(inputs, place, state)
     if not return_state:
         return out
@@ -169,6 +175,21 @@ def _normalizer(normalizer: str, kind: str, causal: bool) -> str:
     if not causal and normalizer == "running":
         raise AttentionError("normalizer='running' follows the order of tokens: it needs causal=True; use 'global'")
     return "prefix" if normalizer == "global" else normalizer
+
+
+_WITHOUT_CAUSAL = "without causal there is one memory, a few matrix products, and no kernel for it"
+
+
+def _without_kernel(x: abc_forms.Inputs, causal: bool) -> str:
+    """What of a call the Triton kernels do not do; empty if they do it."""
+    if not causal:
+        return _WITHOUT_CAUSAL
+    if x.normalizer != "prefix":
+        return f"its kernels have no normalizer {x.normalizer!r}, which this control or call asks for, only 'prefix'"
+    if x.value is not None:
+        return "its kernels have one control for keys and values, not a pair"
+    widest = max(x.q.shape[3], x.v.shape[3], x.key.shape[3])
+    return "" if widest <= 128 else f"its kernels take head dimensions and slots up to 128, not {widest}"
 
 
 def _several(place: Place) -> bool:

@@ -26,7 +26,7 @@ from longctx.bounded.state import ABCState
 @dataclass(frozen=True)
 class Inputs:
     """q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv); the control of keys (B, G, T, M), that of values or None if it
-    is the same one; normalizer prefix, running or sum; scale of the logits."""
+    is the same one; normalizer prefix, running or sum; scale of the logits; backend chunked or triton, if causal."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -35,11 +35,12 @@ class Inputs:
     value: torch.Tensor | None
     normalizer: str
     scale: float
+    backend: str = "chunked"
 
     def part(self, here: slice) -> Inputs:
         q, k, v, key = (x[:, :, here] for x in (self.q, self.k, self.v, self.key))
         value = None if self.value is None else self.value[:, :, here]
-        return Inputs(q, k, v, key, value, self.normalizer, self.scale)
+        return replace(self, q=q, k=k, v=v, key=key, value=value)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,11 +88,18 @@ def _continue(x: Inputs, ids: torch.Tensor | None, start: ABCState) -> tuple[tor
     document = start.document
     if ids is None and document is not None:  # no ids: all tokens go on with the state's document
         document = document.clamp_min(0)
+    after = document if ids is None else Runs(ids, document).document
+    if x.backend == "triton":
+        from longctx.bounded.abc_triton import Fused  # imports triton
+
+        out, mass, keys, values = Fused.apply(
+            x.q, x.k, x.v, x.key, start.log_mass, start.keys, start.values, ids, document, x.scale
+        )
+        return out, ABCState(mass, keys, values, after, None)
     out, mass, value_mass, keys, values = abc_chunks.Chunked.apply(
         x.q, x.k, x.v, x.key, x.value, start.log_mass, start.value_log_mass, start.keys, start.values, ids,
         document, x.normalizer, x.scale, abc_chunks.CHUNK,
     )  # fmt: skip
-    after = document if ids is None else Runs(ids, document).document
     return out, ABCState(mass, keys, values, after, value_mass)
 
 

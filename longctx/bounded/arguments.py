@@ -5,17 +5,33 @@ from __future__ import annotations
 import torch
 
 from longctx.attention.arguments import check_documents
+from longctx.attention.backends.choose import triton_problem
 from longctx.bounded.sequence import Place
 from longctx.bounded.state import State
 from longctx.errors import AttentionError
 
-BACKENDS = ("auto", "chunked")
+BACKENDS = ("auto", "chunked", "triton")
 
 
 def check_backend(backend: str) -> None:
     """A backend that exists."""
     if backend not in BACKENDS:
         raise AttentionError(f"backend={backend!r}: use one of {', '.join(map(repr, BACKENDS))}")
+
+
+def choose_backend(backend: str, q: torch.Tensor, v: torch.Tensor, unsupported: str = "") -> str:
+    """ "chunked" or "triton": what was asked for, or the kernels for "auto" on a GPU where they can.
+
+    Args:
+        unsupported: what this call asks for and the kernels do not do; empty if there is nothing.
+    """
+    check_backend(backend)
+    if backend == "chunked" or (backend == "auto" and q.device.type != "cuda"):
+        return "chunked"
+    problem = unsupported or triton_problem(q, v, q.device.type)
+    if backend == "triton" and problem:
+        raise AttentionError(f"backend='triton': {problem}; use 'auto' or 'chunked'")
+    return "chunked" if problem else "triton"
 
 
 def check_ids(ids: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, causal: bool) -> None:

@@ -109,6 +109,11 @@ class Runs:
         """(B,) the document of the last valid token."""
         return self._latest[:, -1]
 
+    def edges(self, size: int) -> torch.Tensor:
+        """(B, chunks + 1): the document of the state before each chunk of `size` tokens, and after the last."""
+        ends = torch.arange(0, self._latest.shape[1] + size - 1, size, device=self.ids.device)
+        return self._latest[:, ends.clamp_max(self.ids.shape[1])].contiguous()
+
     def sight(self, block: Block, dtype: torch.dtype) -> Sight:
         """Who sees whom in a block."""
         ids = self.ids[:, block.start : block.stop].unflatten(1, (block.chunks, block.size))[:, None, :, :, None]

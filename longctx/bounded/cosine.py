@@ -8,7 +8,7 @@ from longctx.attention.arguments import check_tensors
 from longctx.attention.backends.base import accumulator_dtype
 from longctx.attention.comm import Link
 from longctx.bounded import cosine_forms
-from longctx.bounded.arguments import check_backend, check_ids, check_state
+from longctx.bounded.arguments import check_ids, check_state, choose_backend
 from longctx.bounded.sequence import locate
 from longctx.bounded.state import CosineState
 from longctx.errors import AttentionError
@@ -46,7 +46,8 @@ def cosine_attention(
         scale_on: where the scale is applied, "value" (the authors' code and checkpoints) or "query" (the paper's
             equation). Without `causal` they are one. With "value", H exponents and G < H the state has H heads.
         mesh, layout, document_ids, length, state, return_state: as of `abc_attention`.
-        backend: "auto" or "chunked".
+        backend: "chunked", matrix products of torch; "triton", kernels for causal attention in bf16, fp16 and fp32,
+            head dimensions up to 256; "auto", the kernels on a GPU where they can.
 
     Returns:
         out (B, H, T, Dv) in q's dtype [, state]. Padding gets 0 and no gradient.
@@ -75,7 +76,8 @@ def attend(
 ) -> torch.Tensor | tuple[torch.Tensor, CosineState]:
     """`cosine_attention` over a link of the caller's choice."""
     check_tensors(q, k, v)
-    check_backend(backend)
+    unsupported = "" if causal else "without causal there is one state, two matrix products, and no kernel for it"
+    backend = choose_backend(backend, q, v, unsupported)
     check_ids(document_ids, q, k, causal)
     if scale_on not in ("value", "query"):
         raise AttentionError(f"scale_on={scale_on!r}: use 'value' or 'query'")
@@ -95,5 +97,5 @@ def attend(
         k, v = (x.repeat_interleave(heads // group, 1) for x in (k, v))
     exponent = m.to(accumulator_dtype(q.dtype)).sigmoid()
     form = cosine_forms.causal if causal else cosine_forms.over_all
-    out, after = form(cosine_forms.Inputs(q, k, v, exponent, on_query), place, state)
+    out, after = form(cosine_forms.Inputs(q, k, v, exponent, on_query, backend), place, state)
     return (out, after) if return_state else out

@@ -24,13 +24,15 @@ from longctx.kernels.cosine.reference import unit
 
 @dataclass(frozen=True)
 class Inputs:
-    """q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv), not normalised; exponent (H,) if on_query, else (G,)."""
+    """q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv), not normalised; exponent (H,) if on_query, else (G,);
+    backend "chunked" or "triton", for causal attention."""
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     exponent: torch.Tensor
     on_query: bool
+    backend: str
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,14 +63,21 @@ def causal(x: Inputs, place: Place, state: CosineState | None) -> tuple[torch.Te
     for here, memory, before in zip(place.parts, memories, known, strict=True):
         q, k, v = (y[:, :, here] for y in (x.q, x.k, x.v))
         part = None if ids is None else ids[:, here]
-        out, last = cosine_chunks.Chunked.apply(
-            q, k, v, size[:, :, here], memory, part, None if part is None else before, x.on_query, cosine_chunks.CHUNK
-        )
+        out, last = _continue(x, q, k, v, size[:, :, here], memory, part, None if part is None else before)
         outs.append(out)
     if ids is not None:
         document = Runs(ids, document).document
     after = CosineState(last, counts[:, -1].expand(x.q.shape[0]).clone(), document)
     return (outs[0] if len(outs) == 1 else torch.cat(outs, 2)), after
+
+
+def _continue(x: Inputs, *given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """One stretch by the backend's kernels."""
+    if x.backend == "triton":
+        from longctx.bounded.cosine_triton import Fused  # imports triton
+
+        return Fused.apply(*given, x.on_query)
+    return cosine_chunks.Chunked.apply(*given, x.on_query, cosine_chunks.CHUNK)
 
 
 def _starts(x: Inputs, size: torch.Tensor, place: Place) -> list[Value]:

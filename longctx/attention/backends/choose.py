@@ -74,7 +74,7 @@ def fastest(q: torch.Tensor, v: torch.Tensor, device: str, scores: Scores, patte
         if scores.extras:
             return "reference", f"torch's fused CPU operator cannot do {' and '.join(scores.extras)}"
         return "aten", "torch's fused flash attention for CPUs"
-    problem = _triton_problem(q, v, device)
+    problem = triton_problem(q, v, device)
     if problem:
         return "reference", f"{problem}, so plain PyTorch tiles: correct and slow"
     chip = _chip(q.device, device)
@@ -99,7 +99,7 @@ def _gpu_problem(name: str, q: torch.Tensor, v: torch.Tensor, device: str, score
         if device != "cuda" or torch.version.hip:
             return f"it needs an NVIDIA GPU, and the tensors are on {device}"
         return fused_torch_problem(name, q, v, scores, pattern != "other")
-    problem = _triton_problem(q, v, device)
+    problem = triton_problem(q, v, device)
     if not problem and name == "triton-tma" and q.device.type == "cuda":
         capability = torch.cuda.get_device_capability(q.device)
         if torch.version.hip or capability != (9, 0):
@@ -107,7 +107,7 @@ def _gpu_problem(name: str, q: torch.Tensor, v: torch.Tensor, device: str, score
     return problem
 
 
-def _triton_problem(q: torch.Tensor, v: torch.Tensor, device: str) -> str:
+def triton_problem(q: torch.Tensor, v: torch.Tensor, device: str) -> str:
     """Why the Triton kernels cannot take such tensors; empty if they can."""
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
     if importlib.util.find_spec("triton") is None:

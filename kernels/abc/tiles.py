@@ -1,0 +1,38 @@
+"""Chunk lengths, warps and stages of ABC's kernels: a plain function of what is computed and of the chip.
+
+The rows are what fits: no spilled register (fp32 apart) and no more shared memory than the chip has, proven ahead of
+time by tests/kernels/test_aot_bounded.py. None has been measured. Other chips take these rows unproven.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+WIDTHS = (64, 128)
+"""What the largest of head dimensions and slots is rounded up to when a row is looked up."""
+KINDS = ("half",)
+"""What is compiled ahead of time; fp32, for checking, runs on small chunks that nobody has compiled."""
+PASSES = ("output", "queries", "keys", "control", "mass", "write", "recall")
+ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+class Config(NamedTuple):
+    """A program owns `chunk` tokens, a power of two."""
+
+    chunk: int
+    warps: int
+    stages: int = 1
+
+
+def choose(name: str, width: int, itemsize: int, arch: str) -> Config:
+    """The configuration of a pass; all passes of one call have the same chunk.
+
+    Args:
+        name: one of PASSES. width: the largest of D, Dv and M, up to 128. itemsize: bytes of one number of q.
+        arch: one of ARCHES, "interpreter", or another chip's name.
+    """
+    if arch == "interpreter":
+        return Config(8, 1)
+    if itemsize > 2:
+        return Config(16, 4)
+    return Config(32, 8 if name == "queries" else 4) if width <= 64 else Config(16, 8)
