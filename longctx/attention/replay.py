@@ -10,45 +10,69 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
 
+class Store(Protocol):
+    """Where results wait for backward: ``longctx.models.host.HostStore`` for example."""
+
+    def put(self, tensor: torch.Tensor) -> Any: ...
+    def take(self, kept: Any) -> torch.Tensor: ...
+
+
+class Here:
+    """Results stay where they are."""
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what ``take`` wants."""
+        return tensor.detach()
+
+    def take(self, kept: torch.Tensor) -> torch.Tensor:
+        """Return the tensor."""
+        return kept
+
+
 class _Active(threading.local):
     """The tape of the checkpointed region that this thread is in; backward of a GPU runs in a thread of its own."""
 
-    tape: list[Result] | None = None
+    store: Store = Here()
+    tape: list[tuple[Any, Any]] | None = None
     place: int | None = None  # of the next result to hand out; None while recording
 
 
 _active = _Active()
 
 
-def keep_attention() -> tuple[_Region, _Region]:
+def keep_attention(store: Store | None = None) -> tuple[_Region, _Region]:
     """Return (context of a forward, context of its recomputation), sharing what attention returned.
+
+    Args:
+        store: where results wait; on their device when None.
 
     For ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=keep_attention)``. Kept for each
     attention of the region until its backward is over: out (B, H, T, D) in its dtype, lse (B, H, T) in fp32.
     """
-    tape: list[Result] = []
-    return _Region(tape, None), _Region(tape, 0)
+    tape: list[tuple[Any, Any]] = []
+    return _Region(store or Here(), tape, None), _Region(store or Here(), tape, 0)
 
 
 class _Region:
     """A context that can be entered again, for a second backward of the same graph."""
 
-    def __init__(self, tape: list[Result], place: int | None) -> None:
-        self.tape, self.place = tape, place
-        self.before: tuple[list[Result] | None, int | None] = (None, None)
+    def __init__(self, store: Store, tape: list[tuple[Any, Any]], place: int | None) -> None:
+        self.inside = store, tape, place
+        self.before: list[Any] = []  # a second backward of the same graph may start within the first
 
     def __enter__(self) -> None:
-        self.before = _active.tape, _active.place
-        _active.tape, _active.place = self.tape, self.place
+        self.before.append((_active.store, _active.tape, _active.place))
+        _active.store, _active.tape, _active.place = self.inside
 
     def __exit__(self, *error: object) -> None:
-        _active.tape, _active.place = self.before
+        _active.store, _active.tape, _active.place = self.before.pop()
 
 
 def replayed(compute: Callable[[], Result]) -> Result:
@@ -58,8 +82,8 @@ def replayed(compute: Callable[[], Result]) -> Result:
         return compute()
     if place is None:
         result = compute()
-        tape.append((result[0].detach(), result[1].detach()))
+        tape.append((_active.store.put(result[0]), _active.store.put(result[1])))
         return result
     _active.place = place + 1
     out, lse = tape[place]
-    return out.detach(), lse.detach()  # new objects: autograd writes its node onto them
+    return _active.store.take(out).detach(), _active.store.take(lse).detach()  # new objects: autograd marks them

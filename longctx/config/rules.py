@@ -173,6 +173,9 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
     if memory.z_loss and memory.loss_tile == "none":
         message = "needs a tiled loss; set memory.loss_tile to auto, or remove the key"
         yield Finding("memory.z_loss", message, "conflict")
+    if memory.offload_checkpoints and memory.recompute in ("none", "mlp"):
+        message = f"there are no checkpoints with memory.recompute {memory.recompute}; choose layer_keep_attention"
+        yield Finding("memory.offload_checkpoints", message, "conflict")
 
 
 def _zero(config: RunConfig) -> Iterator[Finding]:

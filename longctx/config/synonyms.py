@@ -44,6 +44,7 @@ _NAMES = {
     "memory.loss_tile": "tiled_logits tiled_loss fused_linear_cross_entropy use_liger_kernel logits_tile",
     "memory.mlp_tile": "tiled_mlp tiled_mlp_compute mlp_chunks",
     "memory.recompute": "activation_checkpointing gradient_checkpointing checkpoint_activations recompute_granularity",
+    "memory.offload_checkpoints": "activation_offload cpu_checkpointing offload_activations activation_offloading",
     "memory.z_loss": "z_loss_weight router_z_loss",
     "zero.stage": "zero_stage zero_optimization",
     "zero.offload_optimizer": "offload cpu_offload optimizer_offload",

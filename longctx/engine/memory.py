@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from longctx.errors import EngineError
+from longctx.models.host import HostStore
 from longctx.models.loss import tile_loss, why_not_tiled
 from longctx.models.mlp import find_mlps, tile_mlps
 from longctx.models.recompute import Policy, recompute_layers
@@ -28,12 +29,15 @@ class Memory:
             leaves alone models whose MLPs it cannot tile; None never tiles.
         recompute: what backward computes anew: "none"; "mlp", the inner results of MLPs; "layer", everything but a
             layer's input; "layer_keep_attention", that without attention, so that no hop of the ring is repeated.
+        offload_checkpoints: what ``recompute`` keeps of layers waits for backward in (pinned) host memory, copied while
+            the GPU computes.
     """
 
     loss_tile: Tile | None = None
     z_loss: float = 0.0
     mlp_tile: Tile | None = None
     recompute: Policy = "none"
+    offload_checkpoints: bool = False
 
 
 def read_memory(given: Memory | dict[str, Any] | None) -> Memory:
@@ -70,7 +74,7 @@ def save_memory(model: Any, memory: Memory, *, announce: bool = True) -> None:
             tile_loss(model, memory.loss_tile, z_loss=memory.z_loss)
         elif announce:
             logger.warning("the loss is not tiled: %s. All of a rank's logits will exist at once", reason)
-    recompute_layers(model, memory.recompute)
+    recompute_layers(model, memory.recompute, HostStore() if memory.offload_checkpoints else None)
     if memory.recompute == "mlp":
         _make_leaves(tile_mlps(model, _WHOLE if memory.mlp_tile is None else memory.mlp_tile, always=True))
     elif memory.mlp_tile is not None:

@@ -65,6 +65,7 @@ def memory_of(config: RunConfig) -> Memory:
         loss_tile=None if memory.loss_tile == "none" else memory.loss_tile,
         z_loss=memory.z_loss,
         recompute=memory.recompute,
+        offload_checkpoints=memory.offload_checkpoints,
         mlp_tile=None if memory.mlp_tile == "none" else memory.mlp_tile,
     )
 

@@ -30,3 +30,8 @@ class Memory(Section):
         description="what backward computes anew instead of keeping it: the inside of MLPs; all of a layer but its "
         "input, needed for long sequences; or that without attention, so that no hop of the ring is repeated",
     )
+    offload_checkpoints: bool = Field(
+        False,
+        description="keep what recompute: layer and layer_keep_attention leave of a layer in host memory until its "
+        "backward; the copies run beside the computation. Without a GPU there is nothing to move",
+    )

@@ -1,0 +1,96 @@
+"""HostStore: what layers keep leaves the device and comes back in time, and gradients do not notice."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from models.test_recompute import step
+from models.zoo import CAUSAL, tiny_config, tiny_model
+
+from longctx.errors import ModelError
+from longctx.models.host import AHEAD, HostStore, Parked
+from longctx.models.recompute import recompute_layers
+
+
+@pytest.mark.parametrize("policy", ["layer", "layer_keep_attention"])
+@pytest.mark.parametrize("kind", [*CAUSAL, "bert"])
+def test_gradients_are_the_same_to_the_last_bit(kind: str, policy: Any) -> None:
+    model = tiny_model(tiny_config(kind), "longctx").train()
+    wanted = step(model)
+    store = HostStore(everything=True)
+    recompute_layers(model, policy, store)
+    got = step(model)
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], gradient) for name, gradient in wanted.items())
+    assert not [ref for ref in store.order if ref() is not None], "nothing is left of a step"
+
+
+def test_only_what_a_checkpoint_keeps_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    put = HostStore.put
+    monkeypatch.setattr(HostStore, "put", lambda self, tensor: shapes.append(tuple(tensor.shape)) or put(self, tensor))  # type: ignore[func-returns-value]
+    model = tiny_model(tiny_config("llama"), "longctx").train()
+    recompute_layers(model, "layer_keep_attention", HostStore(everything=True))
+    step(model)
+    config = model.config
+    heads, width = config.num_attention_heads, config.head_dim
+    layer = [(2, 21, config.hidden_size), (2, heads, 21, width), (2, heads, 21)]
+    assert shapes == layer * config.num_hidden_layers
+
+
+def test_the_next_that_backward_needs_are_fetched_ahead() -> None:
+    store = HostStore(everything=True)
+    kept = [store.put(torch.full((2,), float(index))) for index in range(5)]
+    assert all(isinstance(parked, Parked) for parked in kept)
+    for index in range(4, -1, -1):
+        assert torch.equal(store.take(kept[index]), torch.full((2,), float(index)))
+        here = [place for place, parked in enumerate(kept) if parked.coming is not None]  # type: ignore[union-attr]
+        assert here == list(range(max(index - AHEAD, 0), 5))
+
+
+def test_a_dropped_graph_frees_what_it_kept_and_a_second_take_finds_it() -> None:
+    store = HostStore(everything=True)
+    first, second = store.put(torch.ones(2)), store.put(torch.zeros(2))
+    del second
+    assert torch.equal(store.take(first), torch.ones(2)) and torch.equal(store.take(first), torch.ones(2))
+    assert store.order == []
+
+
+def test_the_hosts_own_tensors_stay() -> None:
+    tensor = torch.ones(1 << 20)
+    store = HostStore()
+    assert store.put(tensor).data_ptr() == tensor.data_ptr()  # type: ignore[union-attr]
+
+
+def test_a_store_without_checkpoints_is_refused() -> None:
+    with pytest.raises(ModelError, match="no checkpoints; choose layer_keep_attention"):
+        recompute_layers(tiny_model(tiny_config("llama"), "longctx"), "none", HostStore())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_copies_are_pinned_and_the_gradients_the_same() -> None:
+    assert torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0"
+    weights = [torch.randn(256, 256, device="cuda", requires_grad=True) for _ in range(8)]
+
+    def train(store: HostStore | None) -> list[torch.Tensor]:
+        hidden = torch.linspace(-1, 1, 4096 * 256, device="cuda").view(4096, 256)
+        for weight in weights:
+            hidden = _checkpoint(lambda x, weight=weight: torch.tanh(x @ weight), hidden, store)
+        return list(torch.autograd.grad(hidden.square().sum(), weights))
+
+    wanted, got = train(None), train(HostStore())
+    assert all(torch.equal(ours, truth) for ours, truth in zip(got, wanted, strict=True))
+    parked = HostStore().put(weights[0])
+    assert isinstance(parked, Parked) and parked.host.is_pinned()
+
+
+def _checkpoint(function: Any, x: torch.Tensor, store: HostStore | None) -> torch.Tensor:
+    from torch.utils.checkpoint import checkpoint
+
+    if store is None:
+        return checkpoint(function, x, use_reentrant=False)  # type: ignore[no-any-return]
+    with torch.autograd.graph.saved_tensors_hooks(store.put, store.take):
+        return checkpoint(function, x, use_reentrant=False)  # type: ignore[no-any-return]
