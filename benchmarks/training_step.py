@@ -48,7 +48,7 @@ def worker(rank: int, ranks: int, row: StepRow) -> Iterator[dict[str, Any]]:
         rows = make_rows(row, generator)
         names = list(engines) if number % 2 == 0 else list(engines)[::-1]
         for name in names:
-            _turn(engines[name], rows, results[name], timed=number >= WARM_UP)
+            turn(engines[name], rows, results[name], timed=number >= WARM_UP)
     rows = make_rows(row, generator)
     for name, step in engines.items():
         gc.collect()
@@ -120,7 +120,8 @@ def load_theirs(row: StepRow) -> tuple[str, Step]:
     return version, peer.load(model, make_optimizer(model), make_config())
 
 
-def _turn(step: Step, rows: dict[str, torch.Tensor], result: dict[str, Any], timed: bool) -> None:
+def turn(step: Step, rows: dict[str, torch.Tensor], result: dict[str, Any], timed: bool) -> None:
+    """One step of one engine; its times, summed or the largest over ranks, go to ``result`` if ``timed``."""
     gc.collect()
     dist.barrier()
     sample = measure(lambda: result["loss"].append(step(rows)))

@@ -1,0 +1,245 @@
+"""`python -m benchmarks.alst`: longctx beside DeepSpeed's ALST: step time, exact bytes, longest sequence under a cap.
+
+    python -m benchmarks.alst [--quick] [--only step longest] [--length 8192] [--cap 256]
+
+The same small Llama, ranks, ZeRO-3 and rows for everyone, in one run. ``step``: engines take turns in the same ranks
+and their losses must agree; the ladder adds what ALST's paper adds, on both sides. ``longest``: each length is tried in
+fresh ranks under a limit that the kernel enforces on what a rank allocates after its first (short) step, and bisected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import os
+import resource
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import hardware
+from benchmarks.measure import peak_bytes
+from benchmarks.peers import deepspeed_alst, installed
+from benchmarks.ranks import run_ranks
+from benchmarks.registry import StepRow
+from benchmarks.training_step import LOSS_LIMIT, Step, make_config, make_model, make_optimizer, make_rows, turn
+from longctx.launch.prepare import prepare
+
+ROW = StepRow(length=8192, vocabulary=16_384, steps=3)
+QUICK = StepRow(length=1024, layers=2, hidden=64, intermediate=128, vocabulary=512, steps=1)
+RESULTS = Path(__file__).parent / "results"
+MIB = 2**20
+GRAIN = 512  # tokens: how finely the longest sequence is looked for
+SHORT = 256  # tokens of the step before the cap
+
+KEEP = {"recompute": "layer_keep_attention"}
+OURS: dict[str, dict[str, Any]] = {
+    "longctx ring, checkpoints": KEEP,
+    "longctx ring + tiled loss": {**KEEP, "loss_tile": "auto"},
+    "longctx": {**KEEP, "loss_tile": "auto", "mlp_tile": "auto"},
+}
+THEIRS: dict[str, dict[str, bool]] = {
+    "ZeRO-3, checkpoints": {"parallel": False, "loss": False, "mlp": False},
+    "Ulysses, checkpoints": {"loss": False, "mlp": False},
+    "Ulysses + tiled loss": {"mlp": False},
+    "ALST": {},
+}
+AIMS = (
+    ("tokens per CPU second, longctx ÷ ALST", 1.2, True),
+    ("working set, longctx ÷ ALST", 0.8, False),
+    ("longest sequence, longctx ÷ ALST", 1.25, True),
+    ("longest sequence, longctx ÷ Ulysses", 2.0, True),
+)
+
+
+def load(name: str, row: StepRow) -> Step:
+    """Build a contestant's engine; return its step."""
+    model = make_model(row)
+    if name in THEIRS:
+        installed(deepspeed_alst.PACKAGE, deepspeed_alst.PINNED)
+        return deepspeed_alst.load(model, make_optimizer(model), make_config(), **THEIRS[name])
+    import longctx
+
+    engine, *_ = longctx.initialize(
+        model=model, optimizer=make_optimizer(model), config=make_config(), mesh=longctx.Mesh(ring=row.ranks),
+        memory=OURS[name],
+    )  # fmt: skip
+
+    def step(rows: dict[str, torch.Tensor]) -> float:
+        loss = engine(**engine.shard(rows)).loss
+        engine.backward(loss)
+        engine.step()
+        return engine.global_loss
+
+    return step
+
+
+# -- time and bytes at one length ------------------------------------------------------------------------------------
+
+
+def step_worker(rank: int, ranks: int, row: StepRow) -> Iterator[dict[str, Any]]:
+    """All contestants in turns; what rank 0 yields is the table."""
+    engines = {name: load(name, row) for name in [*THEIRS, *OURS]}
+    results: dict[str, dict[str, Any]] = {name: {"cpu": [], "wall": [], "blocked": [], "loss": []} for name in engines}
+    generator = torch.Generator().manual_seed(7)
+    for number in range(1 + row.steps):  # the first warms up
+        rows = make_rows(row, generator)
+        names = list(engines)[number % len(engines) :] + list(engines)[: number % len(engines)]
+        for name in names:
+            turn(engines[name], rows, results[name], timed=number > 0)
+    rows = make_rows(row, generator)
+    for name, step in engines.items():
+        gc.collect()
+        peak = torch.tensor([peak_bytes(lambda step=step: step(rows))])  # type: ignore[misc]
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        results[name]["peak"] = int(peak)
+    agree({name: result["loss"] for name, result in results.items()})
+    yield results
+
+
+def agree(losses: dict[str, list[float]]) -> None:
+    """Everyone must have trained the same."""
+    for name, given in losses.items():
+        difference = max(abs(a - b) / abs(b) for a, b in zip(given, losses["longctx"], strict=True))
+        if not difference <= LOSS_LIMIT:
+            raise AssertionError(f"{name}: losses differ by {difference:.1e} (limit {LOSS_LIMIT:.0e}): {losses}")
+
+
+def checkpoint_bytes(name: str, row: StepRow) -> int:
+    """What a rank keeps of its layers between forward and backward: inputs; for longctx attention's (out, lse) too."""
+    local = row.length // (1 if name.startswith("ZeRO") else row.ranks)
+    kept = row.hidden if name in THEIRS else 2 * row.hidden + row.heads
+    return local * row.layers * kept * 4
+
+
+# -- the longest sequence under a cap --------------------------------------------------------------------------------
+
+
+def longest_worker(rank: int, ranks: int, name: str, row: StepRow, cap: int) -> Iterator[str]:
+    """One step at ``row.length`` with ``cap`` bytes beyond what the rank has after a short step; '' if it fits."""
+    step = load(name, row)
+    generator = torch.Generator().manual_seed(7)
+    step(make_rows(replace(row, length=SHORT), generator))
+    gc.collect()
+    rows = make_rows(row, generator)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    held = int(status["VmData"].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (held + cap, resource.RLIM_INFINITY))
+    step(rows)
+    yield ""
+
+
+def fits(name: str, row: StepRow, cap: int, length: int) -> bool:
+    """Try one length; every failure but a lack of memory (and its consequence, a lost partner) is raised."""
+    try:
+        next(run_ranks(row.ranks, longest_worker, name, replace(row, length=length), cap))
+    except RuntimeError as error:
+        short = ("allocate", "memory", "Connection closed", "reset by peer", "without a word", "bad_alloc")
+        if not any(word in str(error) for word in short):
+            raise
+        return False
+    return True
+
+
+def longest(try_length: Callable[[int], bool], start: int, grain: int = GRAIN) -> int:
+    """Return the longest multiple of ``grain`` that fits, by doubling and then halving; 0 if none does."""
+    good, bad = 0, start
+    while try_length(bad):
+        good, bad = bad, 2 * bad
+    while bad - good > grain:
+        middle = (good + bad) // 2 // grain * grain
+        good, bad = (middle, bad) if try_length(middle) else (good, middle)
+    return good
+
+
+# -- the report ------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.alst", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny and quick; nothing is judged or written")
+    parser.add_argument("--only", nargs="+", choices=("step", "longest"), default=["step", "longest"])
+    parser.add_argument("--length", type=int, help="tokens of the timed rows")
+    parser.add_argument("--cap", type=int, default=256, help="MiB a rank may allocate in a step")
+    chosen = parser.parse_args()
+    row = QUICK if chosen.quick else ROW
+    row = replace(row, length=chosen.length or row.length)
+    prepare()
+    here = {"hardware": hardware.describe(), "load": f"{hardware.load():.2f}", "commit": hardware.commit()}
+    print("; ".join(here.values()), flush=True)
+    said: dict[str, float] = {}
+    if "step" in chosen.only:
+        rows = steps(row, said)
+        _write("alst_step_cpu", rows, here, chosen.quick)
+    if "longest" in chosen.only:
+        rows = lengths(row, 16 * MIB if chosen.quick else chosen.cap * MIB, said)
+        _write("alst_longest_cpu", rows, here, chosen.quick)
+    missed = 0
+    for text, aim, above in AIMS:
+        if text in said:
+            holds = said[text] >= aim if above else said[text] <= aim
+            missed += not holds
+            sign = ">=" if above else "<="
+            print(f"{'ok      ' if holds else 'MISSED  '}{text} = {said[text]:.3f}, aim {sign} {aim}")
+    return int(bool(missed) and not chosen.quick)
+
+
+def steps(row: StepRow, said: dict[str, float]) -> list[dict[str, Any]]:
+    """Time and bytes of everyone at one length."""
+    results = next(run_ranks(row.ranks, step_worker, row))
+    table = []
+    print(f"\none step, {row.length} tokens, {row.ranks} ranks, ZeRO-3, fp32")
+    for name, result in results.items():
+        kept = checkpoint_bytes(name, row)
+        table.append({
+            "contestant": name, "tokens": row.length, "ranks": row.ranks, "steps": len(result["cpu"]),
+            "cpu_seconds": f"{median(result['cpu']):.3f}", "wall_seconds": f"{median(result['wall']):.3f}",
+            "peak_bytes_per_rank": result["peak"], "checkpoint_bytes": kept, "working_set_bytes": result["peak"] - kept,
+        })  # fmt: skip
+        peak = f"peak {result['peak'] / MIB:8.1f} MiB = checkpoints {kept / MIB:6.1f} + rest "
+        print(f"  {name:28}{median(result['cpu']):8.2f} CPU s{median(result['wall']):8.2f} s  "
+              f"{peak}{(result['peak'] - kept) / MIB:8.1f}", flush=True)  # fmt: skip
+    ours, theirs = results["longctx"], results["ALST"]
+    said[AIMS[0][0]] = median(b / a for a, b in zip(ours["cpu"], theirs["cpu"], strict=True))
+    said[AIMS[1][0]] = (ours["peak"] - checkpoint_bytes("longctx", row)) / (
+        theirs["peak"] - checkpoint_bytes("ALST", row)
+    )
+    print(f"  tokens a second, longctx ÷ ALST, on the wall: "
+          f"{median(b / a for a, b in zip(ours['wall'], theirs['wall'], strict=True)):.3f}")  # fmt: skip
+    return table
+
+
+def lengths(row: StepRow, cap: int, said: dict[str, float]) -> list[dict[str, Any]]:
+    """The longest sequence of everyone under the same cap."""
+    table, found = [], {}
+    print(f"\nlongest sequence, {row.ranks} ranks of at most {cap // MIB} MiB beyond their states, to {GRAIN} tokens")
+    for name in [*THEIRS, *OURS]:
+        found[name] = longest(partial(fits, name, row, cap), 4 * GRAIN)
+        print(f"  {name:28}{found[name]:8}", flush=True)
+        table.append({"contestant": name, "ranks": row.ranks, "cap_bytes": cap, "longest_tokens": found[name]})
+    said[AIMS[2][0]] = found["longctx"] / max(found["ALST"], 1)
+    said[AIMS[3][0]] = found["longctx"] / max(found["Ulysses, checkpoints"], 1)
+    return table
+
+
+def _write(name: str, rows: list[dict[str, Any]], here: dict[str, str], quick: bool) -> None:
+    if quick:
+        return
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *here])
+        writer.writeheader()
+        writer.writerows({**row, **here} for row in rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
