@@ -25,6 +25,8 @@ OWNED = {
     "zero_optimization.stage": "zero.stage",
     "zero_optimization.offload_optimizer": "zero.offload_optimizer",
     "zero_optimization.cpu_offload": "zero.offload_optimizer",
+    "zero_optimization.offload_param": "zero.offload_parameters",
+    "zero_optimization.cpu_offload_param": "zero.offload_parameters",
     "zero_optimization.overlap_comm": "zero.overlap_comm",
     "zero_optimization.reduce_scatter": "zero.reduce_scatter",
     "zero_optimization.contiguous_gradients": "zero.contiguous_gradients",
@@ -48,8 +50,6 @@ REFUSED = {
     "zero_optimization.zero_quantized_weights": "it is not supported; remove the key",
     "zero_optimization.zero_quantized_nontrainable_weights": "it is not supported; remove the key",
     "zero_optimization.zero_quantized_gradients": "it is not supported; remove the key",
-    "zero_optimization.offload_param": "it is not supported yet; use zero.offload_optimizer: cpu",
-    "zero_optimization.cpu_offload_param": "it is not supported yet; use zero.offload_optimizer: cpu",
 }
 """DeepSpeed's key -> why it cannot stand in the raw block"""
 
@@ -94,6 +94,8 @@ def to_deepspeed(config: RunConfig, derived: Derived | None = None) -> dict[str,
         }
     if zero.offload_optimizer == "cpu":
         sharding["offload_optimizer"] = {"device": "cpu"}
+    if zero.offload_parameters == "cpu":
+        sharding["offload_param"] = {"device": "cpu"}
     settings: dict[str, Any] = {
         "train_batch_size": derived.global_batch,
         "train_micro_batch_size_per_gpu": derived.micro_batch,

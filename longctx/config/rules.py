@@ -180,6 +180,9 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
 
 def _zero(config: RunConfig) -> Iterator[Finding]:
     zero = config.zero
+    if zero.offload_parameters != "none" and zero.stage != 3:
+        message = f"got 'cpu', but stage {zero.stage} does not shard parameters; use zero.stage 3"
+        yield Finding("zero.offload_parameters", message, "zero-stage")
     if zero.stage == 0:
         if zero.offload_optimizer != "none":
             message = "got 'cpu', but stage 0 shards no optimizer state to offload; use zero.stage 1, 2 or 3"

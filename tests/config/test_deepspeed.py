@@ -32,6 +32,11 @@ def test_the_dictionary():
     }
 
 
+def test_parameters_in_host_memory():
+    settings = to_deepspeed(load_variant(zero__stage=3, zero__offload_parameters="cpu").config)
+    assert settings["zero_optimization"]["offload_param"] == {"device": "cpu"}
+
+
 def test_stage_0_and_no_clipping():
     settings = to_deepspeed(load_variant(zero__stage=0, train__clip=None).config)
     assert (

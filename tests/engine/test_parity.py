@@ -38,6 +38,8 @@ def settings(cell: tuple[int, bool, bool, bool], clip: float = CLIP) -> dict[str
     }
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
+    if offload == "parameters too":
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": ACCUMULATION,
@@ -143,6 +145,8 @@ PAIRWISE = [  # every pair of (mesh, stage), (mesh, option), (stage, option), (o
     (4, 4, (1, False, True, False), "sgd"),
     (4, 4, (2, True, False, True), "sgd"),
     (4, 4, (0, True, False, False), "adamw"),
+    (2, 2, (3, True, False, "parameters too"), "sgd"),
+    (4, 2, (3, True, True, "parameters too"), "adamw"),
 ]
 
 

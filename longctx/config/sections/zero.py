@@ -18,6 +18,9 @@ class Zero(Section):
     offload_optimizer: Literal["none", "cpu"] = Field(
         "none", description="cpu: keep optimizer states in host memory (stages 1 to 3)"
     )
+    offload_parameters: Literal["none", "cpu"] = Field(
+        "none", description="cpu: keep parameters in host memory until a layer needs them (stage 3)"
+    )
     overlap_comm: bool = Field(False, description="reduce gradients while backward still runs (stages 1 to 3)")
     reduce_scatter: bool = Field(True, description="reduce-scatter gradients instead of all-reduce (stages 1 to 3)")
     contiguous_gradients: bool = Field(True, description="copy gradients into one buffer as they come (stages 1 to 3)")
