@@ -67,7 +67,7 @@ ILLEGAL: list[tuple[str, dict[str, Any], str]] = [
     ("vocabulary of bytes", {"data__tokenizer": "bytes"}, "data.vocab_size"),
     ("url", {"data__sources": ["https://user:hunter2@example.com/x"]}, "data.sources"),
     ("offload at stage 0", {"zero__stage": 0, "zero__offload_optimizer": "cpu"}, "zero.offload_optimizer"),
-    ("parameters offloaded at stage 2", {"zero__stage": 2, "zero__offload_parameters": "cpu"}, "zero.offload_parameters"),
+    ("parameters at stage 2", {"zero__stage": 2, "zero__offload_parameters": "cpu"}, "zero.offload_parameters"),
     ("overlap at stage 0", {"zero__stage": 0, "zero__overlap_comm": True}, "zero.overlap_comm"),
     ("all-reduce at stage 0", {"zero__stage": 0, "zero__reduce_scatter": False}, "zero.reduce_scatter"),
     ("batch in deepspeed", {"deepspeed__train_batch_size": 4}, "deepspeed.train_batch_size"),
