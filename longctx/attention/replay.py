@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-Result = tuple[torch.Tensor, torch.Tensor]
+Result = tuple[torch.Tensor, ...]
 
 
 class _Active(threading.local):
@@ -51,6 +51,11 @@ class _Region:
         _active.tape, _active.place = self.before
 
 
+def keeping() -> bool:
+    """Whether this thread is within one of ``keep_attention``'s contexts."""
+    return _active.tape is not None
+
+
 def replayed(compute: Callable[[], Result]) -> Result:
     """Return ``compute()``; within ``keep_attention``'s contexts, keep its result or return the kept one instead."""
     tape, place = _active.tape, _active.place
@@ -58,8 +63,7 @@ def replayed(compute: Callable[[], Result]) -> Result:
         return compute()
     if place is None:
         result = compute()
-        tape.append((result[0].detach(), result[1].detach()))
+        tape.append(tuple(x.detach() for x in result))
         return result
     _active.place = place + 1
-    out, lse = tape[place]
-    return out.detach(), lse.detach()  # new objects: autograd writes its node onto them
+    return tuple(x.detach() for x in tape[place])  # new objects: autograd writes its node onto them
