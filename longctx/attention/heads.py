@@ -33,9 +33,8 @@ class Share(NamedTuple):
         return int(self.keys.stop - self.keys.start)
 
 
-@lru_cache(maxsize=64)
-def deal(heads: int, kv_heads: int, members: int) -> tuple[Share, ...]:
-    """The share of every member.
+def check_members(heads: int, members: int) -> None:
+    """Refuse an exchange among more members than heads.
 
     Raises:
         AttentionError: a member would have no query head.
@@ -45,6 +44,16 @@ def deal(heads: int, kv_heads: int, members: int) -> tuple[Share, ...]:
             f"ulysses={members} and {heads} query heads: a rank would have no head; use at most ulysses={heads}, and "
             "ring for the other ranks"
         )
+
+
+@lru_cache(maxsize=64)
+def deal(heads: int, kv_heads: int, members: int) -> tuple[Share, ...]:
+    """The share of every member.
+
+    Raises:
+        AttentionError: a member would have no query head.
+    """
+    check_members(heads, members)
     bounds = [member * heads // members for member in range(members + 1)]
     return tuple(_share(first, stop, heads // kv_heads) for first, stop in zip(bounds, bounds[1:], strict=False))
 

@@ -61,7 +61,7 @@ def _forward(
 def _(q: Any, k: Any, v: Any, sink: Any, alibi: Any, documents: Any, *settings: Any) -> tuple[torch.Tensor, ...]:
     *_, with_lse, lean = settings
     members = from_key(settings[1])
-    share = deal(q.shape[1], k.shape[1], members.ulysses_size)[members.ulysses_rank]
+    share = deal(int(q.shape[1]), int(k.shape[1]), members.ulysses_size)[members.ulysses_rank]
     batch, tokens = q.shape[0], q.shape[2] * members.ulysses_size
     lse = torch.empty(q.shape[:3], dtype=accumulator_dtype(q.dtype), device=q.device)
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
@@ -137,6 +137,8 @@ def _differentiate(ctx: Any, dout: Optional, dlse: Optional, *_: None) -> tuple[
     q, k, v, out, lse, documents, sink, alibi, seeds = ctx.saved_tensors
     if dout is None:
         dout = q.new_zeros(ctx.shape)
+    if not ctx.settings[-2]:
+        dlse = None  # the gradient of an empty lse
     inputs = (q, k, v, out, lse, sink, alibi, *ctx.heads, documents, seeds)
     *grads, dsink, dalibi = _backward(dout, dlse, *inputs, *ctx.settings)
     per = (None if x is None else grad for x, grad in ((sink, dsink), (alibi, dalibi)))

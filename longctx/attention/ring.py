@@ -16,7 +16,7 @@ from longctx.attention.arguments import check_documents, check_scores, check_ten
 from longctx.attention.backends.base import Rows
 from longctx.attention.band import make_rule
 from longctx.attention.call import SETTINGS, make_passes
-from longctx.attention.heads import deal
+from longctx.attention.heads import check_members
 from longctx.attention.hybrid import attention as hybrid_attention
 from longctx.attention.operator import INPUTS, fake_backward, fake_forward, per_head, register_gradient
 from longctx.attention.passes import split
@@ -84,7 +84,7 @@ def ring_attention(
     check_documents("document_ids", document_ids, q)
     layout = get_layout(layout)
     ring, ulysses = (1, 1) if mesh is None else (mesh.ring_size, mesh.ulysses_size)
-    deal(q.shape[1], k.shape[1], ulysses)  # raises where a rank would have no head
+    check_members(q.shape[1], ulysses)
     if q.shape[2] != k.shape[2]:
         raise AttentionError(
             f"{q.shape[2]} queries and {k.shape[2]} keys on one rank: a sharded sequence has one length; "
