@@ -1,7 +1,7 @@
 """How many of the ranks that share a sequence exchange heads: the rule behind `mesh.ulysses: auto`. Arithmetic only.
 
-Exchanging heads moves less than a ring and hides nothing, so it belongs where links are fast: inside a host. A key/value
-head is best on one rank: where more ranks exchange than there are such heads, copies of them travel and take memory.
+Exchanging heads moves less than a ring and hides nothing, so it belongs where links are fast: inside a host. A
+key/value head is best on one rank: where more ranks exchange than there are such heads, copies travel and take memory.
 """
 
 from __future__ import annotations
