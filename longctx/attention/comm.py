@@ -21,7 +21,7 @@ from longctx.mesh import Mesh
 
 @dataclass
 class Counters:
-    """What this process has sent over rings since the last reset()."""
+    """What this process has sent over rings and between ulysses members since the last reset()."""
 
     hops: int = 0
     """Blocks of keys and values (with their document ids) handed to a neighbour."""
@@ -34,6 +34,10 @@ class Counters:
     document_bytes: int = 0
     state_bytes: int = 0
     """Of bounded memories and their gradients, in `messages` and `bytes` as well."""
+    exchanges: int = 0
+    """Times that heads were exchanged for tokens, or back, between ulysses members."""
+    exchange_bytes: int = 0
+    """Of these exchanges, what left this rank; in `messages` and `bytes` as well."""
 
     def reset(self) -> None:
         for field in fields(self):

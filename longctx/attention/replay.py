@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-Result = tuple[torch.Tensor, torch.Tensor]
+Result = tuple[torch.Tensor, ...]
 
 
 class Store(Protocol):
@@ -40,7 +40,7 @@ class _Active(threading.local):
     """The tape of the checkpointed region that this thread is in; backward of a GPU runs in a thread of its own."""
 
     store: Store = Here()
-    tape: list[tuple[Any, Any]] | None = None
+    tape: list[tuple[Any, ...]] | None = None
     place: int | None = None  # of the next result to hand out; None while recording
 
 
@@ -56,14 +56,14 @@ def keep_attention(store: Store | None = None) -> tuple[_Region, _Region]:
     For ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=keep_attention)``. Kept for each
     attention of the region until its backward is over: out (B, H, T, D) in its dtype, lse (B, H, T) in fp32.
     """
-    tape: list[tuple[Any, Any]] = []
+    tape: list[tuple[Any, ...]] = []
     return _Region(store or Here(), tape, None), _Region(store or Here(), tape, 0)
 
 
 class _Region:
     """A context that can be entered again, for a second backward of the same graph."""
 
-    def __init__(self, store: Store, tape: list[tuple[Any, Any]], place: int | None) -> None:
+    def __init__(self, store: Store, tape: list[tuple[Any, ...]], place: int | None) -> None:
         self.inside = store, tape, place
         self.before: list[Any] = []  # a second backward of the same graph may start within the first
 
@@ -75,6 +75,11 @@ class _Region:
         _active.store, _active.tape, _active.place = self.before.pop()
 
 
+def keeping() -> bool:
+    """Whether this thread is within one of ``keep_attention``'s contexts."""
+    return _active.tape is not None
+
+
 def replayed(compute: Callable[[], Result]) -> Result:
     """Return ``compute()``; within ``keep_attention``'s contexts, keep its result or return the kept one instead."""
     tape, place = _active.tape, _active.place
@@ -82,8 +87,7 @@ def replayed(compute: Callable[[], Result]) -> Result:
         return compute()
     if place is None:
         result = compute()
-        tape.append((_active.store.put(result[0]), _active.store.put(result[1])))
+        tape.append(tuple(_active.store.put(x) for x in result))
         return result
     _active.place = place + 1
-    out, lse = tape[place]
-    return _active.store.take(out).detach(), _active.store.take(lse).detach()  # new objects: autograd marks them
+    return tuple(_active.store.take(x).detach() for x in tape[place])  # new objects: autograd writes its node onto them

@@ -14,15 +14,16 @@ import torch
 
 from longctx.attention.arguments import check_documents, check_scores, check_tensors, resolve_scale, resolve_seeds
 from longctx.attention.backends.base import Rows
-from longctx.attention.backends.choose import choose_backend, pattern_of
-from longctx.attention.band import Rule, make_rule
-from longctx.attention.comm import LocalLink, ProcessLink
-from longctx.attention.operator import INPUTS, fake_backward, fake_forward, make_scores, per_head, register_gradient
-from longctx.attention.passes import Passes, split
+from longctx.attention.band import make_rule
+from longctx.attention.call import SETTINGS, make_passes
+from longctx.attention.heads import check_members
+from longctx.attention.hybrid import attention as hybrid_attention
+from longctx.attention.operator import INPUTS, fake_backward, fake_forward, per_head, register_gradient
+from longctx.attention.passes import split
 from longctx.attention.replay import replayed
 from longctx.errors import AttentionError
 from longctx.layout import Layout, get_layout
-from longctx.mesh import Mesh, from_key
+from longctx.mesh import Mesh
 
 
 def ring_attention(
@@ -45,25 +46,27 @@ def ring_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention over the whole sequence, from and to this rank's part of it. Every rank of the ring calls it.
+    """Exact attention over the whole sequence, from and to this rank's part of it. Every rank that holds a part of the
+    sequence calls it; where the mesh has ulysses > 1, they exchange heads inside and pass keys and values outside.
 
     Args:
         q: (B, H, T, Dk), k: (B, G, T, Dk), v: (B, G, T, Dv): this rank's tokens in the layout's local order (what
             `shard` returns), G dividing H, one floating dtype, T the same on every rank.
-        mesh: the grid of ranks; None, or a ring of one, computes locally.
+        mesh: the grid of ranks; None, or one rank a sequence, computes locally. ulysses is at most H; it need divide
+            neither H nor G.
         causal: a token sees no later token, by global index.
         layout: how the sequence is dealt out; must be the one `shard` was given.
         window: tokens visible to the left including the token itself, or (strictly left, strictly right).
         document_ids: (B, T) integers, this rank's part; a token sees only tokens of its own document; negative ids are
             padding. Documents may cross ranks anywhere. Ids travel with the keys; all ranks give them, or none.
-        length: the true global length where it is less than T times the ring: the rest is padding.
+        length: the true global length where it is less than T times ring and ulysses: the rest is padding.
         scale: of the logits; default 1 / sqrt(Dk).
         softcap: bends the scaled logits to within (-softcap, softcap): softcap * tanh(x / softcap).
         sink: (H,) one more logit in every query's softmax, without a value.
         alibi: (H,) slopes; a logit loses slope * |i - j| of the global indices, after the cap.
         dropout_p: the share of the probabilities that is dropped; the others are divided by 1 - dropout_p.
-        dropout_seed: an int, or (B,) int64 with one seed a row; equal on all ranks of the ring. With the head and the
-            global indices of query and key it decides what is dropped, so the number of ranks does not.
+        dropout_seed: an int, or (B,) int64 with one seed a row; equal on all ranks of the sequence. With the head
+            and the global indices of query and key it decides what is dropped, so the number of ranks does not.
         return_lse: also return the logarithm of the softmax's denominator (sink included, nothing dropped).
         backend: "auto", "aten" (CPU; without softcap, alibi, dropout), "triton" or another of docs/kernels.md (GPU), or
             "reference".
@@ -80,29 +83,25 @@ def ring_attention(
     check_scores(q, softcap=softcap, sink=sink, alibi=alibi, dropout_p=dropout_p, dropout_seed=dropout_seed)
     check_documents("document_ids", document_ids, q)
     layout = get_layout(layout)
-    ring = 1 if mesh is None else mesh.ring_size
-    if mesh is not None and mesh.ulysses_size > 1:
-        raise AttentionError(
-            f"a mesh with ulysses={mesh.ulysses_size}: splitting heads is not supported in this version; use "
-            f"Mesh(ring={mesh.sequence_size})"
-        )
+    ring, ulysses = (1, 1) if mesh is None else (mesh.ring_size, mesh.ulysses_size)
+    check_members(q.shape[1], ulysses)
     if q.shape[2] != k.shape[2]:
         raise AttentionError(
             f"{q.shape[2]} queries and {k.shape[2]} keys on one rank: a sharded sequence has one length; "
             "block_attention takes two"
         )
-    padded = q.shape[2] * ring
-    if padded % layout.multiple(ring):
+    padded = q.shape[2] * ring * ulysses
+    if padded % layout.multiple(ring, ulysses):
         raise AttentionError(
-            f"{q.shape[2]} tokens a rank over a ring of {ring} make {padded}, and layout {layout.name!r} needs a "
-            f"multiple of {layout.multiple(ring)}; pad with longctx.shard"
+            f"{q.shape[2]} tokens a rank over ring {ring} x ulysses {ulysses} make {padded}, and layout "
+            f"{layout.name!r} needs a multiple of {layout.multiple(ring, ulysses)}; pad with longctx.shard"
         )
     if length is not None and not 0 < length <= padded:
         raise AttentionError(
-            f"length={length}: the ring holds {padded} tokens; give the true global length, 1 to {padded}"
+            f"length={length}: the ranks hold {padded} tokens; give the true global length, 1 to {padded}"
         )
     rule = make_rule(causal, window)
-    out, lse = torch.ops.longctx.ring_attention(
+    inputs = (
         q,
         k,
         v,
@@ -110,7 +109,7 @@ def ring_attention(
         alibi,
         document_ids,
         resolve_seeds(q, dropout_p, dropout_seed),
-        mesh.key if mesh is not None and ring > 1 else "",
+        mesh.key if mesh is not None and mesh.sequence_size > 1 else "",
         layout.name,
         rule.left,
         rule.right,
@@ -120,19 +119,18 @@ def ring_attention(
         dropout_p,
         backend,
     )
+    if ulysses > 1:
+        out, lse = hybrid_attention(*inputs, return_lse)
+    else:
+        out, lse = torch.ops.longctx.ring_attention(*inputs)
     return (out, lse) if return_lse else out
 
 
-# The operator: plain settings in its signature, the mesh as its registered key ("": a ring of one).
-
-_SETTINGS = (
-    "Tensor? documents, Tensor? seeds, str mesh, str layout, int? left, int? right, int? length, float scale, "
-    "float? softcap, float dropout_p, str backend"
-)
+# The operator of a ring; that of a ring with exchanged heads is in hybrid.py.
 
 
 @torch.library.custom_op(
-    "longctx::ring_attention", mutates_args=(), schema=f"({INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)"
+    "longctx::ring_attention", mutates_args=(), schema=f"({INPUTS}, {SETTINGS}) -> (Tensor, Tensor)"
 )
 def _forward(
     q: torch.Tensor,
@@ -143,13 +141,13 @@ def _forward(
     documents: torch.Tensor | None,
     *settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return replayed(lambda: _passes(q, v, alibi, documents, *settings).forward(q, k, v, documents, sink))
+    return replayed(lambda: make_passes(q, v, alibi, documents, *settings).forward(q, k, v, documents, sink))
 
 
 @torch.library.custom_op(
     "longctx::ring_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {INPUTS}, {_SETTINGS}) "
+    schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {INPUTS}, {SETTINGS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
@@ -166,7 +164,7 @@ def _backward(
     *settings: Any,
 ) -> tuple[torch.Tensor, ...]:
     rows = Rows(q, out, lse, dout, dlse)
-    dq, dkv, dalibi = _passes(q, v, alibi, documents, *settings).backward(rows, k, v, documents)
+    dq, dkv, dalibi = make_passes(q, v, alibi, documents, *settings).backward(rows, k, v, documents)
     return dq, dkv, *per_head(rows, sink, alibi, dalibi)
 
 
@@ -187,26 +185,3 @@ def _gradients(
 
 
 register_gradient(_forward, _gradients)
-
-
-def _passes(
-    q: torch.Tensor,
-    v: torch.Tensor,
-    alibi: torch.Tensor | None,
-    documents: torch.Tensor | None,
-    seeds: torch.Tensor | None,
-    mesh: str,
-    layout: str,
-    left: int | None,
-    right: int | None,
-    length: int | None,
-    scale: float,
-    softcap: float | None,
-    dropout_p: float,
-    backend: str,
-) -> Passes:
-    link = ProcessLink(from_key(mesh)) if mesh else LocalLink()
-    scores = make_scores(q, scale, softcap, alibi, dropout_p, seeds)
-    rule = Rule(left, right, length)
-    chosen = choose_backend(backend, q, v, scores, pattern_of(rule, documents))
-    return Passes(link, layout, rule, scores, chosen)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from longctx.attention.comm import Counters, Link, Message, Pending, count
+from longctx.attention.ulysses import Members, count_exchange
 
 TIMEOUT = 60.0
 """Seconds to wait for a message: a schedule in which somebody waits for nobody must fail, not hang."""
@@ -60,6 +61,29 @@ class _Waiting:
                 ours.copy_(theirs)
 
 
+class SimulatedMembers:
+    """One simulated rank's end of an exchange of heads, with counters of its own."""
+
+    def __init__(self, mailbox: Mailbox, size: int, rank: int, counters: Counters) -> None:
+        self.size, self.rank, self._mailbox, self._counters = size, rank, mailbox, counters
+
+    def swap(self, sent: torch.Tensor, send_sizes: list[int], received: torch.Tensor, receive_sizes: list[int]) -> None:
+        count_exchange(self.rank, send_sizes, self._counters)
+        for peer, piece in enumerate(sent.split(send_sizes)):
+            self._mailbox.box(self.rank, peer, 0).put([piece.clone()])
+        for peer, piece in enumerate(received.split(receive_sizes)):
+            piece.copy_(self._mailbox.box(peer, self.rank, 0).get(timeout=TIMEOUT)[0])
+
+
+def run_grid(ring: int, ulysses: int, worker: Callable[[Link, Members], Any]) -> tuple[list[Any], list[Counters]]:
+    """Call `worker(link, members)` for every rank of ring x ulysses; as `run`, in the mesh's order of ranks."""
+    rings = [Mailbox() for _ in range(ulysses)]
+    groups = [Mailbox() for _ in range(ring)]
+    links = [SimulatedLink(rings[u], ring, r) for r in range(ring) for u in range(ulysses)]
+    ends = [SimulatedMembers(groups[i // ulysses], ulysses, i % ulysses, links[i].counters) for i in range(len(links))]
+    return _together(links, lambda i: worker(links[i], ends[i]), [*rings, *groups])
+
+
 def run(ring: int, worker: Callable[[Link], Any]) -> tuple[list[Any], list[Counters]]:
     """Call `worker(link)` for every rank of a ring at once; returns (results, counters), each a list by rank.
 
@@ -69,8 +93,15 @@ def run(ring: int, worker: Callable[[Link], Any]) -> tuple[list[Any], list[Count
     """
     mailbox = Mailbox()
     links = [SimulatedLink(mailbox, ring, rank) for rank in range(ring)]
-    with ThreadPoolExecutor(ring) as pool:
-        results = [future.result() for future in [pool.submit(worker, link) for link in links]]
-    if not mailbox.empty:
+    return _together(links, lambda rank: worker(links[rank]), [mailbox])
+
+
+def _together(
+    links: list[SimulatedLink], call: Callable[[int], Any], mailboxes: list[Mailbox]
+) -> tuple[list[Any], list[Counters]]:
+    """Run call(0), call(1), ... at once."""
+    with ThreadPoolExecutor(len(links)) as pool:
+        results = [future.result() for future in [pool.submit(call, rank) for rank in range(len(links))]]
+    if not all(mailbox.empty for mailbox in mailboxes):
         raise RuntimeError("a message was sent that no rank received")
     return results, [link.counters for link in links]

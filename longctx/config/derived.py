@@ -6,6 +6,7 @@ from pydantic import Field
 
 from longctx.config.architecture import parameter_count
 from longctx.config.fields import Section
+from longctx.config.room import room_of
 from longctx.config.schema import RunConfig
 from longctx.errors import ConfigError
 from longctx.layout import get_layout
@@ -59,7 +60,8 @@ def derive(config: RunConfig, world: int | None = None) -> Derived:
     Raises:
         ConfigError: the mesh does not fill the world, or the batch cannot be split over it.
     """
-    grid = config.mesh.grid(world_size(config) if world is None else world)
+    world = world_size(config) if world is None else world
+    grid = config.mesh.grid(world, room_of(config, world))
     train, length = config.train, config.data.sequence_length
     at_once = train.micro_batch * grid.data
     global_batch = at_once if train.global_batch is None else train.global_batch

@@ -12,6 +12,8 @@ from longctx.config.fields import Section
 from longctx.config.launch_rules import broken_launch
 from longctx.config.layer_rules import broken_layers
 from longctx.config.problems import redact, show
+from longctx.config.room import has_memories, room_of
+from longctx.config.room import heads as query_heads
 from longctx.config.schema import RunConfig
 from longctx.engine.settings import load_settings
 from longctx.errors import ConfigError, LongctxError
@@ -118,9 +120,18 @@ def _layers(config: RunConfig) -> Iterator[Finding]:
 
 
 def _mesh(config: RunConfig) -> Iterator[Finding]:
-    if config.mesh.ulysses > 1:
-        message = f"got {config.mesh.ulysses}; exchanging heads is not built yet, use 1 and a larger mesh.ring"
-        yield Finding("mesh.ulysses", message, "not-built")
+    ulysses, (heads, _) = config.mesh.ulysses, query_heads(config)
+    if ulysses == "auto" or ulysses == 1:
+        return
+    if heads is not None and ulysses > heads:
+        message = f"got {ulysses}, above the model's {heads} heads; use at most {heads}, and mesh.ring for other ranks"
+        yield Finding("mesh.ulysses", message, "heads")
+    if has_memories(config):
+        message = (
+            f"got {ulysses}, but the bounded memories of attention.layers pass their state along a ring only; use 1 "
+            "and a larger mesh.ring"
+        )
+        yield Finding("mesh.ulysses", message, "layers")
 
 
 def _data(config: RunConfig) -> Iterator[Finding]:
@@ -227,9 +238,9 @@ def _sizes(config: RunConfig, world: int, others: bool) -> Iterator[Finding]:
         yield Finding("mesh.world", f"got {mesh.world}, but the launcher started {world} ranks; remove the key", "mesh")
         return
     try:
-        grid = mesh.grid(world)
+        grid = mesh.grid(world, room_of(config, world))
     except ConfigError as error:
-        key = next((name for name in ("ring", "data", "world") if name in mesh.model_fields_set), "ring")
+        key = next((name for name in ("ring", "data", "world", "ulysses") if name in mesh.model_fields_set), "ring")
         yield Finding(f"mesh.{key}", str(error).removeprefix("mesh: "), "mesh")
         return
     least = grid.ring * grid.ulysses * (2 if layout == "zigzag" else 1)

@@ -97,7 +97,9 @@ def without(job: Plan, sizes: Derived, absent: frozenset[str]) -> Plan | None:
     names = ", ".join(sorted(absent))
     print(f"longctx: going on without {names}: mesh.data is now {data}", file=sys.stderr, flush=True)
     changes = {
-        "mesh": job.config.mesh.model_copy(update={"ring": sizes.ring, "data": data, "world": "auto"}),
+        "mesh": job.config.mesh.model_copy(
+            update={"ring": sizes.ring, "ulysses": sizes.ulysses, "data": data, "world": "auto"}
+        ),
         "train": job.config.train.model_copy(update={"global_batch": batch}),
     }
     return _plan(job.config.model_copy(update=changes), left, (sizes.ring, sizes.ulysses, data))

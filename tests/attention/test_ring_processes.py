@@ -187,7 +187,7 @@ def test_two_rings_side_by_side_keep_to_themselves() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mesh": longctx.Mesh(ring=2, ulysses=2, world_size=4, rank=0)}, "ulysses"),
+        ({"mesh": longctx.Mesh(ulysses=5, world_size=5, rank=0)}, "at most ulysses=4"),
         ({"mesh": longctx.Mesh(ring=4, world_size=4, rank=0), "tokens": 3}, "multiple"),
         ({"mesh": longctx.Mesh(ring=4, world_size=4, rank=0), "length": 33}, "length"),
         ({"length": 0}, "length"),

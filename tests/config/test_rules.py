@@ -34,7 +34,8 @@ ILLEGAL: list[tuple[str, dict[str, Any], str]] = [
     ("attention in extra", {"model__extra": {"_attn_implementation": "x"}}, "model.extra._attn_implementation"),
     ("grid is not the world", {"mesh__world": 8}, "mesh.ring"),
     ("ring does not divide", {"mesh__ring": 3, "mesh__data": "auto"}, "mesh.ring"),
-    ("ulysses", {"mesh__ulysses": 2, "mesh__data": 1}, "mesh.ulysses"),
+    ("ulysses above heads", {"mesh__ulysses": 16, "mesh__ring": 1, "mesh__data": 1, "mesh__world": 16}, "mesh.ulysses"),
+    ("ulysses of memories", {"mesh__ulysses": 2, "mesh__data": 1, "attention__layers": {"0": "abc"}}, "mesh.ulysses"),
     ("zigzag ring too large", {"data__sequence_length": 3}, "data.sequence_length"),
     (
         "ring too large",
@@ -156,6 +157,49 @@ def test_auto_fills_the_mesh(ring: Any, data: Any, world: Any, default: int, gri
     config = loads(text, default_world=default).config
     size = derive(config, world_size(config, default))
     assert (size.ring, size.data) == grid and size.world == size.ring * size.data
+
+
+@pytest.mark.parametrize(
+    ("mesh", "world", "more", "grid"),
+    [
+        ({"ring": 2, "ulysses": 2}, 4, {}, (2, 2, 1)),
+        ({"ring": "auto", "ulysses": 2}, 8, {}, (4, 2, 1)),
+        ({"ring": "auto", "ulysses": "auto"}, 8, {}, (2, 4, 1)),  # 4 key/value heads
+        ({"ring": "auto", "ulysses": "auto", "data": 2}, 8, {}, (1, 4, 2)),
+        ({"ring": 2, "ulysses": "auto", "data": 2}, 12, {}, (2, 3, 2)),  # what the two leave
+        ({"ring": 1, "ulysses": "auto"}, 8, {}, (1, 4, 2)),
+        ({"ring": "auto", "ulysses": "auto"}, 6, {}, (3, 2, 1)),
+        ({"ring": "auto", "ulysses": "auto"}, 8, {"model__kv_heads": 1}, (8, 1, 1)),
+        ({"ring": "auto", "ulysses": "auto"}, 8, {"attention__layers": {"0": "abc"}}, (8, 1, 1)),
+        ({"ring": "auto", "ulysses": "auto"}, 16, {"launch__launcher": "slurm"}, (16, 1, 1)),
+        (
+            {"ring": "auto", "ulysses": "auto"},
+            16,
+            {"launch__launcher": "slurm", "launch__ranks_per_host": 2},
+            (8, 2, 1),
+        ),
+        (
+            {"ring": "auto", "ulysses": "auto"},
+            6,
+            {"launch__launcher": "openmpi", "launch__hosts": ["a:4", "b:2"]},
+            (3, 2, 1),
+        ),
+    ],
+)
+def test_auto_exchanges_heads_inside_a_host(mesh: dict, world: int, more: dict, grid: tuple[int, int, int]):
+    keys = {f"mesh__{key}": mesh.get(key, ...) for key in ("ring", "ulysses", "data", "world")}
+    changes = {"model__heads": 8, "model__kv_heads": 4, "train__global_batch": ..., **keys, **more}
+    size = derive(loads(text_of(variant(**changes)), default_world=world).config, world)
+    assert (size.ring, size.ulysses, size.data) == grid
+
+
+def test_heads_of_a_folder_are_read_where_they_can_be(tmp_path):
+    changes = {**FROM_FOLDER, "model__pretrained": str(tmp_path), "mesh__ulysses": "auto", "mesh__ring": "auto"}
+    changes |= {"mesh__data": ..., "mesh__world": ..., "train__global_batch": ...}
+    config = loads(text_of(variant(**changes)), default_world=4).config
+    assert derive(config, 4).ulysses == 1
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 8, "num_key_value_heads": 2}')
+    assert derive(config, 4).ulysses == 2
 
 
 def test_sizes_follow():

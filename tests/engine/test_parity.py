@@ -50,14 +50,16 @@ def settings(cell: tuple[int, bool, bool, bool], clip: float = CLIP) -> dict[str
     }
 
 
-def trained(rank: int, world: int, ring: int, cell: tuple, optimizer: str, layout: str, layers: int) -> dict[str, Any]:
+def trained(
+    rank: int, world: int, ring: int, cell: tuple, optimizer: str, layout: str, layers: int, ulysses: int = 1
+) -> dict[str, Any]:
     """Train on this rank's shards and return what the truth returns."""
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
     import longctx
 
-    mesh = longctx.Mesh(ring=ring)
+    mesh = longctx.Mesh(ring=ring, ulysses=ulysses)
     model = tiny_llama(num_hidden_layers=layers)
     engine, *_ = longctx.initialize(
         model, settings(cell), mesh, layout, optimizer=make_optimizer(optimizer, model.parameters())
@@ -91,11 +93,13 @@ def truth(replicas: int, optimizer: str, layers: int) -> dict[str, Any]:
     )
 
 
-def check(world: int, ring: int, cell: tuple, optimizer: str, layout: str = "zigzag", layers: int = 2) -> None:
-    results = run_ranks(world, trained, ring, cell, optimizer, layout, layers)
-    wanted = truth(world // ring, optimizer, layers)
+def check(
+    world: int, ring: int, cell: tuple, optimizer: str, layout: str = "zigzag", layers: int = 2, ulysses: int = 1
+) -> None:
+    results = run_ranks(world, trained, ring, cell, optimizer, layout, layers, ulysses)
+    wanted = truth(world // (ring * ulysses), optimizer, layers)
     assert max(wanted["norms"]) > CLIP  # clipping is exercised
-    assert min(wanted["norms"]) < CLIP or world == ring  # and, over two replicas, not always on
+    assert min(wanted["norms"]) < CLIP or world == ring * ulysses  # and, over two replicas, not always on
     for result in results:
         torch.testing.assert_close(result["losses"], wanted["losses"], rtol=tolerance("training loss"), atol=0)
         torch.testing.assert_close(result["norms"], wanted["norms"], rtol=tolerance("training norm"), atol=0)
@@ -158,6 +162,24 @@ def test_other_meshes_pairwise(world: int, ring: int, cell: tuple, optimizer: st
 @pytest.mark.parametrize("layout", ["contiguous", "striped"])
 def test_other_layouts(layout: str) -> None:
     check(4, 2, (3, True, False, False), "sgd", layout)
+
+
+HYBRID = [  # ring x ulysses 2 on four ranks
+    (2, (3, True, False, False), "sgd", "zigzag"),
+    (1, (1, True, False, False), "adamw", "zigzag"),
+    pytest.param(2, (0, True, False, False), "sgd", "zigzag", marks=pytest.mark.slow),
+    pytest.param(2, (1, False, True, False), "sgd", "striped", marks=pytest.mark.slow),
+    pytest.param(2, (2, True, False, True), "adamw", "contiguous", marks=pytest.mark.slow),
+    pytest.param(2, (3, True, True, True), "adamw", "zigzag", marks=pytest.mark.slow),
+    pytest.param(1, (0, True, False, False), "sgd", "zigzag", marks=pytest.mark.slow),
+    pytest.param(1, (2, True, True, False), "sgd", "zigzag", marks=pytest.mark.slow),
+    pytest.param(1, (3, False, False, False), "sgd", "zigzag", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("ring", "cell", "optimizer", "layout"), HYBRID, ids=name)
+def test_heads_exchanged_in_a_ring_and_between_replicas(ring: int, cell: tuple, optimizer: str, layout: str) -> None:
+    check(4, ring, cell, optimizer, layout, layers=1, ulysses=2)
 
 
 def grid() -> list[tuple[int, int, tuple, str]]:

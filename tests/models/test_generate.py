@@ -48,8 +48,10 @@ def truth(name: str, mode: str, length: int, padded: bool, **extra: Any) -> torc
     return tokens
 
 
-def worker(rank: int, world: int, cases: list[dict[str, Any]]) -> list[tuple[torch.Tensor, bool, int]]:
-    mesh = longctx.Mesh(ring=world)
+def worker(
+    rank: int, world: int, cases: list[dict[str, Any]], ulysses: int = 1
+) -> list[tuple[torch.Tensor, bool, int]]:
+    mesh = longctx.Mesh(ring=world // ulysses, ulysses=ulysses)
     results = []
     for case in cases:
         model = tiny_model(tiny_config(case["name"], **case.get("extra", {})), "longctx").double()
@@ -60,8 +62,8 @@ def worker(rank: int, world: int, cases: list[dict[str, Any]]) -> list[tuple[tor
     return results
 
 
-def check(world: int, cases: list[dict[str, Any]]) -> list[list[tuple[torch.Tensor, bool, int]]]:
-    results = run_ranks(world, worker, cases, timeout=240)
+def check(world: int, cases: list[dict[str, Any]], ulysses: int = 1) -> list[list[tuple[torch.Tensor, bool, int]]]:
+    results = run_ranks(world, worker, cases, ulysses, timeout=240)
     for answers in results:
         for case, (tokens, same, _) in zip(cases, answers, strict=True):
             extra = case.get("extra", {})
@@ -72,6 +74,11 @@ def check(world: int, cases: list[dict[str, Any]]) -> list[list[tuple[torch.Tens
 
 def case(name: str, mode: str = "greedy", length: int = 29, padded: bool = True, **more: Any) -> dict[str, Any]:
     return {"name": name, "mode": mode, "length": length, "padded": padded, **more}
+
+
+def test_a_context_of_ranks_that_exchange_heads() -> None:
+    """Only the prompt's pass exchanges heads; each rank then keeps its own tokens, whatever the grid."""
+    check(2, [case("llama"), case("gemma2", padded=False)], ulysses=2)
 
 
 def test_every_kind_of_model_on_a_ring_of_two() -> None:

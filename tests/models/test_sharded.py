@@ -66,13 +66,13 @@ def sharded_error(
     return {"logits": float(logits_error), "gradient": float(torch.stack(gradients).max())}  # NaN stays NaN
 
 
-def worker(rank: int, world: int, ring: int, cases: list[dict[str, Any]]) -> list[dict[str, float]]:
-    mesh = longctx.Mesh(ring=ring)
+def worker(rank: int, world: int, ring: int, cases: list[dict[str, Any]], ulysses: int = 1) -> list[dict[str, float]]:
+    mesh = longctx.Mesh(ring=ring, ulysses=ulysses)
     return [sharded_error(mesh, **case) for case in cases]
 
 
-def check(world: int, ring: int, cases: list[dict[str, Any]]) -> None:
-    for results in run_ranks(world, worker, ring, cases, timeout=240):
+def check(world: int, ring: int, cases: list[dict[str, Any]], ulysses: int = 1) -> None:
+    for results in run_ranks(world, worker, ring, cases, ulysses, timeout=240):
         for case, errors in zip(cases, results, strict=True):
             for what, error in errors.items():
                 named = {key: value for key, value in case.items() if key != "config"}
@@ -89,6 +89,16 @@ def test_every_model_on_a_ring_of_two(name: str) -> None:
 def test_llama_on_other_rings(world: int, ring: int) -> None:
     config = tiny_config("llama")
     check(world, ring, [{"config": config, "kind": kind} for kind in ("packed", "left")])
+
+
+def test_every_model_exchanging_heads() -> None:
+    """Also those with fewer key heads than members, learned sinks, softcaps and windows by layer."""
+    cases = [{"config": tiny_config(name), "kind": kind} for name in (*CAUSAL, "bert") for kind in ("packed", "left")]
+    check(2, 1, cases, ulysses=2)
+
+
+def test_llama_on_two_by_two() -> None:
+    check(4, 2, [{"config": tiny_config("llama"), "kind": kind} for kind in ("packed", "left")], ulysses=2)
 
 
 def test_padding_given_as_a_mask_of_the_local_tokens() -> None:

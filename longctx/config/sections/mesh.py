@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from longctx.config.fields import AutoInt, HumanInt, Section
+from longctx.config.fields import AutoInt, Section
+from longctx.config.split import NO_ROOM, Room, choose_ulysses
 from longctx.errors import ConfigError
 
 
@@ -31,8 +32,10 @@ class Mesh(Section):
         description="ranks that share one sequence by passing keys and values around; auto: what `data` and `ulysses` "
         "leave",
     )
-    ulysses: HumanInt = Field(
-        1, ge=1, le=1024, description="ranks that share one sequence by exchanging heads; only 1 is built so far"
+    ulysses: AutoInt = Field(
+        1,
+        description="ranks that share one sequence by exchanging heads, at most as many as query heads; auto: as many "
+        "as fit into one host and divide the key/value heads, and `ring` the rest",
     )
     data: AutoInt = Field(
         "auto",
@@ -43,22 +46,31 @@ class Mesh(Section):
         "auto", description="ranks in all; auto: what the launcher started, else one per GPU, else 2 CPU processes"
     )
 
-    def grid(self, world: int) -> Grid:
+    def grid(self, world: int, room: Room = NO_ROOM) -> Grid:
         """Fill in `auto` for a world of `world` ranks.
+
+        Args:
+            room: what `ulysses: auto` may take.
 
         Raises:
             ConfigError: ring x ulysses x data cannot be `world`.
         """
-        if self.ring == "auto":
-            data = 1 if self.data == "auto" else self.data
-            ring = max(world // (data * self.ulysses), 1)
-        else:
-            ring = self.ring
-            data = max(world // (ring * self.ulysses), 1) if self.data == "auto" else self.data
-        grid = Grid(ring, self.ulysses, data)
+        ring, ulysses, data = self.ring, self.ulysses, self.data
+        if ring == "auto" and data == "auto":
+            data = 1
+        if ulysses == "auto":
+            known = (1 if ring == "auto" else ring) * (1 if data == "auto" else data)
+            rest = max(world // known, 1)
+            ulysses = rest if "auto" not in (ring, data) else choose_ulysses(rest, room)
+        if ring == "auto":
+            assert data != "auto"
+            ring = max(world // (data * ulysses), 1)
+        if data == "auto":
+            data = max(world // (ring * ulysses), 1)
+        grid = Grid(ring, ulysses, data)
         if grid.world != world:
             raise ConfigError(
-                f"mesh: ring {ring} x ulysses {self.ulysses} x data {data} is {grid.world} ranks, but the world has "
+                f"mesh: ring {ring} x ulysses {ulysses} x data {data} is {grid.world} ranks, but the world has "
                 f"{world}; choose sizes whose product is {world}, or set mesh.world: {grid.world}"
             )
         return grid

@@ -1,0 +1,58 @@
+"""What a configuration says about the exchange of heads: how many there are, and how many ranks are on a host."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import reduce
+from math import gcd
+from pathlib import Path
+
+from longctx.config.schema import RunConfig
+from longctx.config.split import Room
+from longctx.errors import ModelError
+from longctx.nn.kinds import ABC, Cosine, read_layers
+
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_SIZE")
+_ANY = 10**6  # layers of a model whose number is not known before it is loaded
+
+
+def room_of(config: RunConfig, world: int) -> Room:
+    """Return what `mesh.ulysses: auto` may take in a world of `world` ranks."""
+    return Room(None if has_memories(config) else heads(config)[1], ranks_per_host(config, world))
+
+
+def has_memories(config: RunConfig) -> bool:
+    """Whether a layer keeps a bounded memory: those pass their state along a ring and exchange no heads."""
+    try:
+        kinds = read_layers(config.attention.layers, config.model.layers or _ANY) if config.attention.layers else {}
+    except ModelError:
+        return False  # a rule of its own says what is wrong
+    return any(isinstance(kind, ABC | Cosine) for kind in kinds)
+
+
+def heads(config: RunConfig) -> tuple[int | None, int | None]:
+    """Return (query heads, key/value heads), each None where it is not known before the model is loaded."""
+    model = config.model
+    if model.pretrained is None:
+        return model.heads, model.kv_heads or model.heads
+    try:
+        raw = json.loads((Path(model.pretrained) / "config.json").read_text(encoding="utf-8"))
+        queries = int(raw.get("num_attention_heads", raw.get("n_head")))
+        return queries, int(raw.get("num_key_value_heads") or queries)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None, None  # whoever looks at the machine says what is wrong with the folder
+
+
+def ranks_per_host(config: RunConfig, world: int) -> int | None:
+    """Return how many ranks share a host, as far as the configuration or the launcher of this process says; a divisor
+    of all where hosts differ."""
+    launch = config.launch
+    if launch.launcher == "local":
+        found = next((os.environ[name] for name in _LOCAL_SIZES if name in os.environ), "")
+        return int(found) if found.isdecimal() and int(found) else world
+    own = None if launch.ranks_per_host == "auto" else launch.ranks_per_host
+    slots = [int(slots) if (slots := host.partition(":")[2]).isdecimal() else own for host in launch.hosts]
+    if not slots:
+        return own
+    return None if None in slots else reduce(gcd, (number for number in slots if number))

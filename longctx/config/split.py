@@ -1,0 +1,30 @@
+"""How many of the ranks that share a sequence exchange heads: the rule behind `mesh.ulysses: auto`. Arithmetic only.
+
+Exchanging heads moves less than a ring and hides nothing, so it belongs where links are fast: inside a host. A
+key/value head is best on one rank: where more ranks exchange than there are such heads, copies travel and take memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Room(NamedTuple):
+    """What an exchange of heads may take."""
+
+    kv_heads: int | None
+    """Key/value heads of the model; None: not known, or no layer can exchange heads."""
+    per_host: int | None
+    """Ranks on one host; None: not known."""
+
+
+NO_ROOM = Room(None, None)
+
+
+def choose_ulysses(ranks: int, room: Room) -> int:
+    """Return the largest number of members that divides `ranks`, the ranks of a host and the key/value heads; 1 where
+    one of them is not known."""
+    if room.kv_heads is None or room.per_host is None:
+        return 1
+    fits = (n for n in range(room.kv_heads, 0, -1) if not (room.kv_heads % n or ranks % n or room.per_host % n))
+    return next(fits, 1)
