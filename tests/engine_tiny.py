@@ -126,6 +126,7 @@ def make_engine(ring: int, stage: int, *, model: Any = None, gas: int = 1, **con
     import longctx
 
     offload, memory = config.pop("offload", False), config.pop("memory", None)
+    mesh = longctx.Mesh(ring=ring, ulysses=config.pop("ulysses", 1))
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 5000, "stage3_param_persistence_threshold": 600}
     zero |= config.pop("zero", {})
     if offload:
@@ -142,7 +143,7 @@ def make_engine(ring: int, stage: int, *, model: Any = None, gas: int = 1, **con
     model = tiny_llama() if model is None else model
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer("sgd", trained)
-    return longctx.initialize(model, settings, longctx.Mesh(ring=ring), optimizer=optimizer, memory=memory)[0]
+    return longctx.initialize(model, settings, mesh, optimizer=optimizer, memory=memory)[0]
 
 
 def weights_of(engine: Any) -> dict[str, torch.Tensor]:
