@@ -12,10 +12,19 @@ from bounded import direct, ranks
 
 from longctx.attention import simulate
 from longctx.attention.comm import Link
+from longctx.bounded import clusters
 
 from tolerances import tolerance
 
 EXACT = tolerance("fp64")
+
+
+@pytest.fixture(autouse=True)
+def centroids_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within sequences as short as these."""
+    monkeypatch.setattr(clusters, "PERIOD", 5)
+
+
 BEFORE, LENGTH = 13, 48
 DOCUMENTS = {
     "none": None,
