@@ -58,8 +58,9 @@ def abc_attention(
         document_ids: (B, T) int64, a document being one run of an id, on all ranks; the memory restarts with each; -1
             is padding. In cross attention those of the keys.
         length: the true global length; tokens beyond are padding.
-        state: of the tokens before; fp32 (fp64 for fp64 inputs); gradients flow into it. On one device only.
-        return_state: also return the state after the last token. On one device only.
+        state: of the tokens before; fp32 (fp64 for fp64 inputs); gradients flow into it. On a ring the same one on
+            every rank, and its gradient is each rank's share, as a parameter's: their sum is the whole.
+        return_state: also return the state after the sequence's last token, on a ring the same one on every rank.
         backend: "chunked", torch's products over chunks, in fp32 (fp64 for fp64); "triton", kernels for causal "prefix"
             with one control, not fp64, slots and head dimensions up to 128; "auto", the kernels on a GPU if they can.
 

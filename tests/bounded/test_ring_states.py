@@ -90,3 +90,32 @@ def test_a_sequence_moves_from_ring_to_ring(name: str, tmp_path: Path) -> None:
     three, _ = run(27, 39, 2, "zigzag", state, swapped)
     ours = torch.cat([one, two, three[swapped]], 2)
     assert direct.differences([ours], [expected])[0] <= EXACT
+
+
+@pytest.mark.parametrize("length", [48, 96])
+def test_bytes_are_those_of_the_formulas(length: int) -> None:
+    """A state that is asked for goes from every rank to every other; that of clusters from each rank to the next."""
+    ring, batch, groups, width, out = 4, 2, 2, 5, 3
+    state = 8 * batch * groups * ranks.SLOTS * (width + out + 1)
+    seen = 8 * 2 * batch * groups * ranks.SLOTS * (width + 1)
+    leaves, weight = ranks.inputs("prefix", length)
+
+    def sent(name: str, total: bool) -> list[tuple[int, int]]:
+        parts = ranks.indices("contiguous", ring, length)
+
+        def worker(link: Link) -> None:
+            here = parts[link.rank]
+            mine = [x[:, :, here].requires_grad_() for x in leaves[: 3 + ranks.CASES[name].tensors]]
+            found = ranks.call(name, mine, None, "contiguous", link, return_state=total)
+            (found[0] if total else found).backward(weight[:, :, here])
+
+        return [(c.messages, c.bytes) for c in simulate.run(ring, worker)[1]]
+
+    for messages, nbytes in sent("prefix", True):
+        assert messages == 2 * (ring - 1)
+        assert nbytes == (2 * state + 8 * batch) * (ring - 1)
+    plain = sent("prefix", False)
+    for rank, (messages, nbytes) in enumerate(sent("cluster", False)):
+        hops = int(rank < ring - 1)
+        assert messages == plain[rank][0] + hops
+        assert nbytes == plain[rank][1] + hops * (seen + 8 * batch)
