@@ -6,8 +6,9 @@ how many tokens their documents have had, a number a row: the scale of a value d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -16,10 +17,15 @@ from longctx.bounded import cosine_chunks, monoid
 from longctx.bounded.chunks import Runs
 from longctx.bounded.cosine_write import memory_of
 from longctx.bounded.exchange import Value, collect, one_each
-from longctx.bounded.scan import associative_exclusive_scan
+from longctx.bounded.packed import one_by_one, over_ranks
+from longctx.bounded.scan import begin_scan
 from longctx.bounded.sequence import Place, check_one_document, only_document
 from longctx.bounded.state import CosineState
 from longctx.kernels.cosine.reference import unit
+
+AHEAD = 1024
+"""Tokens (at most a quarter) whose outputs a rank computes while states are on their way; what was before them is added
+when it has come, one more product for these tokens. The others start from it."""
 
 
 @dataclass(frozen=True)
@@ -43,45 +49,62 @@ class Inputs:
         logs = counts.clamp_min(1).to(self.dtype).log()[:, None].expand(self.q.shape[0], -1, -1)
         return torch.exp(-self.exponent[:, None] * logs)
 
+    def part(self, here: slice) -> Inputs:
+        q, k, v = (x[:, :, here] for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v)
+
+    def document(self, row: int, tokens: torch.Tensor) -> Inputs:
+        """Some tokens (n,) of one row."""
+        q, k, v = (x[row : row + 1].index_select(2, tokens) for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v)
+
     def empty(self) -> torch.Tensor:
         shape = (*self.k.shape[:2], self.k.shape[3], self.v.shape[3])
         return torch.zeros(shape, dtype=self.dtype, device=self.k.device)
 
 
-def causal(x: Inputs, place: Place, state: CosineState | None) -> tuple[torch.Tensor, CosineState]:
-    """(out (B, H, T, Dv), the state after this rank's last stretch)."""
+def causal(x: Inputs, place: Place, state: CosineState | None, total: bool) -> tuple[torch.Tensor, CosineState]:
+    """(out (B, H, T, Dv), the state after the sequence's last token; on a ring only if `total`)."""
     ids, document = place.ids, None if state is None else state.document
     if ids is None and document is not None:
         document = document.clamp_min(0)
-    counts = place.counts(None if state is None else state.count, document)
+    counts, count = place.counts(None if state is None else state.count, document, total)
     size = x.size(counts)
-    memories: Sequence[torch.Tensor] = [x.empty() if state is None else state.memory]
-    known: Sequence[torch.Tensor | None] = [document]
+    starts: list[Any] = [(x.empty() if state is None else state.memory, document)]
+    parts, outs = list(place.parts), []
     if place.link.ring > 1:
-        memories, known = zip(*_starts(x, size, place), strict=True)
-    outs = []
-    for here, memory, before in zip(place.parts, memories, known, strict=True):
-        q, k, v = (y[:, :, here] for y in (x.q, x.k, x.v))
+        arriving = _begin(x, size, place, total)
+        ahead = slice(0, min(AHEAD, parts[0].stop // 4))
+        join = _ahead(x, size, ids, ahead)  # while the states are on their way
+        starts = arriving() if state is None else [_after(state, place, start) for start in arriving()]
+        if join is not None:
+            out, start = join(starts[0])
+            parts[0], starts = slice(ahead.stop, parts[0].stop), [start, *starts[1:]]
+            outs.append(out)
+    for here, (memory, before) in zip(parts, starts, strict=False):
         part = None if ids is None else ids[:, here]
-        out, last = _continue(x, q, k, v, size[:, :, here], memory, part, None if part is None else before)
+        out, last = _continue(x.part(here), size[:, :, here], memory, part, None if part is None else before)
         outs.append(out)
-    if ids is not None:
+    if place.link.ring > 1:
+        last, end = starts[-1]
+        document = document if ids is None else end
+    elif ids is not None:
         document = Runs(ids, document).document
-    after = CosineState(last, counts[:, -1].expand(x.q.shape[0]).clone(), document)
+    after = CosineState(last, count.expand(x.q.shape[0]).clone(), document)
     return (outs[0] if len(outs) == 1 else torch.cat(outs, 2)), after
 
 
 def _continue(x: Inputs, *given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """One stretch by the backend's kernels."""
+    """One stretch by the backend's kernels, from (size, memory, ids, document)."""
     if x.backend == "triton":
         from longctx.bounded.cosine_triton import Fused  # imports triton
 
-        return Fused.apply(*given, x.on_query)
-    return cosine_chunks.Chunked.apply(*given, x.on_query, cosine_chunks.CHUNK)
+        return Fused.apply(x.q, x.k, x.v, *given, x.on_query)
+    return cosine_chunks.Chunked.apply(x.q, x.k, x.v, *given, x.on_query, cosine_chunks.CHUNK)
 
 
-def _starts(x: Inputs, size: torch.Tensor, place: Place) -> list[Value]:
-    """The state before each stretch of this rank."""
+def _begin(x: Inputs, size: torch.Tensor, place: Place, total: bool) -> Callable[[], list[Value]]:
+    """Start to fetch the state before each stretch of this rank, and after the last if `total`."""
     elements: list[Value] = []
     for here in place.parts:
         tokens, document = None, torch.zeros(x.k.shape[0], dtype=torch.int64, device=x.k.device)
@@ -91,33 +114,101 @@ def _starts(x: Inputs, size: torch.Tensor, place: Place) -> list[Value]:
         scale = None if x.on_query else size[:, :, here]
         elements.append((memory_of(x.k[:, :, here], x.v[:, :, here], scale, tokens), document))
     nothing = (x.empty(), torch.full_like(elements[0][1], -1))
-    return associative_exclusive_scan(elements, monoid.add, nothing, place.link, place.chain)
+    return begin_scan(elements, monoid.add, nothing, place.link, place.chain, total=total)
 
 
-def over_all(x: Inputs, place: Place, state: CosineState | None) -> tuple[torch.Tensor, CosineState]:
-    """Every query sees every key of its document: N^-a (Q K^T) V, by whichever product is cheaper."""
-    batch, queries, tokens = x.q.shape[0], x.q.shape[2], x.k.shape[2]
+def _after(state: CosineState, place: Place, start: Value) -> Value:
+    """What was before the sequence joins last, on every rank."""
+    same = torch.zeros_like(start[1]) if place.ids is None or state.document is None else state.document
+    return monoid.add((state.memory, same), start)
+
+
+def _ahead(
+    x: Inputs, size: torch.Tensor, ids: torch.Tensor | None, here: slice
+) -> Callable[[Value], tuple[torch.Tensor, Value]] | None:
+    """The outputs of some tokens as if nothing were before them, in the accumulator's dtype, so that what is added
+    later is rounded once; None for no tokens. Returns state before -> (out, state after): it adds Q S."""
+    if here.stop == 0:
+        return None
+    part, scale = x.part(here), size[:, :, here]
+    part = replace(part, q=part.q.to(x.dtype), k=part.k.to(x.dtype), v=part.v.to(x.dtype))
+    own = None if ids is None else ids[:, here]
+    out, memory = _continue(part, scale, x.empty(), own, None)
+    document = torch.zeros_like(size[:, 0, 0], dtype=torch.int64) if own is None else Runs(own, None).document
+
+    def join(start: Value) -> tuple[torch.Tensor, Value]:
+        q, groups = part.q, part.k.shape[1]
+        if own is not None:
+            q = q.masked_fill(~((own == start[1][:, None]) & (own >= 0))[:, None, :, None], 0.0)
+        past = (unit(q).unflatten(1, (groups, -1)).flatten(2, 3) @ start[0]).unflatten(2, (-1, here.stop)).flatten(1, 2)
+        past = past * scale[..., None] if x.on_query else past
+        return (out + past).to(x.q.dtype), monoid.add(start, (memory, document))
+
+    return join
+
+
+def over_all(x: Inputs, place: Place, state: CosineState | None, total: bool) -> tuple[torch.Tensor, CosineState]:
+    """Every query sees every key: N^-a (Q K^T) V, by whichever product is cheaper; the state only if `total`."""
+    queries, tokens = x.q.shape[2], x.k.shape[2]
     absent = None
     if place.valid is not None and queries == tokens:
         absent = ~place.valid[:, None, :, None]
         x = replace(x, q=x.q.masked_fill(absent, 0.0))
-    if state is None and place.link.ring == 1 and _pairs_are_cheaper(x, place):
-        memory, out, total = x.empty(), *_by_pairs(x, place)
+    if state is None and not total and place.link.ring == 1 and _pairs_are_cheaper(x):
+        memory, (out, count) = x.empty(), _by_pairs(x, place.valid)
     else:
-        total = torch.full((batch,), tokens, device=x.q.device)
-        total = total if place.valid is None else place.valid.sum(1)
-        memory = memory_of(x.k, x.v, None, place.valid)
+        memory, count = memory_of(x.k, x.v, None, place.valid), _count(x, place.valid)
         if place.link.ring > 1:
-            memory, total = _over_ranks(memory, total, place)
+            memory, count = _over_ranks(memory, count, place)
         if state is not None:
-            memory, total = memory + state.memory, total + state.count
-        q = unit(x.q.to(x.dtype)).unflatten(1, (x.k.shape[1], -1)).flatten(2, 3)
-        out = (q @ memory).unflatten(2, (-1, queries)).flatten(1, 2)
-        total = total[:, None]
-    out = out * x.size(total)[..., None]
+            memory, count = memory + state.memory, count + state.count
+        out = _read(x, memory, count)
     if absent is not None:
         out = out.masked_fill(absent, 0.0)
-    return out.to(x.q.dtype), CosineState(memory, total.amax(1), None)
+    return out, CosineState(memory, count, None)
+
+
+def packed(x: Inputs, place: Place) -> torch.Tensor:
+    """As `over_all`, within each document of packed rows."""
+    assert place.valid is not None
+    absent = ~place.valid[:, None, :, None]
+    clean = replace(x, q=x.q.masked_fill(absent, 0.0))
+
+    def alone(part: Inputs) -> torch.Tensor:
+        if _pairs_are_cheaper(part):
+            return _by_pairs(part, None)[0]
+        return _read(part, memory_of(part.k, part.v, None, None), _count(part, None))
+
+    def within(here: slice, ids: torch.Tensor) -> torch.Tensor:
+        part = x.part(here)
+        nothing = x.q.new_zeros((1, x.q.shape[1], 1, x.v.shape[3]))
+        return one_by_one(ids, lambda row, tokens: alone(part.document(row, tokens)), nothing)
+
+    if place.link.ring == 1:
+        assert place.ids is not None
+        return within(slice(None), place.ids)
+    return over_ranks(
+        place,
+        lambda here, tokens, name: (memory_of(x.k[:, :, here], x.v[:, :, here], None, tokens), tokens.sum(1), name),
+        monoid.add,
+        lambda state: (*(torch.zeros_like(y) for y in state[:-1]), torch.full_like(state[-1], -1)),
+        lambda here, state: _read(clean.part(here), state[0], state[1]),
+        within,
+    )
+
+
+def _count(x: Inputs, valid: torch.Tensor | None) -> torch.Tensor:
+    """(B,) the keys that count."""
+    if valid is not None:
+        return valid.sum(1)
+    return torch.full((x.k.shape[0],), x.k.shape[2], device=x.k.device)
+
+
+def _read(x: Inputs, memory: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """All queries at once of one memory, to which `count` (B,) keys were written: (B, H, T, Dv)."""
+    q = unit(x.q.to(x.dtype)).unflatten(1, (x.k.shape[1], -1)).flatten(2, 3)
+    out = (q @ memory).unflatten(2, (-1, x.q.shape[2])).flatten(1, 2)
+    return (out * x.size(count[:, None])[..., None]).to(x.q.dtype)
 
 
 def _over_ranks(memory: torch.Tensor, total: torch.Tensor, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,30 +221,18 @@ def _over_ranks(memory: torch.Tensor, total: torch.Tensor, place: Place) -> tupl
     return torch.stack(memories).sum(0), torch.stack([known[rank][1] for rank in range(ring)]).sum(0)
 
 
-def _pairs_are_cheaper(x: Inputs, place: Place) -> bool:
-    """Whether (Q K^T) V costs less than Q (K^T V); packed documents have no common K^T V."""
-    if place.ids is not None:
-        top = place.ids.amax(1, keepdim=True)
-        if bool(((place.ids >= 0) & (place.ids != top)).any()):
-            return True
+def _pairs_are_cheaper(x: Inputs) -> bool:
+    """Whether (Q K^T) V costs less than Q (K^T V)."""
     (heads, queries, width), tokens, out = x.q.shape[1:], x.k.shape[2], x.v.shape[3]
     return heads * queries * tokens * (width + out) < (x.k.shape[1] * tokens + heads * queries) * width * out
 
 
-def _by_pairs(x: Inputs, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
-    """((Q K^T over pairs of one document) V, the size of each query's document (B, Tq))."""
+def _by_pairs(x: Inputs, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """((Q K^T over the pairs) V, the keys that count (B,))."""
     q, k, v = (y.to(x.dtype) for y in (x.q, x.k, x.v))
-    visible = None
-    if place.ids is not None:
-        valid = place.ids >= 0
+    if valid is not None:
         k, v = (y.masked_fill(~valid[:, None, :, None], 0.0) for y in (k, v))
-        if q.shape[2] == k.shape[2]:
-            visible = (place.ids[:, :, None] == place.ids[:, None]) & valid[:, None]
-        else:
-            visible = valid[:, None].expand(-1, q.shape[2], -1)
     scores = unit(q).unflatten(1, (k.shape[1], -1)) @ unit(k).transpose(-1, -2)[:, :, None]
-    total = torch.full((q.shape[0], 1), k.shape[2], device=q.device)
-    if visible is not None:
-        scores = scores * visible[:, None, None]
-        total = visible.sum(-1)
-    return (scores @ v[:, :, None]).flatten(1, 2), total
+    count = _count(x, valid)
+    out = (scores @ v[:, :, None]).flatten(1, 2) * x.size(count[:, None])[..., None]
+    return out.to(x.q.dtype), count

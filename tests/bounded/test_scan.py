@@ -55,13 +55,21 @@ def loss(state: Value, weights: list[torch.Tensor], chunk: int) -> torch.Tensor:
 
 
 def by_a_loop(name: str, members: list[torch.Tensor], ids: torch.Tensor, reverse: bool) -> list[Value]:
+    """What every chunk receives, and what all make together."""
     op, running = MONOIDS[name][0], identity(name, members)
     found = {}
     for chunk in reversed(range(len(ids))) if reverse else range(len(ids)):
         found[chunk] = running
         own = (*(x[chunk] for x in members), ids[chunk])
         running = op(own, running) if reverse else op(running, own)
-    return [found[chunk] for chunk in range(len(ids))]
+    return [*(found[chunk] for chunk in range(len(ids))), running]
+
+
+def same(ours: Value, theirs: Value) -> None:
+    for a, b in zip(ours[:-1], theirs[:-1], strict=True):
+        assert a.isfinite().equal(b.isfinite())
+        finite = [torch.where(x.isfinite(), x, 0.0) for x in (a, b)]
+        assert direct.differences(finite[:1], finite[1:])[0] <= EXACT
 
 
 @settings(max_examples=30)
@@ -71,25 +79,30 @@ def by_a_loop(name: str, members: list[torch.Tensor], ids: torch.Tensor, reverse
     st.integers(2, 9),
     st.sampled_from(["gather", "steps", "auto"]),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 2**16),
 )
-def test_scan_is_a_loop(name: str, layout: str, ring: int, form: str, reverse: bool, seed: int) -> None:
+def test_scan_is_a_loop(name: str, layout: str, ring: int, form: str, reverse: bool, total: bool, seed: int) -> None:
     chain = chain_of(layout, ring)
     members, ids = states(name, chain.total, seed)
     weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype) for x in members]
     leaves = [x.clone().requires_grad_() for x in members]
-    expected = by_a_loop(name, leaves, ids, reverse)
-    total = sum((loss(state, weights, chunk) for chunk, state in enumerate(expected)), torch.zeros(()))
-    wanted = torch.autograd.grad(total, leaves)
+    *expected, everything = by_a_loop(name, leaves, ids, reverse)
+    losses = sum((loss(state, weights, chunk) for chunk, state in enumerate(expected)), torch.zeros(()))
+    if total:
+        losses = losses + ring * loss(everything, weights, 0)
+    wanted = torch.autograd.grad(losses, leaves)
 
     def worker(link: Link) -> tuple[list[Value], list[torch.Tensor | None]]:
         here = chain.chunks[link.rank]
         mine = [[x[chunk].clone().requires_grad_() for x in members] for chunk in here]
         local = [(*own, ids[chunk]) for own, chunk in zip(mine, here, strict=True)]
         found = associative_exclusive_scan(
-            local, MONOIDS[name][0], identity(name, members), link, chain, reverse=reverse, form=form
+            local, MONOIDS[name][0], identity(name, members), link, chain, reverse=reverse, form=form, total=total
         )
-        part = sum((loss(state, weights, chunk) for chunk, state in zip(here, found, strict=True)), torch.zeros(()))
+        assert len(found) == len(here) + total
+        part = sum((loss(state, weights, chunk) for chunk, state in zip(here, found, strict=False)), torch.zeros(()))
+        part = part + loss(found[-1], weights, 0) if total else part
         flat = [x for own in mine for x in own]
         return found, list(torch.autograd.grad(part, flat, allow_unused=True))
 
@@ -98,12 +111,11 @@ def test_scan_is_a_loop(name: str, layout: str, ring: int, form: str, reverse: b
         count = len(members)
         for place, chunk in enumerate(here):
             assert found[place][-1].equal(expected[chunk][-1])
-            for ours, theirs in zip(found[place][:-1], expected[chunk][:-1], strict=True):
-                assert ours.isfinite().equal(theirs.isfinite())
-                finite = [torch.where(x.isfinite(), x, 0.0) for x in (ours, theirs)]
-                assert direct.differences(finite[:1], finite[1:])[0] <= EXACT
+            same(found[place], expected[chunk])
             own = gradients[place * count : (place + 1) * count]
             assert max(direct.differences(own, [x[chunk] for x in wanted])) <= EXACT
+        if total:
+            same(found[-1], everything)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
