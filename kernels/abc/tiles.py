@@ -35,4 +35,8 @@ def choose(name: str, width: int, itemsize: int, arch: str) -> Config:
         return Config(8, 1)
     if itemsize > 2:
         return Config(16, 4)
-    return Config(32, 8 if name == "queries" else 4) if width <= 64 else Config(16, 8)
+    if arch == "gfx942":  # its warps are of 64 threads
+        return Config(32 if width <= 64 else 16, 4)
+    if width <= 64:
+        return Config(32, 8 if name == "queries" else 4)
+    return Config(16, 8, 2 if (name, arch) == ("queries", "sm_100") else 1)

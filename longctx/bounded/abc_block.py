@@ -1,10 +1,10 @@
 """ABC over the chunks of one block: forward, and backward from the same weights. The arithmetic of methods 2.4 and 2.5.
 
-Rows are the queries of a group, n = H / G a token, so that keys and weights are never expanded. With A = Q K^T over
+Rows are the queries of a group, n = H / G a token, times the scale; keys and weights are never expanded. With A = Q K^T over
 the pairs that may meet, W the write weights and K0, V0 the memory before the chunk (`carry` times it: K', V'),
 
-    logits = scale read (A W + Q K'^T)      P = softmax(logits)      P' = read P      O = (P' W^T) V + P' V'
-    dP = read (dO V'^T + (dO V^T) W)        dL = P (dP - rowsum(P dP))                G = scale read dL
+    logits = read (A W + Q K'^T)            P = softmax(logits)      P' = read P      O = (P' W^T) V + P' V'
+    dP = read (dO V'^T + (dO V^T) W)        dL = P (dP - rowsum(P dP))                G = read dL
     dQ = (G W^T) K + G K'      dK = (G W^T)^T Q + W U      dV = (P' W^T)^T dO + W U
     dW = A^T G + K U^T + (dO V^T)^T P' + V U^T
 
@@ -34,7 +34,7 @@ class Memory:
 
 
 class Pass:
-    """One block: q (B, G, chunks, n * C, D), k (B, G, chunks, C, D), v, in the accumulator's dtype.
+    """One block: q (B, G, chunks, n * C, D) times the scale, k (B, G, chunks, C, D), v, in the accumulator's dtype.
 
     weights: of keys and of values; one object twice where they share a control.
     """
@@ -47,13 +47,19 @@ class Pass:
         weights: tuple[Weights, Weights],
         sight: Sight,
         before: Memory,
-        scale: float,
     ) -> None:
-        self.q, self.k, self.v, self.sight, self.scale = q, k, v, sight, scale
+        sizes = [k.shape[4], v.shape[4]]
+        both = torch.cat([k, v], -1)
+        self.q, self.sight, (self.k, self.v) = q, sight, both.split(sizes, -1)
         self.for_keys, self.for_values = weights
-        self._keys, keys = self._remember(before.keys, k, self.for_keys)
-        self._values, values = self._remember(before.values, v, self.for_values)
-        self.after = Memory(keys, values)
+        if self.for_keys is self.for_values:
+            met, after = self._remember(torch.cat([before.keys, before.values], -1), both, self.for_keys)
+            self._keys, self._values = met.split(sizes, -1)
+            self.after = Memory(*after.split(sizes, -1))
+        else:
+            self._keys, keys = self._remember(before.keys, self.k, self.for_keys)
+            self._values, values = self._remember(before.values, self.v, self.for_values)
+            self.after = Memory(keys, values)
 
     def _remember(self, start: torch.Tensor, x: torch.Tensor, w: Weights) -> tuple[torch.Tensor, torch.Tensor]:
         """The memory times `carry` before each chunk, and the memory after the block."""
@@ -65,9 +71,7 @@ class Pass:
         """Compute what both directions need: the pairs' scores, the slots' logits, and their softmax."""
         w = self.for_keys
         self.scores = self.sight.pairs(self.q @ self.k.transpose(-1, -2))
-        read = self.scores @ w.write
-        read += self.sight.rows(self.q @ self._keys.transpose(-1, -2))
-        self.logits = w.scaled(read).mul_(self.scale)
+        self.logits = w.scale(self.sight.add_read(self.scores @ w.write, self.q, self._keys.transpose(-1, -2)))
         if w.seen is None:
             self.p = self.logits.softmax(-1)
         else:
@@ -80,9 +84,7 @@ class Pass:
     def forward(self) -> torch.Tensor:
         """(B, G, chunks, n * C, Dv)."""
         self.probabilities()
-        out = self.mixed @ self.v
-        out += self.sight.rows(self.spread @ self._values)
-        return out
+        return self.sight.add_read(self.mixed @ self.v, self.spread, self._values)
 
     def backward(self, dout: torch.Tensor, gradient: Memory) -> tuple[list[torch.Tensor], Memory]:
         """([dq, dk, dv, ds of keys, ds of values], folded as the inputs; the gradient of the memory before the block).
@@ -92,21 +94,18 @@ class Pass:
         self.probabilities()
         sight, keys, values = self.sight, self.for_keys, self.for_values
         pairs = sight.pairs(dout @ self.v.transpose(-1, -2))
-        dspread = pairs @ values.write
-        dspread += sight.rows(dout @ self._values.transpose(-1, -2))
-        dp = values.scaled(dspread)
-        pdp = self.p * dp
+        dp = values.scale(sight.add_read(pairs @ values.write, dout, self._values.transpose(-1, -2)))
+        pdp = dp.mul_(self.p)
         dlogits = torch.addcmul(pdp, self.p, pdp.sum(-1, keepdim=True), value=-1.0)
-        g = keys.scaled(dlogits).mul_(self.scale)
+        g = keys.scaled(dlogits)
         mixed = sight.pairs(g @ keys.write.transpose(-1, -2))
-        dq = mixed @ self.k
-        dq += sight.rows(g @ self._keys)
-        inside_k, dkeys = self._recall(gradient.keys, sight.rows(g.clone()), self.q, keys)
-        inside_v, dvalues = self._recall(gradient.values, sight.rows(self.spread.clone()), dout, values)
-        dk = mixed.transpose(-1, -2) @ self.q + times(keys.write @ inside_k, sight.after)
-        dv = self.mixed.transpose(-1, -2) @ dout + times(values.write @ inside_v, sight.after)
-        raw_k = self.scores.transpose(-1, -2) @ g + times(self.k @ inside_k.transpose(-1, -2), sight.after)
-        raw_v = pairs.transpose(-1, -2) @ self.spread + times(self.v @ inside_v.transpose(-1, -2), sight.after)
+        dq = sight.add_read(mixed @ self.k, g, self._keys)
+        inside_k, dkeys = self._recall(gradient.keys, g, self.q, keys)
+        inside_v, dvalues = self._recall(gradient.values, self.spread, dout, values)
+        dk = sight.add_written(mixed.transpose(-1, -2) @ self.q, keys.write, inside_k)
+        dv = sight.add_written(self.mixed.transpose(-1, -2) @ dout, values.write, inside_v)
+        raw_k = sight.add_written(self.scores.transpose(-1, -2) @ g, self.k, inside_k.transpose(-1, -2))
+        raw_v = sight.add_written(pairs.transpose(-1, -2) @ self.spread, self.v, inside_v.transpose(-1, -2))
         c_k, c_v = self._per_token(dlogits.mul_(self.logits)), self._per_token(pdp)
         streams = [(keys, raw_k, c_k), (values, raw_v, c_v)]
         if keys is values:
@@ -121,7 +120,7 @@ class Pass:
     def _recall(
         self, gradient: torch.Tensor, g: torch.Tensor, x: torch.Tensor, w: Weights
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return memory.backwards(gradient, g.transpose(-1, -2) @ x, w.carry, w.close, self.sight.kept)
+        return memory.backwards(gradient, self.sight.rows(g).transpose(-1, -2) @ x, w.carry, w.close, self.sight.kept)
 
     def _per_token(self, x: torch.Tensor) -> torch.Tensor:
         """Summed over the n rows of a token: (B, G, chunks, C, M)."""

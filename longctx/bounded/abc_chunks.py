@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from longctx.attention.backends.base import accumulator_dtype
 from longctx.bounded import weights
@@ -61,6 +62,7 @@ class Chunked(torch.autograd.Function):
         return (out, *(None if x is None else x.clone() for x in state))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Optional, dz_k: Optional, dz_v: Optional, dkeys: Optional, dvalues: Optional) -> Any:
         q, k, v, s_k, s_v, ids, document, z_k, z_v, keys, values, last_keys, last_values = ctx.saved_tensors
         walk = _Walk(q, k, v, s_k, s_v, ids, document, *ctx.walk_settings)
@@ -114,7 +116,8 @@ class _Walk:
     ) -> Memory:
         made = self._pass(block, state)
         assert made is not None
-        parts, gradient = made.backward(fold(dout, block, self.k.shape[1], self.dtype), gradient)
+        parts, gradient = made.backward(fold(dout, block, self.k.shape[1], self.dtype).contiguous(), gradient)
+        parts[0].mul_(self.scale)
         for whole, part in zip(grads, parts, strict=True):
             unfold(whole, block, part)
         return gradient
@@ -132,7 +135,7 @@ class _Walk:
         if sight.valid is not None:  # what padding holds is nobody's business, NaN included
             k, v = (x.masked_fill(~sight.valid, 0.0) for x in (k, v))
             q = q.unflatten(3, (-1, block.size)).masked_fill(~sight.valid[:, :, :, None], 0.0).flatten(3, 4)
-        return Pass(q, k, v, (made[0], made[-1]), sight, Memory(keys, values), self.scale)
+        return Pass(q * self.scale, k, v, (made[0], made[-1]), sight, Memory(keys, values))
 
     def _sight(self, block: Block) -> Sight:
         if self.runs is not None:

@@ -43,10 +43,10 @@ def blocks(tokens: int, size: int, chunks: int) -> Iterator[Block]:
 
 
 def fold(x: torch.Tensor, block: Block, heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """The block of x (B, H, T, X) as (B, heads, chunks, H / heads * size, X), H / heads rows a token, contiguous."""
+    """The block of x (B, H, T, X) as (B, heads, chunks, H / heads * size, X), H / heads rows a token; a view if it can."""
     part = x[:, :, block.start : block.stop].to(dtype)
     part = part.reshape(x.shape[0], heads, -1, block.chunks, block.size, x.shape[3])
-    return part.transpose(2, 3).flatten(3, 4).contiguous()
+    return part.transpose(2, 3).flatten(3, 4)
 
 
 def unfold(out: torch.Tensor, block: Block, part: torch.Tensor) -> None:
@@ -78,10 +78,28 @@ class Sight:
         return scores
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, G, chunks, n * C, X) with 0 in rows that do not read the state before their chunk; in place."""
-        if self.before is not None:
-            x.unflatten(3, (-1, self.visible.shape[-1])).mul_(self.before[:, :, :, None])
-        return x
+        """x (B, G, chunks, n * C, X) with 0 in rows that do not read the state before their chunk."""
+        if self.before is None:
+            return x
+        return (x.unflatten(3, (-1, self.visible.shape[-1])) * self.before[:, :, :, None]).flatten(3, 4)
+
+    def add_read(self, out: torch.Tensor, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """out += x memory, in rows that read the state before their chunk; in place."""
+        if self.before is None:
+            return _add_product(out, x, memory)
+        return out.add_(self.rows(x @ memory))
+
+    def add_written(self, out: torch.Tensor, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """out += x memory, for tokens of the document of the state after their chunk; in place."""
+        if self.after is None:
+            return _add_product(out, x, memory)
+        return out.add_(times(x @ memory, self.after))
+
+
+def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """out += a b over the chunks of a block, as one operator; out is contiguous."""
+    out.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
+    return out
 
 
 def times(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:

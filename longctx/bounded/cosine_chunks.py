@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from longctx.attention.backends.base import accumulator_dtype
 from longctx.bounded import memory
@@ -56,6 +57,7 @@ class Chunked(torch.autograd.Function):
         return out, state.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Optional, dstate: Optional) -> Any:
         q, k, v, size, ids, document = ctx.saved_tensors
         walk = _Walk(q, k, v, size, ids, document, ctx.on_query)
@@ -89,7 +91,7 @@ class _Walk:
     def forward(self, block: Block, state: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         sight = self._sight(block)
         (q, _), (k, _), v, size = self._inputs(block, sight)
-        scaled = v if self.on_query else v * size
+        scaled = v.contiguous() if self.on_query else v * size
         before, state = self._remember(k, scaled, state, sight)
         part = self._read(q, k, scaled, before, sight)
         unfold(out, block, part.mul_(size) if self.on_query else part)
@@ -100,20 +102,20 @@ class _Walk:
     ) -> torch.Tensor:
         sight = self._sight(block)
         (q, q_norm), (k, k_norm), v, size = self._inputs(block, sight)
-        scaled = v if self.on_query else v * size
+        scaled = v.contiguous() if self.on_query else v * size
         before, _ = self._remember(k, scaled, state, sight)
-        dout = fold(dout, block, self.group, self.dtype)
+        dout = fold(dout, block, self.group, self.dtype).contiguous()
         dsize = None
         if self.on_query:
             dsize = (dout * self._read(q, k, scaled, before, sight)).sum(-1, keepdim=True)
             dout = dout * size
         pairs = sight.pairs(dout @ scaled.transpose(-1, -2))
-        dq = pairs @ k + sight.rows(dout @ before.transpose(-1, -2))
-        local = sight.rows(q.clone()).transpose(-1, -2) @ dout
+        dq = sight.add_read(pairs @ k, dout, before.transpose(-1, -2))
+        local = sight.rows(q).transpose(-1, -2) @ dout
         inside, gradient = memory.backwards(gradient, local, None, None, sight.kept)
-        dk = pairs.transpose(-1, -2) @ q + times(scaled @ inside.transpose(-1, -2), sight.after)
+        dk = sight.add_written(pairs.transpose(-1, -2) @ q, scaled, inside.transpose(-1, -2))
         scores = sight.pairs(q @ k.transpose(-1, -2))
-        dscaled = scores.transpose(-1, -2) @ dout + times(k @ inside, sight.after)
+        dscaled = sight.add_written(scores.transpose(-1, -2) @ dout, k, inside)
         if dsize is None:
             dsize = (dscaled * v).sum(-1, keepdim=True)
             dscaled.mul_(size)
@@ -139,9 +141,7 @@ class _Walk:
     def _read(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, sight: Sight
     ) -> torch.Tensor:
-        out = sight.pairs(q @ k.transpose(-1, -2)) @ v
-        out += sight.rows(q @ before)
-        return out
+        return sight.add_read(sight.pairs(q @ k.transpose(-1, -2)) @ v, q, before)
 
     def _sight(self, block: Block) -> Sight:
         if self.runs is not None:

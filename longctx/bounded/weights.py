@@ -43,14 +43,18 @@ class Weights:
 
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, G, chunks, n * C, M) * read."""
-        return x if self.read is None else _by_token(x, self.read)
+        return x if self.read is None else (_tokens(x, self.read) * self.read[:, :, :, None]).flatten(3, 4)
+
+    def scale(self, x: torch.Tensor) -> torch.Tensor:
+        """The same in place."""
+        if self.read is not None:
+            _tokens(x, self.read).mul_(self.read[:, :, :, None])
+        return x
 
 
-def _by_token(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """x (B, G, chunks, n * C, M) * factor (B, G, chunks, C, M)."""
-    if x.shape == factor.shape:
-        return x * factor
-    return (x.unflatten(3, (-1, factor.shape[3])) * factor[:, :, :, None]).flatten(3, 4)
+def _tokens(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """x (B, G, chunks, n * C, M) as (B, G, chunks, n, C, M), beside a factor (B, G, chunks, C, M)."""
+    return x.unflatten(3, (-1, factor.shape[3]))
 
 
 def make(s: torch.Tensor, mass: torch.Tensor, sight: Sight, normalizer: str) -> Weights | None:
@@ -62,52 +66,53 @@ def make(s: torch.Tensor, mass: torch.Tensor, sight: Sight, normalizer: str) -> 
     top = s.amax(3, keepdim=True)
     safe = top.masked_fill(top == -torch.inf, 0.0)
     e = (s - safe).exp_()
-    masses = _scan(mass, _local_mass(s, e, safe, sight), sight.kept)
-    before = torch.stack(masses[:-1], 2)[:, :, :, None]
+    written = e.sum(3, keepdim=True)
+    local = written.log() + safe
+    if sight.after is not None:
+        local = torch.logsumexp(s.masked_fill(sight.after == 0, -torch.inf), 3, keepdim=True)
+    masses = _scan(mass, local[:, :, :, 0], sight.kept)
+    before = masses[:, :, :-1, None]
     if sight.before is not None and sight.kept is not None:  # a state that is neither read nor kept sets no reference
         used = (sight.before.amax(3, keepdim=True) + sight.kept) > 0
         before = before.masked_fill(~used, -torch.inf)
     reference = torch.maximum(before, top)
     reference = reference.masked_fill(reference == -torch.inf, 0.0)
-    e.mul_((top - reference).exp_())
+    share = (top - reference).exp_()
+    e.mul_(share)
     d = (before - reference).exp_()
     total = sight.visible @ e
     total += times(d, sight.before)
     over, seen = total.reciprocal(), None
-    if not bool(total.amin() >= _SMALLEST[s.dtype]):
+    least = total if sight.before is not None else total[:, :, :, :1]  # within a document it only grows
+    if not bool(least.amin() >= _SMALLEST[s.dtype]):
         seen = (sight.visible @ (s > -torch.inf).to(s.dtype)) + times((d > 0).to(s.dtype), sight.before) > 0
         if bool((seen & (total < _SMALLEST[s.dtype])).any()):
             return None
         over = over.masked_fill_(~seen, 0.0)
-    end = times(e, sight.after).sum(3, keepdim=True) + times(d, sight.kept)
+    written = written.mul_(share) if sight.after is None else times(e, sight.after).sum(3, keepdim=True)
+    end = written + times(d, sight.kept)
     shut = torch.where(end > 0, end.reciprocal(), 0.0)
     if normalizer == "prefix":
-        return Weights(e, over, d, shut, seen, masses[-1], e, over, d, shut)
-    return Weights(e * over, None, None, None, seen, masses[-1], e, over, d, shut)
+        return Weights(e, over, d, shut, seen, masses[:, :, -1], e, over, d, shut)
+    return Weights(e * over, None, None, None, seen, masses[:, :, -1], e, over, d, shut)
 
 
-def _local_mass(s: torch.Tensor, e: torch.Tensor, safe: torch.Tensor, sight: Sight) -> torch.Tensor:
-    """(B, G, chunks, M) log mass of the tokens that belong to the state after their chunk."""
-    if sight.after is None:
-        return (e.sum(3, keepdim=True).log_() + safe)[:, :, :, 0]
-    return torch.logsumexp(s.masked_fill(sight.after == 0, -torch.inf), 3)
-
-
-def _scan(mass: torch.Tensor, local: torch.Tensor, kept: torch.Tensor | None) -> list[torch.Tensor]:
-    """The log mass before every chunk and after the last."""
+def _scan(mass: torch.Tensor, local: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """The log mass before every chunk and after the last: (B, G, chunks + 1, M)."""
+    if kept is None:
+        return torch.cat([mass[:, :, None], local], 2).logcumsumexp(2)
     masses = [mass]
     for chunk in range(local.shape[2]):
-        if kept is not None:
-            mass = mass.masked_fill(kept[:, :, chunk, 0] == 0, -torch.inf)
+        mass = mass.masked_fill(kept[:, :, chunk, 0] == 0, -torch.inf)
         mass = torch.logaddexp(mass, local[:, :, chunk])
         masses.append(mass)
-    return masses
+    return torch.stack(masses, 2)
 
 
 def _plain(s: torch.Tensor, mass: torch.Tensor, sight: Sight) -> Weights:
     """Weights that are given: nothing is divided; the log mass only tells which slots were written to."""
     local = times(s.abs(), sight.after).sum(3).log()
     masses = _scan(mass, local, sight.kept)
-    before = (torch.stack(masses[:-1], 2)[:, :, :, None] > -torch.inf).to(s.dtype)
+    before = (masses[:, :, :-1, None] > -torch.inf).to(s.dtype)
     seen = sight.visible @ s.abs() + times(before, sight.before) > 0
-    return Weights(s, None, None, None, None if bool(seen.all()) else seen, masses[-1])
+    return Weights(s, None, None, None, None if bool(seen.all()) else seen, masses[:, :, -1])
