@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
+from longctx.attention.merge import Partial, merge
 from longctx.decode.caches.hidden import HiddenLayer, append_hidden
 from longctx.decode.caches.prompt import self_attention_cache, use_layers
+from longctx.decode.caches.sharded import ShardedCache
 from longctx.decode.el import el_attention, expanded_attention
+from longctx.decode.sharded import merge_over_ranks
 from longctx.errors import ModelError
 from longctx.models.beams import Beams, expand_once
 from longctx.models.memories import memory_of
@@ -76,6 +79,12 @@ def disable_el(model: torch.nn.Module) -> None:
     delattr(model, _STATE)
 
 
+def el_layers(model: torch.nn.Module) -> list[int]:
+    """The numbers of the decoder layers that keep their inputs since `enable_el`."""
+    state = getattr(model, _STATE, None)
+    return [] if state is None else list(state.layers)
+
+
 class _State(Beams):
     """What enable_el did to one model, and how many beams the generation in progress has."""
 
@@ -114,7 +123,10 @@ def _self(family: Family, original: Any) -> Any:
         cache = kwargs.get("past_key_values")
         if cache is None or args:
             return original(hidden_states, *args, **kwargs)
-        past, parts = append_hidden(self_attention_cache(cache), hidden_states, int(self.layer_idx))
+        spread = self_attention_cache(cache)
+        if isinstance(spread, ShardedCache):
+            return _sharded(self, family, original, hidden_states, spread, kwargs)
+        past, parts = append_hidden(spread, hidden_states, int(self.layer_idx))
         tokens = hidden_states.shape[1]
         mask = _mask(kwargs.get(family.mask), past + tokens)
         if not past:
@@ -127,6 +139,32 @@ def _self(family: Family, original: Any) -> Any:
         return (out, None) if family.bias is None else (out, bias, None)
 
     return forward
+
+
+def _sharded(
+    module: Any, family: Family, original: Any, x: torch.Tensor, cache: ShardedCache, kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """The same over a context that is spread over ranks: W_v comes before the exchange, D + 1 numbers a query head."""
+    held: Any = cache.layers[int(module.layer_idx)]
+    prompt = not held.is_initialized
+    held.update(x[:, None], x[:, None, :, :0])
+    if prompt:
+        result: tuple[Any, ...] = original(x, **(kwargs | {"past_key_values": None}))
+        return result
+    weights, heads = family.projections(module), getattr(module, family.heads)
+    q = torch.nn.functional.linear(x, weights.w_q, weights.b_q).unflatten(-1, (heads, -1)).transpose(1, 2)
+    of_prompt, of_new = cache.places.visible(held.seen, x.shape[1], None)
+    of_prompt = of_prompt.repeat_interleave(cache.beams, 0)
+    partial: Partial | None = None
+    for hidden, visible in ((held.prompt[0], of_prompt), (held.keys, of_new)):
+        part = expanded_attention(
+            q, hidden[:, 0], weights.w_k, weights.w_v, b_v=weights.b_v, scale=_scale(module, family),
+            mask=visible[:, None],
+        )[:2]  # fmt: skip
+        partial = part if partial is None else merge(partial, part)
+    assert partial is not None
+    out = merge_over_ranks(partial, cache.mesh)[0].transpose(1, 2).flatten(2).to(x.dtype)
+    return torch.nn.functional.linear(out, weights.w_o, weights.b_o), None
 
 
 def _attend(

@@ -1,8 +1,9 @@
 """generate(): transformers' own generate() over a context that no single rank holds.
 
-The prompt runs through the model once, sharded, by ring attention, and its keys and values stay where they lie. From
-then on every rank computes the same new token: attention is the only place where they exchange anything, D + 1 numbers
-a query head and layer. Sampling draws from generators that start equal on all ranks.
+The prompt runs through the model once, sharded, by ring attention, and its keys and values (under `enable_el` its
+layer inputs) stay where they lie. From then on every rank computes the same new token: attention is the only place
+where they exchange anything, D + 1 numbers a query head and layer. A layer with a bounded memory exchanges nothing
+any more: every rank has its state of the whole prompt. Sampling draws from generators that start equal on all ranks.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longctx.decode.caches.sharded import ShardedCache
+from longctx.decode.caches.sharded import ReplicatedState, ShardedCache, ShardedHidden, ShardedLayer
 from longctx.decode.sharded import Places
 from longctx.errors import ModelError
 from longctx.mesh import Mesh
 from longctx.models.attach import attach_attention
-from longctx.models.binding import binding_of
+from longctx.models.binding import Binding, binding_of
+from longctx.models.el import el_layers
 from longctx.models.memories import memory_of
 from longctx.sharding import positions, shard
 
@@ -50,24 +52,18 @@ def generate(
     """
     _check(model, input_ids, attention_mask, options)
     model.eval()
-    layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     beams = max(int(options.get("num_beams") or 1), int(options.get("num_return_sequences") or 1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if mesh.sequence_size == 1:
             return model.generate(input_ids, attention_mask=mask, **(options | {"use_cache": True}))
-        if any(memory_of(module) is not None for module in model.modules()):
-            raise ModelError(
-                f"{type(model).__name__} has layers with a bounded memory, whose state is not handed from rank to rank "
-                "when generating yet; its state does not grow, so generate on one device (mesh of ring 1)"
-            )
         if binding_of(model) is None or binding_of(model).mesh is not mesh:  # type: ignore[union-attr]
             attach_attention(model, mesh, layout)
         binding = binding_of(model)
         assert binding is not None
         try:
-            cache = binding.cache = _prefill(model, input_ids[:, :-1], mask[:, :-1], mesh, layout, layers, binding)
+            cache = binding.cache = _prefill(model, input_ids[:, :-1], mask[:, :-1], binding)
             if beams > 1:
                 cache.batch_repeat_interleave(beams)
             return model.generate(
@@ -77,15 +73,14 @@ def generate(
             binding.cache = None
 
 
-def _prefill(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, mesh: Mesh, layout: str, layers: int, binding: Any
-) -> ShardedCache:
+def _prefill(model: Any, ids: torch.Tensor, mask: torch.Tensor, binding: Binding) -> ShardedCache:
     """Run the prompt but its last token through the model, sharded, and keep what each rank computes."""
-    length = ids.shape[1]
+    length, mesh, layout = ids.shape[1], binding.mesh, binding.layout
     documents = shard(torch.where(mask > 0, 0, -1).to(torch.int32), mesh, layout=layout, pad_value=-1)
     places = Places(
         mesh.sequence_rank, mesh.sequence_size, length, positions(length, mesh, layout).to(ids.device), documents
     )
+    layers = _layers(model, places, mask.sum(-1))
     cache = binding.cache = ShardedCache(mesh, layers, places)
     model(
         input_ids=shard(ids, mesh, layout=layout),
@@ -97,11 +92,23 @@ def _prefill(
     )
     if not cache.filled:
         raise ModelError(
-            f"{type(model).__name__} did not fill its cache of {layers} layers: only models whose every layer caches "
-            "keys and values can be generated from sharded"
+            f"{type(model).__name__} did not fill its cache of {len(layers)} layers: only models whose every layer "
+            "caches keys and values, or has a bounded memory of longctx, can be generated from sharded"
         )
     cache.ready = True
     return cache
+
+
+def _layers(model: Any, places: Places, tokens: torch.Tensor) -> list[ShardedLayer | ReplicatedState]:
+    """What each layer keeps: a bounded state, layer inputs where EL-attention is enabled, or keys and values."""
+    count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    layers: list[ShardedLayer | ReplicatedState] = [ShardedLayer(places) for _ in range(count)]
+    for index in el_layers(model):
+        layers[index] = ShardedHidden(places)
+    for module in model.modules():
+        if memory_of(module) is not None:
+            layers[int(module.layer_idx)] = ReplicatedState(places, tokens)
+    return layers
 
 
 def _check(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]) -> None:
