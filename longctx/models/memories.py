@@ -165,9 +165,7 @@ def attend(
         )
     elif ring is not None:
         ids = sharded_documents(module, query, key, mask, document_ids).long()
-        out = memory(
-            query, key, value, notes.inputs, mesh=ring.mesh, layout=ring.layout, document_ids=ids, **common
-        )
+        out = memory(query, key, value, notes.inputs, mesh=ring.mesh, layout=ring.layout, document_ids=ids, **common)
     else:
         found = whole_documents(query, mask, document_ids, position_ids)
         out = memory(query, key, value, notes.inputs, document_ids=None if found is None else found.long(), **common)
