@@ -10,8 +10,8 @@ from longctx.attention.arguments import check_tensors, resolve_scale
 from longctx.attention.comm import Link
 from longctx.bounded import abc_forms, fifo
 from longctx.bounded.arguments import check_backend, check_ids, check_logits, check_state, choose_backend
-from longctx.bounded.clusters import documents
 from longctx.bounded.control import Control, Fifo
+from longctx.bounded.packed import memory_each
 from longctx.bounded.sequence import Place, locate
 from longctx.bounded.state import ABCState, FifoState
 from longctx.errors import AttentionError
@@ -105,16 +105,16 @@ def attend(
         k.shape[2], k.shape[0], k.device,
         mesh=mesh, layout=layout, document_ids=document_ids, length=length, link=link,
     )  # fmt: skip
-    check_state(state, return_state, place, ABCState)
+    check_state(state, place, ABCState, q.shape[0])
     assert state is None or isinstance(state, ABCState)
-    if not causal and place.link.ring == 1 and _several(place):
-        if return_state or state is not None:
-            raise AttentionError("packed documents without causal have a memory each: there is no one state")
-        choose_backend(backend, q, v, _WITHOUT_CAUSAL)
-        return _packed(q, k, v, control, normalizer, scale, place)
-    inputs, count = _inputs(q, k, v, control, causal, normalizer, scale, place, state)
+    inputs, count = _inputs(q, k, v, control, causal, normalizer, scale, place, state, return_state)
     inputs = replace(inputs, backend=choose_backend(backend, q, v, _without_kernel(inputs, causal)))
-    out, after = (abc_forms.causal if causal else abc_forms.over_all)(inputs, place, state)
+    if not causal and memory_each(place, q.shape[2], state is not None or return_state):
+        return abc_forms.packed(inputs, place)
+    if causal:
+        out, after = abc_forms.causal(inputs, place, state, return_state)
+    else:
+        out, after = abc_forms.over_all(inputs, place, state)
     if not return_state:
         return out
     fields = vars(after) | {"count": count}
@@ -131,6 +131,7 @@ def _inputs(
     scale: float | None,
     place: Place,
     state: ABCState | None,
+    return_state: bool,
 ) -> tuple[abc_forms.Inputs, torch.Tensor | None]:
     """(the inputs of the forms, the tokens counted if the control counts them)."""
     kind, count = "logits", None
@@ -138,11 +139,12 @@ def _inputs(
         raise AttentionError("this state counted its tokens: it was made by another control")
     if isinstance(control, Control):
         kind = control.kind
-        counted = place.counts(*((None, None) if state is None else (state.count, state.document)))
+        before = (None, None) if state is None else (state.count, state.document)
+        counted, last = place.counts(*before, total=return_state)
         if control.positional:
             if state is not None and state.count is None:
                 raise AttentionError("this state did not count its tokens: it was made by another control")
-            count = counted[:, -1].expand(k.shape[0]).clone()
+            count = last.expand(k.shape[0]).clone()
         if kind == "slots" and not control.positional and (state is not None or place.link.ring > 1):
             raise AttentionError(
                 "control cluster on a ring, or after a state: clusters are found among all keys of a document, which "
@@ -190,43 +192,3 @@ def _without_kernel(x: abc_forms.Inputs, causal: bool) -> str:
         return "its kernels have one control for keys and values, not a pair"
     widest = max(x.q.shape[3], x.v.shape[3], x.key.shape[3])
     return "" if widest <= 128 else f"its kernels take head dimensions and slots up to 128, not {widest}"
-
-
-def _several(place: Place) -> bool:
-    """Whether a row holds more than one document."""
-    if place.ids is None:
-        return False
-    valid = place.ids >= 0
-    top = place.ids.amax(1)
-    return bool((valid & (place.ids != top[:, None])).any())
-
-
-def _packed(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    control: Logits | Control,
-    normalizer: str,
-    scale: float | None,
-    place: Place,
-) -> torch.Tensor:
-    """Bidirectional attention within each document of packed rows, one document at a time."""
-    if q.shape[2] != k.shape[2]:
-        raise AttentionError("cross attention to packed documents: which one a query belongs to is not known")
-    assert place.ids is not None
-    out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-    pieces = []
-    for row, _, here in documents(place.ids):
-        cut = slice(row, row + 1)
-        one = control
-        if isinstance(control, torch.Tensor):
-            one = control[cut, :, here]
-        elif isinstance(control, tuple):
-            one = (control[0][cut, :, here], control[1][cut, :, here])
-        q_here, k_here, v_here = (x[cut, :, here] for x in (q, k, v))
-        piece = abc_attention(q_here, k_here, v_here, one, causal=False, normalizer=normalizer, scale=scale)
-        assert isinstance(piece, torch.Tensor)
-        pieces.append((row, here, piece))
-    for row, here, piece in pieces:
-        out[row : row + 1, :, here] = piece
-    return out

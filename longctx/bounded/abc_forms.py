@@ -18,6 +18,7 @@ from longctx.bounded import abc_chunks, monoid
 from longctx.bounded.abc_write import memory_of
 from longctx.bounded.chunks import Runs
 from longctx.bounded.exchange import Operation, Value, collect, one_each
+from longctx.bounded.packed import one_by_one, over_ranks
 from longctx.bounded.scan import associative_exclusive_scan
 from longctx.bounded.sequence import Place, check_one_document, only_document
 from longctx.bounded.state import ABCState
@@ -42,6 +43,12 @@ class Inputs:
         value = None if self.value is None else self.value[:, :, here]
         return replace(self, q=q, k=k, v=v, key=key, value=value)
 
+    def document(self, row: int, tokens: torch.Tensor) -> Inputs:
+        """Some tokens (n,) of one row."""
+        q, k, v, key = (x[row : row + 1].index_select(2, tokens) for x in (self.q, self.k, self.v, self.key))
+        value = None if self.value is None else self.value[row : row + 1].index_select(2, tokens)
+        return replace(self, q=q, k=k, v=v, key=key, value=value)
+
     @property
     def dtype(self) -> torch.dtype:
         return accumulator_dtype(self.q.dtype)
@@ -54,16 +61,22 @@ class Inputs:
         return ABCState(mass, keys, values, None, None if self.value is None else mass.clone())
 
 
-def causal(x: Inputs, place: Place, state: ABCState | None) -> tuple[torch.Tensor, ABCState]:
-    """(out (B, H, T, Dv), the state after this rank's last stretch)."""
+def causal(x: Inputs, place: Place, state: ABCState | None, total: bool) -> tuple[torch.Tensor, ABCState]:
+    """(out (B, H, T, Dv), the state after the sequence's last token; on a ring only if `total`)."""
     starts = [x.empty() if state is None else state]
     if place.link.ring > 1:
-        starts = _running_starts(x, place) if x.normalizer == "running" else _starts(x, place)
+        starts = (_running_starts if x.normalizer == "running" else _starts)(x, place, state, total)
     outs, last = [], starts[0]
-    for here, start in zip(place.parts, starts, strict=True):
+    for here, start in zip(place.parts, starts, strict=False):
         out, last = _continue(x.part(here) if len(place.parts) > 1 else x, _ids(place, here), start)
         outs.append(out)
-    return (outs[0] if len(outs) == 1 else torch.cat(outs, 2)), last
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+    if place.link.ring == 1:
+        return out, last
+    last = starts[-1]
+    if place.ids is None and state is not None and state.document is not None:
+        last = replace(last, document=state.document.clamp_min(0))
+    return out, last
 
 
 def over_all(x: Inputs, place: Place, state: ABCState | None) -> tuple[torch.Tensor, ABCState]:
@@ -82,6 +95,34 @@ def over_all(x: Inputs, place: Place, state: ABCState | None) -> tuple[torch.Ten
         return _read(x, found), found
     absent = ~place.valid[:, None, :, None]
     return _read(replace(x, q=x.q.masked_fill(absent, 0.0)), found).masked_fill(absent, 0.0), found
+
+
+def packed(x: Inputs, place: Place) -> torch.Tensor:
+    """As `over_all`, within each document of packed rows."""
+    clean = x
+    if place.valid is not None:
+        clean = replace(x, q=x.q.masked_fill(~place.valid[:, None, :, None], 0.0))
+
+    def one(part: Inputs) -> torch.Tensor:
+        document = torch.zeros(1, dtype=torch.int64, device=x.k.device)
+        return _read(part, _as_state(_element(part, None, document), part, None))
+
+    def within(here: slice, ids: torch.Tensor) -> torch.Tensor:
+        part = x.part(here)
+        nothing = x.q.new_zeros((1, x.q.shape[1], 1, x.v.shape[3]))
+        return one_by_one(ids, lambda row, tokens: one(part.document(row, tokens)), nothing)
+
+    if place.link.ring == 1:
+        assert place.ids is not None
+        return within(slice(None), place.ids)
+    return over_ranks(
+        place,
+        lambda here, tokens, document: _element(x.part(here), tokens, document),
+        _operation(x),
+        _nothing,
+        lambda here, state: _read(clean.part(here), _as_state(state, x, None)),
+        within,
+    )
 
 
 def _continue(x: Inputs, ids: torch.Tensor | None, start: ABCState) -> tuple[torch.Tensor, ABCState]:
@@ -148,17 +189,29 @@ def _nothing(value: Value) -> Value:
     return *(torch.full_like(x, fill) for x, fill in zip(value, fills, strict=False)), torch.full_like(value[-1], -1)
 
 
-def _starts(x: Inputs, place: Place) -> list[ABCState]:
-    """The state before each stretch of this rank, for memories that can be joined afterwards."""
+def _starts(x: Inputs, place: Place, state: ABCState | None, total: bool) -> list[ABCState]:
+    """The state before each stretch of this rank, and after the last if `total`, for memories that can be joined
+    afterwards. What was before the sequence joins last, on every rank."""
     elements = []
     for here in place.parts:
         part = x.part(here)
         elements.append(_element(part, *_tail(part, _ids(place, here))))
-    before = associative_exclusive_scan(elements, _operation(x), _nothing(elements[0]), place.link, place.chain)
+    op = _operation(x)
+    before = associative_exclusive_scan(elements, op, _nothing(elements[0]), place.link, place.chain, total=total)
+    if state is not None:
+        first = _as_value(state, _document(state, place))
+        before = [op(first, value) for value in before]
     return [_as_state(value, x, None if place.ids is None else value[-1]) for value in before]
 
 
-def _running_starts(x: Inputs, place: Place) -> list[ABCState]:
+def _document(state: ABCState, place: Place) -> torch.Tensor:
+    """The document of the state as the chunks' states name theirs: without ids all tokens go on with it."""
+    if place.ids is None or state.document is None:
+        return torch.zeros(state.log_mass.shape[0], dtype=torch.int64, device=state.log_mass.device)
+    return state.document
+
+
+def _running_starts(x: Inputs, place: Place, state: ABCState | None, total: bool) -> list[ABCState]:
     """As `_starts`, where weights depend on the mass before: first the masses, then the memories."""
     parts = [x.part(here) for here in place.parts]
     tails = [_tail(part, _ids(place, here)) for part, here in zip(parts, place.parts, strict=True)]
@@ -166,16 +219,24 @@ def _running_starts(x: Inputs, place: Place) -> list[ABCState]:
     for part, (tokens, document) in zip(parts, tails, strict=True):
         logits = (part.key,) if part.value is None else (part.key, part.value)
         masses.append((*(memory_of((), s, tokens=tokens)[0] for s in logits), document))
-    before = associative_exclusive_scan(masses, monoid.add_mass, _nothing(masses[0]), place.link, place.chain)
+    ring = place.link, place.chain
+    before = associative_exclusive_scan(masses, monoid.add_mass, _nothing(masses[0]), *ring, total=total)
+    if state is not None:
+        known = (state.log_mass,) if state.value_log_mass is None else (state.log_mass, state.value_log_mass)
+        before = [monoid.add_mass((*known, _document(state, place)), mass) for mass in before]
     starts: list[ABCState] = []
+    empty = x.empty()
+    for mass in before:
+        document = None if place.ids is None else mass[-1]
+        starts.append(ABCState(mass[0], empty.keys, empty.values, document, mass[1] if len(mass) > 2 else None))
     sums: list[Value] = []
-    for part, here, mass, (_, document) in zip(parts, place.parts, before, tails, strict=True):
-        empty = part.empty()
-        known = None if place.ids is None else mass[-1]
-        starts.append(ABCState(mass[0], empty.keys, empty.values, known, mass[1] if len(mass) > 2 else None))
-        after = _continue(part, _ids(place, here), starts[-1])[1]
+    for part, here, start, (_, document) in zip(parts, place.parts, starts, tails, strict=False):
+        after = _continue(part, _ids(place, here), start)[1]
         sums.append((torch.cat([after.keys, after.values], -1), document))
-    memories = associative_exclusive_scan(sums, monoid.add, _nothing(sums[0]), place.link, place.chain)
+    memories = associative_exclusive_scan(sums, monoid.add, _nothing(sums[0]), *ring, total=total)
+    if state is not None:
+        first = (torch.cat([state.keys, state.values], -1), _document(state, place))
+        memories = [monoid.add(first, memory) for memory in memories]
     found = []
     for start, (memory, _) in zip(starts, memories, strict=True):
         keys, values = memory.split([x.k.shape[3], x.v.shape[3]], -1)

@@ -57,17 +57,14 @@ def check_logits(name: str, s: torch.Tensor | None, k: torch.Tensor) -> None:
         raise AttentionError(f"{name} on {s.device}, but the keys are on {k.device}")
 
 
-def check_state(state: State | None, return_state: bool, place: Place, kind: type[State]) -> None:
-    """A state of this operator, on one device, which knows its document if documents are told apart."""
-    if (state is not None or return_state) and place.link.ring > 1:
-        raise AttentionError(
-            f"state on a ring of {place.link.ring}: a state belongs to a whole sequence on one device; run without a "
-            "mesh, or without state and return_state"
-        )
+def check_state(state: State | None, place: Place, kind: type[State], batch: int) -> None:
+    """A state of this operator and of as many rows, which knows its document if documents are told apart."""
     if state is None:
         return
     if not isinstance(state, kind):
         raise AttentionError(f"state is a {type(state).__name__}: expected {kind.__name__}, as return_state=True gives")
+    if state.rows != batch:
+        raise AttentionError(f"state of {state.rows} rows, and the batch has {batch}: use state.select to choose rows")
     if place.ids is not None and getattr(state, "document", None) is None:
         raise AttentionError(
             "document_ids with a state that was made without them: pass document_ids from the first call on"

@@ -9,6 +9,7 @@ from longctx.attention.backends.base import accumulator_dtype
 from longctx.attention.comm import Link
 from longctx.bounded import cosine_forms
 from longctx.bounded.arguments import check_ids, check_state, choose_backend
+from longctx.bounded.packed import memory_each
 from longctx.bounded.sequence import locate
 from longctx.bounded.state import CosineState
 from longctx.errors import AttentionError
@@ -92,10 +93,13 @@ def attend(
         k.shape[2], k.shape[0], k.device,
         mesh=mesh, layout=layout, document_ids=document_ids, length=length, link=link,
     )  # fmt: skip
-    check_state(state, return_state, place, CosineState)
+    check_state(state, place, CosineState, q.shape[0])
     if not on_query and m.shape[0] != group:  # heads of a group scale the values differently: a memory each
         k, v = (x.repeat_interleave(heads // group, 1) for x in (k, v))
     exponent = m.to(accumulator_dtype(q.dtype)).sigmoid()
+    inputs = cosine_forms.Inputs(q, k, v, exponent, on_query, backend)
+    if not causal and memory_each(place, q.shape[2], state is not None or return_state):
+        return cosine_forms.packed(inputs, place)
     form = cosine_forms.causal if causal else cosine_forms.over_all
-    out, after = form(cosine_forms.Inputs(q, k, v, exponent, on_query, backend), place, state)
+    out, after = form(inputs, place, state, return_state)
     return (out, after) if return_state else out

@@ -16,6 +16,7 @@ from longctx.bounded import cosine_chunks, monoid
 from longctx.bounded.chunks import Runs
 from longctx.bounded.cosine_write import memory_of
 from longctx.bounded.exchange import Value, collect, one_each
+from longctx.bounded.packed import one_by_one, over_ranks
 from longctx.bounded.scan import associative_exclusive_scan
 from longctx.bounded.sequence import Place, check_one_document, only_document
 from longctx.bounded.state import CosineState
@@ -43,31 +44,42 @@ class Inputs:
         logs = counts.clamp_min(1).to(self.dtype).log()[:, None].expand(self.q.shape[0], -1, -1)
         return torch.exp(-self.exponent[:, None] * logs)
 
+    def part(self, here: slice) -> Inputs:
+        q, k, v = (x[:, :, here] for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v)
+
+    def document(self, row: int, tokens: torch.Tensor) -> Inputs:
+        """Some tokens (n,) of one row."""
+        q, k, v = (x[row : row + 1].index_select(2, tokens) for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v)
+
     def empty(self) -> torch.Tensor:
         shape = (*self.k.shape[:2], self.k.shape[3], self.v.shape[3])
         return torch.zeros(shape, dtype=self.dtype, device=self.k.device)
 
 
-def causal(x: Inputs, place: Place, state: CosineState | None) -> tuple[torch.Tensor, CosineState]:
-    """(out (B, H, T, Dv), the state after this rank's last stretch)."""
+def causal(x: Inputs, place: Place, state: CosineState | None, total: bool) -> tuple[torch.Tensor, CosineState]:
+    """(out (B, H, T, Dv), the state after the sequence's last token; on a ring only if `total`)."""
     ids, document = place.ids, None if state is None else state.document
     if ids is None and document is not None:
         document = document.clamp_min(0)
-    counts = place.counts(None if state is None else state.count, document)
+    counts, count = place.counts(None if state is None else state.count, document, total)
     size = x.size(counts)
-    memories: Sequence[torch.Tensor] = [x.empty() if state is None else state.memory]
-    known: Sequence[torch.Tensor | None] = [document]
+    starts: Sequence[Value] = [(x.empty() if state is None else state.memory, document)]  # type: ignore[list-item]
     if place.link.ring > 1:
-        memories, known = zip(*_starts(x, size, place), strict=True)
+        starts = _starts(x, size, place, state, total)
     outs = []
-    for here, memory, before in zip(place.parts, memories, known, strict=True):
+    for here, (memory, before) in zip(place.parts, starts, strict=False):
         q, k, v = (y[:, :, here] for y in (x.q, x.k, x.v))
         part = None if ids is None else ids[:, here]
         out, last = _continue(x, q, k, v, size[:, :, here], memory, part, None if part is None else before)
         outs.append(out)
-    if ids is not None:
+    if place.link.ring > 1:
+        last, end = starts[-1]
+        document = document if ids is None else end
+    elif ids is not None:
         document = Runs(ids, document).document
-    after = CosineState(last, counts[:, -1].expand(x.q.shape[0]).clone(), document)
+    after = CosineState(last, count.expand(x.q.shape[0]).clone(), document)
     return (outs[0] if len(outs) == 1 else torch.cat(outs, 2)), after
 
 
@@ -80,8 +92,9 @@ def _continue(x: Inputs, *given: torch.Tensor | None) -> tuple[torch.Tensor, tor
     return cosine_chunks.Chunked.apply(*given, x.on_query, cosine_chunks.CHUNK)
 
 
-def _starts(x: Inputs, size: torch.Tensor, place: Place) -> list[Value]:
-    """The state before each stretch of this rank."""
+def _starts(x: Inputs, size: torch.Tensor, place: Place, state: CosineState | None, total: bool) -> list[Value]:
+    """The state before each stretch of this rank, and after the last if `total`. What was before the sequence joins
+    last, on every rank."""
     elements: list[Value] = []
     for here in place.parts:
         tokens, document = None, torch.zeros(x.k.shape[0], dtype=torch.int64, device=x.k.device)
@@ -91,33 +104,75 @@ def _starts(x: Inputs, size: torch.Tensor, place: Place) -> list[Value]:
         scale = None if x.on_query else size[:, :, here]
         elements.append((memory_of(x.k[:, :, here], x.v[:, :, here], scale, tokens), document))
     nothing = (x.empty(), torch.full_like(elements[0][1], -1))
-    return associative_exclusive_scan(elements, monoid.add, nothing, place.link, place.chain)
+    starts = associative_exclusive_scan(elements, monoid.add, nothing, place.link, place.chain, total=total)
+    if state is not None:
+        same = torch.zeros_like(nothing[1]) if place.ids is None or state.document is None else state.document
+        starts = [monoid.add((state.memory, same), start) for start in starts]
+    return starts
 
 
-def over_all(x: Inputs, place: Place, state: CosineState | None) -> tuple[torch.Tensor, CosineState]:
-    """Every query sees every key of its document: N^-a (Q K^T) V, by whichever product is cheaper."""
-    batch, queries, tokens = x.q.shape[0], x.q.shape[2], x.k.shape[2]
+def over_all(x: Inputs, place: Place, state: CosineState | None, total: bool) -> tuple[torch.Tensor, CosineState]:
+    """Every query sees every key: N^-a (Q K^T) V, by whichever product is cheaper; the state only if `total`."""
+    queries, tokens = x.q.shape[2], x.k.shape[2]
     absent = None
     if place.valid is not None and queries == tokens:
         absent = ~place.valid[:, None, :, None]
         x = replace(x, q=x.q.masked_fill(absent, 0.0))
-    if state is None and place.link.ring == 1 and _pairs_are_cheaper(x, place):
-        memory, out, total = x.empty(), *_by_pairs(x, place)
+    if state is None and not total and place.link.ring == 1 and _pairs_are_cheaper(x):
+        memory, (out, count) = x.empty(), _by_pairs(x, place.valid)
     else:
-        total = torch.full((batch,), tokens, device=x.q.device)
-        total = total if place.valid is None else place.valid.sum(1)
-        memory = memory_of(x.k, x.v, None, place.valid)
+        memory, count = memory_of(x.k, x.v, None, place.valid), _count(x, place.valid)
         if place.link.ring > 1:
-            memory, total = _over_ranks(memory, total, place)
+            memory, count = _over_ranks(memory, count, place)
         if state is not None:
-            memory, total = memory + state.memory, total + state.count
-        q = unit(x.q.to(x.dtype)).unflatten(1, (x.k.shape[1], -1)).flatten(2, 3)
-        out = (q @ memory).unflatten(2, (-1, queries)).flatten(1, 2)
-        total = total[:, None]
-    out = out * x.size(total)[..., None]
+            memory, count = memory + state.memory, count + state.count
+        out = _read(x, memory, count)
     if absent is not None:
         out = out.masked_fill(absent, 0.0)
-    return out.to(x.q.dtype), CosineState(memory, total.amax(1), None)
+    return out, CosineState(memory, count, None)
+
+
+def packed(x: Inputs, place: Place) -> torch.Tensor:
+    """As `over_all`, within each document of packed rows."""
+    assert place.valid is not None
+    absent = ~place.valid[:, None, :, None]
+    clean = replace(x, q=x.q.masked_fill(absent, 0.0))
+
+    def alone(part: Inputs) -> torch.Tensor:
+        if _pairs_are_cheaper(part):
+            return _by_pairs(part, None)[0]
+        return _read(part, memory_of(part.k, part.v, None, None), _count(part, None))
+
+    def within(here: slice, ids: torch.Tensor) -> torch.Tensor:
+        part = x.part(here)
+        nothing = x.q.new_zeros((1, x.q.shape[1], 1, x.v.shape[3]))
+        return one_by_one(ids, lambda row, tokens: alone(part.document(row, tokens)), nothing)
+
+    if place.link.ring == 1:
+        assert place.ids is not None
+        return within(slice(None), place.ids)
+    return over_ranks(
+        place,
+        lambda here, tokens, name: (memory_of(x.k[:, :, here], x.v[:, :, here], None, tokens), tokens.sum(1), name),
+        monoid.add,
+        lambda state: (*(torch.zeros_like(y) for y in state[:-1]), torch.full_like(state[-1], -1)),
+        lambda here, state: _read(clean.part(here), state[0], state[1]),
+        within,
+    )
+
+
+def _count(x: Inputs, valid: torch.Tensor | None) -> torch.Tensor:
+    """(B,) the keys that count."""
+    if valid is not None:
+        return valid.sum(1)
+    return torch.full((x.k.shape[0],), x.k.shape[2], device=x.k.device)
+
+
+def _read(x: Inputs, memory: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """All queries at once of one memory, to which `count` (B,) keys were written: (B, H, T, Dv)."""
+    q = unit(x.q.to(x.dtype)).unflatten(1, (x.k.shape[1], -1)).flatten(2, 3)
+    out = (q @ memory).unflatten(2, (-1, x.q.shape[2])).flatten(1, 2)
+    return (out * x.size(count[:, None])[..., None]).to(x.q.dtype)
 
 
 def _over_ranks(memory: torch.Tensor, total: torch.Tensor, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,30 +185,18 @@ def _over_ranks(memory: torch.Tensor, total: torch.Tensor, place: Place) -> tupl
     return torch.stack(memories).sum(0), torch.stack([known[rank][1] for rank in range(ring)]).sum(0)
 
 
-def _pairs_are_cheaper(x: Inputs, place: Place) -> bool:
-    """Whether (Q K^T) V costs less than Q (K^T V); packed documents have no common K^T V."""
-    if place.ids is not None:
-        top = place.ids.amax(1, keepdim=True)
-        if bool(((place.ids >= 0) & (place.ids != top)).any()):
-            return True
+def _pairs_are_cheaper(x: Inputs) -> bool:
+    """Whether (Q K^T) V costs less than Q (K^T V)."""
     (heads, queries, width), tokens, out = x.q.shape[1:], x.k.shape[2], x.v.shape[3]
     return heads * queries * tokens * (width + out) < (x.k.shape[1] * tokens + heads * queries) * width * out
 
 
-def _by_pairs(x: Inputs, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
-    """((Q K^T over pairs of one document) V, the size of each query's document (B, Tq))."""
+def _by_pairs(x: Inputs, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """((Q K^T over the pairs) V, the keys that count (B,))."""
     q, k, v = (y.to(x.dtype) for y in (x.q, x.k, x.v))
-    visible = None
-    if place.ids is not None:
-        valid = place.ids >= 0
+    if valid is not None:
         k, v = (y.masked_fill(~valid[:, None, :, None], 0.0) for y in (k, v))
-        if q.shape[2] == k.shape[2]:
-            visible = (place.ids[:, :, None] == place.ids[:, None]) & valid[:, None]
-        else:
-            visible = valid[:, None].expand(-1, q.shape[2], -1)
     scores = unit(q).unflatten(1, (k.shape[1], -1)) @ unit(k).transpose(-1, -2)[:, :, None]
-    total = torch.full((q.shape[0], 1), k.shape[2], device=q.device)
-    if visible is not None:
-        scores = scores * visible[:, None, None]
-        total = visible.sum(-1)
-    return (scores @ v[:, :, None]).flatten(1, 2), total
+    count = _count(x, valid)
+    out = (scores @ v[:, :, None]).flatten(1, 2) * x.size(count[:, None])[..., None]
+    return out.to(x.q.dtype), count

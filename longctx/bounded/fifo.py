@@ -6,6 +6,7 @@ the state holds and what a rank gets from the ranks before it, the halo. Their n
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -71,25 +72,28 @@ def attend(
         k.shape[2], k.shape[0], k.device,
         mesh=mesh, layout=layout, document_ids=document_ids, length=length, link=link,
     )  # fmt: skip
-    check_state(state, return_state, place, FifoState)
+    check_state(state, place, FifoState, q.shape[0])
     before = None if state is None else Tokens(*(getattr(state, name) for name in Tokens._fields))
     ids = place.ids
     if ids is None:
         ids = torch.zeros(k.shape[0], k.shape[2], dtype=torch.int64, device=k.device)
         if before is not None:  # no ids: all tokens go on with the state's document
             ids = ids + before.document[:, -1:].clamp_min(0)
-    counted = place.counts(None, None) if before is None else _counted(place, ids, before)
+    counted = place.counts(None, None)[0] if before is None else _counted(place, ids, before)
     local = Tokens(k, v, ids, (counted - 1).expand(k.shape[0], -1))
     if place.valid is not None:
         hidden = ~place.valid[:, None, :, None]
         q, k, v = (x.masked_fill(hidden, 0.0) for x in (q, k, v))
         local = local._replace(keys=k, values=v)
-    halos = [before] if place.link.ring == 1 else _halos(local, place, reach(control))
+    halos, last = [before], local
+    if place.link.ring > 1:
+        halos, last = _around(local, before, place, reach(control), return_state)
     outs = [
         _stretch(q[:, :, part], Tokens(*(_cut(x, part) for x in local)), halo, control, resolve_scale(scale, q))
         for part, halo in zip(place.parts, halos, strict=True)
     ]
-    return torch.cat(outs, 2), _state(local, before, reach(control)) if return_state else None
+    after = FifoState(*_last(last, before, reach(control))) if return_state else None
+    return torch.cat(outs, 2), after
 
 
 def _cut(x: torch.Tensor, part: slice) -> torch.Tensor:
@@ -98,10 +102,10 @@ def _cut(x: torch.Tensor, part: slice) -> torch.Tensor:
 
 def _counted(place: Place, ids: torch.Tensor, before: Tokens) -> torch.Tensor:
     whole = Place(place.link, place.chain, place.parts, place.index, ids)
-    return whole.counts(before.index[:, -1] + 1, before.document[:, -1])
+    return whole.counts(before.index[:, -1] + 1, before.document[:, -1])[0]
 
 
-def _state(local: Tokens, before: Tokens | None, count: int) -> FifoState:
+def _last(local: Tokens, before: Tokens | None, count: int) -> Tokens:
     """The last `count` valid tokens; what was never seen has document -1."""
     whole = local if before is None else before.then(local)
     missing = max(count - whole.keys.shape[2], 0)
@@ -111,7 +115,7 @@ def _state(local: Tokens, before: Tokens | None, count: int) -> FifoState:
     keys, values = (
         x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (whole.keys, whole.values)
     )
-    return FifoState(keys, values, whole.document.gather(1, order), whole.index.gather(1, order))
+    return Tokens(keys, values, whole.document.gather(1, order), whole.index.gather(1, order))
 
 
 def _nothing(like: Tokens, count: int) -> Tokens:
@@ -120,23 +124,31 @@ def _nothing(like: Tokens, count: int) -> Tokens:
     return Tokens(keys, values, absent, absent)
 
 
-def _halos(local: Tokens, place: Place, count: int) -> list[Tokens | None]:
-    """The `count` tokens before each stretch of this rank."""
+def _around(
+    local: Tokens, before: Tokens | None, place: Place, count: int, total: bool
+) -> tuple[list[Tokens | None], Tokens]:
+    """(the `count` tokens before each stretch of this rank, `before` those before the sequence; if `total` the last
+    valid tokens of all stretches in order, from every rank, since padding may fill any number of the last ones)."""
     size = place.parts[0].stop - place.parts[0].start
     sent = min(count, size)
     chunks = -(-count // size)  # as many stretches before it are needed
-    tails: list[Value] = [tuple(Tokens(*(_cut(x, part) for x in local)).last(sent)) for part in place.parts]
+    tails: list[Value] = []
+    for part in place.parts:
+        here = Tokens(*(_cut(x, part) for x in local))
+        tails.append((*here.last(sent), *(_last(here, None, sent) if total else ())))
     known, token = collect(
-        tails, place.link, place.chain, lambda source, here: any(c - chunks <= source < c for c in here)
+        tails, place.link, place.chain, lambda source, here: total or any(c - chunks <= source < c for c in here)
     )
     halos: list[Tokens | None] = []
     for chunk in place.chain.chunks[place.link.rank]:
-        halo = _nothing(local, count)
+        halo = _nothing(local, count) if before is None else before
         halo = halo._replace(keys=halo.keys + token.to(halo.keys.dtype))  # ties the first stretch to the exchange
         for source in range(max(chunk - chunks, 0), chunk):
-            halo = halo.then(Tokens(*known[source]))
+            halo = halo.then(Tokens(*known[source][:4]))
         halos.append(halo.last(count))
-    return halos
+    if not total:
+        return halos, local
+    return halos, reduce(Tokens.then, (Tokens(*known[chunk][4:]) for chunk in range(place.chain.total)))
 
 
 def _stretch(q: torch.Tensor, local: Tokens, halo: Tokens | None, control: Fifo, scale: float) -> torch.Tensor:

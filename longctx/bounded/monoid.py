@@ -14,7 +14,7 @@ from longctx.bounded.exchange import Value
 def add(first: Value, second: Value) -> Value:
     """Memories that are sums: (memory, ..., document)."""
     keep, document = _joined(first[-1], second[-1])
-    sums = (torch.where(_like(keep, a), a, 0.0) + b for a, b in zip(first[:-1], second[:-1], strict=True))
+    sums = (torch.where(_like(keep, a), a, a.new_zeros(())) + b for a, b in zip(first[:-1], second[:-1], strict=True))
     return *sums, document
 
 

@@ -12,10 +12,12 @@ way the states came, so it costs what forward costs. Bytes do not depend on the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import torch
 
 from longctx.attention.comm import Link
-from longctx.bounded.exchange import Chain, Operation, Value, collect, shift
+from longctx.bounded.exchange import Chain, Operation, Value, begin, collect, one_each, shift
 from longctx.errors import AttentionError
 from longctx.layout import Layout, get_layout
 
@@ -48,6 +50,7 @@ def associative_exclusive_scan(
     *,
     reverse: bool = False,
     form: str = "auto",
+    total: bool = False,
 ) -> list[Value]:
     """Combine, for every chunk of this rank, the states of all chunks before it.
 
@@ -58,9 +61,12 @@ def associative_exclusive_scan(
         link: this rank's end of the ring. chain: who holds which chunks.
         reverse: combine the chunks after, instead of before; op still takes the earlier one first.
         form: "gather", "steps", or "auto".
+        total: also find the combination of all chunks, on every rank: every rank then receives all states, or what the
+            last one found.
 
     Returns:
-        a state for every chunk of this rank. Differentiable; a collective of all ranks, forward and backward.
+        a state for every chunk of this rank, and behind them that of `total`. Differentiable; a collective of all
+        ranks, forward and backward.
 
     Raises:
         AttentionError: the form is unknown.
@@ -70,25 +76,53 @@ def associative_exclusive_scan(
     if form == "auto":
         size = sum(x.numel() * x.element_size() for state in states for x in state)
         form = "gather" if link.ring <= _GATHER_RING or link.ring * size <= _GATHER_BYTES else "steps"
-    scan = _by_gather if form == "gather" or link.ring == 1 else _by_steps
-    if not reverse:
-        return scan(states, op, identity, link, chain)
-    return scan(states, lambda first, second: op(second, first), identity, link, chain.reversed())
+    if form == "gather" or link.ring == 1:
+        return begin_scan(states, op, identity, link, chain, reverse=reverse, total=total)()
+    if reverse:
+        op, chain = _mirrored(op), chain.reversed()
+    return _by_steps(states, op, identity, link, chain, total)
 
 
-def _by_gather(states: Sequence[Value], op: Operation, identity: Value, link: Link, chain: Chain) -> list[Value]:
-    known, token = collect(states, link, chain, lambda source, here: source < max(here))
-    mine = chain.chunks[link.rank]
-    # The token ties the first chunk, which receives nothing, to the exchange: its backward needs this rank as well.
-    running = tuple(x + token.to(x.dtype) if x.is_floating_point() else x for x in identity)
-    found = {}
-    for chunk in range(max(mine) + 1):
-        found[chunk] = running
-        running = op(running, known[chunk])
-    return [found[chunk] for chunk in mine]
+def begin_scan(
+    states: Sequence[Value],
+    op: Operation,
+    identity: Value,
+    link: Link,
+    chain: Chain,
+    *,
+    reverse: bool = False,
+    total: bool = False,
+) -> Callable[[], list[Value]]:
+    """Start the scan's form "gather"; what is computed before the result is called for hides the exchange."""
+    if reverse:
+        op, chain = _mirrored(op), chain.reversed()
+    arriving = begin(states, link, chain, lambda source, here: total or source < max(here))
+
+    def finish() -> list[Value]:
+        known, token = arriving.finish()
+        mine = chain.chunks[link.rank]
+        # The token ties the first chunk, which receives nothing, to the exchange: its backward needs this rank as well.
+        running = _tied(identity, token)
+        found = {}
+        for chunk in range(chain.total if total else max(mine) + 1):
+            found[chunk] = running
+            running = op(running, known[chunk])
+        return [found[chunk] for chunk in mine] + ([running] if total else [])
+
+    return finish
 
 
-def _by_steps(states: Sequence[Value], op: Operation, identity: Value, link: Link, chain: Chain) -> list[Value]:
+def _mirrored(op: Operation) -> Operation:
+    return lambda first, second: op(second, first)
+
+
+def _tied(state: Value, token: torch.Tensor) -> Value:
+    return tuple(x + token.to(x.dtype) if x.is_floating_point() else x for x in state)
+
+
+def _by_steps(
+    states: Sequence[Value], op: Operation, identity: Value, link: Link, chain: Chain, total: bool
+) -> list[Value]:
     """One leg over the ranks for the first chunk of each in the sequence's order, one back for the second (zigzag)."""
     order = sorted(range(len(states)), key=lambda local: chain.chunks[link.rank][local])
     upwards = min(chain.chunks[0]) < min(chain.chunks[-1])
@@ -104,4 +138,9 @@ def _by_steps(states: Sequence[Value], op: Operation, identity: Value, link: Lin
         before = shift(inclusive, identity, link, sign)
         results[local] = op(carried, before) if link.rank == first else before
         carried, upwards = inclusive, not upwards
-    return [results[local] for local in range(len(states))]
+    found = [results[local] for local in range(len(states))]
+    if not total:
+        return found
+    owner = next(rank for rank, here in enumerate(chain.chunks) if chain.total - 1 in here)
+    known, token = collect([carried], link, one_each(link.ring), lambda source, here: source == owner)
+    return [_tied(state, token) for state in (*found, known[owner])]

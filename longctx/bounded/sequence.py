@@ -35,26 +35,36 @@ class Place:
         """(B, T) bool: no padding."""
         return None if self.ids is None else self.ids >= 0
 
-    def counts(self, count: torch.Tensor | None, document: torch.Tensor | None) -> torch.Tensor:
-        """(B or 1, T) int64: the tokens of each token's document up to and with it, whichever ranks hold them.
+    def counts(
+        self, count: torch.Tensor | None, document: torch.Tensor | None, total: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """((B or 1, T) int64: the tokens of each token's document up to and with it, whichever ranks hold them;
+        (B or 1,) those of the document that ends the sequence, on a ring only if `total`, else of this rank's tokens).
 
         Args:
-            count, document: (B,) each, of the state before the first token.
+            count, document: (B,) each, of the state before the first token of the sequence.
         """
         if self.ids is None:
-            base = self.index + 1
-            return base[None] if count is None else base[None] + count[:, None]
+            found, last = self.index[None] + 1, self.index.new_full((1,), self.link.ring * len(self.index))
+            return (found, last) if count is None else (found + count[:, None], last + count)
         here = [Runs(self.ids[:, part], None) for part in self.parts]
         starts = [(count, document)]
         if self.link.ring > 1:
             ends = [(run.tail().sum(1), run.document) for run in here]
             zero = torch.zeros_like(ends[0][0])
-            starts = associative_exclusive_scan(ends, monoid.latest, (zero, zero - 1), self.link, self.chain)  # type: ignore[assignment]
-        found = [
+            starts = associative_exclusive_scan(  # type: ignore[assignment]
+                ends, monoid.latest, (zero, zero - 1), self.link, self.chain, total=total
+            )
+            if count is not None and document is not None:
+                starts = [monoid.latest((count, document), start) for start in starts]  # type: ignore[misc,arg-type]
+        pieces = [
             Runs(self.ids[:, part], before).counts(done)
-            for part, (done, before) in zip(self.parts, starts, strict=True)
+            for part, (done, before) in zip(self.parts, starts, strict=False)
         ]
-        return torch.cat(found, 1)
+        found = torch.cat(pieces, 1)
+        last = starts[-1][0] if total and self.link.ring > 1 else found[:, -1]
+        assert last is not None
+        return found, last
 
 
 _SEVERAL = -2
@@ -79,8 +89,8 @@ def check_one_document(documents: list[torch.Tensor]) -> None:
     top = found.amax(0)
     if bool(((found == _SEVERAL) | ((found >= 0) & (found != top))).any()):
         raise AttentionError(
-            "packed documents without causal on a ring: each document has a memory of its own, and a rank would need "
-            "all of them; put one document in a row, or use a causal model"
+            "packed documents without causal have a memory each: there is no one state, and in cross attention it is "
+            "not known which one a query belongs to"
         )
 
 

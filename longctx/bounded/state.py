@@ -24,6 +24,11 @@ class State:
         return self._map(lambda x: x.detach())
 
     @property
+    def rows(self) -> int:
+        """B, the sequences it is the state of."""
+        return int(getattr(self, fields(self)[0].name).shape[0])  # type: ignore[arg-type]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors; independent of the tokens seen."""
         values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ CASES = {
 }
 SLOTS = 4
 _STRATEGIES = {
-    "random": control.random(SLOTS, 3), "random sum": control.random(SLOTS, 3), "identity": control.identity(48),
+    "random": control.random(SLOTS, 3), "random sum": control.random(SLOTS, 3), "identity": control.identity(64),
     "bidirectional random sum": control.random(SLOTS, 3), "window": control.window(5),
     "wide window": control.window(20), "dilated": control.dilated(3, 4), "compressive": control.compressive(6, 4),
 }  # fmt: skip
@@ -77,14 +77,16 @@ def call(
     link: Link | None,
     mesh: Any = None,
     length: int | None = None,
+    state: Any = None,
+    return_state: bool = False,
 ) -> torch.Tensor:
-    """The call itself."""
+    """The call itself; with return_state it returns (out, state)."""
     q, k, v, *others = tensors
     causal = CASES[name].causal
     if "cosine" in name:
         scale_on = "query" if "query" in name else "value"
         return cosine.attend(
-            q, k, v, others[0], causal, scale_on, mesh, layout, documents, length, None, False, "auto", link
+            q, k, v, others[0], causal, scale_on, mesh, layout, documents, length, state, return_state, "auto", link
         )  # type: ignore[return-value]
     chosen: Any = _STRATEGIES.get(name)
     if name == "linformer":
@@ -93,7 +95,7 @@ def call(
         chosen = others[0] if len(others) == 1 else (others[0], others[1])
     normalizer = "running" if "running" in name else "sum" if "sum" in name else "prefix"
     return abc.attend(
-        q, k, v, chosen, causal, normalizer, 0.7, mesh, layout, documents, length, None, False, "auto", link
+        q, k, v, chosen, causal, normalizer, 0.7, mesh, layout, documents, length, state, return_state, "auto", link
     )  # type: ignore[return-value]
 
 

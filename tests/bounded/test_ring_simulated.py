@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from bounded import direct, ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from longctx.attention import simulate
 from longctx.attention.comm import Link
@@ -18,13 +22,19 @@ DOCUMENTS = {
     "packed": direct.packed([[(-1, 3), (4, 17), (5, 23), (-1, 5)], [(2, 1), (3, 8), (7, 39)]]),
     "padded": direct.packed([[(-1, 7), (0, 41)], [(0, 40), (-1, 8)]]),
 }
+CROSSING = {
+    "long": direct.packed([[(1, 5), (2, 31), (3, 1), (4, 11)], [(1, 11), (-1, 26), (2, 11)]]),
+    "short": direct.packed([[(1, 3), (2, 2), (-1, 1), (3, 4), (4, 2), (5, 20), (-1, 16)], [(9, 24), (-1, 2), (9, 22)]]),
+    "on borders": direct.packed([[(1, 8), (2, 16), (3, 24)], [(1, 12), (2, 12), (3, 12), (4, 12)]]),
+}
+"""Documents that end, begin, or go on where stretches do; with padding between and within them."""
 RINGS = [(2, "contiguous"), (4, "contiguous"), (2, "zigzag"), (3, "zigzag")]
 MORE_RINGS = [(3, "contiguous"), (6, "contiguous"), (12, "contiguous"), (4, "zigzag"), (6, "zigzag"), (12, "zigzag")]
 
 
 def check(name: str, documents: str, rings: list[tuple[int, str]]) -> None:
     leaves, weight = ranks.inputs(name)
-    ids = DOCUMENTS[documents]
+    ids = (DOCUMENTS | CROSSING)[documents]
     expected = ranks.one_device(name, leaves, weight, ids)
     for ring, layout in rings:
         found, _ = ranks.simulated(ring, layout, name, leaves, weight, ids)
@@ -40,15 +50,37 @@ def test_causal(name: str, documents: str) -> None:
 @pytest.mark.parametrize("documents", ["none", "padded"])
 @pytest.mark.parametrize("name", [name for name, case in ranks.CASES.items() if not case.causal])
 def test_over_all_tokens(name: str, documents: str) -> None:
-    check(name, documents, RINGS)
+    check(name, documents, RINGS[1:])
+
+
+@pytest.mark.parametrize("documents", CROSSING)
+@pytest.mark.parametrize("name", ["bidirectional pair", "bidirectional random sum", "bidirectional cosine"])
+def test_packed_documents_without_causal(name: str, documents: str) -> None:
+    """Each document has a memory of its own, whichever stretches hold its tokens."""
+    check(name, documents, [(3, "contiguous"), (4, "zigzag"), (8, "contiguous")])
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 4), st.sampled_from(["contiguous", "zigzag"]), st.booleans(), st.integers(0, 2**16))
+def test_packed_documents_without_causal_are_as_defined(ring: int, layout: str, cosine: bool, seed: int) -> None:
+    name = "bidirectional cosine" if cosine else "bidirectional"
+    leaves, weight = ranks.inputs(name, seed=seed)
+    ids = direct.random_documents(2, 48, torch.Generator().manual_seed(seed))
+    leaves = [x.requires_grad_() for x in leaves]
+    seen = direct.visible(48, ids, causal=False)
+    if cosine:
+        out = direct.cosine(*leaves, seen, "query")
+    else:
+        out = direct.abc(*leaves, leaves[3], seen, "prefix", 0.7)
+    expected = [out, *direct.gradients(out, weight, leaves)]
+    found, _ = ranks.simulated(ring, layout, name, [x.detach() for x in leaves], weight, ids)
+    assert max(direct.differences(found, expected)) <= EXACT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("documents", DOCUMENTS | CROSSING)
 @pytest.mark.parametrize("name", ranks.CASES)
 def test_larger_rings(name: str, documents: str) -> None:
-    if documents == "packed" and not ranks.CASES[name].causal:
-        documents = "padded"
     check(name, documents, MORE_RINGS)
 
 
@@ -96,6 +128,11 @@ def test_bytes_are_those_of_the_formulas_at_any_length() -> None:
         for _, (messages, sent) in enumerate(stages("bidirectional", ring, "zigzag", length)):
             assert messages == 2 * (ring - 1)
             assert sent == (2 * states["prefix"] + 8 * batch) * (ring - 1)
+            documents = direct.random_documents(batch, length, torch.Generator().manual_seed(length))
+            for messages, sent in stages("bidirectional", ring, "contiguous", length, documents):
+                # the last document to the ranks behind, the first to those before; the count of tokens is no part of it
+                assert messages == 2 * (ring - 1)
+                assert sent == (2 * states["prefix"] + 8 * batch) * (ring - 1)
 
 
 @pytest.mark.parametrize("name", ["prefix", "running", "random sum", "window", "dilated", "compressive"])
@@ -124,14 +161,20 @@ def test_every_rank_reaches_every_exchange(frozen: int) -> None:
         simulate.run(3, worker)
 
 
-def refuse(message: str, layout: str, name: str, documents: torch.Tensor | None) -> None:
-    leaves, weight = ranks.inputs(name)
+def refuse(message: str, layout: str, name: str, documents: torch.Tensor | None, **more: Any) -> None:
+    leaves, _ = ranks.inputs(name)
+
+    def worker(link: Link) -> Any:
+        here = slice(24 * link.rank, 24 * link.rank + 24)
+        mine = [x[:, :, here] if x.dim() == 4 else x for x in leaves]
+        return ranks.call(name, mine, None if documents is None else documents[:, here], layout, link, **more)
+
     with pytest.raises(AttentionError, match=message):
-        ranks.simulated(2, layout, name, leaves, weight, documents)
+        simulate.run(2, worker)
 
 
 def test_what_a_ring_cannot_do_is_refused() -> None:
     refuse("deals single tokens out", "striped", "prefix", None)
     refuse("deals single tokens out", "striped", "cosine value", None)
-    refuse("each document has a memory of its own", "zigzag", "bidirectional", DOCUMENTS["packed"])
-    refuse("each document has a memory of its own", "contiguous", "bidirectional cosine", DOCUMENTS["packed"])
+    for name in ("bidirectional", "bidirectional cosine"):
+        refuse("there is no one state", "zigzag", name, DOCUMENTS["packed"], return_state=True)

@@ -1,0 +1,130 @@
+"""Attention without `causal` to packed documents: each has a memory of its own, that of all its tokens.
+
+Documents that lie within one stretch of one rank are computed one by one. A document that crosses the border of a
+stretch is the first or the last one of each stretch that it touches, so two states a stretch are all that ranks tell
+each other, however many documents there are: a scan brings what the tokens before the stretch wrote of its first
+document, a scan from the end what those after it wrote of its last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from longctx.bounded.exchange import Operation, Value
+from longctx.bounded.scan import associative_exclusive_scan
+from longctx.bounded.sequence import Place
+from longctx.errors import AttentionError
+
+
+def several(ids: torch.Tensor | None) -> bool:
+    """Whether a row of ids (B, T) holds more than one document."""
+    if ids is None:
+        return False
+    top = ids.amax(1, keepdim=True)
+    return bool(((ids >= 0) & (ids != top)).any())
+
+
+def memory_each(place: Place, queries: int, state: bool) -> bool:
+    """Whether attention without `causal` must take the documents apart. On a ring it does so wherever there are ids
+    and no state is asked for, since no rank knows all documents; one that fills all ranks is found whole as well.
+
+    Args:
+        queries: tokens that ask. state: whether a state is given or asked for.
+
+    Raises:
+        AttentionError: packed documents, on one device, with a state or in cross attention.
+    """
+    if place.ids is None:
+        return False
+    if place.link.ring > 1:
+        return not state and queries == place.ids.shape[1]
+    if not several(place.ids):
+        return False
+    if state:
+        raise AttentionError("packed documents without causal have a memory each: there is no one state")
+    if queries != place.ids.shape[1]:
+        raise AttentionError("cross attention to packed documents: which one a query belongs to is not known")
+    return True
+
+
+def documents(ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """(row, the indices of its tokens) of every document of ids (B, T); padding (-1) belongs to none."""
+    for row, known in enumerate(ids.cpu()):
+        places = (known >= 0).nonzero()[:, 0]
+        lengths = torch.unique_consecutive(known[places], return_counts=True)[1]
+        for tokens in places.split(lengths.tolist()):
+            yield row, tokens.to(ids.device)
+
+
+def one_by_one(
+    ids: torch.Tensor, alone: Callable[[int, torch.Tensor], torch.Tensor], nothing: torch.Tensor
+) -> torch.Tensor:
+    """The outputs of `alone(row, tokens)`, (1, H, n, Dv) for every document, in the places of their tokens.
+
+    nothing: (1, H, 1, Dv), the output of padding.
+    """
+    rows: list[list[torch.Tensor]] = [[] for _ in ids]
+    order: list[list[torch.Tensor]] = [[] for _ in ids]
+    for row, tokens in documents(ids):
+        rows[row].append(alone(row, tokens))
+        order[row].append(tokens)
+    outs = []
+    for pieces, places in zip(rows, order, strict=True):
+        found = torch.zeros(ids.shape[1], dtype=torch.int64, device=ids.device)
+        if places:
+            where = torch.cat(places)
+            found[where] = torch.arange(1, len(where) + 1, device=ids.device)
+        outs.append(torch.cat([nothing, *pieces], 2).index_select(2, found))
+    return torch.cat(outs)
+
+
+def over_ranks(
+    place: Place,
+    element: Callable[[slice, torch.Tensor, torch.Tensor], Value],
+    op: Operation,
+    nothing: Callable[[Value], Value],
+    read: Callable[[slice, Value], torch.Tensor],
+    within: Callable[[slice, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Every token reads the memory of its whole document; (B, H, T, Dv).
+
+    Args:
+        place: with ids; any ring.
+        element: (stretch, which tokens (B, T'), their document (B,)) -> what these write, a state of `op`.
+        op: the monoid of states. nothing: its identity, in the shapes of a state.
+        read: (stretch, states) -> what all its tokens read.
+        within: (stretch, ids (B, T')) -> the same for documents that no other stretch holds a part of.
+    """
+    assert place.ids is not None
+    masks, heads, tails = [], [], []
+    for here in place.parts:
+        ids = place.ids[:, here]
+        first, last = _ends(ids)
+        masks.append([(ids == name[:, None]) & (ids >= 0) for name in (first, last)])
+        tails.append(element(here, masks[-1][1], last))
+        heads.append(tails[-1] if first.equal(last) else element(here, masks[-1][0], first))
+    before = associative_exclusive_scan(tails, op, nothing(tails[0]), place.link, place.chain)
+    after = associative_exclusive_scan(
+        heads, lambda first, second: op(second, first), nothing(heads[0]), place.link, place.chain, reverse=True
+    )
+    outs = []
+    for here, (of_first, of_last), head, tail, left, right in zip(
+        place.parts, masks, heads, tails, before, after, strict=True
+    ):
+        ids = place.ids[:, here]
+        out = within(here, ids.masked_fill(of_first | of_last, -1))
+        for mask, state in ((of_first, head), (of_last, tail)):
+            # op's first state counts if it is of the document of the second: so do both neighbours.
+            out = torch.where(mask[:, None, :, None], read(here, op(right, op(left, state))), out)
+        outs.append(out)
+    return torch.cat(outs, 2)
+
+
+def _ends(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the first document (B,) of each row, the last); -1 where there is only padding."""
+    valid = ids >= 0
+    first = valid.int().argmax(1, keepdim=True)
+    last = ids.shape[1] - 1 - valid.flip(1).int().argmax(1, keepdim=True)
+    return ids.gather(1, first)[:, 0], ids.gather(1, last)[:, 0]
