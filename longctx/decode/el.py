@@ -19,9 +19,11 @@ import torch
 
 from longctx.decode.logits import Bias, Logits, expand, rows_of
 from longctx.decode.norm import Norm
+from longctx.decode.sharded import merge_over_ranks
 from longctx.decode.shared import TILE, Edit, SharedResult, shared_attention
 from longctx.errors import AttentionError
 from longctx.kernels.flash.dropout import kept
+from longctx.mesh import Mesh
 
 
 class Partial(NamedTuple):
@@ -60,6 +62,7 @@ def el_attention(
     k_norm: Norm | None = None,
     scales: torch.Tensor | None = None,
     rotary: object | None = None,
+    mesh: Mesh | None = None,
     tile: int = TILE,
 ) -> torch.Tensor:
     """Multi-head attention of x over hidden, equal to the model's own, without keys and values.
@@ -79,6 +82,8 @@ def el_attention(
         softcap, sink, dropout_p: as in `block_attention`; dropout_seed (B * beams,) int64.
         q_norm, k_norm: norms over each head; scales (B, S, G) from `key_scales` are k_norm's cached part.
         rotary: refused: see above.
+        mesh: whose ranks hold `hidden` in parts, of any lengths: each gives its own with its part of mask and scales,
+            x alike. W_v comes before the exchange, so that a query and head costs Dv + 1 numbers, not C.
 
     Returns:
         (B * beams, T, d) in x's dtype.
@@ -86,6 +91,12 @@ def el_attention(
     Raises:
         AttentionError: arguments do not fit, or rotary keys are asked for.
     """
+    ranks = 1 if mesh is None else mesh.sequence_size
+    if ranks > 1 and (causal or bias is not None or dropout_p or w_vo is not None):
+        raise AttentionError(
+            "el_attention(mesh=…) over parts of a context: causal, bias and dropout_p go by places that a rank does "
+            "not know, and w_vo would be exchanged at full width; leave them out and say with mask what is visible"
+        )
     if rotary is not None:
         raise AttentionError(
             "el_attention(rotary=…): RoPE turns each key by its position, which stands between the query and W_k, so "
@@ -99,11 +110,15 @@ def el_attention(
         )
     q = torch.nn.functional.linear(x, w_q, b_q).unflatten(-1, (heads, -1))
     q = q if q_norm is None else q_norm(q)
+    if mesh is not None and ranks > 1 and sink is not None and mesh.sequence_rank > 0:
+        sink = torch.full_like(sink, -torch.inf)  # one more logit, once; but key biases count on every rank
     partial = expanded_attention(
         q.transpose(1, 2), hidden, w_k, w_v if w_vo is None else None, b_k=b_k, b_v=b_v,
         scale=scale, causal=causal, q_offset=q_offset, mask=mask, bias=bias, softcap=softcap, sink=sink,
         dropout_p=dropout_p, dropout_seed=dropout_seed, k_norm=k_norm, scales=scales, tile=tile,
     )  # fmt: skip
+    if mesh is not None and ranks > 1:
+        partial = Partial(*merge_over_ranks(partial[:2], mesh))
     if w_vo is None:
         out = partial[0].transpose(1, 2).flatten(2).to(x.dtype)
         return torch.nn.functional.linear(out, w_o, b_o)

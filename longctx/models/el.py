@@ -7,6 +7,8 @@ through the model's own attention, whose keys and values are dropped behind it. 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -19,6 +21,7 @@ from longctx.decode.caches.sharded import ShardedCache
 from longctx.decode.el import el_attention, expanded_attention
 from longctx.decode.sharded import merge_over_ranks
 from longctx.errors import ModelError
+from longctx.mesh import Mesh
 from longctx.models.beams import Beams, expand_once
 from longctx.models.memories import memory_of
 from longctx.models.projections import Family, family_of, refuse
@@ -57,7 +60,7 @@ def enable_el(model: torch.nn.Module, *, cross: bool = True, causal: bool = True
         if not crossing:
             state.layers.append(int(module.layer_idx))
         original = module.forward
-        module.forward = MethodType(_cross(family, original) if crossing else _self(family, original), module)
+        module.forward = MethodType(_cross(family, original, state) if crossing else _self(family, original), module)
     if not state.changed:
         raise refuse(model)
     setattr(model, _STATE, state)
@@ -79,6 +82,26 @@ def disable_el(model: torch.nn.Module) -> None:
     delattr(model, _STATE)
 
 
+@contextmanager
+def spread_source(model: Any, mesh: Mesh) -> Iterator[None]:
+    """Take the encoder's output that cross attention is given for this rank's part of it.
+
+    Raises:
+        ModelError: the model's cross attention makes keys and values.
+    """
+    state = getattr(model, _STATE, None)
+    if state is None or not state.crosses:
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder whose cross attention makes keys and values of its source: "
+            "call longctx.enable_el(model) to share the source between ranks, or generate on one (mesh of ring 1)"
+        )
+    state.mesh = mesh
+    try:
+        yield
+    finally:
+        state.mesh = None
+
+
 def el_layers(model: torch.nn.Module) -> list[int]:
     """The numbers of the decoder layers that keep their inputs since `enable_el`."""
     state = getattr(model, _STATE, None)
@@ -92,9 +115,10 @@ class _State(Beams):
         super().__init__()
         self.changed: list[str] = []
         self.layers: list[int] = []
+        self.mesh: Mesh | None = None  # whose ranks hold the encoder's output in parts, while a generation reads it
 
 
-def _cross(family: Family, original: Any) -> Any:
+def _cross(family: Family, original: Any, state: _State) -> Any:
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         source = kwargs.get(family.hidden)
         folded = source is not None and source.shape[0] != hidden_states.shape[0]
@@ -112,6 +136,7 @@ def _cross(family: Family, original: Any) -> Any:
             heads=getattr(self, family.heads),
             scale=_scale(self, family),
             mask=mask,
+            mesh=state.mesh,
         )
         return out, *(None,) * (family.outputs - 1)
 

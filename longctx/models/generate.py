@@ -19,7 +19,7 @@ from longctx.errors import ModelError
 from longctx.mesh import Mesh
 from longctx.models.attach import attach_attention
 from longctx.models.binding import Binding, binding_of
-from longctx.models.el import el_layers
+from longctx.models.el import el_layers, spread_source
 from longctx.models.memories import memory_of
 from longctx.sharding import positions, shard
 
@@ -38,7 +38,8 @@ def generate(
     """Continue a prompt whose context is spread over the ranks of ``mesh``; call it on all of them alike.
 
     Args:
-        model: a causal transformers model, whole on every rank; on a ring its attention becomes longctx's.
+        model: a causal transformers model, whole on every rank; on a ring its attention becomes longctx's. Or, under
+            `enable_el`, an encoder-decoder: ranks keep their parts of the encoder's output, which each of them runs.
         input_ids: (B, S) int64, the whole prompt, equal on every rank of the sequence group; S >= 2.
         attention_mask: (B, S), 0 at padding, which must be on the left.
         seed: of sampling.
@@ -50,7 +51,7 @@ def generate(
     Raises:
         ModelError: the model or an option cannot be generated from sharded; see docs/decode.md.
     """
-    _check(model, input_ids, attention_mask, options)
+    _check(model, input_ids, attention_mask, options, mesh.sequence_size)
     model.eval()
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     beams = max(int(options.get("num_beams") or 1), int(options.get("num_return_sequences") or 1))
@@ -58,6 +59,8 @@ def generate(
         torch.manual_seed(seed)
         if mesh.sequence_size == 1:
             return model.generate(input_ids, attention_mask=mask, **(options | {"use_cache": True}))
+        if model.config.is_encoder_decoder:
+            return _from_source(model, input_ids, mask, mesh, options)
         if binding_of(model) is None or binding_of(model).mesh is not mesh:  # type: ignore[union-attr]
             attach_attention(model, mesh, layout)
         binding = binding_of(model)
@@ -71,6 +74,18 @@ def generate(
             )
         finally:
             binding.cache = None
+
+
+def _from_source(model: Any, ids: torch.Tensor, mask: torch.Tensor, mesh: Mesh, options: dict[str, Any]) -> Any:
+    """Generate from an encoder's output of which this rank keeps its part; self-attention is that of one process."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    with spread_source(model, mesh):
+        hidden = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        mine, visible = (x.tensor_split(mesh.sequence_size, 1)[mesh.sequence_rank].clone() for x in (hidden, mask))
+        del hidden
+        source = BaseModelOutput(last_hidden_state=mine)
+        return model.generate(encoder_outputs=source, attention_mask=visible, **(options | {"use_cache": True}))
 
 
 def _prefill(model: Any, ids: torch.Tensor, mask: torch.Tensor, binding: Binding) -> ShardedCache:
@@ -111,16 +126,20 @@ def _layers(model: Any, places: Places, tokens: torch.Tensor) -> list[ShardedLay
     return layers
 
 
-def _check(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]) -> None:
+def _check(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any], ranks: int) -> None:
     name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "generate"):
-        raise ModelError(f"{name}: sharded generation is for causal decoders with generate()")
-    if ids.dim() != 2 or ids.shape[1] < 2 or ids.is_floating_point():
-        raise ModelError(f"input_ids {tuple(ids.shape)} of {ids.dtype}: expected (B, S) token numbers with S >= 2")
-    if mask is not None and (mask.shape != ids.shape or bool((mask[:, -1] == 0).any())):
+    if not hasattr(model, "generate"):
+        raise ModelError(f"{name}: sharded generation is for models with generate()")
+    least = ranks if getattr(model.config, "is_encoder_decoder", False) else 2
+    if ids.dim() != 2 or ids.shape[1] < least or ids.is_floating_point():
         raise ModelError(
-            f"attention_mask {tuple(mask.shape)} for input_ids {tuple(ids.shape)}: give one of the same shape, with "
-            "padding on the left"
+            f"input_ids {tuple(ids.shape)} of {ids.dtype}: expected (B, S) token numbers with S >= {least}"
+        )
+    left = not model.config.is_encoder_decoder
+    if mask is not None and (mask.shape != ids.shape or left and bool((mask[:, -1] == 0).any())):
+        raise ModelError(
+            f"attention_mask {tuple(mask.shape)} for input_ids {tuple(ids.shape)}: give one of the same shape, for "
+            "decoders with padding on the left"
         )
     for option in ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens"):
         if options.get(option) is not None:

@@ -132,5 +132,5 @@ def test_what_cannot_be_is_refused() -> None:
             decoder_attention_heads=1, encoder_ffn_dim=8, decoder_ffn_dim=8, eos_token_id=1, bos_token_id=1,
         )
     )  # fmt: skip
-    with pytest.raises(ModelError, match="causal decoders"):
-        generate(bart, torch.ones(1, 3, dtype=torch.int64), mesh=mesh)
+    with pytest.raises(ModelError, match="call longctx.enable_el"):
+        generate(bart, torch.ones(1, 3, dtype=torch.int64), mesh=longctx.Mesh(ring=2, world_size=2))

@@ -12,13 +12,16 @@ from models.test_generate import MODES, prompt
 
 import longctx
 from longctx.decode.caches.size import cache_bytes
+from longctx.decode.norm import Norm
 from longctx.decode.sharded import counters
-from longctx.errors import ModelError
+from longctx.errors import AttentionError, ModelError
 from longctx.models.generate import generate, same_everywhere
 
 from distributed import run_ranks
+from tolerances import tolerance
 
 NEW = 7
+EL = ("gpt2", "opt", "bart", "t5")
 LAYERS: dict[str, dict[str, Any]] = {
     "window": {"0-3": {"window": 6}},
     "abc": {"0-3": {"abc": {"slots": 5}}},
@@ -37,8 +40,8 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 
 def model_of(case: dict[str, Any]) -> Any:
-    if case["kind"] in ("gpt2", "opt"):
-        return make(case["kind"])
+    if case["kind"] in EL:
+        return make(case["kind"], case.get("dtype", torch.float32))
     return mixed_model(case.get("name", "llama"), LAYERS[case["kind"]], 4).to(case.get("dtype", torch.float32))
 
 
@@ -64,7 +67,7 @@ def worker(rank: int, world: int, cases: list[dict[str, Any]]) -> list[tuple[tor
     results = []
     for case in cases:
         model = model_of(case)
-        if case["kind"] in ("gpt2", "opt"):
+        if case["kind"] in EL:
             longctx.enable_el(model)
         counters.reset()
         out = generate(
@@ -102,6 +105,13 @@ def test_hidden_states_on_a_ring_of_two() -> None:
     assert three == layers * batch * (prompt_here + 3 * new_here) * width * 4
 
 
+def test_sources_of_encoder_decoders_on_a_ring_of_two() -> None:
+    """Each rank keeps its part of the encoder's output; a token costs d + h numbers a layer and row here too."""
+    cases = [case(kind, mode) for kind in ("bart", "t5") for mode in MODES] + [case("bart", length=2, padded=False)]
+    ((_, _, greedy, _), (_, _, beam, _), *_), _ = check(2, cases)
+    assert greedy == NEW * 2 * (2 - 1) * 2 * 4 * (8 + 1) * 4 and beam == 3 * greedy
+
+
 def test_windows_on_a_ring_of_two() -> None:
     check(2, [case("window"), case("window", "beam"), case("window", length=5, padded=False)])
 
@@ -129,3 +139,29 @@ def test_a_cache_on_a_ring_without_generate_is_refused() -> None:
     longctx.attach(model, longctx.Mesh(ring=2, world_size=2))
     with pytest.raises(ModelError, match="generate with longctx.generate"):
         model(torch.ones(1, 4, dtype=torch.int64), use_cache=True)
+
+
+def parts_of_a_context(rank: int, world: int) -> list[float]:
+    """Largest errors of el_attention over parts of very unequal lengths, one of them empty, against the whole."""
+    torch.manual_seed(0)
+    x, hidden, b_k, b_v = (torch.randn(*s, dtype=torch.float64) for s in ((4, 3, 12), (2, 11, 12), (8,), (10,)))
+    w_q, w_k, w_v, w_o = (torch.randn(*s, dtype=torch.float64) for s in ((16, 12), (8, 12), (10, 12), (12, 20)))
+    mask = torch.rand(4, 1, 3, 11) > 0.3
+    mask[0] = False
+    mesh, sizes = longctx.Mesh(ring=world), (7, 0, 3, 1)
+    errors = []
+    for extra in ({}, {"sink": torch.randn(4, dtype=torch.float64)}, {"softcap": 2.0}, {"k_norm": Norm("layer")}):
+        common = dict(w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o, b_k=b_k, b_v=b_v, heads=4, tile=2, **extra)
+        whole = longctx.el_attention(x, hidden, mask=mask, **common)
+        here = longctx.el_attention(
+            x, hidden.split(sizes, 1)[rank], mask=mask.split(sizes, 3)[rank], mesh=mesh, **common
+        )
+        errors.append(float((here - whole).abs().max()))
+    return errors
+
+
+def test_el_attention_over_parts_of_a_context() -> None:
+    assert max(max(errors) for errors in run_ranks(4, parts_of_a_context, timeout=120)) <= tolerance("fp64")
+    x = torch.ones(1, 1, 4)
+    with pytest.raises(AttentionError, match="leave them out"):
+        longctx.el_attention(x, x, *[torch.eye(4)] * 4, heads=1, causal=True, mesh=longctx.Mesh(ring=2, world_size=2))
