@@ -51,16 +51,16 @@ def choose(rows: int, key_width: int, value_width: int, shared: bool, itemsize: 
     kept = shared and key_width <= widest
     chunks = -(-value_width // width)
     values = chunks if kept or chunks * width <= 256 else min(chunks, widest // 2 // width)
-    tile, most = 16, 64 if values * width <= 256 else 32
-    while tile < min(rows, most) and 2 * tile * values * width <= (32768 if itemsize <= 2 else 4096):
-        tile *= 2
+    tile = 32 if rows > 16 and 32 * values * width <= (32768 if itemsize <= 2 else 4096) else 16
     if itemsize > 2:
         return Config(tile, 16, width, values, kept, 8, 1)
     warps = 4 if values * width <= 128 else 8
     if arch.startswith("gfx"):
-        return Config(min(tile, 32), 16 if kept else 32, width, values, kept, warps, 1)
-    row, budget = 2 * -(-key_width // width) * width, _SHARED.get(arch, 160 * 1024)
-    walked = row if kept else row + 2 * values * width if key_width <= 256 else 2 * width
+        return Config(tile, 16 if kept else 32, width, values, kept, warps, 1)
+    budget = _SHARED.get(arch, 160 * 1024)
+    whole = kept or key_width <= 256  # else the keys' chunks come and go in a loop of their own
+    row = 2 * -(-key_width // width) * width if whole else 2 * width
+    walked = row if kept or not whole else row + 2 * values * width
     for step, stages in ((64, 3), (32, 3), (16, 3), (16, 2)):
         if tile * row + (stages - 1) * step * walked <= budget:
             break
