@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from longctx.attention.block import block_attention
 from longctx.attention.merge import Partial, identity, merge_
+from longctx.decode.attend import decode_attention, on_kernels
 from longctx.mesh import Mesh
 
 
@@ -96,6 +97,7 @@ def attend_part(
     scale: float | None = None,
     softcap: float | None = None,
     sink: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> Partial:
     """Attention of q to the keys that are here, as a part of a larger one.
 
@@ -104,10 +106,14 @@ def attend_part(
         k: (B, G, S, D) and v: (B, G, S, Dv) with any S, 0 included.
         visible: (B or 1, T, S) bool.
         sink: (H,), on one rank only.
+        backend: of longctx/decode/attend.py.
 
     Returns:
         out (B * beams, H, T, Dv) and lse (B * beams, H, T), fp32 or fp64.
     """
+    if on_kernels(backend, q, k, v, sink):
+        mask = visible if len(visible) == 1 else visible.repeat_interleave(len(q) // len(k), 0)
+        return decode_attention(q, k, v, mask=mask[:, None], scale=scale, softcap=softcap, sink=sink)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads = k.shape[0], q.shape[1]
     rows = []
