@@ -10,7 +10,7 @@ from longctx.attention.arguments import check_tensors, resolve_scale
 from longctx.attention.comm import Link
 from longctx.bounded import abc_forms, fifo
 from longctx.bounded.arguments import check_backend, check_ids, check_logits, check_state, choose_backend
-from longctx.bounded.control import Control, Fifo
+from longctx.bounded.control import Cluster, Control, Fifo
 from longctx.bounded.packed import memory_each
 from longctx.bounded.sequence import Place, locate
 from longctx.bounded.state import ABCState, FifoState
@@ -58,8 +58,9 @@ def abc_attention(
         document_ids: (B, T) int64, a document being one run of an id, on all ranks; the memory restarts with each; -1
             is padding. In cross attention those of the keys.
         length: the true global length; tokens beyond are padding.
-        state: of the tokens before; fp32 (fp64 for fp64 inputs); gradients flow into it. On one device only.
-        return_state: also return the state after the last token. On one device only.
+        state: of the tokens before; fp32 (fp64 for fp64 inputs); gradients flow into it. On a ring the same one on
+            every rank, and its gradient is each rank's share, as a parameter's: their sum is the whole.
+        return_state: also return the state after the sequence's last token, on a ring the same one on every rank.
         backend: "chunked", torch's products over chunks, in fp32 (fp64 for fp64); "triton", kernels for causal "prefix"
             with one control, not fp64, slots and head dimensions up to 128; "auto", the kernels on a GPU if they can.
 
@@ -107,7 +108,7 @@ def attend(
     )  # fmt: skip
     check_state(state, place, ABCState, q.shape[0])
     assert state is None or isinstance(state, ABCState)
-    inputs, count = _inputs(q, k, v, control, causal, normalizer, scale, place, state, return_state)
+    inputs, carried = _inputs(q, k, v, control, causal, normalizer, scale, place, state, return_state)
     inputs = replace(inputs, backend=choose_backend(backend, q, v, _without_kernel(inputs, causal)))
     if not causal and memory_each(place, q.shape[2], state is not None or return_state):
         return abc_forms.packed(inputs, place)
@@ -117,7 +118,7 @@ def attend(
         out, after = abc_forms.over_all(inputs, place, state)
     if not return_state:
         return out
-    fields = vars(after) | {"count": count}
+    fields = vars(after) | carried
     return out, ABCState(**fields)
 
 
@@ -132,25 +133,30 @@ def _inputs(
     place: Place,
     state: ABCState | None,
     return_state: bool,
-) -> tuple[abc_forms.Inputs, torch.Tensor | None]:
-    """(the inputs of the forms, the tokens counted if the control counts them)."""
-    kind, count = "logits", None
-    if state is not None and state.count is not None and not getattr(control, "positional", False):
-        raise AttentionError("this state counted its tokens: it was made by another control")
+) -> tuple[abc_forms.Inputs, dict[str, torch.Tensor]]:
+    """(the inputs of the forms, what the control adds to the state)."""
+    kind, carried = "logits", {}
+    if state is not None and (
+        (state.count is not None) != getattr(control, "positional", False)
+        or (state.clusters is not None) != isinstance(control, Cluster)
+    ):
+        raise AttentionError("this state was made by another control: it counted its tokens, or clusters, or did not")
     if isinstance(control, Control):
         kind = control.kind
         before = (None, None) if state is None else (state.count, state.document)
         counted, last = place.counts(*before, total=return_state)
         if control.positional:
-            if state is not None and state.count is None:
-                raise AttentionError("this state did not count its tokens: it was made by another control")
-            count = last.expand(k.shape[0]).clone()
-        if kind == "slots" and not control.positional and (state is not None or place.link.ring > 1):
+            carried["count"] = last.expand(k.shape[0]).clone()
+        value = None
+        if isinstance(control, Cluster) and causal:
+            key, carried["clusters"] = control.online(k, counted - 1, place, state, return_state)
+        elif isinstance(control, Cluster) and (state is not None or place.link.ring > 1):
             raise AttentionError(
-                "control cluster on a ring, or after a state: clusters are found among all keys of a document, which "
-                "no state holds; use it on one device and whole sequences"
+                "control cluster without causal, on a ring or after a state: k-means looks at all keys of a document "
+                "again in every round, which no state holds; use it on one device and whole sequences, or with causal"
             )
-        key, value = control.control(k, counted - 1, place.valid, causal), None
+        else:
+            key = control.control(k, counted - 1, place.valid, causal)
         if kind == "slots" and normalizer == "sum":
             key = key.exp()
     elif isinstance(control, torch.Tensor):
@@ -160,7 +166,7 @@ def _inputs(
     for name, s in (("control", key), ("control of values", value)):
         check_logits(name, s, k)
     rule = _normalizer(normalizer, kind, causal)
-    return abc_forms.Inputs(q, k, v, key, value, rule, resolve_scale(scale, q)), count
+    return abc_forms.Inputs(q, k, v, key, value, rule, resolve_scale(scale, q)), carried
 
 
 def _normalizer(normalizer: str, kind: str, causal: bool) -> str:

@@ -19,6 +19,8 @@ import torch
 
 from longctx.attention.arguments import wrapped
 from longctx.bounded import clusters
+from longctx.bounded.sequence import Place
+from longctx.bounded.state import ABCState
 from longctx.errors import AttentionError
 
 
@@ -98,10 +100,25 @@ class Cluster(Control):
     slots: int
     iterations: int = 5
     kind: ClassVar[str] = "slots"
+    positional: ClassVar[bool] = True
 
     def control(self, k: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None, causal: bool) -> torch.Tensor:
-        slot = clusters.assign(k.detach(), index, valid, self.slots, None if causal else self.iterations)
-        return _members(slot, self.slots, k.dtype)
+        index = index.expand(k.shape[0], -1)
+        begins = index == 0  # so does every document
+        ids = begins.cumsum(1) if valid is None else (begins & valid).cumsum(1).masked_fill(~valid, -1)
+        return _members(clusters.assign(k.detach(), ids, self.slots, self.iterations), self.slots, k.dtype)
+
+    def online(
+        self, k: torch.Tensor, index: torch.Tensor, place: Place, state: ABCState | None, total: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the control of causal attention, what the state carries on of it, on a ring only if `total`)."""
+        if state is None or state.clusters is None:
+            seen, document = clusters.empty(k, self.slots), torch.full((k.shape[0],), -1, device=k.device)
+        else:
+            seen, document = state.clusters.detach(), state.document
+        document = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device) if document is None else document
+        slot, seen = clusters.over_ranks(k.detach(), index.expand(k.shape[0], -1), place, seen, document, total)
+        return _members(slot, self.slots, k.dtype), seen
 
 
 @dataclass(frozen=True)

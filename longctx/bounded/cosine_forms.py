@@ -6,8 +6,9 @@ how many tokens their documents have had, a number a row: the scale of a value d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -17,10 +18,14 @@ from longctx.bounded.chunks import Runs
 from longctx.bounded.cosine_write import memory_of
 from longctx.bounded.exchange import Value, collect, one_each
 from longctx.bounded.packed import one_by_one, over_ranks
-from longctx.bounded.scan import associative_exclusive_scan
+from longctx.bounded.scan import begin_scan
 from longctx.bounded.sequence import Place, check_one_document, only_document
 from longctx.bounded.state import CosineState
 from longctx.kernels.cosine.reference import unit
+
+AHEAD = 1024
+"""Tokens (at most a quarter) whose outputs a rank computes while states are on their way; what was before them is added
+when it has come, one more product for these tokens. The others start from it."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,20 @@ def causal(x: Inputs, place: Place, state: CosineState | None, total: bool) -> t
         document = document.clamp_min(0)
     counts, count = place.counts(None if state is None else state.count, document, total)
     size = x.size(counts)
-    starts: Sequence[Value] = [(x.empty() if state is None else state.memory, document)]  # type: ignore[list-item]
+    starts: list[Any] = [(x.empty() if state is None else state.memory, document)]
+    parts, outs = list(place.parts), []
     if place.link.ring > 1:
-        starts = _starts(x, size, place, state, total)
-    outs = []
-    for here, (memory, before) in zip(place.parts, starts, strict=False):
-        q, k, v = (y[:, :, here] for y in (x.q, x.k, x.v))
+        arriving = _begin(x, size, place, total)
+        ahead = slice(0, min(AHEAD, parts[0].stop // 4))
+        join = _ahead(x, size, ids, ahead)  # while the states are on their way
+        starts = arriving() if state is None else [_after(state, place, start) for start in arriving()]
+        if join is not None:
+            out, start = join(starts[0])
+            parts[0], starts = slice(ahead.stop, parts[0].stop), [start, *starts[1:]]
+            outs.append(out)
+    for here, (memory, before) in zip(parts, starts, strict=False):
         part = None if ids is None else ids[:, here]
-        out, last = _continue(x, q, k, v, size[:, :, here], memory, part, None if part is None else before)
+        out, last = _continue(x.part(here), size[:, :, here], memory, part, None if part is None else before)
         outs.append(out)
     if place.link.ring > 1:
         last, end = starts[-1]
@@ -84,17 +95,16 @@ def causal(x: Inputs, place: Place, state: CosineState | None, total: bool) -> t
 
 
 def _continue(x: Inputs, *given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """One stretch by the backend's kernels."""
+    """One stretch by the backend's kernels, from (size, memory, ids, document)."""
     if x.backend == "triton":
         from longctx.bounded.cosine_triton import Fused  # imports triton
 
-        return Fused.apply(*given, x.on_query)
-    return cosine_chunks.Chunked.apply(*given, x.on_query, cosine_chunks.CHUNK)
+        return Fused.apply(x.q, x.k, x.v, *given, x.on_query)
+    return cosine_chunks.Chunked.apply(x.q, x.k, x.v, *given, x.on_query, cosine_chunks.CHUNK)
 
 
-def _starts(x: Inputs, size: torch.Tensor, place: Place, state: CosineState | None, total: bool) -> list[Value]:
-    """The state before each stretch of this rank, and after the last if `total`. What was before the sequence joins
-    last, on every rank."""
+def _begin(x: Inputs, size: torch.Tensor, place: Place, total: bool) -> Callable[[], list[Value]]:
+    """Start to fetch the state before each stretch of this rank, and after the last if `total`."""
     elements: list[Value] = []
     for here in place.parts:
         tokens, document = None, torch.zeros(x.k.shape[0], dtype=torch.int64, device=x.k.device)
@@ -104,11 +114,37 @@ def _starts(x: Inputs, size: torch.Tensor, place: Place, state: CosineState | No
         scale = None if x.on_query else size[:, :, here]
         elements.append((memory_of(x.k[:, :, here], x.v[:, :, here], scale, tokens), document))
     nothing = (x.empty(), torch.full_like(elements[0][1], -1))
-    starts = associative_exclusive_scan(elements, monoid.add, nothing, place.link, place.chain, total=total)
-    if state is not None:
-        same = torch.zeros_like(nothing[1]) if place.ids is None or state.document is None else state.document
-        starts = [monoid.add((state.memory, same), start) for start in starts]
-    return starts
+    return begin_scan(elements, monoid.add, nothing, place.link, place.chain, total=total)
+
+
+def _after(state: CosineState, place: Place, start: Value) -> Value:
+    """What was before the sequence joins last, on every rank."""
+    same = torch.zeros_like(start[1]) if place.ids is None or state.document is None else state.document
+    return monoid.add((state.memory, same), start)
+
+
+def _ahead(
+    x: Inputs, size: torch.Tensor, ids: torch.Tensor | None, here: slice
+) -> Callable[[Value], tuple[torch.Tensor, Value]] | None:
+    """The outputs of some tokens as if nothing were before them, in the accumulator's dtype, so that what is added
+    later is rounded once; None for no tokens. Returns state before -> (out, state after): it adds Q S."""
+    if here.stop == 0:
+        return None
+    part, scale = x.part(here), size[:, :, here]
+    part = replace(part, q=part.q.to(x.dtype), k=part.k.to(x.dtype), v=part.v.to(x.dtype))
+    own = None if ids is None else ids[:, here]
+    out, memory = _continue(part, scale, x.empty(), own, None)
+    document = torch.zeros_like(size[:, 0, 0], dtype=torch.int64) if own is None else Runs(own, None).document
+
+    def join(start: Value) -> tuple[torch.Tensor, Value]:
+        q, groups = part.q, part.k.shape[1]
+        if own is not None:
+            q = q.masked_fill(~((own == start[1][:, None]) & (own >= 0))[:, None, :, None], 0.0)
+        past = (unit(q).unflatten(1, (groups, -1)).flatten(2, 3) @ start[0]).unflatten(2, (-1, here.stop)).flatten(1, 2)
+        past = past * scale[..., None] if x.on_query else past
+        return (out + past).to(x.q.dtype), monoid.add(start, (memory, document))
+
+    return join
 
 
 def over_all(x: Inputs, place: Place, state: CosineState | None, total: bool) -> tuple[torch.Tensor, CosineState]:

@@ -71,16 +71,7 @@ def associative_exclusive_scan(
     Raises:
         AttentionError: the form is unknown.
     """
-    if form not in ("auto", "gather", "steps"):
-        raise AttentionError(f"form={form!r} of a scan: use 'auto', 'gather' or 'steps'")
-    if form == "auto":
-        size = sum(x.numel() * x.element_size() for state in states for x in state)
-        form = "gather" if link.ring <= _GATHER_RING or link.ring * size <= _GATHER_BYTES else "steps"
-    if form == "gather" or link.ring == 1:
-        return begin_scan(states, op, identity, link, chain, reverse=reverse, total=total)()
-    if reverse:
-        op, chain = _mirrored(op), chain.reversed()
-    return _by_steps(states, op, identity, link, chain, total)
+    return begin_scan(states, op, identity, link, chain, reverse=reverse, form=form, total=total)()
 
 
 def begin_scan(
@@ -91,11 +82,20 @@ def begin_scan(
     chain: Chain,
     *,
     reverse: bool = False,
+    form: str = "auto",
     total: bool = False,
 ) -> Callable[[], list[Value]]:
-    """Start the scan's form "gather"; what is computed before the result is called for hides the exchange."""
+    """Start the scan; what is computed before its result is called for hides the exchange, in backward as well. (Form
+    "gather": "steps" begins when it is called for.)"""
+    if form not in ("auto", "gather", "steps"):
+        raise AttentionError(f"form={form!r} of a scan: use 'auto', 'gather' or 'steps'")
+    if form == "auto":
+        size = sum(x.numel() * x.element_size() for state in states for x in state)
+        form = "gather" if link.ring <= _GATHER_RING or link.ring * size <= _GATHER_BYTES else "steps"
     if reverse:
         op, chain = _mirrored(op), chain.reversed()
+    if form == "steps" and link.ring > 1:
+        return lambda: _by_steps(states, op, identity, link, chain, total)
     arriving = begin(states, link, chain, lambda source, here: total or source < max(here))
 
     def finish() -> list[Value]:

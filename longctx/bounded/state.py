@@ -44,6 +44,7 @@ class ABCState(State):
     document: (B,) int64, the document that the memory belongs to (-1: no token yet), or None if there is only one.
     value_log_mass: (B, G, M) where values have a control of their own.
     count: (B,) int64, the tokens of the document so far, where the control goes by position.
+    clusters: (B, G, M, 2 (D + 1)) fp64, what the control `cluster` goes on from; no gradient flows into it.
     """
 
     log_mass: torch.Tensor
@@ -52,6 +53,7 @@ class ABCState(State):
     document: torch.Tensor | None = None
     value_log_mass: torch.Tensor | None = None
     count: torch.Tensor | None = None
+    clusters: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ CASES = {
         Case("random sum", tensors=0),
         Case("linformer", local=False),
         Case("identity", tensors=0),
+        Case("cluster", tensors=0),
         Case("window", tensors=0),
         Case("wide window", tensors=0),
         Case("dilated", tensors=0),
@@ -49,6 +50,7 @@ CASES = {
 SLOTS = 4
 _STRATEGIES = {
     "random": control.random(SLOTS, 3), "random sum": control.random(SLOTS, 3), "identity": control.identity(64),
+    "cluster": control.cluster(SLOTS),
     "bidirectional random sum": control.random(SLOTS, 3), "window": control.window(5),
     "wide window": control.window(20), "dilated": control.dilated(3, 4), "compressive": control.compressive(6, 4),
 }  # fmt: skip

@@ -100,7 +100,7 @@ def test_random_slots_are_even_and_differ_by_head_and_seed() -> None:
 
 STRATEGIES = [
     control.random(4, 1), control.identity(40), control.linformer(torch.randn(1, 4, 40, dtype=torch.float64)),
-    control.window(7), control.dilated(4, 3), control.compressive(6, 4),
+    control.window(7), control.dilated(4, 3), control.compressive(6, 4), control.cluster(3),
 ]  # fmt: skip
 
 
@@ -130,10 +130,10 @@ def test_clusters() -> None:
     truth = torch.cat([torch.arange(4), torch.randint(0, 4, (196,), generator=g)])
     k = centers[:, :, truth] + torch.randn(1, 1, 200, 6, generator=g, dtype=torch.float64)
     index = torch.arange(200)[None]
-    for iterations in (None, 10):
-        slot = clusters.assign(k, index, None, 4, iterations)[0, 0]
-        if iterations is None:
-            assert slot.equal(truth)
+    nothing = torch.zeros(1, 200, dtype=torch.int64)
+    online, *_ = clusters.follow(k, index, nothing, clusters.empty(k, 4), nothing[:, 0])
+    assert online[0, 0].equal(truth)
+    slot = clusters.assign(k, nothing, 4, 10)[0, 0]
     q, v = torch.randn(1, 1, 200, 6, generator=g, dtype=torch.float64), k * 2
     members = (slot[:, None] == torch.arange(4)).double()
     means = members.T @ k[0, 0] / members.sum(0)[:, None].clamp_min(1)
@@ -158,6 +158,10 @@ def test_strategies_check_their_arguments() -> None:
     _, state = abc_attention(q, k, v, control.random(4), return_state=True)
     with pytest.raises(AttentionError, match="made by another control"):
         abc_attention(q, k, v, torch.zeros(2, 2, 37, 4, dtype=torch.float64), state=state)
-    _, state = abc_attention(q, k, v, torch.zeros(2, 2, 37, 4, dtype=torch.float64), return_state=True)
-    with pytest.raises(AttentionError, match="cluster on a ring, or after a state"):
+    with pytest.raises(AttentionError, match="made by another control"):
         abc_attention(q, k, v, control.cluster(4), state=state)
+    _, state = abc_attention(q, k, v, control.cluster(4), return_state=True)
+    with pytest.raises(AttentionError, match="on a ring or after a state: k-means"):
+        abc_attention(q, k, v, control.cluster(4), causal=False, state=state)
+    with pytest.raises(AttentionError, match="state of 2 rows, and the batch has 1"):
+        abc_attention(q[:1], k[:1], v[:1], control.cluster(4), state=state)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from bounded import direct, ranks
+from bounded import direct, ranks, ring_states
 
 from distributed import run_ranks
 from tolerances import tolerance
 
 SOME = [
-    "prefix", "running", "linformer", "dilated", "cosine value", "cosine query", "bidirectional",
+    "prefix", "running", "linformer", "cluster", "dilated", "cosine value", "cosine query", "bidirectional",
     "bidirectional cosine",
 ]  # fmt: skip
 PACKED = [[(-1, 3), (4, 17), (5, 23), (-1, 5)], [(2, 1), (3, 8), (7, 39)]]
@@ -24,8 +26,6 @@ def on_a_mesh(rank: int, world_size: int, layout: str) -> list[tuple[str, bool, 
     answers = []
     for name in SOME:
         for packed in (False, True):
-            if packed and not ranks.CASES[name].causal:
-                continue
             leaves, weight = ranks.inputs(name)
             ids = direct.packed(PACKED) if packed else None
 
@@ -56,6 +56,31 @@ def test_a_mesh_of_one_is_one_device() -> None:
         leaves, weight = ranks.inputs(name)
         expected = ranks.one_device(name, leaves, weight, direct.packed(PACKED) if packed else None)
         assert max(direct.differences(found, expected)) <= tolerance("fp64"), (name, packed)
+
+
+def states_on_a_mesh(rank: int, world_size: int, names: list[str], layout: str) -> list[Any]:
+    import longctx
+
+    mesh = longctx.Mesh(ring=world_size)
+    here = ranks.indices(layout, world_size, ring_states.LENGTH)[rank]
+    answers = []
+    for name in names:
+        leaves, ids, state, weight = ring_states.setting(name, "packed")
+        mine = ring_states.cut(name, leaves, here)
+        answers.append(
+            ring_states.vector(name, mine, weight[:, :, here], ids[:, here], state, world_size, layout, None, mesh)
+        )
+    return answers
+
+
+@pytest.mark.parametrize(("ring", "layout"), [(2, "zigzag"), pytest.param(4, "contiguous", marks=pytest.mark.slow)])
+def test_states_of_processes_are_those_of_one_device(ring: int, layout: str) -> None:
+    names = ["prefix", "running pair", "linformer", "cluster", "compressive", "cosine value"]
+    by_rank = run_ranks(ring, states_on_a_mesh, names, layout)
+    order = torch.cat(ranks.indices(layout, ring, ring_states.LENGTH)).argsort()
+    for name, *found in zip(names, *by_rank, strict=True):
+        leaves, ids, state, weight = ring_states.setting(name, "packed")
+        ring_states.check(name, ring_states.vector(name, leaves, weight, ids, state, 1), found, order)
 
 
 def with_heads_split(rank: int, world_size: int) -> str:

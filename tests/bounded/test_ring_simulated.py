@@ -12,11 +12,20 @@ from hypothesis import strategies as st
 
 from longctx.attention import simulate
 from longctx.attention.comm import Link
+from longctx.bounded import clusters
 from longctx.errors import AttentionError
 
 from tolerances import tolerance
 
 EXACT = tolerance("fp64")
+
+
+@pytest.fixture(autouse=True)
+def centroids_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within sequences as short as these."""
+    monkeypatch.setattr(clusters, "PERIOD", 5)
+
+
 DOCUMENTS = {
     "none": None,
     "packed": direct.packed([[(-1, 3), (4, 17), (5, 23), (-1, 5)], [(2, 1), (3, 8), (7, 39)]]),

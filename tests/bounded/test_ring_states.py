@@ -2,100 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bounded import direct, ranks
+from bounded.ring_states import DOCUMENTS, LENGTH, check, cut, setting, vector
 
 from longctx.attention import simulate
 from longctx.attention.comm import Link
+from longctx.bounded import clusters
 
 from tolerances import tolerance
 
 EXACT = tolerance("fp64")
-BEFORE, LENGTH = 13, 48
-DOCUMENTS = {
-    "none": None,
-    "packed": direct.packed([[(-1, 3), (4, 27), (5, 26), (-1, 5)], [(2, 5), (3, 8), (7, 48)]]),
-}
+
+
+@pytest.fixture(autouse=True)
+def centroids_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within sequences as short as these."""
+    monkeypatch.setattr(clusters, "PERIOD", 5)
+
+
 CAUSAL = [name for name, case in ranks.CASES.items() if case.causal]
 WHOLE = ["bidirectional", "bidirectional pair", "bidirectional random sum", "bidirectional cosine"]
-
-
-def cut(name: str, leaves: list[torch.Tensor], here: Any) -> list[torch.Tensor]:
-    """Some tokens of what has tokens."""
-    return [x[:, :, here] if place < 3 or ranks.CASES[name].local else x for place, x in enumerate(leaves)]
-
-
-def floating(state: Any) -> dict[str, torch.Tensor]:
-    values = ((field.name, getattr(state, field.name)) for field in fields(state))
-    return {name: x for name, x in values if x is not None and x.is_floating_point()}
-
-
-def vector(
-    name: str,
-    leaves: list[torch.Tensor],
-    weight: torch.Tensor,
-    ids: torch.Tensor | None,
-    state: Any,
-    share: int,
-    layout: str = "zigzag",
-    link: Link | None = None,
-    mesh: Any = None,
-) -> tuple[torch.Tensor, Any, list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """(out, the state after, the gradients of the leaves, those of the state before) of a loss on both results."""
-    leaves = [x.clone().requires_grad_() for x in leaves]
-    given = {field: x.detach().clone().requires_grad_() for field, x in floating(state).items()}
-    out, after = ranks.call(
-        name, leaves, ids, layout, link, mesh=mesh, state=replace(state, **given), return_state=True
-    )  # type: ignore[misc]
-    loss = (out * weight).sum()
-    summed = "sum" in name or name == "linformer"  # there the mass only tells what was written to
-    for seed, (field, x) in enumerate(floating(after).items()):
-        if summed and field == "log_mass":
-            continue
-        g = torch.Generator().manual_seed(seed)
-        loss = loss + (x * torch.randn(x.shape, generator=g, dtype=x.dtype))[x.isfinite()].sum() / share
-    found = list(torch.autograd.grad(loss, [*leaves, *given.values()], allow_unused=True))
-    return out.detach(), after.detach(), found[: len(leaves)], found[len(leaves) :]
-
-
-def setting(name: str, documents: str) -> Any:
-    """(the leaves and documents behind a start, the state of that start, the output's weight)."""
-    leaves, weight = ranks.inputs(name, BEFORE + LENGTH)
-    ids = DOCUMENTS[documents]
-    first = None if ids is None else ids[:, :BEFORE]
-    start = cut(name, leaves, slice(0, BEFORE))
-    _, state = ranks.call(name, start, first, "zigzag", None, return_state=True)  # type: ignore[misc]
-    rest = slice(BEFORE, None)
-    return cut(name, leaves, rest), None if ids is None else ids[:, rest], state, weight[:, :, rest]
-
-
-def check(name: str, expected: Any, found: list[Any], order: torch.Tensor) -> None:
-    """Outputs and gradients in order, gradients of what all ranks have summed, states equal on every rank."""
-    out, after, gradients, first = expected
-    outs, afters, all_gradients, firsts = zip(*found, strict=True)
-    assert direct.differences([torch.cat(outs, 2)[:, :, order]], [out])[0] <= EXACT
-    for place, wanted in enumerate(gradients):
-        parts = [here[place] for here in all_gradients]
-        dealt = place < 3 or ranks.CASES[name].local
-        ours = torch.cat(parts, 2)[:, :, order] if dealt else sum(parts)
-        assert direct.differences([ours], [wanted])[0] <= EXACT, place
-    for place, wanted in enumerate(first):
-        given = [here[place] for here in firsts if here[place] is not None]
-        assert direct.differences([sum(given) if given else None], [wanted])[0] <= EXACT, place
-    for ours in afters:
-        for field in fields(after):
-            a, b = getattr(ours, field.name), getattr(after, field.name)
-            assert (a is None) == (b is None), field.name
-            if a is not None and a.is_floating_point():
-                assert a.isfinite().equal(b.isfinite())
-                assert direct.differences([a.nan_to_num(neginf=0.0)], [b.nan_to_num(neginf=0.0)])[0] <= EXACT
-            elif a is not None:
-                assert a.equal(b), field.name
 
 
 def on_rings(name: str, documents: str, rings: list[tuple[int, str]]) -> None:
@@ -159,3 +90,32 @@ def test_a_sequence_moves_from_ring_to_ring(name: str, tmp_path: Path) -> None:
     three, _ = run(27, 39, 2, "zigzag", state, swapped)
     ours = torch.cat([one, two, three[swapped]], 2)
     assert direct.differences([ours], [expected])[0] <= EXACT
+
+
+@pytest.mark.parametrize("length", [48, 96])
+def test_bytes_are_those_of_the_formulas(length: int) -> None:
+    """A state that is asked for goes from every rank to every other; that of clusters from each rank to the next."""
+    ring, batch, groups, width, out = 4, 2, 2, 5, 3
+    state = 8 * batch * groups * ranks.SLOTS * (width + out + 1)
+    seen = 8 * 2 * batch * groups * ranks.SLOTS * (width + 1)
+    leaves, weight = ranks.inputs("prefix", length)
+
+    def sent(name: str, total: bool) -> list[tuple[int, int]]:
+        parts = ranks.indices("contiguous", ring, length)
+
+        def worker(link: Link) -> None:
+            here = parts[link.rank]
+            mine = [x[:, :, here].requires_grad_() for x in leaves[: 3 + ranks.CASES[name].tensors]]
+            found = ranks.call(name, mine, None, "contiguous", link, return_state=total)
+            (found[0] if total else found).backward(weight[:, :, here])
+
+        return [(c.messages, c.bytes) for c in simulate.run(ring, worker)[1]]
+
+    for messages, nbytes in sent("prefix", True):
+        assert messages == 2 * (ring - 1)
+        assert nbytes == (2 * state + 8 * batch) * (ring - 1)
+    plain = sent("prefix", False)
+    for rank, (messages, nbytes) in enumerate(sent("cluster", False)):
+        hops = int(rank < ring - 1)
+        assert messages == plain[rank][0] + hops
+        assert nbytes == plain[rank][1] + hops * (seen + 8 * batch)
