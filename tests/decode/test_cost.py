@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
-from pathlib import Path
 
-from benchmarks.generation import MODELS
 from longctx.decode.cost import Shape, choose, el_bytes, kv_bytes
 
-ROOT = Path(__file__).resolve().parents[2]
 BART_LARGE = Shape(
     layers=12, heads=16, key_heads=16, head_dim=64, width=1024, batch=32, beams=4, source=1024, element_bytes=2
 )
@@ -42,21 +38,3 @@ def test_the_choice_says_why() -> None:
     assert "only the latter fit in 100.0 MiB" in choose(BART_LARGE, memory=100 * 2**20).reason
     assert "neither fits in 1.0 MiB" in choose(BART_LARGE, memory=2**20).reason
     assert "nothing to save" in choose(replace(BART_LARGE, source=0, prompt=9, key_heads=1)).reason
-
-
-def test_the_choice_agrees_with_what_was_measured() -> None:
-    """In every pair of rows of benchmarks/results/generation.csv of equal batch, where both fit."""
-    measured: dict[tuple[str, ...], dict[str, float]] = {}
-    shapes = {}
-    with (ROOT / "benchmarks/results/generation.csv").open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            if row["batch"] == "equal batch":
-                key = tuple(row[name] for name in ("model", "beams", "read", "written", "rows", "hardware", "commit"))
-                measured.setdefault(key, {})[row["method"]] = float(row["samples_per_second"])
-                shapes[key] = MODELS[row["model"]].shape(
-                    int(row["rows"]), int(row["beams"]), int(row["read"]), int(row["written"]), 4
-                )
-    assert len(measured) >= 6
-    for key, speeds in measured.items():
-        faster = "el" if speeds["hidden states (EL)"] > speeds["shared beams"] else "kv"
-        assert choose(shapes[key]).method == faster, (key, speeds)
