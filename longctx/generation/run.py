@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +120,8 @@ class Generator:
         if ranks > 1:  # of the rank that has least, lest they choose differently
             dist.all_reduce(free, op=dist.ReduceOp.MIN, group=self.mesh.sequence_group)
         shared = ranks > 1 or self._beams_can_share()
-        return choose(_shape(self.model, request, prompt), memory=int(free) * ranks, shared_prompt=shared)
+        shape = replace(_shape(self.model, request, prompt), layers=len(modules))
+        return choose(shape, memory=int(free) * ranks, shared_prompt=shared)
 
     def _beams_can_share(self) -> bool:
         """Whether keys and values of the prompt can lie in this process once for all beams (a ring's always do)."""
