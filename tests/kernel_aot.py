@@ -180,7 +180,7 @@ def _specialised(made: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[
     import torch
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(made.kernel.params):
         value, name = made.arguments[parameter.name], parameter.name

@@ -1,4 +1,4 @@
-"""Compile the kernels of bounded memory for chips that are not here; as kernel_aot.py does for flash.
+"""Compile the kernels of bounded memory and of decoding for chips that are not here; as kernel_aot.py for flash.
 
 Run as a process of its own, without TRITON_INTERPRET: `python tests/kernel_aot_bounded.py CASE...` prints one JSON
 object a case; `--record [OPERATOR...]` writes kernels/<operator>/compiled.json. A case is
@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import kernel_aot as aot
+import kernel_aot_decode as decode
 
 KERNELS = aot.FLASH.parent
 SHARED_SOURCES = ("flash/elements", "cosine/numbers", "cosine/states")
 SOURCES = {"cosine": (*SHARED_SOURCES, "cosine/lengths", "cosine/product")}
 SOURCES["abc"] = (*SHARED_SOURCES, "abc/pairs", "abc/masses", "abc/states", "abc/rows", "abc/columns")
-PLAIN = {"cosine": ("lengths", "scan"), "abc": ("masses", "walk")}
+SOURCES["decode"] = ("flash/elements", "decode/partial", "decode/merge")
+PLAIN = {"cosine": ("lengths", "scan"), "abc": ("masses", "walk"), "decode": ("merge",)}
 """Passes without products, compiled once a chip."""
 
 
@@ -43,6 +45,8 @@ class Case(NamedTuple):
     def config(self) -> tuple[Any, ...]:
         if self.name in PLAIN[self.operator]:
             return ()
+        if self.operator == "decode":
+            return decode.config(self)
         itemsize = 4 if self.kind == "float" else 2
         return tuple(tiles_of(self.operator).choose(self.name, self.width, itemsize, self.arch))
 
@@ -68,7 +72,7 @@ def cases(operator: str) -> Iterator[Case]:
     tiles = tiles_of(operator)
     for arch in tiles.ARCHES:
         for kind in tiles.KINDS:
-            for width in tiles.WIDTHS:
+            for width in tiles.WIDTHS[kind] if operator == "decode" else tiles.WIDTHS:
                 yield from (Case(operator, arch, kind, name, width) for name in tiles.PASSES)
         yield from (Case(operator, arch, "half", name, 128) for name in PLAIN[operator])
 
@@ -138,7 +142,7 @@ def abc(case: Case) -> Any:
     return made[case.name]()
 
 
-LAUNCHES = {"abc": abc, "cosine": cosine}
+LAUNCHES = {"abc": abc, "cosine": cosine, "decode": decode.launch}
 
 
 def compile_case(case: Case) -> aot.Compiled:

@@ -9,6 +9,7 @@ cross attention    2 * layers * rows * source * G * D   against   batch * source
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,50 @@ def read_flops(shape: Shape, *, el: bool) -> int:
     return shape.layers * (4 * shape.heads * shape.width * tokens + expand)
 
 
+class Choice(NamedTuple):
+    """A method, "kv" or "el", and why."""
+
+    method: str
+    reason: str
+
+
 def choose(
-    shape: Shape, *, memory: int | None = None, seconds_per_byte: float = 0.0, seconds_per_flop: float = 1.0
-) -> str:
-    """Name the method, "kv" or "el": the faster of those that fit in ``memory`` bytes; EL only where it saves any.
+    shape: Shape,
+    *,
+    memory: int | None = None,
+    seconds_per_byte: float = 0.0,
+    seconds_per_flop: float = 1.0,
+    shared_prompt: bool = True,
+) -> Choice:
+    """Choose the faster of the methods that fit in ``memory`` bytes; EL only where it saves any.
 
     A step's time is taken as the slower of reading the cache once and of its arithmetic. The defaults are a processor
     on which arithmetic decides, so EL is chosen there for memory alone.
+
+    Args:
+        shared_prompt: keys and values of the prompt are kept once for all beams.
     """
-    saves = el_bytes(shape) < kv_bytes(shape, shared_prompt=True)
-    if not saves:
-        return "kv"
-    if memory is not None and kv_bytes(shape, shared_prompt=True) > memory:
-        return "el"
+    keys, hidden = kv_bytes(shape, shared_prompt=shared_prompt), el_bytes(shape)
+    held = f"keys and values take {size(keys)}, hidden states {size(hidden)}"
+    if hidden >= keys:
+        return Choice("kv", f"{held}: nothing to save")
+    if memory is not None and keys > memory:
+        what = "only the latter fit in" if hidden <= memory else "neither fits in"
+        return Choice("el", f"{held}: {what} {size(memory)}")
     rows = shape.batch * shape.beams
+    kv_time, el_time = (
+        max(kept * seconds_per_byte, rows * read_flops(shape, el=el) * seconds_per_flop)
+        for kept, el in ((keys, False), (hidden, True))
+    )
+    if el_time < kv_time:
+        return Choice("el", f"{held}, and are read in {el_time / kv_time:.2f} of the time")
+    ratio = read_flops(shape, el=True) / read_flops(shape, el=False)
+    return Choice("kv", f"{held}; both fit, and reading the latter takes {ratio:.0f} times the arithmetic")
 
-    def seconds(el: bool) -> float:
-        held = el_bytes(shape) if el else kv_bytes(shape, shared_prompt=True)
-        return max(held * seconds_per_byte, rows * read_flops(shape, el=el) * seconds_per_flop)
 
-    return "el" if seconds(True) < seconds(False) else "kv"
+def size(count: int) -> str:
+    """Bytes as a person reads them."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count} bytes"

@@ -17,11 +17,14 @@ from typing import NamedTuple
 
 import torch
 
+from longctx.decode import attend
 from longctx.decode.logits import Bias, Logits, expand, rows_of
 from longctx.decode.norm import Norm
-from longctx.decode.shared import TILE, Edit, SharedResult, shared_attention
+from longctx.decode.sharded import merge_over_ranks
+from longctx.decode.shared import TILE, Edit, SharedResult
 from longctx.errors import AttentionError
 from longctx.kernels.flash.dropout import kept
+from longctx.mesh import Mesh
 
 
 class Partial(NamedTuple):
@@ -60,7 +63,9 @@ def el_attention(
     k_norm: Norm | None = None,
     scales: torch.Tensor | None = None,
     rotary: object | None = None,
+    mesh: Mesh | None = None,
     tile: int = TILE,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Multi-head attention of x over hidden, equal to the model's own, without keys and values.
 
@@ -79,6 +84,11 @@ def el_attention(
         softcap, sink, dropout_p: as in `block_attention`; dropout_seed (B * beams,) int64.
         q_norm, k_norm: norms over each head; scales (B, S, G) from `key_scales` are k_norm's cached part.
         rotary: refused: see above.
+        mesh: whose ranks hold `hidden` in parts, of any lengths: each gives its own with its part of mask and scales,
+            x alike. W_v comes before the exchange, so that a query and head costs Dv + 1 numbers, not C.
+        tile: keys at a time, in torch.
+        backend: "auto", the decode kernels on a GPU, torch elsewhere and where there is dropout or a gradient; or one
+            of "triton" and "torch".
 
     Returns:
         (B * beams, T, d) in x's dtype.
@@ -86,6 +96,12 @@ def el_attention(
     Raises:
         AttentionError: arguments do not fit, or rotary keys are asked for.
     """
+    ranks = 1 if mesh is None else mesh.sequence_size
+    if ranks > 1 and (causal or bias is not None or dropout_p or w_vo is not None):
+        raise AttentionError(
+            "el_attention(mesh=…) over parts of a context: causal, bias and dropout_p go by places that a rank does "
+            "not know, and w_vo would be exchanged at full width; leave them out and say with mask what is visible"
+        )
     if rotary is not None:
         raise AttentionError(
             "el_attention(rotary=…): RoPE turns each key by its position, which stands between the query and W_k, so "
@@ -99,11 +115,16 @@ def el_attention(
         )
     q = torch.nn.functional.linear(x, w_q, b_q).unflatten(-1, (heads, -1))
     q = q if q_norm is None else q_norm(q)
+    if mesh is not None and ranks > 1 and sink is not None and mesh.sequence_rank > 0:
+        sink = torch.full_like(sink, torch.finfo(sink.dtype).min / 2)  # counts once; key biases on every rank
     partial = expanded_attention(
         q.transpose(1, 2), hidden, w_k, w_v if w_vo is None else None, b_k=b_k, b_v=b_v,
         scale=scale, causal=causal, q_offset=q_offset, mask=mask, bias=bias, softcap=softcap, sink=sink,
         dropout_p=dropout_p, dropout_seed=dropout_seed, k_norm=k_norm, scales=scales, tile=tile,
+        backend=backend,
     )  # fmt: skip
+    if mesh is not None and ranks > 1:
+        partial = Partial(*merge_over_ranks(partial[:2], mesh))
     if w_vo is None:
         out = partial[0].transpose(1, 2).flatten(2).to(x.dtype)
         return torch.nn.functional.linear(out, w_o, b_o)
@@ -138,6 +159,7 @@ def expanded_attention(
     scales: torch.Tensor | None = None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     tile: int = TILE,
+    backend: str = "auto",
 ) -> Partial | SharedResult:
     """The part of `el_attention` between W_q and W_o; with a latent as `hidden` and `rotary`, DeepSeek's MLA.
 
@@ -155,20 +177,22 @@ def expanded_attention(
     turned = None if rotary is None else (rotary[0] * factor, rotary[1])
     if turned is not None and k_norm is None:
         queries, shared, turned = torch.cat((queries, turned[0]), -1), torch.cat((hidden, turned[1]), -1), None
-    positions = torch.arange(tokens, device=q.device) + (hidden.shape[1] - tokens if q_offset is None else q_offset)
+    offset = hidden.shape[1] - tokens if q_offset is None else q_offset
+    positions = torch.arange(tokens, device=q.device) + offset
     edit = Logits(
         beams, heads, positions, made.constant, made.scales, made.shift, turned, softcap, bias, mask, causal
     )  # fmt: skip
-    result = shared_attention(
-        queries.reshape(rows // beams, beams * heads, tokens, -1),
+    context, lse, mass = attend.shared(
+        queries,
         shared,
+        edit,
+        offset,
         value_width=hidden.shape[2],
-        edit=edit,
         keep=_dropout(rows, heads, beams, dropout_p, dropout_seed, positions),
-        sink=None if sink is None else sink.repeat(beams),
+        sink=sink,
         tile=tile,
+        backend=backend,
     )
-    context, lse, mass = (part.reshape(rows, heads, tokens, *part.shape[3:]) for part in result)
     if w_v is None:
         return SharedResult(context, lse, mass)
     values = w_v.unflatten(0, (key_heads, -1)).to(context.dtype)

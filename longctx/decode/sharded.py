@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from longctx.attention.block import block_attention
 from longctx.attention.merge import Partial, identity, merge_
+from longctx.decode.attend import decode_attention, on_kernels
 from longctx.mesh import Mesh
 
 
@@ -34,17 +35,20 @@ class Places:
         """Which of the tokens start..stop, all after the prompt, come to this rank: offsets from start."""
         return [at - start for at in range(start, stop) if (at - self.prompt) % self.ranks == self.rank]
 
-    def visible(self, seen: int, queries: int, window: int | None) -> torch.Tensor:
-        """(B, T, S) bool: which of the tokens held here the last ``queries`` of ``seen`` tokens see."""
-        new = [self.prompt + at for at in self.owned(self.prompt, seen)]
-        new_positions = torch.tensor(new, dtype=torch.int64, device=self.positions.device)
-        keys = torch.cat((self.positions, new_positions))
-        real = torch.cat(
-            (self.documents >= 0, self.documents.new_ones(len(self.documents), len(new), dtype=torch.bool)), 1
-        )
-        rows = torch.arange(seen - queries, seen, device=keys.device)[:, None]
-        near = (keys <= rows) & (keys > rows - window if window is not None else keys <= rows)
-        return real[:, None] & near
+    def visible(self, seen: int, queries: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of the tokens held here the last ``queries`` of ``seen`` tokens see.
+
+        Returns:
+            (B, T, S) bool for the local part of the prompt, and (1, T, n) bool for the new tokens.
+        """
+        device = self.positions.device
+        rows = torch.arange(seen - queries, seen, device=device)[:, None]
+        new = torch.tensor(self.owned(self.prompt, seen), dtype=torch.int64, device=device) + self.prompt
+
+        def near(keys: torch.Tensor) -> torch.Tensor:
+            return (keys <= rows) & (keys > rows - window if window is not None else keys <= rows)
+
+        return (self.documents >= 0)[:, None] & near(self.positions), near(new)[None]
 
 
 @dataclass
@@ -93,29 +97,37 @@ def attend_part(
     scale: float | None = None,
     softcap: float | None = None,
     sink: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> Partial:
     """Attention of q to the keys that are here, as a part of a larger one.
 
     Args:
-        q: (B, H, T, D). k: (B, G, S, D) and v: (B, G, S, Dv) with any S, 0 included.
-        visible: (B, T, S) bool.
+        q: (B * beams, H, T, D); beams of a row read its keys in one product.
+        k: (B, G, S, D) and v: (B, G, S, Dv) with any S, 0 included.
+        visible: (B or 1, T, S) bool.
         sink: (H,), on one rank only.
+        backend: of longctx/decode/attend.py.
 
     Returns:
-        out (B, H, T, Dv) and lse (B, H, T), fp32 or fp64.
+        out (B * beams, H, T, Dv) and lse (B * beams, H, T), fp32 or fp64.
     """
+    if on_kernels(backend, q, k, v, sink):
+        mask = visible if len(visible) == 1 else visible.repeat_interleave(len(q) // len(k), 0)
+        return decode_attention(q, k, v, mask=mask[:, None], scale=scale, softcap=softcap, sink=sink)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, heads = k.shape[0], q.shape[1]
     rows = []
     for t in range(q.shape[2]):
-        row = q[:, :, t : t + 1]
+        row = q[:, :, t].unflatten(0, (batch, -1)).transpose(1, 2)  # (B, H, beams, D)
+        beams = row.shape[2]
         if k.shape[2] == 0:
-            out, lse = identity((*row.shape[:3], v.shape[3]), dtype, q.device)
-            rows.append((out, lse if sink is None else sink.to(dtype)[None, :, None].expand_as(lse)))
-            continue
-        documents = torch.where(visible[:, t], 0, -1).to(torch.int32)
-        out, lse = block_attention(
-            row, k, v, causal=False, document_ids=torch.zeros_like(documents[:, :1]), key_document_ids=documents,
-            scale=scale, softcap=softcap, sink=sink,
-        )  # fmt: skip
-        rows.append((out.to(dtype), lse.to(dtype)))
-    return torch.cat([out for out, _ in rows], 2), torch.cat([lse for _, lse in rows], 2)
+            out, lse = identity((batch, heads, beams, v.shape[3]), dtype, q.device)
+            lse = lse if sink is None else sink.to(dtype)[None, :, None].expand_as(lse)
+        else:
+            keys = torch.where(visible[:, t], 0, -1).to(torch.int32).expand(batch, -1)
+            out, lse = block_attention(
+                row, k, v, causal=False, document_ids=torch.zeros_like(keys[:, :1]).expand(batch, beams),
+                key_document_ids=keys, scale=scale, softcap=softcap, sink=sink,
+            )  # fmt: skip
+        rows.append((out.to(dtype).transpose(1, 2).flatten(0, 1), lse.to(dtype).transpose(1, 2).flatten(0, 1)))
+    return torch.stack([out for out, _ in rows], 2), torch.stack([lse for _, lse in rows], 2)

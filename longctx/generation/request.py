@@ -8,6 +8,8 @@ from pathlib import Path
 
 from longctx.errors import ConfigError
 
+FIGURES = "figures.txt"
+"""What rank 0 of a ring writes beside its request: the lines that go to stderr."""
 ATTENTION = ("auto", "el", "kv")
 
 

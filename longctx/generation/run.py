@@ -5,23 +5,27 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.decode.caches.size import cache_bytes
-from longctx.decode.cost import Shape, choose
-from longctx.errors import ConfigError, ModelError
+from longctx.decode.cost import Choice, Shape, choose, size
+from longctx.errors import ConfigError
 from longctx.generation.request import Request
 from longctx.generation.stream import TextStream
 from longctx.mesh import Mesh
+from longctx.models.beams import share_beams, unshare_beams
 from longctx.models.convert import converted
 from longctx.models.el import disable_el, enable_el
 from longctx.models.generate import generate
+from longctx.models.memories import memory_of
 from longctx.models.pretrained import load_pretrained
-from longctx.models.projections import family_of
+from longctx.models.projections import family_of, refuse
 
 
 class Generated(NamedTuple):
@@ -31,16 +35,21 @@ class Generated(NamedTuple):
     prompt_tokens: int
     tokens: int
     seconds: float
+    reading: float | None
+    """Seconds until the first token, the prompt's forward included; None for beams, which write at the end."""
     cache_bytes: int
-    attention: str
+    attention: Choice
 
     def summary(self, ranks: int) -> str:
-        """One line for the terminal."""
+        """Two lines for the terminal."""
         shared = f" on this rank, one of {ranks}" if ranks > 1 else ""
+        after = self.tokens if self.reading is None else self.tokens - 1
+        rate = after / max(self.seconds - (self.reading or 0.0), 1e-9)
+        first = "reading included" if self.reading is None else f"the first after {self.reading:.2f} s"
         return (
-            f"{self.prompt_tokens:,} tokens read, {self.tokens:,} written in {self.seconds:.1f} s "
-            f"({self.tokens / max(self.seconds, 1e-9):.1f} tokens/s, reading included), attention {self.attention}, "
-            f"cache {self.cache_bytes / 2**20:,.1f} MiB{shared}"
+            f"{self.prompt_tokens:,} tokens read, {self.tokens:,} written in {self.seconds:.2f} s, {first}: "
+            f"{rate:,.1f} tokens/s; cache {size(self.cache_bytes)}{shared}\n"
+            f"attention {self.attention.method}: {self.attention.reason}"
         )
 
 
@@ -60,7 +69,7 @@ class Generator:
 
         Raises:
             ConfigError: the prompt is too short.
-            ModelError: --attention el on a model or a ring that cannot.
+            ModelError: --attention el on a model that cannot.
         """
         ids = torch.from_numpy(self.tokenizer.encode(request.prompt).astype("int64"))[None].to(self.mesh.device)
         if ids.shape[1] < 2:
@@ -83,24 +92,44 @@ class Generator:
         text = self.tokenizer.decode(new.cpu().numpy())
         if stream is None:
             write(text)
+        reading = stream.first - started if stream is not None and stream.first is not None else None
         kept = cache_bytes(made.past_key_values)
-        return Generated(text, ids.shape[1], len(new), seconds, kept, attention)
+        return Generated(text, ids.shape[1], len(new), seconds, reading, kept, attention)
 
-    def _attend(self, request: Request, prompt: int) -> str:
-        """Set the model up for the asked, or the cheaper, kind of attention, and return its name."""
-        if self.mesh.sequence_size > 1:
-            if request.attention == "el":
-                raise ModelError("generate --attention el: hidden states are not sharded yet; use kv on a ring")
-            return "kv"
+    def _attend(self, request: Request, prompt: int) -> Choice:
+        """Set the model up for the asked, or the cheaper, kind of attention; the same choice on every rank."""
         disable_el(self.model)
-        kind = request.attention
-        if kind == "auto":
-            known = any(family_of(module) for module in self.model.modules())
-            shape = _shape(self.model, request, prompt)
-            kind = choose(shape, memory=_free_memory(self.mesh.device) // 2) if known else "kv"
-        if kind == "el":
+        unshare_beams(self.model)
+        choice = Choice(request.attention, "as asked")
+        if request.attention == "auto":
+            choice = self._choose(request, prompt)
+        if choice.method == "el":
             enable_el(self.model)
-        return kind
+        elif request.beams > 1 and self._beams_can_share():
+            share_beams(self.model)
+        return choice
+
+    def _choose(self, request: Request, prompt: int) -> Choice:
+        modules = [module for module in self.model.modules() if family_of(module) and memory_of(module) is None]
+        if not modules:
+            if any(memory_of(module) is not None for module in self.model.modules()):
+                return Choice("kv", "bounded memories, and keys and values of exact layers if there are any")
+            return Choice("kv", str(refuse(self.model)).split(":")[0])
+        ranks = self.mesh.sequence_size
+        free = torch.tensor(_free_memory(self.mesh.device) // 2, device=self.mesh.device)
+        if ranks > 1:  # of the rank that has least, lest they choose differently
+            dist.all_reduce(free, op=dist.ReduceOp.MIN, group=self.mesh.sequence_group)
+        shared = ranks > 1 or self._beams_can_share()
+        shape = replace(_shape(self.model, request, prompt), layers=len(modules))
+        return choose(shape, memory=int(free) * ranks, shared_prompt=shared)
+
+    def _beams_can_share(self) -> bool:
+        """Whether keys and values of the prompt can lie in this process once for all beams (a ring's always do)."""
+        config = self.model.config
+        odd = converted(config) or getattr(config, "attn_logit_softcapping", None) is not None
+        for module in self.model.modules():
+            odd |= hasattr(module, "sinks") or hasattr(module, "relative_attention_bias")
+        return self.mesh.sequence_size == 1 and not odd and bool(self.model._supports_sdpa)
 
 
 def _shape(model: Any, request: Request, prompt: int) -> Shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +20,15 @@ class TextStream:
         self.start = 0  # of the tokens that are decoded again: only the last few can change
         self.shown = ""
         self.prompt = True
+        self.first: float | None = None
+        """time.perf_counter() when the first new token came."""
 
     def put(self, tokens: Any) -> None:
         """Take the prompt (once, not shown), then new tokens."""
         if self.prompt:
             self.prompt = False
             return
+        self.first = time.perf_counter() if self.first is None else self.first
         self.ids += tokens.flatten().tolist()
         text = self.tokenizer.decode(self.ids[self.start :])
         if text.endswith(_UNFINISHED):

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from longctx.errors import ConfigError, LaunchError
-from longctx.generation.request import Request, model_folder
+from longctx.generation.request import FIGURES, Request, model_folder
 from longctx.launch import hardware, local
 
 
@@ -60,7 +60,11 @@ def _run(request: Request, ring: int, interactive: bool) -> int:
         path = Path(folder) / "request.json"
         request.write(path)
         command = [sys.executable, "-m", "longctx.launch.generate_rank", str(path)]
-        return local.run(command, world=ring, logs=Path(folder) / "logs", environment=extra)
+        code = local.run(command, world=ring, logs=Path(folder) / "logs", environment=extra)
+        figures = path.with_name(FIGURES)
+        if figures.exists():
+            print(figures.read_text(encoding="utf-8"), file=sys.stderr)
+        return code
 
 
 def _here(request: Request, interactive: bool) -> int:

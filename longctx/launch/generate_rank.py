@@ -6,13 +6,14 @@ import faulthandler
 import sys
 from pathlib import Path
 
+from longctx.generation.request import FIGURES
 from longctx.launch import rank as ranks
 from longctx.launch import report
 from longctx.mesh import _discover as launched_world
 
 
 def main(path: Path) -> int:
-    """Continue the prompt with the others; rank 0 writes to the terminal."""
+    """Continue the prompt with the others; rank 0 writes the text to the terminal and its figures beside ``path``."""
     ranks._die_with_parent()
     faulthandler.enable()
     rank = launched_world()[1]
@@ -32,7 +33,9 @@ def main(path: Path) -> int:
                 console.flush()
 
         done = Generator(Path(request.folder), mesh).answer(request, write)
-        write("\n" + done.summary(mesh.sequence_size) + "\n")
+        write("\n")
+        if console is not None:
+            path.with_name(FIGURES).write_text(done.summary(mesh.sequence_size), encoding="utf-8")
         return 0
     except BaseException as error:
         if not report.leave(rank, error):

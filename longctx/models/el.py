@@ -7,15 +7,21 @@ through the model's own attention, whose keys and values are dropped behind it. 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 import torch
 
+from longctx.attention.merge import Partial, merge
 from longctx.decode.caches.hidden import HiddenLayer, append_hidden
 from longctx.decode.caches.prompt import self_attention_cache, use_layers
+from longctx.decode.caches.sharded import ShardedCache
 from longctx.decode.el import el_attention, expanded_attention
+from longctx.decode.sharded import merge_over_ranks
 from longctx.errors import ModelError
+from longctx.mesh import Mesh
 from longctx.models.beams import Beams, expand_once
 from longctx.models.memories import memory_of
 from longctx.models.projections import Family, family_of, refuse
@@ -54,7 +60,7 @@ def enable_el(model: torch.nn.Module, *, cross: bool = True, causal: bool = True
         if not crossing:
             state.layers.append(int(module.layer_idx))
         original = module.forward
-        module.forward = MethodType(_cross(family, original) if crossing else _self(family, original), module)
+        module.forward = MethodType(_cross(family, original, state) if crossing else _self(family, original), module)
     if not state.changed:
         raise refuse(model)
     setattr(model, _STATE, state)
@@ -76,6 +82,32 @@ def disable_el(model: torch.nn.Module) -> None:
     delattr(model, _STATE)
 
 
+@contextmanager
+def spread_source(model: Any, mesh: Mesh) -> Iterator[None]:
+    """Take the encoder's output that cross attention is given for this rank's part of it.
+
+    Raises:
+        ModelError: the model's cross attention makes keys and values.
+    """
+    state = getattr(model, _STATE, None)
+    if state is None or not state.crosses:
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder whose cross attention makes keys and values of its source: "
+            "call longctx.enable_el(model) to share the source between ranks, or generate on one (mesh of ring 1)"
+        )
+    state.mesh = mesh
+    try:
+        yield
+    finally:
+        state.mesh = None
+
+
+def el_layers(model: torch.nn.Module) -> list[int]:
+    """The numbers of the decoder layers that keep their inputs since `enable_el`."""
+    state = getattr(model, _STATE, None)
+    return [] if state is None else list(state.layers)
+
+
 class _State(Beams):
     """What enable_el did to one model, and how many beams the generation in progress has."""
 
@@ -83,9 +115,10 @@ class _State(Beams):
         super().__init__()
         self.changed: list[str] = []
         self.layers: list[int] = []
+        self.mesh: Mesh | None = None  # whose ranks hold the encoder's output in parts, while a generation reads it
 
 
-def _cross(family: Family, original: Any) -> Any:
+def _cross(family: Family, original: Any, state: _State) -> Any:
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         source = kwargs.get(family.hidden)
         folded = source is not None and source.shape[0] != hidden_states.shape[0]
@@ -103,6 +136,7 @@ def _cross(family: Family, original: Any) -> Any:
             heads=getattr(self, family.heads),
             scale=_scale(self, family),
             mask=mask,
+            mesh=state.mesh,
         )
         return out, *(None,) * (family.outputs - 1)
 
@@ -114,7 +148,10 @@ def _self(family: Family, original: Any) -> Any:
         cache = kwargs.get("past_key_values")
         if cache is None or args:
             return original(hidden_states, *args, **kwargs)
-        past, parts = append_hidden(self_attention_cache(cache), hidden_states, int(self.layer_idx))
+        spread = self_attention_cache(cache)
+        if isinstance(spread, ShardedCache):
+            return _sharded(self, family, original, hidden_states, spread, kwargs)
+        past, parts = append_hidden(spread, hidden_states, int(self.layer_idx))
         tokens = hidden_states.shape[1]
         mask = _mask(kwargs.get(family.mask), past + tokens)
         if not past:
@@ -127,6 +164,32 @@ def _self(family: Family, original: Any) -> Any:
         return (out, None) if family.bias is None else (out, bias, None)
 
     return forward
+
+
+def _sharded(
+    module: Any, family: Family, original: Any, x: torch.Tensor, cache: ShardedCache, kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """The same over a context that is spread over ranks: W_v comes before the exchange, D + 1 numbers a query head."""
+    held: Any = cache.layers[int(module.layer_idx)]
+    prompt = not held.is_initialized
+    held.update(x[:, None], x[:, None, :, :0])
+    if prompt:
+        result: tuple[Any, ...] = original(x, **(kwargs | {"past_key_values": None}))
+        return result
+    weights, heads = family.projections(module), getattr(module, family.heads)
+    q = torch.nn.functional.linear(x, weights.w_q, weights.b_q).unflatten(-1, (heads, -1)).transpose(1, 2)
+    of_prompt, of_new = cache.places.visible(held.seen, x.shape[1], None)
+    of_prompt = of_prompt.repeat_interleave(cache.beams, 0)
+    partial: Partial | None = None
+    for hidden, visible in ((held.prompt[0], of_prompt), (held.keys, of_new)):
+        part = expanded_attention(
+            q, hidden[:, 0], weights.w_k, weights.w_v, b_v=weights.b_v, scale=_scale(module, family),
+            mask=visible[:, None],
+        )[:2]  # fmt: skip
+        partial = part if partial is None else merge(partial, part)
+    assert partial is not None
+    out = merge_over_ranks(partial, cache.mesh)[0].transpose(1, 2).flatten(2).to(x.dtype)
+    return torch.nn.functional.linear(out, weights.w_o, weights.b_o), None
 
 
 def _attend(

@@ -1,8 +1,9 @@
 """generate(): transformers' own generate() over a context that no single rank holds.
 
-The prompt runs through the model once, sharded, by ring attention, and its keys and values stay where they lie. From
-then on every rank computes the same new token: attention is the only place where they exchange anything, D + 1 numbers
-a query head and layer. Sampling draws from generators that start equal on all ranks.
+The prompt runs through the model once, sharded, by ring attention, and its keys and values (under `enable_el` its
+layer inputs) stay where they lie. From then on every rank computes the same new token: attention is the only place
+where they exchange anything, D + 1 numbers a query head and layer. A layer with a bounded memory exchanges nothing
+any more: every rank has its state of the whole prompt. Sampling draws from generators that start equal on all ranks.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longctx.decode.caches.sharded import ShardedCache
+from longctx.decode.caches.sharded import ReplicatedState, ShardedCache, ShardedHidden, ShardedLayer
 from longctx.decode.sharded import Places
 from longctx.errors import ModelError
 from longctx.mesh import Mesh
 from longctx.models.attach import attach_attention
-from longctx.models.binding import binding_of
+from longctx.models.binding import Binding, binding_of
+from longctx.models.el import el_layers, spread_source
 from longctx.models.memories import memory_of
 from longctx.sharding import positions, shard
 
@@ -36,7 +38,8 @@ def generate(
     """Continue a prompt whose context is spread over the ranks of ``mesh``; call it on all of them alike.
 
     Args:
-        model: a causal transformers model, whole on every rank; on a ring its attention becomes longctx's.
+        model: a causal transformers model, whole on every rank; on a ring its attention becomes longctx's. Or, under
+            `enable_el`, an encoder-decoder: ranks keep their parts of the encoder's output, which each of them runs.
         input_ids: (B, S) int64, the whole prompt, equal on every rank of the sequence group; S >= 2.
         attention_mask: (B, S), 0 at padding, which must be on the left.
         seed: of sampling.
@@ -48,26 +51,22 @@ def generate(
     Raises:
         ModelError: the model or an option cannot be generated from sharded; see docs/decode.md.
     """
-    _check(model, input_ids, attention_mask, options)
+    _check(model, input_ids, attention_mask, options, mesh.sequence_size)
     model.eval()
-    layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     beams = max(int(options.get("num_beams") or 1), int(options.get("num_return_sequences") or 1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if mesh.sequence_size == 1:
             return model.generate(input_ids, attention_mask=mask, **(options | {"use_cache": True}))
-        if any(memory_of(module) is not None for module in model.modules()):
-            raise ModelError(
-                f"{type(model).__name__} has layers with a bounded memory, whose state is not handed from rank to rank "
-                "when generating yet; its state does not grow, so generate on one device (mesh of ring 1)"
-            )
+        if model.config.is_encoder_decoder:
+            return _from_source(model, input_ids, mask, mesh, options)
         if binding_of(model) is None or binding_of(model).mesh is not mesh:  # type: ignore[union-attr]
             attach_attention(model, mesh, layout)
         binding = binding_of(model)
         assert binding is not None
         try:
-            cache = binding.cache = _prefill(model, input_ids[:, :-1], mask[:, :-1], mesh, layout, layers, binding)
+            cache = binding.cache = _prefill(model, input_ids[:, :-1], mask[:, :-1], binding)
             if beams > 1:
                 cache.batch_repeat_interleave(beams)
             return model.generate(
@@ -77,15 +76,26 @@ def generate(
             binding.cache = None
 
 
-def _prefill(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, mesh: Mesh, layout: str, layers: int, binding: Any
-) -> ShardedCache:
+def _from_source(model: Any, ids: torch.Tensor, mask: torch.Tensor, mesh: Mesh, options: dict[str, Any]) -> Any:
+    """Generate from an encoder's output of which this rank keeps its part; self-attention is that of one process."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    with spread_source(model, mesh):
+        hidden = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        mine, visible = (x.tensor_split(mesh.sequence_size, 1)[mesh.sequence_rank].clone() for x in (hidden, mask))
+        del hidden
+        source = BaseModelOutput(last_hidden_state=mine)
+        return model.generate(encoder_outputs=source, attention_mask=visible, **(options | {"use_cache": True}))
+
+
+def _prefill(model: Any, ids: torch.Tensor, mask: torch.Tensor, binding: Binding) -> ShardedCache:
     """Run the prompt but its last token through the model, sharded, and keep what each rank computes."""
-    length = ids.shape[1]
+    length, mesh, layout = ids.shape[1], binding.mesh, binding.layout
     documents = shard(torch.where(mask > 0, 0, -1).to(torch.int32), mesh, layout=layout, pad_value=-1)
     places = Places(
         mesh.sequence_rank, mesh.sequence_size, length, positions(length, mesh, layout).to(ids.device), documents
     )
+    layers = _layers(model, places, mask.sum(-1))
     cache = binding.cache = ShardedCache(mesh, layers, places)
     model(
         input_ids=shard(ids, mesh, layout=layout),
@@ -97,23 +107,39 @@ def _prefill(
     )
     if not cache.filled:
         raise ModelError(
-            f"{type(model).__name__} did not fill its cache of {layers} layers: only models whose every layer caches "
-            "keys and values can be generated from sharded"
+            f"{type(model).__name__} did not fill its cache of {len(layers)} layers: only models whose every layer "
+            "caches keys and values, or has a bounded memory of longctx, can be generated from sharded"
         )
     cache.ready = True
     return cache
 
 
-def _check(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]) -> None:
+def _layers(model: Any, places: Places, tokens: torch.Tensor) -> list[ShardedLayer | ReplicatedState]:
+    """What each layer keeps: a bounded state, layer inputs where EL-attention is enabled, or keys and values."""
+    count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    layers: list[ShardedLayer | ReplicatedState] = [ShardedLayer(places) for _ in range(count)]
+    for index in el_layers(model):
+        layers[index] = ShardedHidden(places)
+    for module in model.modules():
+        if memory_of(module) is not None:
+            layers[int(module.layer_idx)] = ReplicatedState(places, tokens)
+    return layers
+
+
+def _check(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any], ranks: int) -> None:
     name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "generate"):
-        raise ModelError(f"{name}: sharded generation is for causal decoders with generate()")
-    if ids.dim() != 2 or ids.shape[1] < 2 or ids.is_floating_point():
-        raise ModelError(f"input_ids {tuple(ids.shape)} of {ids.dtype}: expected (B, S) token numbers with S >= 2")
-    if mask is not None and (mask.shape != ids.shape or bool((mask[:, -1] == 0).any())):
+    if not hasattr(model, "generate"):
+        raise ModelError(f"{name}: sharded generation is for models with generate()")
+    least = ranks if getattr(model.config, "is_encoder_decoder", False) else 2
+    if ids.dim() != 2 or ids.shape[1] < least or ids.is_floating_point():
         raise ModelError(
-            f"attention_mask {tuple(mask.shape)} for input_ids {tuple(ids.shape)}: give one of the same shape, with "
-            "padding on the left"
+            f"input_ids {tuple(ids.shape)} of {ids.dtype}: expected (B, S) token numbers with S >= {least}"
+        )
+    left = not model.config.is_encoder_decoder
+    if mask is not None and (mask.shape != ids.shape or left and bool((mask[:, -1] == 0).any())):
+        raise ModelError(
+            f"attention_mask {tuple(mask.shape)} for input_ids {tuple(ids.shape)}: give one of the same shape, for "
+            "decoders with padding on the left"
         )
     for option in ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens"):
         if options.get(option) is not None:

@@ -142,7 +142,19 @@ def attend(
     mask = None if attention_mask is None or attention_mask.shape[3] < tokens else attention_mask[..., -tokens:]
     backend = binding.backend if binding is not None and memory.exact else "auto"
     common = dict(causal=causal, scale=scale, backend=backend, **extras)
-    if notes.cache is not None:
+    ring = binding if binding is not None and binding.sharded else None
+    if ring is not None and notes.cache is not None and ring.cache is None:
+        raise ModelError(
+            f"{type(module).__name__} is bound to a ring of {ring.mesh.sequence_size} and was given a cache: generate "
+            "with longctx.generate(model, …, mesh=mesh), or pass use_cache=False"
+        )
+    if ring is not None and notes.cache is not None and not ring.cache.ready:  # the prompt of a sharded generation
+        ids = sharded_documents(module, query, key, mask, document_ids).long()
+        out, notes.cache.state = memory(
+            query, key, value, notes.inputs, mesh=ring.mesh, layout=ring.layout, document_ids=ids,
+            length=ring.cache.places.prompt, return_state=True, **common,
+        )  # fmt: skip
+    elif notes.cache is not None:
         valid = padded_tokens(mask, query)
         shape = (query.shape[0], tokens)
         ids, state = document_ids, notes.cache.state
@@ -151,11 +163,9 @@ def attend(
         out, notes.cache.state = memory(
             query, key, value, notes.inputs, document_ids=ids.long(), state=state, return_state=True, **common
         )
-    elif binding is not None and binding.sharded:
+    elif ring is not None:
         ids = sharded_documents(module, query, key, mask, document_ids).long()
-        out = memory(
-            query, key, value, notes.inputs, mesh=binding.mesh, layout=binding.layout, document_ids=ids, **common
-        )
+        out = memory(query, key, value, notes.inputs, mesh=ring.mesh, layout=ring.layout, document_ids=ids, **common)
     else:
         found = whole_documents(query, mask, document_ids, position_ids)
         out = memory(query, key, value, notes.inputs, document_ids=None if found is None else found.long(), **common)

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from longctx.attention.block import block_attention
 from longctx.attention.ring import ring_attention
 from longctx.bounded.state import State
+from longctx.errors import AttentionError
+from longctx.layout import Layout
+from longctx.mesh import Mesh
 from longctx.nn.kinds import Window
+from longctx.sharding import positions
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class WindowMemory(torch.nn.Module):
         mesh: Any = None,
         layout: Any = "zigzag",
         document_ids: torch.Tensor | None = None,
+        length: int | None = None,
         state: WindowState | None = None,
         return_state: bool = False,
         backend: str = "auto",
@@ -51,13 +57,17 @@ class WindowMemory(torch.nn.Module):
         """Attend as ``ABCMemory.forward`` does; not causal, the window reaches as far to the right."""
         size = self.kind.size
         window: int | tuple[int, int] = size if causal else (size - 1, size - 1)
-        if not return_state:
-            ids = document_ids if document_ids is None else document_ids.to(torch.int32)
-            return ring_attention(
-                query, key, value, mesh=mesh, layout="contiguous" if mesh is None else layout, causal=causal,
-                window=window, document_ids=ids, scale=scale, backend=backend, **extras,
-            )  # fmt: skip
         ids = document_ids
+        ring = mesh is not None and mesh.sequence_size > 1
+        if ring and state is not None:
+            raise AttentionError("window: a state on a ring of ranks; run without a mesh, or without a state")
+        if not return_state or ring:
+            out = ring_attention(
+                query, key, value, mesh=mesh, layout="contiguous" if mesh is None else layout, causal=causal,
+                window=window, document_ids=ids if ids is None else ids.to(torch.int32), length=length, scale=scale,
+                backend=backend, **extras,
+            )  # fmt: skip
+            return (out, last_tokens(key, value, ids, size - 1, mesh, layout, length)) if return_state else out
         if ids is None:
             ids = torch.zeros(key.shape[0], key.shape[2], dtype=torch.int64, device=key.device)
         keys, values, all_ids = key, value, ids
@@ -71,3 +81,37 @@ class WindowMemory(torch.nn.Module):
         first = max(keys.shape[2] - (size - 1), 0)
         # copies: a slice would keep all of what it was cut from
         return out, WindowState(keys[:, :, first:].clone(), values[:, :, first:].clone(), all_ids[:, first:].clone())
+
+
+def last_tokens(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    document_ids: torch.Tensor | None,
+    count: int,
+    mesh: Mesh,
+    layout: str | Layout,
+    length: int | None,
+) -> WindowState:
+    """The last ``count`` tokens of a sequence that is spread over ranks, on each of them, without their history.
+
+    One all-reduce of what they hold, whatever the length of the sequence.
+
+    Args:
+        key, value, document_ids: of this rank's tokens.
+        length: of the whole sequence; None: it fills all ranks.
+    """
+    whole = key.shape[2] * mesh.sequence_size
+    index = positions(whole, mesh, layout).to(key.device)
+    length = whole if length is None else length
+    count = min(count, length)
+    here = (index >= length - count) & (index < length)
+    places = index[here] - (length - count)
+    ids = torch.zeros(len(key), key.shape[2], device=key.device) if document_ids is None else document_ids
+    parts = []
+    for x in (key, value, ids.to(torch.int64)[:, None, :, None]):
+        part = x.new_zeros(*x.shape[:2], count, x.shape[3])
+        part[:, :, places] = x[:, :, here].detach()  # a place has one owner, so the sum over ranks is what lies there
+        if count:
+            dist.all_reduce(part, group=mesh.sequence_group)
+        parts.append(part)
+    return WindowState(parts[0], parts[1], parts[2][:, 0, :, 0])

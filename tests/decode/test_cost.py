@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from longctx.decode.cost import Shape, choose, el_bytes, kv_bytes
 
 BART_LARGE = Shape(
@@ -22,8 +24,17 @@ def test_a_decoder_keeps_half_and_its_prompt_once_for_all_beams() -> None:
 
 
 def test_the_choice_is_never_the_slower_one_within_the_memory() -> None:
-    assert choose(BART_LARGE) == "kv"  # arithmetic decides: EL multiplies it
-    assert choose(BART_LARGE, memory=2**30) == "el"  # the other does not fit
-    assert choose(BART_LARGE, seconds_per_byte=1e-12, seconds_per_flop=1e-16) == "el"  # bandwidth decides
+    assert choose(BART_LARGE).method == "kv"  # arithmetic decides: EL multiplies it
+    assert choose(BART_LARGE, memory=2**30).method == "el"  # the other does not fit
+    assert choose(BART_LARGE, seconds_per_byte=1e-12, seconds_per_flop=1e-16).method == "el"  # bandwidth decides
+    assert choose(BART_LARGE, memory=2 * 2**30).method == "kv"  # beams share their source
+    assert choose(BART_LARGE, memory=2 * 2**30, shared_prompt=False).method == "el"
     few_keys = Shape(layers=2, heads=32, key_heads=4, head_dim=128, width=4096, batch=1, prompt=1000)
-    assert choose(few_keys, memory=1) == "kv"  # grouped keys are smaller than what makes them
+    assert choose(few_keys, memory=1).method == "kv"  # grouped keys are smaller than what makes them
+
+
+def test_the_choice_says_why() -> None:
+    assert choose(BART_LARGE).reason.startswith("keys and values take 1.5 GiB, hidden states 64.0 MiB; both fit")
+    assert "only the latter fit in 100.0 MiB" in choose(BART_LARGE, memory=100 * 2**20).reason
+    assert "neither fits in 1.0 MiB" in choose(BART_LARGE, memory=2**20).reason
+    assert "nothing to save" in choose(replace(BART_LARGE, source=0, prompt=9, key_heads=1)).reason

@@ -190,13 +190,20 @@ def test_cached_scales_give_the_same_norm() -> None:
     assert_equal(made.el(scales=torch.cat(parts, 1), tile=4), made.dense())
 
 
-def test_step_by_step_equals_at_once() -> None:
-    made = case(tokens=9, keys=9, causal=True, bias=OPTIONS["buckets"]["bias"])
-    made.x = made.hidden
-    steps = [
-        dataclasses.replace(made, x=made.x[:, t : t + 1], hidden=made.hidden[:, : t + 1]).el(tile=4) for t in range(9)
-    ]
-    assert_equal(torch.cat(steps, 1), made.el())
+@pytest.mark.parametrize("groups", [4, 1])
+@pytest.mark.parametrize("name", ["plain", "sink", "softcap", "alibi", "buckets", "rms", "layer"])
+def test_step_by_step_equals_at_once(name: str, groups: int) -> None:
+    """A decoder that keeps its inputs, and of normalised keys one number a head, gives its full forward."""
+    made = case(tokens=9, keys=9, groups=groups, **(OPTIONS[name] | {"causal": True}))
+    made.x, norm, w = made.hidden, OPTIONS[name].get("k_norm"), made.weights
+    steps, scales = [], None
+    for t in range(9):
+        if norm is not None:
+            new = key_scales(made.hidden[:, t : t + 1], w["w_k"], w["b_k"], groups, norm)
+            scales = new if scales is None else torch.cat((scales, new), 1)
+        step = dataclasses.replace(made, x=made.x[:, t : t + 1], hidden=made.hidden[:, : t + 1])
+        steps.append(step.el(tile=4, scales=scales))
+    assert_equal(torch.cat(steps, 1), made.dense())
 
 
 def test_a_latent_with_a_decoupled_rotary_part_is_mla() -> None:

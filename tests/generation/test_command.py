@@ -14,6 +14,7 @@ from models.zoo import tiny_config, tiny_model
 import longctx
 from longctx.data.tokenizer import ByteTokenizer, train_bpe
 from longctx.errors import ConfigError
+from longctx.generation import run
 from longctx.generation.request import Request, model_folder
 from longctx.generation.run import Generator
 from longctx.generation.stream import TextStream
@@ -51,8 +52,8 @@ def test_a_ring_writes_what_one_process_writes(checkpoints: dict[str, Path]) -> 
     alone, ring = command(*common), command(*common, "--ring", 2)
     assert alone.returncode == 0 and ring.returncode == 0, alone.stderr + ring.stderr
     assert "tokens/s" in alone.stderr and "attention kv" in alone.stderr and "cache" in alone.stderr
-    assert alone.stdout.strip() and ring.stdout.startswith(alone.stdout.rstrip("\n"))
-    assert "one of 2" in ring.stdout
+    assert alone.stdout.strip() and ring.stdout == alone.stdout
+    assert "one of 2" in ring.stderr and "turns its keys by their positions" in ring.stderr
 
 
 def test_one_prompt_after_another(checkpoints: dict[str, Path]) -> None:
@@ -93,12 +94,20 @@ def test_hidden_states_give_the_same_text_from_half_the_cache(checkpoints: dict[
         made[attention] = generator.answer(request, written.write)
         assert written.getvalue() == made[attention].text
     assert made["el"].text == made["kv"].text and made["el"].cache_bytes * 2 == made["kv"].cache_bytes
-    assert made["auto"].attention == "kv", "nothing here is short of memory"
+    assert made["auto"].attention.method == "kv", "nothing here is short of memory"
+    assert "both fit" in made["auto"].attention.reason and made["el"].attention.reason == "as asked"
     beams = Request(str(checkpoints["gpt2"]), PROMPT, max_new_tokens=12, beams=3, attention="el")
-    assert (
-        generator.answer(beams, lambda text: None).text
-        == generator.answer(Request(**(vars(beams) | {"attention": "kv"})), lambda text: None).text
-    )
+    hidden = generator.answer(beams, lambda text: None)
+    kept = generator.answer(Request(**(vars(beams) | {"attention": "kv"})), lambda text: None)
+    assert hidden.text == kept.text and kept.cache_bytes == 2 * hidden.cache_bytes, "beams share their prompt in both"
+    assert hidden.reading is None and 0 < made["kv"].reading <= made["kv"].seconds
+
+
+def test_too_little_memory_for_keys_and_values(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator(checkpoints["gpt2"], Mesh(ring=1, world_size=1))
+    monkeypatch.setattr(run, "_free_memory", lambda device: 2 * 30_000)
+    done = generator.answer(Request(str(checkpoints["gpt2"]), PROMPT, max_new_tokens=12), lambda text: None)
+    assert done.attention.method == "el" and "only the latter fit in 29.3 KiB" in done.attention.reason
 
 
 def test_a_model_with_bounded_memories(tmp_path: Path) -> None:

@@ -1,24 +1,36 @@
-"""A cache of keys and values that is spread over the ranks of a mesh, in transformers' clothes."""
+"""A cache of a context that is spread over the ranks of a mesh, in transformers' clothes.
+
+Layers keep what their attention needs: keys and values, or layer inputs (EL), of the tokens that lie on this rank; or a
+bounded state of the whole context, which has the same size on every rank whatever the length.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from longctx.attention.merge import merge
+from longctx.decode.caches.state import StateLayer
 from longctx.decode.sharded import Places, attend_part, merge_over_ranks
 from longctx.errors import ModelError
 from longctx.mesh import Mesh
 
 
 class ShardedLayer(CacheLayerMixin):
-    """One layer's keys and values of the tokens that this rank holds; its length is that of the whole context."""
+    """One layer's keys and values of the tokens that this rank holds; its length is that of the whole context.
+
+    The prompt stays as it lay, once for all beams of a row; what is generated lies behind it, a row for every beam.
+    """
 
     is_sliding = False
     is_croppable = True
     keys: Any
     values: Any
+    prompt: tuple[torch.Tensor, torch.Tensor]
+    """(B, G, S, D) and (B, G, S, Dv); keys and values hold (B * beams, G, n, D) new tokens."""
 
     def __init__(self, places: Places) -> None:
         super().__init__()
@@ -27,7 +39,8 @@ class ShardedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take the prompt's keys and values as they lie on this rank."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values, self.seen = key_states, value_states, self.places.prompt
+        self.prompt, self.seen = (key_states, value_states), self.places.prompt
+        self.keys, self.values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -67,36 +80,71 @@ class ShardedLayer(CacheLayerMixin):
         self.keys, self.values = (x[:, :, : x.shape[2] - surplus] for x in (self.keys, self.values))
         self.seen = kept
 
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows of the batch, in this order."""
+    def select(self, rows: torch.Tensor, prompts: torch.Tensor | None) -> None:
+        """Keep these rows of the new tokens, in this order, and these of the prompt (None: the prompt as it is)."""
         self.keys, self.values = (x.index_select(0, rows) for x in (self.keys, self.values))
+        if prompts is not None:
+            keys, values = self.prompt
+            self.prompt = keys.index_select(0, prompts), values.index_select(0, prompts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this rank holds."""
+        held = (*self.prompt, self.keys, self.values) if self.is_initialized else ()
+        return sum(x.untyped_storage().nbytes() for x in held if x.numel())
+
+
+class ShardedHidden(ShardedLayer):
+    """One layer's inputs (rows, 1, S, C) in the place of keys, with values of width 0: what EL-attention reads."""
+
+
+class ReplicatedState(StateLayer):
+    """A bounded state of the whole context, the same on every rank, which all ranks carry on alike after the prompt."""
+
+    def __init__(self, places: Places, tokens: torch.Tensor) -> None:
+        """Expect a prompt with these numbers of ``tokens``, (B,) int64, that are no padding."""
+        super().__init__()
+        self.places = places
+        self.position, self.document = tokens - 1, torch.zeros_like(tokens)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count tokens: the whole prompt at first, of which a rank sees its part."""
+        if self.is_initialized:
+            return super().update(key_states, value_states)
+        self.is_initialized, self.tokens = True, self.places.prompt
+        return key_states, value_states
 
 
 class ShardedCache(Cache):
-    """Keys and values of a context spread over the ranks of a mesh: no rank holds more than its part.
+    """What the layers keep of a context spread over the ranks of a mesh: a rank holds its part of the tokens.
 
     The prompt stays where ring attention left it; new tokens go to the ranks in turn.
     """
 
-    def __init__(self, mesh: Mesh, layers: int, places: Places) -> None:
-        super().__init__(layers=[ShardedLayer(places) for _ in range(layers)])
+    def __init__(self, mesh: Mesh, layers: Sequence[ShardedLayer | ReplicatedState], places: Places) -> None:
+        super().__init__(layers=list(layers))
         self.mesh, self.places = mesh, places
+        self.beams = 1
         self.ready = False
         """The prompt is in: attention reads the cache from here on."""
 
     @property
     def filled(self) -> bool:
         """Every layer has its part of the prompt."""
-        return all(isinstance(layer, ShardedLayer) and layer.is_initialized for layer in self.layers)
+        return all(layer.is_initialized for layer in self.layers)
 
     def attend(
         self, layer: int, q: torch.Tensor, *, window: int | None, sink: torch.Tensor | None, **scores: Any
     ) -> Any:
         """Attention of q (B, H, T, D), the last T tokens of the context, to all of it; (B, H, T, Dv) in q's dtype."""
         held: Any = self.layers[layer]
-        visible = self.places.visible(held.seen, q.shape[2], window)
+        of_prompt, of_new = self.places.visible(held.seen, q.shape[2], window)
         first = self.mesh.sequence_rank == 0  # a sink is one more logit, once
-        part = attend_part(q, held.keys, held.values, visible, sink=sink if first else None, **scores)
+        part = attend_part(q, *held.prompt, of_prompt, sink=sink if first else None, **scores)
+        if held.keys.shape[2]:
+            part = merge(part, attend_part(q, held.keys, held.values, of_new, **scores))
         return merge_over_ranks(part, self.mesh)[0].to(q.dtype)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -104,12 +152,26 @@ class ShardedCache(Cache):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows of the batch."""
-        self.places.documents = self.places.documents.index_select(0, indices)
+        """Keep these rows of the batch; beams that stay with their prompt go on sharing it."""
+        prompts: torch.Tensor | None = indices // self.beams
+        homes = torch.arange(len(self.places.documents), device=indices.device).repeat_interleave(self.beams)
+        if torch.equal(indices // self.beams, homes):
+            prompts = None
+        else:
+            self.beams = 1
+            self.places.documents = self.places.documents.index_select(0, prompts)
         for layer in self.layers:
-            layer.select(indices)  # type: ignore[union-attr]
+            if isinstance(layer, ShardedLayer):
+                layer.select(indices, prompts)
+            else:
+                layer.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Give every row ``repeats`` beams."""
-        rows = torch.arange(self.places.documents.shape[0], device=self.places.documents.device)
-        self.batch_select_indices(rows.repeat_interleave(repeats))
+        rows = torch.arange(len(self.places.documents) * self.beams, device=self.places.documents.device)
+        for layer in self.layers:
+            if isinstance(layer, ShardedLayer):
+                layer.select(rows.repeat_interleave(repeats), None)
+            else:
+                layer.batch_repeat_interleave(repeats)
+        self.beams *= repeats

@@ -1,0 +1,116 @@
+"""The decode kernels' host side: tensors in, one or two launches out; nothing waits for the device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+from ..flash.launch import Launch
+from . import tiles
+from .merge import merge_kernel
+from .partial import partial_kernel
+from .terms import Terms
+
+Optional = torch.Tensor | None
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call. q (B, G, beams * N * T, Dk) dense; k (B, G, S, Dk), v (B, G, S, Dv): one dtype of bf16, fp16, fp32, any
+    strides with a dense last dimension. v None: the values are the first value_width columns of k.
+
+    splits: of the context; None chooses by the shape and the chip.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: Optional
+    value_width: int
+    heads: int
+    tokens: int
+    terms: Terms
+    arch: str
+    splits: int | None = None
+
+    def launches(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[Launch, ...]:
+        """Write out (B, G, rows, Dv) and lse (B, G, rows), fp32, dense."""
+        splits, span = self.parts()
+        if splits == 1:
+            return (self.partial(out, lse, 1, span),)
+        batch, groups, rows, width = out.shape
+        parts = out.new_empty(batch, groups, splits, rows, width)
+        part_lse = lse.new_empty(batch, groups, splits, rows)
+        return self.partial(parts, part_lse, splits, span), merge(parts, part_lse, out, lse)
+
+    @property
+    def config(self) -> tiles.Config:
+        shared = self.v is None
+        rows, width = self.q.shape[2:]
+        return tiles.choose(rows, width, self.value_width, shared, self.q.dtype.itemsize, self.arch)
+
+    def parts(self) -> tuple[int, int]:
+        """(splits, keys of each); a split is whole tiles."""
+        config, keys = self.config, self.k.shape[2]
+        wanted = self.splits or tiles.splits(math.prod(self._grid()), keys, config.step, processors(self.q.device))
+        span = max(1, -(-keys // wanted // config.step)) * config.step
+        return max(1, -(-keys // span)), span
+
+    def partial(self, out: torch.Tensor, lse: torch.Tensor, splits: int, span: int) -> Launch:
+        """Write every split's out (B, G, splits, rows, Dv) and lse (B, G, splits, rows), fp32, dense."""
+        config, terms = self.config, self.terms
+        k, v = self.k, self.k if self.v is None else self.v
+        (row_tiles, column_tiles, units), width = self._grid(), k.shape[3]
+        cap = 1.0 if terms.softcap is None else terms.softcap
+        arguments = {
+            "q": self.q, "k": k, "v": v, "constant": terms.constant, "factor": terms.factor, "shift": terms.shift,
+            "slopes": None if terms.slopes is None else terms.slopes * LOG2E, "bias": terms.bias,
+            "mask": None if terms.mask is None else terms.mask.view(torch.uint8), "lengths": terms.lengths,
+            "out": out, "lse": lse,
+            **_strides("k", k, "bgs"), **_strides("v", v, "bgs"), **_strides("f", terms.factor, "bgns"),
+            **_strides("b", terms.bias, "bgonts"), **_strides("m", terms.mask, "bgonts"),
+            "groups": k.shape[1], "rows": self.q.shape[2], "heads": self.heads, "tokens": self.tokens,
+            "keys": k.shape[2], "span": span, "row_tiles": row_tiles, "offset": terms.offset,
+            "scale": terms.scale * LOG2E if terms.softcap is None else terms.scale / cap, "cap": cap * LOG2E,
+            "ROWS": config.rows, "STEP": config.step, "WIDTH": config.width, "DK": width, "DV": self.value_width,
+            "KEY_CHUNKS": -(-width // config.width), "VALUE_CHUNKS": config.values, "KEPT": config.kept,
+            "UNROLLED": config.kept or width <= 256, "CONSTANT": terms.constant is not None,
+            "FACTOR": terms.factor is not None, "SHIFT": terms.shift is not None, "SOFTCAP": terms.softcap is not None,
+            "ALIBI": terms.slopes is not None, "BIAS": terms.bias is not None, "MASK": terms.mask is not None,
+            "LENGTHS": terms.lengths is not None, "CAUSAL": terms.causal,
+        }  # fmt: skip
+        grid = (row_tiles * column_tiles, splits, units)
+        return Launch(partial_kernel, grid, arguments, config.warps, config.stages)
+
+    def _grid(self) -> tuple[int, int, int]:
+        """(row tiles, column tiles, batch x key heads)."""
+        batch, groups, rows, _ = self.q.shape
+        owned = self.config.values * self.config.width
+        return -(-rows // self.config.rows), -(-self.value_width // owned), batch * groups
+
+
+def merge(parts: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Launch:
+    """The launch that makes one result of the splits'."""
+    batch, groups, splits, rows, width = parts.shape
+    columns = min(tiles.MERGED, max(16, triton.next_power_of_2(width)))
+    arguments = {
+        "parts": parts, "part_lse": part_lse, "out": out, "lse": lse, "rows": rows, "splits": splits, "DV": width,
+        "WIDTH": columns, "SPLITS": triton.next_power_of_2(splits),
+    }  # fmt: skip
+    return Launch(merge_kernel, (batch * groups * rows, -(-width // columns)), arguments, 4)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors, or compute units; four where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _strides(name: str, x: Optional, axes: str) -> dict[str, int]:
+    """Strides of all dimensions in `axes`, zeros for a tensor that is not there."""
+    numbers = (0,) * len(axes) if x is None else x.stride()
+    return {f"{name}{axis}": n for axis, n in zip(axes, numbers, strict=False)}

@@ -1,0 +1,33 @@
+"""The splits of a context become one: out = sum_i exp(lse_i - lse) out_i, lse = log sum_i exp(lse_i). The order of the
+sum is that of the splits, so the same call gives the same bits."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def merge_kernel(
+    parts, part_lse, out, lse, rows, splits, DV: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * G * rows, column tiles). parts (B, G, splits, rows, DV), part_lse (B, G, splits, rows), out
+    (B, G, rows, DV), lse (B, G, rows): fp32, dense. SPLITS: a power of two, at least splits."""
+    place = tl.program_id(0).to(tl.int64)
+    first = place // rows * splits * rows + place % rows
+    index = tl.arange(0, SPLITS)
+    every = tl.load(part_lse + first + index.to(tl.int64) * rows, mask=index < splits, other=float("-inf"))
+    top = tl.max(every, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(every - top), 0)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    acc = tl.zeros([WIDTH], tl.float32)
+    for i in range(splits):
+        at = first + i * rows
+        weight = tl.exp(tl.load(part_lse + at) - top)
+        acc += weight * tl.load(parts + at * DV + column, mask=column < DV, other=0.0)
+    seen = total > 0.0
+    divisor = tl.where(seen, total, 1.0)
+    tl.store(out + place * DV + column, acc / divisor, mask=column < DV)
+    if tl.program_id(1) == 0:
+        tl.store(lse + place, tl.where(seen, top + tl.log(divisor), float("-inf")))

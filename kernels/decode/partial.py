@@ -1,0 +1,160 @@
+"""Attention of many queries to one part of a shared context: the running softmax of flash/forward.py, for few rows.
+
+A program owns a tile of the rows that share a key head (heads x beams x new tokens) and walks one split of the context.
+Rows are wide (EL: the model's width; MLA: 576), so they come in chunks of columns. Where values are columns of the
+keys and a tile of keys fits in shared memory (KEPT), it is loaded once and meets the queries, then the probabilities:
+the context is read from memory once. Otherwise values are loaded beside the keys, or the keys' tile again, from L2.
+Row tiles of one split are neighbours in the grid, so the second one to read a tile finds it in L2 too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..flash.elements import tanh
+
+
+@triton.jit
+def _columns(rows, inside, start, DIM: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+    """(rows, WIDTH) from column `start` on: `rows` points to the first number of each; zeros beyond DIM."""
+    column = start + tl.arange(0, WIDTH)
+    if WHOLE:
+        tile = tl.load(rows[:, None] + column[None, :], mask=inside[:, None], other=0.0)
+    else:
+        tile = tl.load(rows[:, None] + column[None, :], mask=inside[:, None] & (column < DIM)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def partial_kernel(
+    q, k, v, constant, factor, shift, slopes, bias, mask, lengths, out, lse,
+    kb, kg, ks, vb, vg, vs, fb, fg, fn, fs, bb, bg, bo, bn, bt, bs, mb, mg, mo, mn, mt, ms,
+    groups, rows, heads, tokens, keys, span, row_tiles, offset, scale, cap,
+    ROWS: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    KEY_CHUNKS: tl.constexpr, VALUE_CHUNKS: tl.constexpr, KEPT: tl.constexpr, UNROLLED: tl.constexpr,
+    CONSTANT: tl.constexpr, FACTOR: tl.constexpr, SHIFT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, LENGTHS: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles x column tiles, splits, B * G). Rows are (beams, heads of the group, tokens), flattened.
+
+    q (B, G, rows, DK) dense; k (B, G, S, DK), v (B, G, S, DV): strides given, last dimension dense. constant, shift
+    (B, G, rows) fp32; factor (B, G, heads, S); slopes (G, heads) fp32, times log2(e); bias, mask (bytes)
+    (B, G, beams, heads, tokens, S) of any strides; lengths (B,) int32. out (B, G, splits, rows, DV), lse
+    (B, G, splits, rows), fp32. scale: divided by the cap, if there is one; otherwise it and, always, cap hold log2(e).
+    """
+    row_tile = tl.program_id(0) % row_tiles
+    column_tile = tl.program_id(0) // row_tiles
+    split = tl.program_id(1)
+    unit = tl.program_id(2).to(tl.int64)
+    batch = unit // groups
+    group = unit % groups
+
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    real = row < rows
+    beam = (row // (heads * tokens)).to(tl.int64)
+    head = (row // tokens % heads).to(tl.int64)
+    token = row % tokens
+    place = unit * rows + row
+    q_rows = q + place * DK
+    added = tl.zeros([ROWS], tl.float32)
+    if CONSTANT:
+        added = tl.load(constant + place, mask=real, other=0.0)
+    moved = tl.zeros([ROWS], tl.float32)
+    if SHIFT:
+        moved = tl.load(shift + place, mask=real, other=0.0)
+    slope = tl.zeros([ROWS], tl.float32)
+    if ALIBI:
+        slope = tl.load(slopes + group * heads + head, mask=real, other=0.0)
+    if FACTOR:
+        factor += batch * fb + group * fg
+    if BIAS:
+        bias += batch * bb + group * bg
+    if MASK:
+        mask += batch * mb + group * mg
+    k += batch * kb + group * kg
+    v += batch * vb + group * vg
+
+    begin = split * span
+    stop = tl.minimum(begin + span, keys)
+    if LENGTHS:
+        stop = tl.minimum(stop, tl.load(lengths + batch))
+    if CAUSAL:
+        stop = tl.minimum(stop, offset + tokens)
+
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = ()
+    for _ in tl.static_range(VALUE_CHUNKS):
+        acc = acc + (tl.zeros([ROWS, WIDTH], tl.float32),)
+    for start in range(begin, stop, STEP):
+        key = start + tl.arange(0, STEP)
+        inside = key < stop
+        k_rows = k + key.to(tl.int64) * ks
+        held = ()
+        qk = tl.zeros([ROWS, STEP], tl.float32)
+        if UNROLLED:
+            for i in tl.static_range(KEY_CHUNKS):
+                query = _columns(q_rows, real, i * WIDTH, DK, WIDTH, (i + 1) * WIDTH <= DK)
+                tile = _columns(k_rows, inside, i * WIDTH, DK, WIDTH, (i + 1) * WIDTH <= DK)
+                if KEPT:
+                    held = held + (tile,)
+                qk = tl.dot(query, tl.trans(tile), qk, input_precision="ieee")
+        else:
+            for i in range(KEY_CHUNKS):
+                query = _columns(q_rows, real, i * WIDTH, DK, WIDTH, DK % WIDTH == 0)
+                tile = _columns(k_rows, inside, i * WIDTH, DK, WIDTH, DK % WIDTH == 0)
+                qk = tl.dot(query, tl.trans(tile), qk, input_precision="ieee")
+
+        if CONSTANT:
+            qk += added[:, None]
+        if FACTOR:
+            at = factor + head[:, None] * fn + key.to(tl.int64)[None, :] * fs
+            qk *= tl.load(at, mask=real[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        if SHIFT:
+            qk += moved[:, None]
+        scores = qk * scale
+        if SOFTCAP:
+            scores = tanh(scores) * cap
+        visible = real[:, None] & inside[None, :]
+        if ALIBI:
+            scores -= slope[:, None] * tl.abs(offset + token[:, None] - key[None, :]).to(tl.float32)
+        if BIAS:
+            at = bias + (beam * bo + head * bn + token * bt)[:, None] + key.to(tl.int64)[None, :] * bs
+            scores += tl.load(at, mask=visible, other=0.0).to(tl.float32) * 1.4426950408889634
+        if MASK:
+            at = mask + (beam * mo + head * mn + token * mt)[:, None] + key.to(tl.int64)[None, :] * ms
+            visible &= tl.load(at, mask=visible, other=0) != 0
+        if CAUSAL:
+            visible &= key[None, :] <= offset + token[:, None]
+        scores = tl.where(visible, scores, float("-inf"))
+
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing keeps (0, -inf)
+        p = tl.exp2(scores - base[:, None])
+        fade = tl.exp2(top - base)
+        total = total * fade + tl.sum(p, 1)
+        top = new_top
+        met = p.to(k.dtype.element_ty)
+        new_acc = ()
+        for i in tl.static_range(VALUE_CHUNKS):
+            if KEPT:
+                value = held[i]
+            else:
+                column = (column_tile * VALUE_CHUNKS + i) * WIDTH
+                value = _columns(v + key.to(tl.int64) * vs, inside, column, DV, WIDTH, DV % (WIDTH * VALUE_CHUNKS) == 0)
+            new_acc = new_acc + (tl.dot(met, value, acc[i] * fade[:, None], input_precision="ieee"),)
+        acc = new_acc
+
+    seen = total > 0.0
+    share = tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)
+    place = (unit * tl.num_programs(1) + split) * rows + row
+    for i in tl.static_range(VALUE_CHUNKS):
+        column = (column_tile * VALUE_CHUNKS + i) * WIDTH + tl.arange(0, WIDTH)
+        tl.store(
+            out + place[:, None] * DV + column[None, :], acc[i] * share[:, None],
+            mask=real[:, None] & (column < DV)[None, :],
+        )  # fmt: skip
+    found = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    if column_tile == 0:
+        tl.store(lse + place, found, mask=real)

@@ -1,0 +1,83 @@
+"""Tiles of the decode kernel and the number of splits: plain functions of the shape and of the chip.
+
+The tiles are what fits: no spilled register (fp32 apart) and no more shared memory than the chip has, proven ahead of
+time by tests/kernels/test_aot_bounded.py. None has been measured. Other chips take sm_80's, unproven.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+KINDS = ("half", "extras", "float")
+"""extras: half precision with everything that may join a logit."""
+PASSES = ("partial",)
+_ALL = (64, 128, 256, 576, 1024, 2048, 4096)
+WIDTHS = {"half": _ALL, "extras": _ALL, "float": (128, 1024)}
+"""What is compiled ahead of time: keys and values of their own up to 256, DeepSeek's latent, widths of models."""
+ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
+MERGED = 512
+"""Columns of a program that merges splits."""
+_SHARED = {"sm_90": 224 * 1024, "sm_100": 224 * 1024}
+"""Bytes of shared memory to plan with."""
+
+
+class Config(NamedTuple):
+    """A program owns `rows` rows and `values` chunks of `width` columns, and walks `step` keys at a time. kept: a tile
+    of keys stays in shared memory until it has been the values too; then a program owns all columns."""
+
+    rows: int
+    step: int
+    width: int
+    values: int
+    kept: bool
+    warps: int
+    stages: int
+
+
+def choose(rows: int, key_width: int, value_width: int, shared: bool, itemsize: int, arch: str) -> Config:
+    """The configuration of a call.
+
+    Args:
+        rows: that share a key head: beams x heads of its group x new tokens.
+        shared: values are the first columns of the keys.
+        itemsize: bytes of a number of q.
+        arch: one of ARCHES, "interpreter", or another chip's name.
+    """
+    if arch == "interpreter":  # small and unequal, so that short tests have many tiles of every kind
+        chunks, kept = -(-value_width // 16), shared and key_width <= 48
+        return Config(16, 16, 16, chunks if kept else min(chunks, 2), kept, 1, 1)
+    widest = 256 if itemsize > 2 else 1024 if arch.startswith("gfx") else 2048  # columns that a program can own
+    width = _chunk(key_width) if itemsize <= 2 else 32
+    kept = shared and key_width <= widest
+    chunks = -(-value_width // width)
+    values = chunks if kept or chunks * width <= 256 else min(chunks, widest // 2 // width)
+    tile = 32 if rows > 16 and 32 * values * width <= (32768 if itemsize <= 2 else 4096) else 16
+    if itemsize > 2:
+        return Config(tile, 16, width, values, kept, 8, 1)
+    warps = 4 if values * width <= 128 else 8
+    if arch.startswith("gfx"):
+        return Config(tile, 16 if kept else 32, width, values, kept, warps, 1)
+    budget = _SHARED.get(arch, 160 * 1024)
+    whole = kept or key_width <= 256  # else the keys' chunks come and go in a loop of their own
+    row = 2 * -(-key_width // width) * width if whole else 2 * width
+    walked = row if kept or not whole else row + 2 * values * width
+    for step, stages in ((64, 3), (32, 3), (16, 3), (16, 2)):
+        if tile * row + (stages - 1) * step * walked <= budget:
+            break
+    return Config(tile, step, width, values, kept, warps, stages)
+
+
+def splits(units: int, keys: int, step: int, processors: int) -> int:
+    """How many splits a context of `keys` comes in, so that units x splits programs fill the processors once and none
+    has less than four tiles: each costs a partial result, written and read again.
+
+    Args:
+        units: programs of one split: batch x key heads x tiles of rows and columns.
+    """
+    return max(1, min(processors // max(units, 1), keys // (4 * step), 256))
+
+
+def _chunk(width: int) -> int:
+    """Columns at a time: 128, or 64 where that wastes less."""
+    wasted = -width % 128
+    return 64 if width <= 64 or 10 * wasted > width else 128
