@@ -1,5 +1,6 @@
-"""`python -m benchmarks.gpu.run`: checks everyone, measures the rows of rows.py on one GPU, appends them to
-results/attention_gpu.csv and prints a short table last. `--interpret` runs the same code at tiny sizes without a GPU.
+"""`python -m benchmarks.gpu.run`: checks everyone, measures the rows of rows.py and decode.py on one GPU, appends them
+to results/attention_gpu.csv and decode_gpu.csv and prints a short table last. `--interpret` runs the same code at tiny
+sizes without a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if "--interpret" in sys.argv:  # read when triton is first imported
 import torch
 
 from benchmarks import hardware
-from benchmarks.gpu import measure, rows
+from benchmarks.gpu import decode, measure, rows
 from benchmarks.gpu.contestants import CONTESTANTS, OURS, RING, TMA
 from benchmarks.gpu.rows import Row
 from benchmarks.peers import NotMeasured
@@ -55,11 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("no GPU here: nothing measured. --interpret exercises the script without one.")
         return 2
     device = torch.device("cpu" if chosen.interpret else "cuda")
-    wanted = [
-        r
-        for r in (rows.TINY if chosen.interpret else rows.ROWS)
-        if not chosen.rows or any(part in r.name for part in chosen.rows)
-    ]
+
+    def chosen_row(name: str) -> bool:
+        return not chosen.rows or any(part in name for part in chosen.rows)
+
+    wanted = [r for r in (rows.TINY if chosen.interpret else rows.ROWS) if chosen_row(r.name)]
     chip = "triton's interpreter" if chosen.interpret else torch.cuda.get_device_name()
     roof = None if chosen.interpret else measure.matmul_rate(device)
     print(
@@ -74,14 +75,15 @@ def main(arguments: list[str] | None = None) -> int:
         figures += [_measure(row, name, device, wrong) for name in CONTESTANTS]
         print(_line(row, figures), flush=True)
     folder = chosen.output or (None if chosen.interpret else RESULTS)
+    bad = [*filter(None, wrong.values()), *decode.run(device, chosen_row, folder, chip)]
     if folder:
         _append(folder / "attention_gpu.csv", figures, chip, roof)
     print()
     said = list(_verdicts(figures))
     for text, holds in said:
         print(("ok      " if holds else "MISSED  ") + text)
-    print("\n".join(f"WRONG   {what}" for what in wrong.values() if what) or "every result within its limit of fp64")
-    return int(any(wrong.values()))
+    print("\n".join(f"WRONG   {what}" for what in bad) or "every result within its limit of fp64")
+    return int(bool(bad))
 
 
 def _measure(row: Row, name: str, device: torch.device, wrong: dict[tuple[Row, str], str]) -> Figure:

@@ -49,9 +49,9 @@ class Call:
 
     @property
     def config(self) -> tiles.Config:
-        shared = self.v is None
         rows, width = self.q.shape[2:]
-        return tiles.choose(rows, width, self.value_width, shared, self.q.dtype.itemsize, self.arch)
+        itemsize, extras = self.q.dtype.itemsize, self.terms.extras
+        return tiles.choose(rows, width, self.value_width, self.v is None, itemsize, extras, self.arch)
 
     def parts(self) -> tuple[int, int]:
         """(splits, keys of each); a split is whole tiles."""

@@ -29,3 +29,9 @@ class Terms:
     lengths: Optional = None
     causal: bool = False
     offset: int = 0
+
+    @property
+    def extras(self) -> bool:
+        """Something joins the logits, or a mask does."""
+        joining = self.softcap, self.constant, self.factor, self.shift, self.slopes, self.bias, self.mask
+        return any(x is not None for x in joining)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 KINDS = ("half", "extras", "float")
-"""extras: half precision with everything that may join a logit."""
+"""half: bf16 and fp16, keys hidden by length and order alone; extras: the same with all that joins a logit, a mask
+included; float: exact products on no tensor core, extras or not."""
 PASSES = ("partial",)
 _ALL = (64, 128, 256, 576, 1024, 2048, 4096)
 WIDTHS = {"half": _ALL, "extras": _ALL, "float": (128, 1024)}
@@ -34,37 +35,38 @@ class Config(NamedTuple):
     stages: int
 
 
-def choose(rows: int, key_width: int, value_width: int, shared: bool, itemsize: int, arch: str) -> Config:
+def choose(rows: int, key_width: int, value_width: int, shared: bool, itemsize: int, extras: bool, arch: str) -> Config:
     """The configuration of a call.
 
     Args:
         rows: that share a key head: beams x heads of its group x new tokens.
         shared: values are the first columns of the keys.
         itemsize: bytes of a number of q.
+        extras: something joins the logits, or a mask does.
         arch: one of ARCHES, "interpreter", or another chip's name.
     """
     if arch == "interpreter":  # small and unequal, so that short tests have many tiles of every kind
         chunks, kept = -(-value_width // 16), shared and key_width <= 48
         return Config(16, 16, 16, chunks if kept else min(chunks, 2), kept, 1, 1)
-    widest = 256 if itemsize > 2 else 1024 if arch.startswith("gfx") else 2048  # columns that a program can own
+    amd = arch.startswith("gfx")
+    widest = 256 if itemsize > 2 else 1024 if amd else 2048  # columns that a program can own
     width = _chunk(key_width) if itemsize <= 2 else 32
     kept = shared and key_width <= widest
+    whole = kept or key_width <= 256  # else the keys' chunks come and go in a loop of their own
     chunks = -(-value_width // width)
     values = chunks if kept or chunks * width <= 256 else min(chunks, widest // 2 // width)
-    tile = 32 if rows > 16 and 32 * values * width <= (32768 if itemsize <= 2 else 4096) else 16
-    if itemsize > 2:
-        return Config(tile, 16, width, values, kept, 8, 1)
-    warps = 4 if values * width <= 128 else 8
-    if arch.startswith("gfx"):
-        return Config(tile, 16 if kept else 32, width, values, kept, warps, 1)
-    budget = _SHARED.get(arch, 160 * 1024)
-    whole = kept or key_width <= 256  # else the keys' chunks come and go in a loop of their own
+    owned = values * width
+    tile = 32 if rows > 16 and whole and 32 * owned <= 32768 and itemsize <= 2 and not amd else 16
+    warps = 4 if owned <= 128 or (amd and not kept) else 8
+    if itemsize > 2 or amd:
+        return Config(tile, 16 if kept or itemsize > 2 else 32, width, values, kept, warps, 1)
     row = 2 * -(-key_width // width) * width if whole else 2 * width
-    walked = row if kept or not whole else row + 2 * values * width
+    walked = row if kept or not whole else row + 2 * owned
+    budget = _SHARED.get(arch, 160 * 1024)
     for step, stages in ((64, 3), (32, 3), (16, 3), (16, 2)):
         if tile * row + (stages - 1) * step * walked <= budget:
             break
-    return Config(tile, step, width, values, kept, warps, stages)
+    return Config(tile, max(16, step // 2) if extras else step, width, values, kept, warps, stages)
 
 
 def splits(units: int, keys: int, step: int, processors: int) -> int:

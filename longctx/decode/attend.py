@@ -7,6 +7,8 @@ The kernels know no gradient; "auto" takes torch where one is asked for.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from longctx.attention.backends.choose import triton_problem
@@ -131,13 +133,20 @@ def on_kernels(backend: str, q: torch.Tensor, k: torch.Tensor, *others: Optional
         raise AttentionError(f"backend={backend!r}: use one of {', '.join(map(repr, BACKENDS))}")
     if backend == "torch" or (backend == "auto" and q.device.type != "cuda"):
         return False
-    narrow = q[..., :1]  # rows of any width: the decode kernels take them in chunks
-    problem = unsupported or triton_problem(narrow, narrow, q.device.type)
+    problem = unsupported or _problem(q.dtype, q.device.type)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, *others)):
         problem = "its decode kernels have no gradient, and an input requires one (use torch.no_grad() to generate)"
     if backend == "triton" and problem:
         raise AttentionError(f"backend='triton': {problem}; use 'auto' or 'torch'")
     return not problem
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _problem(dtype: torch.dtype, device: str) -> str:
+    """Why the kernels cannot take such tensors, of any width: they come in chunks."""
+    narrow = torch.empty(1, dtype=dtype, device="meta")
+    return triton_problem(narrow, narrow, device)
 
 
 def fold(x: torch.Tensor, batch: int, groups: int) -> torch.Tensor:
@@ -180,7 +189,9 @@ def _terms(logits: Logits, batch: int, keys: int, tokens: int, offset: int) -> T
     )  # fmt: skip
 
 
-def _beside(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _beside(
+    out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, lse, share of the keys) with one more logit (H,) in the softmax."""
     whole = torch.logaddexp(lse, sink.to(lse.dtype)[None, :, None].expand_as(lse))
     share = torch.exp(lse - whole)
@@ -201,4 +212,6 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: Optional, value_width: int | Non
         raise AttentionError(f"value_width={value_width}: values are columns of k, 1 to {k.shape[3]}")
     for name, x in (("k", k), ("v", v)):
         if x is not None and (x.dtype != q.dtype or x.device != q.device):
-            raise AttentionError(f"q {q.dtype} on {q.device}, {name} {x.dtype} on {x.device}: give one dtype and device")
+            raise AttentionError(
+                f"q {q.dtype} on {q.device}, {name} {x.dtype} on {x.device}: give one dtype and device"
+            )

@@ -35,6 +35,14 @@ def test_a_ring(tmp_path: Path) -> None:
     assert {row["chip"] for row in table} == {"triton's interpreter"}
 
 
+def test_decoding(tmp_path: Path) -> None:
+    check(tmp_path, "decode")
+    table = list(csv.DictReader((tmp_path / "decode_gpu.csv").open(newline="")))
+    measured = {(row["row"].split("-")[1], row["contestant"]) for row in table if row["ms"] != "not measured"}
+    assert measured == {(kind, name) for kind in ("el", "mla", "gqa") for name in ("longctx", "longctx, torch")}
+    assert all(row["note"] for row in table if row["ms"] == "not measured"), "absent ones say why"
+
+
 @pytest.mark.slow
 def test_every_tiny_row(tmp_path: Path) -> None:
     table = check(tmp_path)
@@ -49,5 +57,6 @@ def test_without_a_gpu_nothing_is_measured() -> None:
 
 
 def test_no_row_of_an_interpreter_is_kept() -> None:
-    kept = ROOT / "benchmarks" / "results" / "attention_gpu.csv"
-    assert not kept.exists() or "interpreter" not in kept.read_text()
+    for name in ("attention_gpu.csv", "decode_gpu.csv"):
+        kept = ROOT / "benchmarks" / "results" / name
+        assert not kept.exists() or "interpreter" not in kept.read_text()

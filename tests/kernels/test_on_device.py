@@ -15,6 +15,7 @@ from attention.ring import simulated
 from longctx.attention.backends.choose import choose_backend, pattern_of
 from longctx.attention.band import Rule
 from longctx.attention.scores import Scores
+from longctx.decode.attend import decode_attention
 from longctx.errors import AttentionError
 
 from tolerances import tolerance
@@ -139,3 +140,56 @@ def test_the_same_every_time(device: torch.device) -> None:
     inputs = tensors(device, "fp16", 24 if small else 4096, (2, 1) if small else (16, 4), 16 if small else 64)
     first, second = (simulated(2, "zigzag", Rule(None, 0), inputs, backend="triton")[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+DECODING = {
+    "el": (4, 16, 1, 1024, 1024, True),
+    "el, 768": (1, 12, 1, 768, 768, True),
+    "el, 1600": (2, 25, 1, 1600, 1600, True),
+    "el, 5120": (1, 40, 1, 5120, 5120, True),
+    "mla": (1, 128, 1, 576, 512, True),
+    "mqa": (1, 32, 1, 128, 128, False),
+    "gqa": (1, 32, 8, 128, 128, False),
+    "gqa, 256": (2, 8, 4, 256, 256, False),
+}
+"""(beams, H, G, Dk, Dv, whether values are columns of the keys)."""
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "name"),
+    [
+        *(on("cpu", "fp16", name) for name in ("mla", "gqa")),
+        *(on("cuda", d, name) for d in DTYPES for name in DECODING),
+    ],
+    indirect=["device"],
+)
+def test_decoding(device: torch.device, dtype: str, name: str) -> None:
+    """One new token against a long context, plain and with everything that joins a logit; twice the same bits."""
+    beams, heads, groups, d_k, d_v, same = DECODING[name]
+    keys = 3001
+    if device.type == "cpu":
+        heads, groups, d_k, d_v, keys = 2 * groups, groups // 4 or 1, d_k // 16, d_v // 16, 50
+    g = torch.Generator().manual_seed(0)
+    shapes = (2 * beams, heads, 1, d_k), (2, groups, keys, d_k), (2, groups, keys, d_v)
+    q, k, v = (torch.randn(shape, generator=g).to(DTYPES[dtype]) for shape in shapes)
+    mask = torch.rand((2 * beams, 1, 1, keys), generator=g) < 0.5
+    mask[0] = False
+    extras = {
+        "mask": mask, "softcap": 20.0, "alibi": torch.rand(heads, generator=g) * 0.1, "sink": torch.zeros(heads),
+        "lengths": torch.tensor([keys, keys // 3]),
+    }  # fmt: skip
+    for options in ({}, extras):
+        moved = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+        given = {"value_width": d_v} if same else {"v": v.to(device)}
+        results = [
+            decode_attention(q.to(device), k.to(device), **given, **moved, causal=True, backend="triton", splits=n)
+            for n in (None, None, 3)
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*results[:2], strict=True))
+        exact = {"value_width": d_v} if same else {"v": v.double()}
+        truth = decode_attention(q.double(), k.double(), **exact, **options, causal=True, backend="torch")
+        for found in results:
+            for ours, theirs in zip(found, truth, strict=True):
+                assert torch.equal(ours.cpu() == -torch.inf, theirs == -torch.inf)
+                ours, theirs = (x.cpu().double().masked_fill(theirs == -torch.inf, 0.0) for x in (ours, theirs))
+                assert (ours - theirs).abs().max() <= tolerance(dtype) * theirs.abs().max().clamp_min(1.0)
