@@ -140,7 +140,7 @@ def schema() -> None:
 @app.command()
 def init(
     output: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="default: print it")] = None,
-    preset: Annotated[str, typer.Option(help="cpu-tiny, 1-gpu-32k, 8-gpu-256k or 64-gpu-1M")] = "cpu-tiny",
+    preset: Annotated[str, typer.Option(help="cpu-tiny, 1-gpu-32k, 8-gpu-1M, 32-gpu-8M, …: see configs/")] = "cpu-tiny",
 ) -> None:
     """Write a commented configuration to start from."""
     from longctx.config.presets import PRESETS, render

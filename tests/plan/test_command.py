@@ -9,6 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from longctx.config.derived import derive, world_size
+from longctx.config.load import load
+from longctx.plan.machines import MACHINES
+from longctx.plan.plan import as_json, make_plan
+from longctx.plan.setup import setup_of
+from longctx.plan.shape import shape_of
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 BIG = "configs/llama-8b_1m_ring64-zero3_64-gpu.yaml"
@@ -53,3 +60,19 @@ def test_json_and_overrides() -> None:
 def test_mistakes_are_named(arguments: tuple[object, ...], words: str) -> None:
     done = run("plan", BIG, *arguments)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_has_a_plan_and_fits_its_hardware(path: Path) -> None:
+    """The last word of a file's name is its hardware: 8-h100; GPUs without a name have 80 GB."""
+    named = path.stem.rpartition("-")[2]
+    machine = named if named in MACHINES else "cpu" if "gpu" not in named else "h100"
+    config = load(path, default_world=MACHINES[machine].per_node)
+    shape = shape_of(config)
+    derived = derive(config, world_size(config, MACHINES[machine].per_node))
+    setup = setup_of(config, derived, shape, on_gpu=machine != "cpu")
+    plan = make_plan(shape, setup, MACHINES[machine])
+    assert plan.fits and plan.longest >= setup.tokens, plan.memory.peak
+    assert json.dumps(as_json(plan))
+    for name, least in (("_1m_", 2**20), ("_8m_", 2**23), ("_32m_", 2**25)):
+        assert name not in path.stem or "llama-8b" not in path.stem or setup.tokens >= least
