@@ -1,9 +1,9 @@
 """A simulated cluster: one layer's attention on 8 to 1,024 devices, event by event, from the schedule that runs.
 
 Every device has a compute stream and a channel out of it; messages go one after another, each latency + bytes /
-bandwidth of the link in its node or of its network card. A stage of the ring posts its messages, computes the pairs that
-its rank really sees, and waits for what it sent and what it is to receive: `Passes`, with time instead of tensors. The
-members of a Ulysses group exchange heads before and after; rings of a hybrid run alike, so one of them is played.
+bandwidth of the link in its node or of its network card. A stage of the ring posts its messages, computes the pairs
+that its rank really sees, and waits for what it sent and what it is to receive: `Passes`, with time instead of tensors.
+The members of a Ulysses group exchange heads before and after; rings of a hybrid run alike, so one of them is played.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ def plan(
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="devices of a node; default: the machine's")] = None,
     memory: Annotated[float | None, typer.Option(min=0.01, help="GiB of a device, instead of the machine's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    choosing: Annotated[bool, typer.Option("--choose", help="plan the fastest settings that fit instead")] = False,
+    sweep: Annotated[Path | None, typer.Option(help="a PNG: length against memory and devices")] = None,
 ) -> None:
     """Predict memory, time and traffic of a run, the longest sequence that fits, and what would make it longer."""
     from longctx.plan.plan import as_json as plain
@@ -32,6 +34,12 @@ def plan(
     from longctx.plan.show import show
 
     shape, setup, device = _read(config, overrides or [], machine, nodes, gpus_per_node, memory)
+    if choosing:
+        setup = _chosen(shape, setup, device, quiet=as_json)
+    if sweep is not None:
+        from longctx.plan.sweep import draw
+
+        typer.echo(f"drawn: {draw(shape, setup, device, sweep)}", err=True)
     made = make_plan(shape, setup, device)
     if as_json:
         typer.echo(json.dumps(plain(made), indent=1))
@@ -64,6 +72,18 @@ def _read(
     _require_devices(config, world, given)
     shape = shape_of(config)
     return shape, setup_of(config, derive(config, world), shape, on_gpu=name != "cpu"), device
+
+
+def _chosen(shape: ModelShape, setup: Setup, device: Machine, quiet: bool) -> Setup:
+    """Return the fastest settings that fit instead of the file's, and say how to write them."""
+    from longctx.plan.choose import choose
+
+    found = choose(shape, setup.tokens, device, setup.world, start=setup)
+    if not quiet:
+        typer.echo("chosen   " + " ".join(f"{key}={value}" for key, value in found.yaml.items()) + "\n")
+        if found.setup.ulysses > 1:
+            typer.echo("         (mesh.ulysses above 1 is not built yet)\n")
+    return found.setup
 
 
 def _require_devices(config: RunConfig, world: int, given: int | None) -> None:

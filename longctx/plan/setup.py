@@ -111,7 +111,7 @@ def resolve_mlp_tile(tile: Any, shape: ModelShape) -> int | None:
     return max(_LEAST_TILE, shape.hidden) if tile == "auto" else int(tile)
 
 
-def _buckets(zero: dict[str, Any]) -> dict[str, int]:
+def _buckets(zero: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's bucket sizes where the raw block sets them."""
     names = {
         "reduce_bucket_size": "bucket",
