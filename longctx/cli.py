@@ -1,4 +1,4 @@
-"""The command line: `longctx train|launch|check|explain|schema|init|data|generate|plot|doctor`. Parses, then imports.
+"""The command line: `longctx train|launch|check|plan|explain|schema|init|data|generate|plot|doctor`. Parses, imports.
 
 Nothing heavy is imported up here, so that whatever only reads a configuration answers at once.
 """
@@ -15,6 +15,7 @@ import typer
 
 from longctx.errors import ConfigError, LaunchError, LongctxError
 from longctx.launch.generate import generate
+from longctx.plan.command import plan
 
 if TYPE_CHECKING:
     from longctx.config.derived import Derived
@@ -31,6 +32,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Make token files from text, and look into them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.command()(generate)
+app.command()(plan)
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (`longctx init` writes one)")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=100")]
@@ -138,7 +140,7 @@ def schema() -> None:
 @app.command()
 def init(
     output: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="default: print it")] = None,
-    preset: Annotated[str, typer.Option(help="cpu-tiny, 1-gpu-32k, 8-gpu-256k or 64-gpu-1M")] = "cpu-tiny",
+    preset: Annotated[str, typer.Option(help="cpu-tiny, 1-gpu-32k, 8-gpu-1M, 32-gpu-8M, …: see configs/")] = "cpu-tiny",
 ) -> None:
     """Write a commented configuration to start from."""
     from longctx.config.presets import PRESETS, render

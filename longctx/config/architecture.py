@@ -16,7 +16,8 @@ GROUPED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "g
 ROTARY = GROUPED
 CONVERTIBLE = frozenset({"llama", "mistral", "qwen2", "qwen3", "gpt2"})
 """architectures whose layers can attend in other ways (attention.layers)"""
-_TWO_MATRIX_MLP = frozenset({"gpt2", "phi"})
+UNGATED = frozenset({"gpt2", "phi"})
+"""architectures whose MLP has two matrices, not three"""
 _GPT2_NAMES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
@@ -65,7 +66,7 @@ def intermediate_size(model: Model) -> int | None:
     """Return the width of the MLP; None while sizes are missing."""
     if model.intermediate_size is not None or model.hidden_size is None:
         return model.intermediate_size
-    if model.architecture in _TWO_MATRIX_MLP:
+    if model.architecture in UNGATED:
         return 4 * model.hidden_size
     return -(-8 * model.hidden_size // 3 // 64) * 64
 
@@ -119,7 +120,7 @@ def parameter_count(config: RunConfig) -> int | None:
         return None
     hidden = model.hidden_size
     attention = 2 * hidden * size * (model.heads + (model.kv_heads or model.heads))
-    mlp = (2 if model.architecture in _TWO_MATRIX_MLP else 3) * hidden * inner
+    mlp = (2 if model.architecture in UNGATED else 3) * hidden * inner
     embeddings = vocabulary * hidden * (1 if model.tie_embeddings else 2)
     return embeddings + model.layers * (attention + mlp)
 

@@ -23,7 +23,8 @@ def _preset(file: str, about: str, steps: int, lr: float, **values: Any) -> Pres
 
 
 def _dotted(values: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, block in values.items() for key, value in block.items()}
+    """section, key -> "section.key"; the raw block of DeepSpeed has no keys of ours (an empty one)."""
+    return {f"{section}.{key}".rstrip("."): value for section, block in values.items() for key, value in block.items()}
 
 
 def _llama(hidden: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
@@ -33,6 +34,38 @@ def _llama(hidden: int, layers: int, heads: int, kv_heads: int, **more: Any) -> 
 
 _LARGE: dict[str, Any] = {"dtype": "bf16"}
 _FRUGAL: dict[str, Any] = {"mlp_tile": "auto", "recompute": "layer_keep_attention"}
+
+# Llama 3's eight billion, with DeepSpeed's buckets (2 GB and more by default) as small as traffic allows.
+_EIGHT = _llama(
+    4096,
+    32,
+    32,
+    8,
+    intermediate_size=14_336,
+    extra={"rope_parameters": {"rope_type": "default", "rope_theta": 5e7}},
+    **_LARGE,
+)
+_EIGHT_DATA: dict[str, Any] = {"vocab_size": 65_536, "packing": "best_fit"}
+_SMALL_BUCKETS: dict[str, Any] = {"reduce_bucket_size": 50_000_000, "stage3_max_live_parameters": 100_000_000}
+_LONGEST: dict[str, Any] = {"mlp_tile": "auto", "recompute": "layer"}
+
+
+def _longest(file: str, about: str, length: int, ring: int, **zero: Any) -> Preset:
+    """The eight billion at the length that `longctx plan` says fits."""
+    return _preset(
+        file,
+        about,
+        200,
+        1e-4,
+        model=_EIGHT,
+        mesh={"ring": ring, "data": 1},
+        data={"sequence_length": length, **_EIGHT_DATA},
+        memory=_LONGEST,
+        zero={"stage": 3, **zero},
+        checkpoint={"every": 20},
+        deepspeed={"": {"zero_optimization": _SMALL_BUCKETS}},
+    )
+
 
 PRESETS = {
     "cpu-tiny": _preset(
@@ -87,21 +120,45 @@ PRESETS = {
         "Eight billion parameters, 1M tokens over a ring of 64 GPUs, ZeRO-3.",
         1000,
         3e-4,
-        model=_llama(
-            4096,
-            32,
-            32,
-            8,
-            intermediate_size=14_336,
-            extra={"rope_parameters": {"rope_type": "default", "rope_theta": 5e7}},
-            **_LARGE,
-        ),
+        model=_EIGHT,
         mesh={"ring": 64, "data": 1},
-        data={"sequence_length": 1_048_576, "vocab_size": 65_536, "packing": "best_fit"},
+        data={"sequence_length": 1_048_576, **_EIGHT_DATA},
         train={"global_batch": 4, "eval_every": 50},
         memory=_FRUGAL,
         zero={"stage": 3, "overlap_comm": True},
         checkpoint={"every": 50},
+    ),
+    "1-gpu-8B": _longest(
+        "llama-8b_128k_zero3-offload_1-h100.yaml",
+        "Eight billion parameters, 128K tokens on one GPU of 80 GB; optimizer states in 140 GiB of host memory.\n"
+        "With checkpoints in host memory too, once that is built, it will be longer: `longctx plan` says how much.",
+        131_072,
+        1,
+        offload_optimizer="cpu",
+    ),
+    "8-gpu-1M": _longest(
+        "llama-8b_1m_ring8-zero3_8-h100.yaml",
+        "Eight billion parameters, 1M tokens on one node of eight GPUs of 80 GB. Heads exchanged instead of blocks\n"
+        "passed round (mesh.ulysses: 8) will do within a node too, once that is built.",
+        1_048_576,
+        8,
+        overlap_comm=True,
+    ),
+    "32-gpu-8M": _longest(
+        "llama-8b_8m_ring32-zero3_32-h200.yaml",
+        "Eight billion parameters, 8M tokens on four nodes of eight GPUs of 141 GB. GPUs of 80 GB will do with\n"
+        "checkpoints in host memory, and mesh {ring: 4, ulysses: 8} will send less between nodes, once they are built.",
+        8_388_608,
+        32,
+        overlap_comm=True,
+    ),
+    "128-gpu-32M": _longest(
+        "llama-8b_32m_ring128-zero3_128-h200.yaml",
+        "Eight billion parameters, 32M tokens on sixteen nodes of eight GPUs of 141 GB; a step takes hours. GPUs of\n"
+        "80 GB will do with checkpoints in host memory, and mesh {ring: 16, ulysses: 8} will send less, once built.",
+        33_554_432,
+        128,
+        overlap_comm=True,
     ),
 }
 """name -> preset; the values are starting points, not tuned ones"""

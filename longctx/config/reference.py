@@ -39,7 +39,8 @@ _READING = f"""
 
 def reference() -> str:
     """Return the text of ``configs/README.md``."""
-    lines = [_HEAD + "\n".join(f"| `{p.file}` | {p.about} (`init --preset {name}`) |" for name, p in PRESETS.items())]
+    files = (f"| `{p.file}` | {' '.join(p.about.split())} (`init --preset {name}`) |" for name, p in PRESETS.items())
+    lines = [_HEAD + "\n".join(files)]
     lines += [_READING, "## Keys"]
     for name, kind in sections().items():
         lines += ["", f"### {name}", "", " ".join((kind.__doc__ or "").split()), ""]

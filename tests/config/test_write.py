@@ -66,7 +66,8 @@ def test_presets_are_valid_and_stand_in_configs(name: str):
     config = load(path)
     for key, value in PRESETS[name].values.items():
         section, _, leaf = key.partition(".")
-        assert getattr(getattr(config, section), leaf) == value
+        found = getattr(config, section)
+        assert (getattr(found, leaf) if leaf else found) == value
 
 
 def test_every_file_in_configs_is_valid():

@@ -1,0 +1,62 @@
+"""Bytes of one layer's results, per token: what autograd keeps of it, and what backward makes on the way.
+
+Llama's shape: a norm computes in fp32 and keeps its fp32 input, its normalised input and its result; attention keeps
+q, k, v, its result (twice: by head and by token) and lse; a gated MLP its gate, activation, up projection and product.
+b is the bytes of a number in the run's dtype.
+"""
+
+from __future__ import annotations
+
+from longctx.plan.setup import Setup
+from longctx.plan.shape import ModelShape
+
+
+def norm_kept(shape: ModelShape) -> int:
+    """One RMSNorm: the input in fp32 (in an fp32 run the residual stream itself), normalised input, result, 1/rms."""
+    return shape.hidden * (4 + 2 * shape.itemsize) + 4
+
+
+def attention_result(shape: ModelShape) -> int:
+    """Attention's result and lse: what `layer_keep_attention` saves from being computed again."""
+    return shape.itemsize * shape.q_width + 4 * shape.heads
+
+
+def attention_kept(shape: ModelShape) -> int:
+    """q, k, v; the result by head with lse; and by token, which the output projection keeps."""
+    return shape.itemsize * (2 * shape.q_width + 2 * shape.kv_width) + attention_result(shape)
+
+
+def mlp_inner(shape: ModelShape) -> int:
+    """Widths of inner results that an MLP keeps: gate, activation, up, product; GELU written out keeps five."""
+    return shape.itemsize * shape.inner * (4 if shape.gated else 5)
+
+
+def mlp_backward(shape: ModelShape) -> int:
+    """And what its backward adds at its peak: gradients of two factors of the product."""
+    return shape.itemsize * shape.inner * 2
+
+
+def layer_kept(shape: ModelShape, setup: Setup) -> int:
+    """Per token and layer between forward and backward, by the policy of `memory.recompute`."""
+    if setup.recompute == "layer":
+        return 0 if setup.offload_checkpoints else shape.itemsize * shape.hidden
+    if setup.recompute == "layer_keep_attention":
+        own = attention_result(shape) + shape.itemsize * shape.hidden
+        return attention_result(shape) if setup.offload_checkpoints else own
+    kept = 2 * norm_kept(shape) + attention_kept(shape)
+    return kept if setup.recompute == "mlp" or tiled_mlp(setup) else kept + mlp_inner(shape)
+
+
+def tiled_mlp(setup: Setup) -> bool:
+    """Whether MLPs go through the tokens in tiles (rows no longer than a tile are left as they are)."""
+    return setup.mlp_tile is not None and setup.n > setup.mlp_tile
+
+
+def rotary_kept(shape: ModelShape) -> int:
+    """cos and sin, shared by all layers."""
+    return 2 * shape.itemsize * shape.head_dim
+
+
+def inputs_kept() -> int:
+    """Token ids, positions, two kinds of labels (int64) and document ids (int32)."""
+    return 4 * 8 + 4

@@ -1,0 +1,153 @@
+"""choose: the fastest settings that fit, for a model, a length and a machine. No device is needed.
+
+Only switches that trade memory for time are searched, in an order that makes the search short: for each grid, the
+cheapest policy that fits is the fastest (each keeps less than the one before it and takes longer), so the first that
+fits decides. `enumerate_all` tries everything, and a test says how far the two are apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from longctx.errors import ConfigError
+from longctx.layout import get_layout
+from longctx.plan.limit import fits
+from longctx.plan.machines import Machine
+from longctx.plan.setup import Recompute, Setup, resolve_loss_tile, resolve_mlp_tile
+from longctx.plan.shape import ModelShape
+from longctx.plan.speed import speed_of
+
+POLICIES: tuple[Recompute, ...] = ("none", "mlp", "layer_keep_attention", "layer")
+"""of `memory.recompute`, each keeping less than the one before it, and taking longer"""
+SMALL_BUCKET = 50_000_000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings, and the tokens/s they are predicted to reach."""
+
+    setup: Setup
+    tokens_per_second: float
+
+    @property
+    def yaml(self) -> dict[str, str | int]:
+        """The choice as overrides of a YAML."""
+        setup = self.setup
+        found: dict[str, str | int] = {
+            "mesh.ring": setup.ring,
+            "mesh.ulysses": setup.ulysses,
+            "mesh.data": setup.data,
+            "zero.stage": setup.stage,
+            "zero.offload_optimizer": "cpu" if setup.offload_optimizer else "none",
+            "memory.recompute": setup.recompute,
+            "memory.mlp_tile": "none" if setup.mlp_tile is None else setup.mlp_tile,
+            "memory.loss_tile": "none" if setup.loss_tile is None else setup.loss_tile,
+        }
+        if setup.stage:
+            found["deepspeed.zero_optimization.reduce_bucket_size"] = setup.bucket
+        return found
+
+
+def choose(
+    shape: ModelShape,
+    tokens: int,
+    machine: Machine,
+    world: int,
+    *,
+    ulysses: bool = True,
+    offload_checkpoints: bool = False,
+    start: Setup | None = None,
+) -> Choice:
+    """Return the fastest settings that fit rows of ``tokens`` tokens into ``world`` devices.
+
+    Args:
+        ulysses: exchange of heads may be chosen (within a node, where messages are cheapest).
+        offload_checkpoints: so may checkpoints in host memory.
+        start: everything that is not chosen (rows, accumulation, layout); default: one row at a time.
+
+    Raises:
+        ConfigError: nothing fits.
+    """
+    base = start or Setup(tokens, overlap_comm=True)
+    best: Choice | None = None
+    for grid in _grids(shape, tokens, machine, world, base, ulysses):
+        for state in _states(grid):
+            for setup in _policies(shape, state, offload_checkpoints):
+                if not fits(shape, setup, machine):
+                    continue
+                found = Choice(setup, speed_of(shape, setup, machine).tokens_per_second)
+                if best is None or found.tokens_per_second > best.tokens_per_second:
+                    best = found
+                break
+    if best is None:
+        raise ConfigError(
+            f"plan: no settings fit rows of {tokens:,} tokens into {world} x {machine.name}; use more devices or "
+            "shorter rows"
+        )
+    return best
+
+
+def enumerate_all(
+    shape: ModelShape,
+    tokens: int,
+    machine: Machine,
+    world: int,
+    *,
+    ulysses: bool = True,
+    offload_checkpoints: bool = False,
+    start: Setup | None = None,
+    tiles: tuple[int | None, ...] = (None, 128, 1024, 4096, 32768),
+) -> Iterator[Choice]:
+    """Yield every setting that fits, every pair of ``tiles`` and every bucket among them. Slow; `choose` is measured
+    by it."""
+    base = start or Setup(tokens, overlap_comm=True)
+    for grid in _grids(shape, tokens, machine, world, base, ulysses):
+        options = product(
+            range(4), (False, True), POLICIES, tiles, tiles, (SMALL_BUCKET, base.bucket), {False, offload_checkpoints}
+        )
+        for stage, offload, policy, mlp, loss, bucket, host in options:
+            if offload and stage == 0:
+                continue
+            setup = replace(
+                grid, stage=stage, offload_optimizer=offload, recompute=policy, mlp_tile=mlp, loss_tile=loss,
+                bucket=bucket, offload_checkpoints=host,
+            )  # fmt: skip
+            if fits(shape, setup, machine):
+                yield Choice(setup, speed_of(shape, setup, machine).tokens_per_second)
+
+
+def _grids(shape: ModelShape, tokens: int, machine: Machine, world: int, base: Setup, ulysses: bool) -> Iterator[Setup]:
+    """Every ring x ulysses x data that fills the world: members of a Ulysses group stand in one node and have whole
+    heads."""
+    multiple = get_layout(base.layout)
+    for sequence in _divisors(world):
+        for members in _divisors(sequence) if ulysses else [1]:
+            whole = shape.heads % members == 0
+            if members > machine.per_node or not whole or tokens < multiple.multiple(sequence // members, members):
+                continue
+            padded = multiple.padded_length(tokens, sequence // members, members)
+            ring = sequence // members
+            yield replace(base, tokens=padded, ring=ring, ulysses=members, data=world // sequence)
+
+
+def _states(grid: Setup) -> Iterator[Setup]:
+    """ZeRO stages with and without the optimizer on the host, and small buckets."""
+    for stage, offload in product(range(4), (False, True)):
+        if not (offload and stage == 0):
+            yield replace(grid, stage=stage, offload_optimizer=offload, bucket=SMALL_BUCKET)
+
+
+def _policies(shape: ModelShape, state: Setup, host: bool) -> Iterator[Setup]:
+    """What backward computes anew, fastest first; MLPs are tiled as soon as that costs no time of its own."""
+    loss, mlp = resolve_loss_tile("auto", shape, True), resolve_mlp_tile("auto", shape)
+    for policy in POLICIES:
+        tile = None if policy == "none" else mlp
+        yield replace(state, recompute=policy, loss_tile=loss, mlp_tile=tile)
+        if host and policy in ("layer_keep_attention", "layer"):
+            yield replace(state, recompute=policy, loss_tile=loss, mlp_tile=tile, offload_checkpoints=True)
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -1,0 +1,94 @@
+"""`longctx plan CONFIG`: what a run will hold and take on a named machine, before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from longctx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longctx.config.schema import RunConfig
+    from longctx.plan.machines import Machine
+    from longctx.plan.setup import Setup
+    from longctx.plan.shape import ModelShape
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (`longctx init` writes one)")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. mesh.ring=8")] = None,
+    machine: Annotated[str, typer.Option(help="a100, h100, h200, b200, mi300x or cpu")] = "h100",
+    nodes: Annotated[int | None, typer.Option(min=1, help="nodes of that machine; default: as the mesh needs")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="devices of a node; default: the machine's")] = None,
+    memory: Annotated[float | None, typer.Option(min=0.01, help="GiB of a device, instead of the machine's")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    choosing: Annotated[bool, typer.Option("--choose", help="plan the fastest settings that fit instead")] = False,
+    sweep: Annotated[Path | None, typer.Option(help="a PNG: length against memory and devices")] = None,
+) -> None:
+    """Predict memory, time and traffic of a run, the longest sequence that fits, and what would make it longer."""
+    from longctx.plan.plan import as_json as plain
+    from longctx.plan.plan import make_plan
+    from longctx.plan.show import show
+
+    shape, setup, device = _read(config, overrides or [], machine, nodes, gpus_per_node, memory)
+    if choosing:
+        setup = _chosen(shape, setup, device, quiet=as_json)
+    if sweep is not None:
+        from longctx.plan.sweep import draw
+
+        typer.echo(f"drawn: {draw(shape, setup, device, sweep)}", err=True)
+    made = make_plan(shape, setup, device)
+    if as_json:
+        typer.echo(json.dumps(plain(made), indent=1))
+    else:
+        show(made)
+    raise typer.Exit(0 if made.fits else 1)
+
+
+def _read(
+    path: Path, overrides: list[str], name: str, nodes: int | None, per_node: int | None, memory: float | None
+) -> tuple[ModelShape, Setup, Machine]:
+    """Return the model, the choices and the machine that the command line names."""
+    from dataclasses import replace
+
+    from longctx.config.derived import CPU_RANKS, derive, world_size
+    from longctx.config.load import load
+    from longctx.plan.machines import GIB, machine_named
+    from longctx.plan.setup import setup_of
+    from longctx.plan.shape import shape_of
+
+    device = machine_named(name)
+    if per_node is not None:
+        device = replace(device, per_node=per_node)
+    if memory is not None:
+        device = replace(device, memory=int(memory * GIB), reserved=0)
+    given = None if nodes is None and per_node is None else (nodes or 1) * device.per_node
+    default = given or (CPU_RANKS if name == "cpu" else device.per_node)
+    config = load(path, overrides, default_world=default)
+    world = world_size(config, default)
+    _require_devices(config, world, given)
+    shape = shape_of(config)
+    return shape, setup_of(config, derive(config, world), shape, on_gpu=name != "cpu"), device
+
+
+def _chosen(shape: ModelShape, setup: Setup, device: Machine, quiet: bool) -> Setup:
+    """Return the fastest settings that fit instead of the file's, and say how to write them."""
+    from longctx.plan.choose import choose
+
+    found = choose(shape, setup.tokens, device, setup.world, start=setup)
+    if not quiet:
+        typer.echo("chosen   " + " ".join(f"{key}={value}" for key, value in found.yaml.items()) + "\n")
+        if found.setup.ulysses > 1:
+            typer.echo("         (mesh.ulysses above 1 is not built yet)\n")
+    return found.setup
+
+
+def _require_devices(config: RunConfig, world: int, given: int | None) -> None:
+    if given is not None and world != given:
+        raise ConfigError(
+            f"plan: mesh is {world} ranks, but --nodes x --gpus-per-node is {given}; change the mesh (mesh.ring=…, "
+            "mesh.data=…) or the numbers of devices"
+        )

@@ -1,0 +1,39 @@
+"""Bytes of parameters that ZeRO-3 has gathered: those in use, those about to be, and small ones that stay whole."""
+
+from __future__ import annotations
+
+from longctx.plan.setup import Setup
+from longctx.plan.shape import ModelShape
+
+
+def persistent_numbers(shape: ModelShape, setup: Setup) -> int:
+    """Numbers of parameters that are too small to be cut (`stage3_param_persistence_threshold`)."""
+    attention = [shape.hidden * shape.q_width] * 2 + [shape.hidden * shape.kv_width] * 2
+    mlp = [shape.hidden * shape.inner] * (3 if shape.gated else 2)
+    small = sum(size for size in (*attention, *mlp, shape.hidden, shape.hidden) if size <= setup.persistent)
+    return shape.layers * small + shape.hidden
+
+
+def resting_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Whole parameters between steps: the small ones."""
+    return shape.itemsize * persistent_numbers(shape, setup) if setup.stage == 3 else 0
+
+
+def transport_bytes(shape: ModelShape, setup: Setup) -> int:
+    """On CPU ranks gloo's threads hold the tensors of their last messages until the next ones come: some of the last
+    parameters gathered, which differs from run to run; taken as two embeddings and an MLP."""
+    if setup.stage < 3 or setup.on_gpu or setup.world == 1:
+        return 0
+    return shape.itemsize * min(shape.parameters, 2 * shape.embedding + shape.mlp_weights)
+
+
+def gathered_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Whole parameters that exist at the busiest moment.
+
+    DeepSpeed releases a parameter after use only if what is gathered exceeds `stage3_max_live_parameters` or its next
+    use is further than `stage3_max_reuse_distance` away (both 1e9 numbers by default): a small model stays gathered.
+    """
+    if setup.stage < 3:
+        return 0
+    at_least = max(shape.layer_weights, shape.embedding) + min(setup.prefetch, shape.parameters)
+    return shape.itemsize * min(shape.parameters, max(setup.live, at_least))

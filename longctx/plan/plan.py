@@ -1,0 +1,95 @@
+"""A plan: one run on one machine, predicted. What `longctx plan` prints and returns as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from longctx.plan.limit import Change, fits, further, longest
+from longctx.plan.machines import Machine
+from longctx.plan.memory import Memory, memory_of
+from longctx.plan.setup import Setup
+from longctx.plan.shape import ModelShape
+from longctx.plan.speed import Speed, speed_of
+from longctx.plan.work import Flops, Wire, flops_of, wire_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is predicted of a run."""
+
+    shape: ModelShape
+    setup: Setup
+    machine: Machine
+    memory: Memory
+    speed: Speed
+    flops: Flops
+    wire: Wire
+    fits: bool
+    longest: int
+    further: list[Change]
+
+
+def make_plan(shape: ModelShape, setup: Setup, machine: Machine) -> Plan:
+    """Predict a run: memory, time, traffic, the longest sequence, and what would make it longer."""
+    return Plan(
+        shape=shape,
+        setup=setup,
+        machine=machine,
+        memory=memory_of(shape, setup),
+        speed=speed_of(shape, setup, machine),
+        flops=flops_of(shape, setup),
+        wire=wire_of(shape, setup),
+        fits=fits(shape, setup, machine),
+        longest=longest(shape, setup, machine),
+        further=further(shape, setup, machine),
+    )
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Return a plan as plain dictionaries; bytes, FLOPs and bytes on the wire are of one rank."""
+    setup, speed, wire = plan.setup, plan.speed, plan.wire
+    return {
+        "machine": plan.machine.name,
+        "ranks": {"world": setup.world, "data": setup.data, "ring": setup.ring, "ulysses": setup.ulysses},
+        "tokens": {"row": setup.tokens, "local": setup.local, "step": _tokens(setup)},
+        "parameters": plan.shape.parameters,
+        "memory": {
+            "device_bytes": plan.machine.memory,
+            "usable_bytes": plan.machine.usable,
+            "peak_bytes": plan.memory.peak.total,
+            "peak_at": plan.memory.peak.name,
+            "fits": plan.fits,
+            "moments": {moment.name: moment.parts | {"total": moment.total} for moment in plan.memory.moments},
+            "host_bytes": plan.memory.host,
+        },
+        "step": {
+            "seconds": speed.total,
+            "seconds_by": speed.seconds,
+            "mfu": speed.mfu,
+            "tokens_per_second": speed.tokens_per_second,
+            "flops": plan.flops.done * setup.accumulation,
+            "useful_flops": plan.flops.useful * setup.accumulation,
+            "wire_bytes": {
+                "ring": (wire.ring_forward + wire.ring_backward) * setup.accumulation,
+                "ulysses": wire.ulysses * setup.accumulation,
+                "states": wire.states * setup.accumulation,
+                "zero": wire.zero * (setup.accumulation if setup.stage == 3 else 1),
+            },
+        },
+        "overlap": {
+            "tokens": speed.overlap.tokens,
+            "least_forward": speed.overlap.least_forward,
+            "least_backward": speed.overlap.least_backward,
+            "hidden": speed.overlap.hidden,
+        },
+        "longest": plan.longest,
+        "further": [
+            {"change": change.what, "longest": change.longest, "peak_bytes": change.peak, "built": change.built}
+            for change in plan.further
+        ],
+    }
+
+
+def _tokens(setup: Setup) -> int:
+    return setup.tokens * setup.rows * setup.accumulation * setup.data

@@ -1,0 +1,76 @@
+"""Bytes of weights, gradients and optimizer states on one rank, under each ZeRO stage: what does not grow with tokens.
+
+With N parameters, P ranks and b bytes a number (DeepSpeed 0.19): stage 0 holds all of everything; 1 cuts the fp32
+master weights and optimizer states into P parts; 2 the gradients; 3 the weights. DeepSpeed keeps a master copy in fp32
+beside the weights on stages 1 to 3 even where the weights are fp32 already.
+"""
+
+from __future__ import annotations
+
+from longctx.plan.setup import Setup
+from longctx.plan.shape import ModelShape
+
+
+def share(number: int, setup: Setup, from_stage: int) -> int:
+    """``number`` divided over all ranks if the stage cuts it."""
+    return -(-number // setup.world) if setup.stage >= from_stage else number
+
+
+def weight_bytes(shape: ModelShape, setup: Setup) -> int:
+    """The weights that forward and backward compute with, as they are stored between uses."""
+    if setup.offload_parameters and setup.stage == 3:
+        return 0
+    return shape.itemsize * share(shape.parameters, setup, 3)
+
+
+def optimizer_bytes(shape: ModelShape, setup: Setup) -> int:
+    """AdamW's two moments (or what the optimizer has) and the fp32 master weights, on the device."""
+    return 0 if setup.offload_optimizer and setup.on_gpu else host_optimizer_bytes(shape, setup)
+
+
+def host_optimizer_bytes(shape: ModelShape, setup: Setup) -> int:
+    """The same, wherever they are."""
+    master = 0 if setup.stage == 0 and shape.itemsize == 4 else 4
+    gradients = 8 if setup.offload_optimizer else 0  # pinned, and summed over micro-batches
+    return (master + gradients + 4 * setup.states) * share(shape.parameters, setup, 1)
+
+
+def resident_gradient_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Held all the time: ZeRO-3 has one flat buffer for this rank's gradients; bf16 without ZeRO an fp32 one."""
+    if setup.stage == 3:
+        return 0 if setup.offload_optimizer and setup.on_gpu else shape.itemsize * share(shape.parameters, setup, 3)
+    if setup.stage == 0 and shape.itemsize == 2:
+        return 4 * shape.parameters
+    return 0
+
+
+def made_gradient_bytes(shape: ModelShape, setup: Setup, made: int) -> int:
+    """Made in backward so far, for ``made`` of the model's parameters; until the optimizer step."""
+    if setup.stage == 3 or (setup.offload_optimizer and setup.stage == 2):
+        return 0
+    return shape.itemsize * (share(made, setup, 2) if setup.stage == 2 else made)
+
+
+def bucket_bytes(shape: ModelShape, setup: Setup, made: int = 1) -> int:
+    """The buffers in which gradients are gathered before they are reduced: ZeRO-3's are there all the time, those of
+    stages 1 and 2 in backward (two where reducing overlaps). fp32 wherever ranks share a sequence."""
+    if setup.stage == 0 or (setup.stage < 3 and not made):
+        return 0
+    copies = 2 if setup.overlap_comm and setup.stage < 3 else 1
+    return copies * setup.bucket * (4 if setup.sequence > 1 else shape.itemsize)
+
+
+def offload_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Two fp32 copies of the largest parameter, through which stages 1 and 2 carry gradients to the host."""
+    return 8 * max(shape.embedding, shape.hidden * shape.inner) if setup.offload_optimizer and setup.stage < 3 else 0
+
+
+def step_bytes(shape: ModelShape, setup: Setup) -> int:
+    """What the optimizer step makes: gradients in fp32 for the master weights, and the update's own temporaries."""
+    if setup.stage == 0:
+        return 8 * max(shape.embedding, shape.hidden * shape.inner)
+    own = share(shape.parameters, setup, 1)
+    temporaries = 8 * own if setup.states == 2 else 0
+    if setup.offload_optimizer:
+        return 0 if setup.on_gpu else temporaries
+    return 4 * own + temporaries
