@@ -65,6 +65,7 @@ class Mesh(Section):
         if ring == "auto":
             assert data != "auto"
             ring = max(world // (data * ulysses), 1)
+        assert ring != "auto"
         if data == "auto":
             data = max(world // (ring * ulysses), 1)
         grid = Grid(ring, ulysses, data)

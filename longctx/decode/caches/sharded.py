@@ -133,7 +133,8 @@ class ShardedCache(Cache):
     @property
     def filled(self) -> bool:
         """Every layer has its part of the prompt."""
-        return all(layer.is_initialized for layer in self.layers)
+        layers: list[Any] = self.layers
+        return all(layer.is_initialized for layer in layers)
 
     def attend(
         self, layer: int, q: torch.Tensor, *, window: int | None, sink: torch.Tensor | None, **scores: Any
@@ -158,9 +159,10 @@ class ShardedCache(Cache):
         if torch.equal(indices // self.beams, homes):
             prompts = None
         else:
+            self.places.documents = self.places.documents.index_select(0, indices // self.beams)
             self.beams = 1
-            self.places.documents = self.places.documents.index_select(0, prompts)
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             if isinstance(layer, ShardedLayer):
                 layer.select(indices, prompts)
             else:
@@ -169,7 +171,8 @@ class ShardedCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Give every row ``repeats`` beams."""
         rows = torch.arange(len(self.places.documents) * self.beams, device=self.places.documents.device)
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             if isinstance(layer, ShardedLayer):
                 layer.select(rows.repeat_interleave(repeats), None)
             else:
