@@ -1,5 +1,5 @@
 """`python -m benchmarks.gpu.run`: checks everyone, measures the rows of rows.py on one GPU, appends them to
-results/attention_gpu.csv and prints a short table last. `--interpret` runs the same code at tiny sizes without a GPU.
+results/attention_gpu.csv and prints a short table last; then bounded memories, results/bounded_gpu.csv. `--interpret` runs the same code at tiny sizes without a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if "--interpret" in sys.argv:  # read when triton is first imported
 import torch
 
 from benchmarks import hardware
-from benchmarks.gpu import measure, rows
+from benchmarks.gpu import bounded, measure, rows
 from benchmarks.gpu.contestants import CONTESTANTS, OURS, RING, TMA
 from benchmarks.gpu.rows import Row
 from benchmarks.peers import NotMeasured
@@ -55,11 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("no GPU here: nothing measured. --interpret exercises the script without one.")
         return 2
     device = torch.device("cpu" if chosen.interpret else "cuda")
-    wanted = [
-        r
-        for r in (rows.TINY if chosen.interpret else rows.ROWS)
-        if not chosen.rows or any(part in r.name for part in chosen.rows)
-    ]
+    wanted = _chosen(rows.TINY if chosen.interpret else rows.ROWS, chosen.rows)
     chip = "triton's interpreter" if chosen.interpret else torch.cuda.get_device_name()
     roof = None if chosen.interpret else measure.matmul_rate(device)
     print(
@@ -80,8 +76,15 @@ def main(arguments: list[str] | None = None) -> int:
     said = list(_verdicts(figures))
     for text, holds in said:
         print(("ok      " if holds else "MISSED  ") + text)
-    print("\n".join(f"WRONG   {what}" for what in wrong.values() if what) or "every result within its limit of fp64")
-    return int(any(wrong.values()))
+    memories = bounded.run(_chosen(bounded.TINY if chosen.interpret else bounded.ROWS, chosen.rows), device, folder)
+    bad = [*filter(None, wrong.values()), *(figure.note for figure in memories if figure.wrong)]
+    print("\n".join(f"WRONG   {what}" for what in bad) or "every result within its limit of fp64")
+    return int(bool(bad))
+
+
+def _chosen(known: Any, parts: list[str] | None) -> list[Any]:
+    """The rows whose name contains one of `parts`; all without."""
+    return [row for row in known if not parts or any(part in row.name for part in parts)]
 
 
 def _measure(row: Row, name: str, device: torch.device, wrong: dict[tuple[Row, str], str]) -> Figure:
