@@ -1,6 +1,5 @@
-"""`python -m benchmarks.gpu.run`: checks everyone, measures the rows of rows.py and decode.py on one GPU, appends them
-to results/attention_gpu.csv and decode_gpu.csv and prints a short table last. `--interpret` runs the same code at tiny
-sizes without a GPU.
+"""`python -m benchmarks.gpu.run`: checks everyone, measures the rows of rows.py, decode.py and bounded.py on one GPU,
+appends them to results/*_gpu.csv and prints short tables. `--interpret` runs the same code at tiny sizes without one.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ if "--interpret" in sys.argv:  # read when triton is first imported
 import torch
 
 from benchmarks import hardware
-from benchmarks.gpu import decode, measure, rows
+from benchmarks.gpu import bounded, decode, measure, rows
 from benchmarks.gpu.contestants import CONTESTANTS, OURS, RING, TMA
 from benchmarks.gpu.rows import Row
 from benchmarks.peers import NotMeasured
@@ -82,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     said = list(_verdicts(figures))
     for text, holds in said:
         print(("ok      " if holds else "MISSED  ") + text)
+    memories = [r for r in (bounded.TINY if chosen.interpret else bounded.ROWS) if chosen_row(r.name)]
+    bad += [figure.note for figure in bounded.run(memories, device, folder) if figure.wrong]
     print("\n".join(f"WRONG   {what}" for what in bad) or "every result within its limit of fp64")
     return int(bool(bad))
 

@@ -227,8 +227,8 @@ def _running_starts(x: Inputs, place: Place, state: ABCState | None, total: bool
     starts: list[ABCState] = []
     empty = x.empty()
     for mass in before:
-        document = None if place.ids is None else mass[-1]
-        starts.append(ABCState(mass[0], empty.keys, empty.values, document, mass[1] if len(mass) > 2 else None))
+        named = None if place.ids is None else mass[-1]
+        starts.append(ABCState(mass[0], empty.keys, empty.values, named, mass[1] if len(mass) > 2 else None))
     sums: list[Value] = []
     for part, here, start, (_, document) in zip(parts, place.parts, starts, tails, strict=False):
         after = _continue(part, _ids(place, here), start)[1]

@@ -115,8 +115,9 @@ class Cluster(Control):
         if state is None or state.clusters is None:
             seen, document = clusters.empty(k, self.slots), torch.full((k.shape[0],), -1, device=k.device)
         else:
-            seen, document = state.clusters.detach(), state.document
-        document = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device) if document is None else document
+            known = state.document
+            seen = state.clusters.detach()
+            document = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device) if known is None else known
         slot, seen = clusters.over_ranks(k.detach(), index.expand(k.shape[0], -1), place, seen, document, total)
         return _members(slot, self.slots, k.dtype), seen
 

@@ -149,9 +149,9 @@ def attend(
             "with longctx.generate(model, …, mesh=mesh), or pass use_cache=False"
         )
     if ring is not None and notes.cache is not None and not ring.cache.ready:  # the prompt of a sharded generation
-        ids = sharded_documents(module, query, key, mask, document_ids).long()
+        prompt_ids = sharded_documents(module, query, key, mask, document_ids).long()
         out, notes.cache.state = memory(
-            query, key, value, notes.inputs, mesh=ring.mesh, layout=ring.layout, document_ids=ids,
+            query, key, value, notes.inputs, mesh=ring.mesh, layout=ring.layout, document_ids=prompt_ids,
             length=ring.cache.places.prompt, return_state=True, **common,
         )  # fmt: skip
     elif notes.cache is not None:

@@ -68,6 +68,7 @@ class Mesh(Section):
         assert ring != "auto"
         if data == "auto":
             data = max(world // (ring * ulysses), 1)
+        assert data != "auto"
         grid = Grid(ring, ulysses, data)
         if grid.world != world:
             raise ConfigError(

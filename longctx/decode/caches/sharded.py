@@ -143,7 +143,8 @@ class ShardedCache(Cache):
         held: Any = self.layers[layer]
         of_prompt, of_new = self.places.visible(held.seen, q.shape[2], window)
         first = self.mesh.sequence_rank == 0  # a sink is one more logit, once
-        part = attend_part(q, *held.prompt, of_prompt, sink=sink if first else None, **scores)
+        keys, values = held.prompt
+        part = attend_part(q, keys, values, of_prompt, sink=sink if first else None, **scores)
         if held.keys.shape[2]:
             part = merge(part, attend_part(q, held.keys, held.values, of_new, **scores))
         return merge_over_ranks(part, self.mesh)[0].to(q.dtype)
