@@ -15,6 +15,7 @@ from longctx.errors import ConfigError
 from longctx.layout import get_layout
 from longctx.plan.limit import fits
 from longctx.plan.machines import Machine
+from longctx.plan.memory import peak_bytes
 from longctx.plan.setup import Recompute, Setup, resolve_loss_tile, resolve_mlp_tile
 from longctx.plan.shape import ModelShape
 from longctx.plan.speed import speed_of
@@ -22,6 +23,7 @@ from longctx.plan.speed import speed_of
 POLICIES: tuple[Recompute, ...] = ("none", "mlp", "layer_keep_attention", "layer")
 """of `memory.recompute`, each keeping less than the one before it, and taking longer"""
 SMALL_BUCKET = 50_000_000
+EQUAL = 0.99  # of the fastest: as fast, as far as a prediction can tell, and then the one that holds least is taken
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ def choose(
     offload_checkpoints: bool = False,
     start: Setup | None = None,
 ) -> Choice:
-    """Return the fastest settings that fit rows of ``tokens`` tokens into ``world`` devices.
+    """Return the fastest settings that fit rows of ``tokens`` tokens into ``world`` devices; of those that are within
+    a per cent of it, the ones that offload nothing and hold least.
 
     Args:
         ulysses: exchange of heads may be chosen (within a node, where messages are cheapest).
@@ -71,22 +74,21 @@ def choose(
         ConfigError: nothing fits.
     """
     base = start or Setup(tokens, overlap_comm=True)
-    best: Choice | None = None
+    found = []
     for grid in _grids(shape, tokens, machine, world, base, ulysses):
         for state in _states(grid):
             for setup in _policies(shape, state, offload_checkpoints):
-                if not fits(shape, setup, machine):
-                    continue
-                found = Choice(setup, speed_of(shape, setup, machine).tokens_per_second)
-                if best is None or found.tokens_per_second > best.tokens_per_second:
-                    best = found
-                break
-    if best is None:
+                if fits(shape, setup, machine):
+                    found.append(Choice(setup, speed_of(shape, setup, machine).tokens_per_second))
+                    break
+    if not found:
         raise ConfigError(
             f"plan: no settings fit rows of {tokens:,} tokens into {world} x {machine.name}; use more devices or "
             "shorter rows"
         )
-    return best
+    fastest = max(choice.tokens_per_second for choice in found)
+    near = [choice for choice in found if choice.tokens_per_second >= EQUAL * fastest]
+    return min(near, key=lambda choice: (choice.setup.offload_optimizer, peak_bytes(shape, choice.setup)))
 
 
 def enumerate_all(

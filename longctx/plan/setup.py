@@ -35,7 +35,6 @@ class Setup:
     mlp_tile: int | None = None
     states: int = 2
     """Numbers the optimizer keeps a weight: 2 for AdamW, 1 for SGD with momentum, 0 without."""
-    documents: bool = True
     on_gpu: bool = True
     overlap_comm: bool = False
     bucket: int = 500_000_000

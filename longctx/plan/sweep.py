@@ -77,7 +77,7 @@ def _draw_memory(axes: Any, shape: ModelShape, setup: Setup, machine: Machine) -
     axes.set_xlabel("tokens of a row (thousands of 1,024)")
     axes.set_ylabel("GiB a rank at the peak")
     axes.set_title(f"ring {setup.ring}, recompute {setup.recompute}")
-    axes.legend(loc="upper left", fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
 
 
 def _draw_devices(axes: Any, shape: ModelShape, setup: Setup, machine: Machine) -> None:

@@ -38,6 +38,14 @@ def test_nothing_is_much_faster(shape: ModelShape, tokens: int, machine: str, wo
     assert chosen.tokens_per_second >= NEAR * best.tokens_per_second, (chosen.yaml, best.yaml)
 
 
+@pytest.mark.slow
+def test_nothing_is_much_faster_with_tiles_of_any_size() -> None:
+    for tokens, world in ((2**17, 1), (2**20, 8), (2**22, 64)):
+        chosen = choose(SMALL, tokens, MACHINES["h100"], world)
+        best = max(choice.tokens_per_second for choice in enumerate_all(SMALL, tokens, MACHINES["h100"], world))
+        assert chosen.tokens_per_second >= NEAR * best
+
+
 def test_a_choice_takes_less_than_a_second() -> None:
     times = []
     for _ in range(3):
