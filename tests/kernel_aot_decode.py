@@ -48,13 +48,13 @@ def launch(case: Any) -> Any:
     parts, lse = empty(batch, groups, splits, rows, value_width), empty(batch, groups, splits, rows)
     if case.name == "merge":
         return merge(parts, lse, empty(batch, groups, rows, value_width), empty(batch, groups, rows))
-    lengths = empty(batch, dtype=torch.int32)
-    terms = Terms(0.1, lengths=lengths, causal=True, offset=KEYS - 1)
+    terms = Terms(0.1)
     if case.kind == "extras":
         per_row, pairs = empty(batch, groups, rows), (batch, groups, beams, heads, 1, KEYS)
         terms = Terms(
             0.1, 30.0, per_row, empty(batch, groups, heads, KEYS), per_row, empty(groups, heads), empty(*pairs),
-            empty(batch, 1, 1, 1, 1, KEYS, dtype=torch.bool).expand(pairs), lengths, True, KEYS - 1,
+            empty(batch, 1, 1, 1, 1, KEYS, dtype=torch.bool).expand(pairs), empty(batch, dtype=torch.int32), True,
+            KEYS - 1,
         )  # fmt: skip
     q, k = empty(batch, groups, rows, key_width, dtype=dtype), empty(batch, groups, KEYS, key_width, dtype=dtype)
     v = None if shared else empty(batch, groups, KEYS, value_width, dtype=dtype)

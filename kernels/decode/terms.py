@@ -32,6 +32,6 @@ class Terms:
 
     @property
     def extras(self) -> bool:
-        """Something joins the logits, or a mask does."""
-        joining = self.softcap, self.constant, self.factor, self.shift, self.slopes, self.bias, self.mask
-        return any(x is not None for x in joining)
+        """Something joins the logits, or hides keys."""
+        joining = self.softcap, self.constant, self.factor, self.shift, self.slopes, self.bias
+        return self.causal or any(x is not None for x in (*joining, self.mask, self.lengths))

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 KINDS = ("half", "extras", "float")
-"""half: bf16 and fp16, keys hidden by length and order alone; extras: the same with all that joins a logit, a mask
-included; float: exact products on no tensor core, extras or not."""
+"""half: bf16 and fp16, every key visible; extras: the same with all that joins a logit or hides a key; float: exact
+products on no tensor core, extras or not."""
 PASSES = ("partial",)
 _ALL = (64, 128, 256, 576, 1024, 2048, 4096)
 WIDTHS = {"half": _ALL, "extras": _ALL, "float": (128, 1024)}
@@ -42,7 +42,7 @@ def choose(rows: int, key_width: int, value_width: int, shared: bool, itemsize: 
         rows: that share a key head: beams x heads of its group x new tokens.
         shared: values are the first columns of the keys.
         itemsize: bytes of a number of q.
-        extras: something joins the logits, or a mask does.
+        extras: something joins the logits, or hides keys.
         arch: one of ARCHES, "interpreter", or another chip's name.
     """
     if arch == "interpreter":  # small and unequal, so that short tests have many tiles of every kind
@@ -56,17 +56,21 @@ def choose(rows: int, key_width: int, value_width: int, shared: bool, itemsize: 
     chunks = -(-value_width // width)
     values = chunks if kept or chunks * width <= 256 else min(chunks, widest // 2 // width)
     owned = values * width
-    tile = 32 if rows > 16 and whole and 32 * owned <= 32768 and itemsize <= 2 and not amd else 16
+    fits = whole and 32 * owned <= 32768 and not amd if itemsize <= 2 else 32 * owned <= 4096
+    tile = 32 if rows > 16 and fits else 16
+    if itemsize > 2:
+        return Config(tile, 16, width, values, kept, 8, 1)
     warps = 4 if owned <= 128 or (amd and not kept) else 8
-    if itemsize > 2 or amd:
-        return Config(tile, 16 if kept or itemsize > 2 else 32, width, values, kept, warps, 1)
+    if amd:
+        return Config(tile, 16 if kept else 32, width, values, kept, warps, 1)
     row = 2 * -(-key_width // width) * width if whole else 2 * width
     walked = row if kept or not whole else row + 2 * owned
     budget = _SHARED.get(arch, 160 * 1024)
     for step, stages in ((64, 3), (32, 3), (16, 3), (16, 2)):
         if tile * row + (stages - 1) * step * walked <= budget:
             break
-    return Config(tile, max(16, step // 2) if extras else step, width, values, kept, warps, stages)
+    crowded = extras and (not kept or owned >= 1024)  # what joins the logits wants registers and memory too
+    return Config(tile, max(16, step // 2) if crowded else step, width, values, kept, warps, stages)
 
 
 def splits(units: int, keys: int, step: int, processors: int) -> int:

@@ -7,8 +7,6 @@ The kernels know no gradient; "auto" takes torch where one is asked for.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
 from longctx.attention.backends.choose import triton_problem
@@ -70,7 +68,8 @@ def decode_attention(
         mask = fold(mask[..., :keys].expand(rows, heads, tokens, keys), batch, groups)
         mask, bias = (mask, None) if mask.dtype == torch.bool else (None, mask)
     terms = Terms(
-        width**-0.5 if scale is None else scale, softcap, bias=bias, mask=mask, causal=causal, offset=offset,
+        width**-0.5 if scale is None else scale, softcap, bias=bias, mask=mask, offset=offset,
+        causal=causal and offset < keys - 1,  # one new token sees all
         slopes=None if alibi is None else alibi.view(groups, -1),
         lengths=None if lengths is None else lengths.to(torch.int32),
     )  # fmt: skip
@@ -142,7 +141,6 @@ def on_kernels(backend: str, q: torch.Tensor, k: torch.Tensor, *others: Optional
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _problem(dtype: torch.dtype, device: str) -> str:
     """Why the kernels cannot take such tensors, of any width: they come in chunks."""
     narrow = torch.empty(1, dtype=dtype, device="meta")
@@ -182,7 +180,7 @@ def _terms(logits: Logits, batch: int, keys: int, tokens: int, offset: int) -> T
     if logits.scales is not None:
         factor = logits.scales.repeat_interleave(heads // logits.scales.shape[2], 2).transpose(1, 2)[:, None]
     return Terms(
-        1.0, logits.softcap, causal=logits.causal, offset=offset, factor=factor, slopes=slopes,
+        1.0, logits.softcap, causal=logits.causal and offset < keys - 1, offset=offset, factor=factor, slopes=slopes,
         constant=None if logits.constant is None else flat(logits.constant, batch, 1),
         shift=None if logits.shift is None else flat(logits.shift, batch, 1),
         bias=None if added is None else fold(added.expand(pairs), batch, 1),
@@ -200,7 +198,7 @@ def _beside(
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: Optional, value_width: int | None) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}" + ("" if v is None else f", v {tuple(v.shape)}")
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {None if v is None else tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or q.shape[3] != k.shape[3] or not k.shape[0] or not k.shape[1]:
         raise AttentionError(f"{shapes}: expected q (B * beams, H, T, D) and k (B, G, S, D)")
     if q.shape[0] % k.shape[0] or q.shape[1] % k.shape[1]:
