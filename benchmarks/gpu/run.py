@@ -1,5 +1,6 @@
 """`python -m benchmarks.gpu.run`: checks everyone, measures the rows of rows.py on one GPU, appends them to
-results/attention_gpu.csv and prints a short table last; then bounded memories, results/bounded_gpu.csv. `--interpret` runs the same code at tiny sizes without a GPU.
+results/attention_gpu.csv and prints a short table last; then bounded memories, to results/bounded_gpu.csv.
+`--interpret` runs the same code at tiny sizes without a GPU.
 """
 
 from __future__ import annotations
