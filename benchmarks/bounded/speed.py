@@ -108,8 +108,12 @@ def verdicts(rows: list[dict[str, Any]]) -> list[tuple[str, bool]]:
             far = [point for point in points if point[0] >= FROM]
             if len(far) > 2:
                 slope = exponent(far)
-                said.append((f"{name}, {kind}: time grows as length^{slope:.3f}, required 1 ± {EXPONENT}",
-                             abs(slope - 1) <= EXPONENT))
+                said.append(
+                    (
+                        f"{name}, {kind}: time grows as length^{slope:.3f}, required 1 ± {EXPONENT}",
+                        abs(slope - 1) <= EXPONENT,
+                    )
+                )
             if (SOFTMAX, JUDGED, kind) in seconds and (name, JUDGED, kind) in seconds:
                 ratio = seconds[SOFTMAX, JUDGED, kind] / seconds[name, JUDGED, kind]
                 text = f"{name}, {kind} at {JUDGED}: {ratio:.2f} x SDPA's speed, required >= {aim}"
@@ -169,8 +173,11 @@ def main() -> int:
     for tokens in lengths:
         rows += run_row(Shape(tokens), turns, arguments.sdpa_up_to)
         for row in rows[-len(CONTESTANTS) :]:
-            print(f"{row['tokens']:>8} {row['contestant']:<16} forward {row['forward_cpu_seconds']:>12} s  both "
-                  f"{row['both_cpu_seconds']:>12} s  peak {row['peak_bytes']:>14}", flush=True)
+            print(
+                f"{row['tokens']:>8} {row['contestant']:<16} forward {row['forward_cpu_seconds']:>12} s  both "
+                f"{row['both_cpu_seconds']:>12} s  peak {row['peak_bytes']:>14}",
+                flush=True,
+            )
         _write(rows, arguments.output)
     said = [] if arguments.quick else verdicts(rows)
     for text, holds in said:

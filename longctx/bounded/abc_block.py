@@ -1,7 +1,8 @@
 """ABC over the chunks of one block: forward, and backward from the same weights. The arithmetic of methods 2.4 and 2.5.
 
-Rows are the queries of a group, n = H / G a token, times the scale; keys and weights are never expanded. With A = Q K^T
-over the pairs that may meet, W the write weights and K0, V0 the memory before the chunk (`carry` times it: K', V'),
+Rows are the queries of a group times the scale, n = H / G a token, so that keys and weights are never expanded. With
+A = Q K^T over the pairs that may meet, W the write weights and K0, V0 the memory before the chunk (`carry` times it:
+K', V'),
 
     logits = read (A W + Q K'^T)            P = softmax(logits)      P' = read P      O = (P' W^T) V + P' V'
     dP = read (dO V'^T + (dO V^T) W)        dL = P (dP - rowsum(P dP))                G = read dL

@@ -43,7 +43,7 @@ def blocks(tokens: int, size: int, chunks: int) -> Iterator[Block]:
 
 
 def fold(x: torch.Tensor, block: Block, heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """The block of x (B, H, T, X) as (B, heads, chunks, H / heads * size, X), H / heads rows a token."""
+    """The block of x (B, H, T, X) as (B, heads, chunks, H / heads * size, X), H / heads rows a token; or a view."""
     part = x[:, :, block.start : block.stop].to(dtype)
     part = part.reshape(x.shape[0], heads, -1, block.chunks, block.size, x.shape[3])
     return part.transpose(2, 3).flatten(3, 4)

@@ -6,10 +6,13 @@ import csv
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from house_files import ROOT
+
+from benchmarks.gpu import bounded
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -49,6 +52,34 @@ def test_every_tiny_row(tmp_path: Path) -> None:
     assert {row["contestant"] for row in table if row["forward_ms"] != "not measured"} == {
         "longctx", "longctx, TMA", "longctx, ring in sequence", "tutorial"
     }  # fmt: skip
+
+
+def test_bounded_memories(tmp_path: Path) -> None:
+    done = run("--interpret", "--output", str(tmp_path), "--rows", "cosine-")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    table = list(csv.DictReader((tmp_path / "bounded_gpu.csv").open(newline="")))
+    absent = [row for row in table if row["forward_ms"] == "not measured"]
+    assert {row["contestant"] for row in table} - {row["contestant"] for row in absent} == {"longctx", "longctx, torch"}
+    assert [(row["contestant"], row["note"]) for row in absent] == [
+        ("fla chunk_linear_attn", "not measured: needs a GPU")
+    ]
+
+
+def test_verdicts_on_bounded_memories() -> None:
+    row = bounded.Row("abc", 16_384)
+    moved = 16 * 16_384 * 2 * (4 * 64 + 64), 16 * 16_384 * 2 * (8 * 64 + 64)
+    assert bounded.bytes_moved(row) == moved
+    seconds = {"longctx": 2.0, "longctx, torch": 9.0, "fla chunk_abc": 3.0, "fla chunk_gsa": None}
+    figures = [bounded.Figure(row, name, time, time) for name, time in seconds.items()]
+    said = dict(bounded.verdicts(figures, moved[0] / 1.7))
+    assert said == {
+        f"{row.name} forward: 1.50 x fla chunk_abc, required 1.0": True,
+        f"{row.name} forward: 0.85 of the bandwidth floor, required 0.8": True,
+        f"{row.name} backward: 1.50 x fla chunk_abc, required 1.0": True,
+        f"{row.name} backward: 1.53 of the bandwidth floor, required 0.8": True,
+    }
+    slow = [replace(f, forward=6.0, backward=6.0) if f.contestant == "longctx" else f for f in figures]
+    assert not any(holds for _, holds in bounded.verdicts(slow, moved[0] / 1.7))
 
 
 def test_without_a_gpu_nothing_is_measured() -> None:
