@@ -6,6 +6,7 @@ Backward is the same product three times, with S and with the gradient of S that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,51 +24,91 @@ BLOCK_ROWS = 4096
 Optional = torch.Tensor | None
 
 
-class Chunked(torch.autograd.Function):
-    """(q, k, v, size, S) -> (out, S after).
+@torch.library.custom_op("longctx::cosine_chunks", mutates_args=())
+def chunked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    size: torch.Tensor,
+    state: torch.Tensor,
+    ids: Optional,
+    document: Optional,
+    on_query: bool,
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, S after, S before each block, which backward goes on from and which has no gradient).
 
     q (B, H, T, D), k (B, G, T, D) need not be normalised, v (B, G, T, Dv). size = n^-a: (B, G, T) multiplies the
     values, (B, H, T) the outputs, as `on_query` says. S (B, G, D, Dv). `ids` (B, T) and `document` (B,) as in `Runs`,
     or None for one document.
     """
+    walk = _Walk(q, k, v, size, ids, document, on_query)
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    starts = []
+    for block in _blocks(q, chunk):
+        starts.append(state)
+        state = walk.forward(block, state, out)
+    return out, state.clone(), torch.stack(starts)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        size: torch.Tensor,
-        state: torch.Tensor,
-        ids: Optional,
-        document: Optional,
-        on_query: bool,
-        chunk: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        walk = _Walk(q, k, v, size, ids, document, on_query)
-        out = q.new_empty((*q.shape[:3], v.shape[3]))
-        steps = []
-        rows = max(q.shape[0] * q.shape[1] * chunk, 1)
-        for block in blocks(q.shape[2], chunk, max(BLOCK_ROWS // rows, 1)):
-            steps.append((block, state))
-            state = walk.forward(block, state, out)
-        ctx.set_materialize_grads(False)
-        ctx.steps, ctx.on_query = steps, on_query
-        ctx.save_for_backward(q, k, v, size, ids, document)
-        return out, state.clone()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Optional, dstate: Optional) -> Any:
-        q, k, v, size, ids, document = ctx.saved_tensors
-        walk = _Walk(q, k, v, size, ids, document, ctx.on_query)
-        if dout is None:
-            dout = q.new_zeros((*q.shape[:3], v.shape[3]))
-        gradient = torch.zeros_like(ctx.steps[0][1]) if dstate is None else dstate
-        grads = [torch.empty_like(x) for x in (q, k, v, size)]
-        for block, state in reversed(ctx.steps):
-            gradient = walk.backward(block, state, dout, gradient, grads)
-        return *grads, gradient, None, None, None, None
+@chunked.register_fake
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: torch.Tensor, state: torch.Tensor, *settings: Any
+) -> Any:
+    rows, chunk = max(q.shape[0] * q.shape[1] * settings[-1], 1), settings[-1]
+    count, whole = max(BLOCK_ROWS // rows, 1), q.shape[2] // chunk
+    blocks = -(-whole // count) + -(-(q.shape[2] - whole * chunk) // chunk)
+    return q.new_empty((*q.shape[:3], v.shape[3])), torch.empty_like(state), state.new_empty((blocks, *state.shape))
+
+
+@torch.library.custom_op("longctx::cosine_chunks_backward", mutates_args=())
+def chunked_backward(
+    dout: torch.Tensor,
+    dstate: torch.Tensor,
+    starts: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    size: torch.Tensor,
+    ids: Optional,
+    document: Optional,
+    on_query: bool,
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of q, k, v, size and of the state before."""
+    walk = _Walk(q, k, v, size, ids, document, on_query)
+    gradient = dstate.clone()
+    dq, dk, dv, dsize = grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, size)]
+    for block, state in reversed(list(zip(_blocks(q, chunk), starts, strict=True))):
+        gradient = walk.backward(block, state, dout, gradient, grads)
+    return dq, dk, dv, dsize, gradient
+
+
+@chunked_backward.register_fake
+def _(dout: torch.Tensor, dstate: torch.Tensor, starts: torch.Tensor, *inputs: Any) -> Any:
+    return (*(x.new_empty(x.shape) for x in inputs[:4]), torch.empty_like(dstate))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *tensors, ctx.on_query, ctx.chunk = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[2], *tensors[:4], *tensors[5:])
+
+
+def _differentiate(ctx: Any, dout: Optional, dstate: Optional, _: Any) -> Any:
+    starts, q, k, v, size, ids, document = ctx.saved_tensors
+    dout = q.new_zeros((*q.shape[:3], v.shape[3])) if dout is None else dout
+    dstate = starts.new_zeros(starts.shape[1:]) if dstate is None else dstate
+    grads = chunked_backward(dout, dstate, starts, q, k, v, size, ids, document, ctx.on_query, ctx.chunk)
+    return *grads, None, None, None, None
+
+
+chunked.register_autograd(_differentiate, setup_context=_save)
+
+
+def _blocks(q: torch.Tensor, chunk: int) -> Iterator[Block]:
+    rows = max(q.shape[0] * q.shape[1] * chunk, 1)
+    return blocks(q.shape[2], chunk, max(BLOCK_ROWS // rows, 1))
 
 
 class _Walk:

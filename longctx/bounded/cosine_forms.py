@@ -100,7 +100,7 @@ def _continue(x: Inputs, *given: torch.Tensor | None) -> tuple[torch.Tensor, tor
         from longctx.bounded.cosine_triton import Fused  # imports triton
 
         return Fused.apply(x.q, x.k, x.v, *given, x.on_query)
-    return cosine_chunks.Chunked.apply(x.q, x.k, x.v, *given, x.on_query, cosine_chunks.CHUNK)
+    return cosine_chunks.chunked(x.q, x.k, x.v, *given, x.on_query, cosine_chunks.CHUNK)[:2]
 
 
 def _begin(x: Inputs, size: torch.Tensor, place: Place, total: bool) -> Callable[[], list[Value]]:

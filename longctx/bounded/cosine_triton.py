@@ -1,4 +1,4 @@
-"""Causal cosine attention by the Triton kernels: the function of `cosine_chunks.Chunked`, on a GPU or interpreted.
+"""Causal cosine attention by the Triton kernels: the function of `cosine_chunks.chunked`, on a GPU or interpreted.
 
 Only the inputs are kept; backward makes the states again. Importing this file imports triton, so it is imported when
 that backend is asked for.
@@ -18,7 +18,7 @@ Optional = torch.Tensor | None
 
 
 class Fused(torch.autograd.Function):
-    """(q, k, v, size, S) -> (out, S after); as `cosine_chunks.Chunked`, in bf16, fp16 or fp32, the state in fp32."""
+    """(q, k, v, size, S) -> (out, S after); as `cosine_chunks.chunked`, in bf16, fp16 or fp32, the state in fp32."""
 
     @staticmethod
     def forward(

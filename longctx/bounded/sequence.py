@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -131,7 +132,7 @@ def locate(
         )
     spans = layout.spans(link.rank, link.ring, padded) if link.ring > 1 else None
     pieces = [torch.arange(tokens)] if spans is None else [torch.arange(s.start, s.last + 1) for s in spans]
-    ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0).tolist()
+    ends = accumulate(len(piece) for piece in pieces)
     parts = tuple(slice(end - len(piece), end) for end, piece in zip(ends, pieces, strict=True))
     index = torch.cat(pieces).to(device)
     if document_ids is not None:
