@@ -112,8 +112,9 @@ class Generator:
     def _choose(self, request: Request, prompt: int) -> Choice:
         modules = [module for module in self.model.modules() if family_of(module) and memory_of(module) is None]
         if not modules:
-            if any(memory_of(module) is not None for module in self.model.modules()):
-                return Choice("kv", "bounded memories, and keys and values of exact layers if there are any")
+            bounded = sum(memory_of(module) is not None for module in self.model.modules())
+            if bounded:
+                return Choice("kv", f"{bounded} of {self.model.config.num_hidden_layers} layers have a bounded memory")
             return Choice("kv", str(refuse(self.model)).split(":")[0])
         ranks = self.mesh.sequence_size
         free = torch.tensor(_free_memory(self.mesh.device) // 2, device=self.mesh.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -49,6 +50,7 @@ def _run(request: Request, ring: int, interactive: bool) -> int:
     Raises:
         LaunchError: the ring does not fit this machine, or cannot be interactive.
     """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # stderr is for the figures
     if ring == 1:
         return _here(request, interactive)
     if interactive:

@@ -50,6 +50,7 @@ def command(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[
 def test_a_ring_writes_what_one_process_writes(checkpoints: dict[str, Path]) -> None:
     common = (checkpoints["llama"], "--prompt", PROMPT, "--max-new-tokens", 8, "--seed", 3)
     alone, ring = command(*common), command(*common, "--ring", 2)
+    assert "Loading weights" not in alone.stderr and len(alone.stderr.splitlines()) == 2, alone.stderr
     assert alone.returncode == 0 and ring.returncode == 0, alone.stderr + ring.stderr
     assert "tokens/s" in alone.stderr and "attention kv" in alone.stderr and "cache" in alone.stderr
     assert alone.stdout.strip() and ring.stdout == alone.stdout
