@@ -98,8 +98,8 @@ class HybridPasses:
         dq, dkv, dslopes = self._passes().backward(rows, k, v, whole.documents)
         dk, dv = fold(share, split(dkv, k, v))
         dq, dk, dv = self._exchange.to_tokens([(QUERIES, dq), (KEYS, dk), (KEYS, dv)])
-        own = [None if x is None else x[share.queries] for x in (sink, alibi)]
-        found = per_head(rows, *own, dslopes)
+        own_sink, own_alibi = (None if x is None else x[share.queries] for x in (sink, alibi))
+        found = per_head(rows, own_sink, own_alibi, dslopes)
         return dq, dk, dv, *(self._spread(x, like) for x, like in zip(found, (sink, alibi), strict=True))
 
     def _spread(self, own: torch.Tensor, like: Optional) -> torch.Tensor:

@@ -141,7 +141,8 @@ def _forward(
     documents: torch.Tensor | None,
     *settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return replayed(lambda: make_passes(q, v, alibi, documents, *settings).forward(q, k, v, documents, sink))
+    out, lse = replayed(lambda: make_passes(q, v, alibi, documents, *settings).forward(q, k, v, documents, sink))
+    return out, lse
 
 
 @torch.library.custom_op(
