@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from longctx.attention.backends.base import accumulator_dtype
 from longctx.bounded import memory

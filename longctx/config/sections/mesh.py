@@ -55,20 +55,18 @@ class Mesh(Section):
         Raises:
             ConfigError: ring x ulysses x data cannot be `world`.
         """
-        ring, ulysses, data = self.ring, self.ulysses, self.data
-        if ring == "auto" and data == "auto":
-            data = 1
-        if ulysses == "auto":
-            known = (1 if ring == "auto" else ring) * (1 if data == "auto" else data)
-            rest = max(world // known, 1)
-            ulysses = rest if "auto" not in (ring, data) else choose_ulysses(rest, room)
-        if ring == "auto":
-            assert data != "auto"
+        known_ring, known_data = (None if size == "auto" else size for size in (self.ring, self.data))
+        if self.ulysses == "auto":
+            rest = max(world // ((known_ring or 1) * (known_data or 1)), 1)
+            ulysses = rest if known_ring and known_data else choose_ulysses(rest, room)
+        else:
+            ulysses = self.ulysses
+        if known_ring is None:
+            data = known_data or 1
             ring = max(world // (data * ulysses), 1)
-        assert ring != "auto"
-        if data == "auto":
-            data = max(world // (ring * ulysses), 1)
-        assert data != "auto"
+        else:
+            ring = known_ring
+            data = known_data or max(world // (ring * ulysses), 1)
         grid = Grid(ring, ulysses, data)
         if grid.world != world:
             raise ConfigError(
