@@ -52,8 +52,10 @@ def table(results: Results) -> list[str]:
 def differences(results: Results) -> list[str]:
     """Return a Markdown table of paired differences: mean, standard error, and each seed's sign."""
     found = by_variant(results)
-    lines = ["| a minus b (nats, below zero: a is better) | mean | standard error | seeds where a is better |",
-             "|---|---|---|---|"]
+    lines = [
+        "| a minus b (nats, below zero: a is better) | mean | standard error | seeds where a is better |",
+        "|---|---|---|---|",
+    ]
     for a, b, what in CLAIMS:
         seeds = sorted(set(found.get(a, {})) & set(found.get(b, {})))
         if not seeds:
@@ -66,12 +68,15 @@ def differences(results: Results) -> list[str]:
 
 def plot(results: Results, path: Path) -> None:
     """Draw held-out loss over the steps, and loss over the position in the row; a band from seed to seed."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
+    for axes in (left, right):
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)  # more variants than the usual ten colours
     for name, seeds in by_variant(results).items():
         runs = list(seeds.values())
         steps = [point["step"] for point in runs[0]["held_out_losses"]]

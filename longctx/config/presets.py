@@ -131,7 +131,7 @@ PRESETS = {
     "1-gpu-8B": _longest(
         "llama-8b_128k_zero3-offload_1-h100.yaml",
         "Eight billion parameters, 128K tokens on one GPU of 80 GB; optimizer states in 140 GiB of host memory.\n"
-        "With checkpoints in host memory too, once that is built, it will be longer: `longctx plan` says how much.",
+        "With memory.offload_checkpoints it will be longer: `longctx plan` says how much.",
         131_072,
         1,
         offload_optimizer="cpu",
@@ -139,7 +139,7 @@ PRESETS = {
     "8-gpu-1M": _longest(
         "llama-8b_1m_ring8-zero3_8-h100.yaml",
         "Eight billion parameters, 1M tokens on one node of eight GPUs of 80 GB. Heads exchanged instead of blocks\n"
-        "passed round (mesh.ulysses: 8) will do within a node too, once that is built.",
+        "passed round (mesh: {ring: 1, ulysses: 8}) will do within a node too.",
         1_048_576,
         8,
         overlap_comm=True,
@@ -147,7 +147,7 @@ PRESETS = {
     "32-gpu-8M": _longest(
         "llama-8b_8m_ring32-zero3_32-h200.yaml",
         "Eight billion parameters, 8M tokens on four nodes of eight GPUs of 141 GB. GPUs of 80 GB will do with\n"
-        "checkpoints in host memory, and mesh {ring: 4, ulysses: 8} will send less between nodes, once they are built.",
+        "memory.offload_checkpoints; mesh: {ring: 4, ulysses: 8} sends less between nodes.",
         8_388_608,
         32,
         overlap_comm=True,
@@ -155,7 +155,7 @@ PRESETS = {
     "128-gpu-32M": _longest(
         "llama-8b_32m_ring128-zero3_128-h200.yaml",
         "Eight billion parameters, 32M tokens on sixteen nodes of eight GPUs of 141 GB; a step takes hours. GPUs of\n"
-        "80 GB will do with checkpoints in host memory, and mesh {ring: 16, ulysses: 8} will send less, once built.",
+        "80 GB will do with memory.offload_checkpoints; mesh: {ring: 16, ulysses: 8} sends less between nodes.",
         33_554_432,
         128,
         overlap_comm=True,

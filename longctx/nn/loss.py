@@ -102,6 +102,7 @@ class _TiledLoss(torch.autograd.Function):
                 torch.mm(logits, weight, out=dhidden[part])
             if dweight is not None:
                 _add_product(dweight, logits, x)
+            del logits  # before the next tile's are made
         ctx.gradients = dhidden, dweight, dbias
         ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
         return total

@@ -36,13 +36,16 @@ def mlp_backward(shape: ModelShape) -> int:
     return shape.itemsize * shape.inner * 2
 
 
+def checkpoint_kept(shape: ModelShape, setup: Setup) -> int:
+    """Per token and layer: a layer's input and, by `layer_keep_attention`, its attention's result."""
+    own = shape.itemsize * shape.hidden
+    return own + attention_result(shape) if setup.recompute == "layer_keep_attention" else own
+
+
 def layer_kept(shape: ModelShape, setup: Setup) -> int:
     """Per token and layer between forward and backward, by the policy of `memory.recompute`."""
-    if setup.recompute == "layer":
-        return 0 if setup.offload_checkpoints else shape.itemsize * shape.hidden
-    if setup.recompute == "layer_keep_attention":
-        own = attention_result(shape) + shape.itemsize * shape.hidden
-        return attention_result(shape) if setup.offload_checkpoints else own
+    if setup.recompute in ("layer", "layer_keep_attention"):
+        return 0 if setup.offload_checkpoints else checkpoint_kept(shape, setup)
     kept = 2 * norm_kept(shape) + attention_kept(shape)
     return kept if setup.recompute == "mlp" or tiled_mlp(setup) else kept + mlp_inner(shape)
 

@@ -58,12 +58,11 @@ def mlp_gradient_bytes(shape: ModelShape, setup: Setup) -> int:
 
 
 def loss_tile_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Logits. Tiled: in fp32 and, while one becomes the other, in the run's dtype; from the second tile on beside the
-    last one's. Else three times all of them in fp32: logarithms of the probabilities, gradients before and after."""
+    """Logits. Tiled: in fp32, and in the run's dtype while one becomes the other. Else three times all of them:
+    logarithms of the probabilities, gradients before and after, in fp32."""
     if setup.loss_tile is None:
         return 3 * 4 * setup.n * shape.vocab
-    several = setup.n > setup.loss_tile
-    width = (8 if several else 4) if shape.itemsize == 4 else 4 + shape.itemsize * (1 + several)
+    width = 4 if shape.itemsize == 4 else 4 + shape.itemsize
     return min(setup.loss_tile, setup.n) * shape.vocab * width
 
 

@@ -34,16 +34,17 @@ class Choice:
     tokens_per_second: float
 
     @property
-    def yaml(self) -> dict[str, str | int]:
+    def yaml(self) -> dict[str, str | int | bool]:
         """The choice as overrides of a YAML."""
         setup = self.setup
-        found: dict[str, str | int] = {
+        found: dict[str, str | int | bool] = {
             "mesh.ring": setup.ring,
             "mesh.ulysses": setup.ulysses,
             "mesh.data": setup.data,
             "zero.stage": setup.stage,
             "zero.offload_optimizer": "cpu" if setup.offload_optimizer else "none",
             "memory.recompute": setup.recompute,
+            "memory.offload_checkpoints": setup.offload_checkpoints,
             "memory.mlp_tile": "none" if setup.mlp_tile is None else setup.mlp_tile,
             "memory.loss_tile": "none" if setup.loss_tile is None else setup.loss_tile,
         }

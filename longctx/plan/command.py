@@ -81,8 +81,6 @@ def _chosen(shape: ModelShape, setup: Setup, device: Machine, quiet: bool) -> Se
     found = choose(shape, setup.tokens, device, setup.world, start=setup)
     if not quiet:
         typer.echo("chosen   " + " ".join(f"{key}={value}" for key, value in found.yaml.items()) + "\n")
-        if found.setup.ulysses > 1:
-            typer.echo("         (mesh.ulysses above 1 is not built yet)\n")
     return found.setup
 
 

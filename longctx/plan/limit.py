@@ -21,7 +21,6 @@ class Change:
     what: str
     longest: int
     peak: int
-    built: bool = True
 
 
 def fits(shape: ModelShape, setup: Setup, machine: Machine) -> bool:
@@ -54,34 +53,34 @@ def further(shape: ModelShape, setup: Setup, machine: Machine) -> list[Change]:
     """Return the switches that would make the longest sequence longer, best first."""
     now = longest(shape, setup, machine)
     found = [
-        Change(what, longest(shape, changed, machine), peak_bytes(shape, changed), built)
-        for what, changed, built in _switches(shape, setup)
+        Change(what, longest(shape, changed, machine), peak_bytes(shape, changed))
+        for what, changed in _switches(shape, setup)
     ]
     return sorted((change for change in found if change.longest > 1.02 * now), key=lambda change: -change.longest)
 
 
-def _switches(shape: ModelShape, setup: Setup) -> Iterator[tuple[str, Setup, bool]]:
+def _switches(shape: ModelShape, setup: Setup) -> Iterator[tuple[str, Setup]]:
     """Every switch that is not set."""
     if setup.recompute != "layer_keep_attention":
-        yield "memory.recompute: layer_keep_attention", replace(setup, recompute="layer_keep_attention"), True
+        yield "memory.recompute: layer_keep_attention", replace(setup, recompute="layer_keep_attention")
     if setup.recompute not in ("none", "layer"):
-        yield "memory.recompute: layer (repeats the ring's hops)", replace(setup, recompute="layer"), True
+        yield "memory.recompute: layer (repeats the ring's hops)", replace(setup, recompute="layer")
     if setup.loss_tile is None:
         tile = resolve_loss_tile("auto", shape, setup.on_gpu)
-        yield "memory.loss_tile: auto", replace(setup, loss_tile=tile), True
+        yield "memory.loss_tile: auto", replace(setup, loss_tile=tile)
     if setup.mlp_tile is None:
-        yield "memory.mlp_tile: auto", replace(setup, mlp_tile=resolve_mlp_tile("auto", shape)), True
+        yield "memory.mlp_tile: auto", replace(setup, mlp_tile=resolve_mlp_tile("auto", shape))
     if setup.stage < 3 and setup.world > 1:
-        yield "zero.stage: 3", replace(setup, stage=3), True
+        yield "zero.stage: 3", replace(setup, stage=3)
     if not setup.offload_optimizer and setup.stage > 0:
-        yield "zero.offload_optimizer: cpu", replace(setup, offload_optimizer=True), True
+        yield "zero.offload_optimizer: cpu", replace(setup, offload_optimizer=True)
     small = 50_000_000
     if setup.stage > 0 and setup.bucket > small:
         what = f"deepspeed.zero_optimization.reduce_bucket_size: {small}"
-        yield what, replace(setup, bucket=small), True
+        yield what, replace(setup, bucket=small)
     if setup.stage == 3 and setup.live > 2 * small and shape.parameters > setup.live:
         what = f"deepspeed.zero_optimization.stage3_max_live_parameters: {2 * small}"
-        yield what, replace(setup, live=2 * small), True
+        yield what, replace(setup, live=2 * small)
     if not setup.offload_checkpoints and setup.recompute in ("layer", "layer_keep_attention"):
-        yield "checkpoints in host memory", replace(setup, offload_checkpoints=True), False
-    yield f"mesh.ring: {2 * setup.ring} (twice the devices)", replace(setup, ring=2 * setup.ring), True
+        yield "memory.offload_checkpoints: true", replace(setup, offload_checkpoints=True)
+    yield f"mesh.ring: {2 * setup.ring} (twice the devices)", replace(setup, ring=2 * setup.ring)

@@ -72,7 +72,7 @@ def host_bytes(shape: ModelShape, setup: Setup) -> dict[str, int]:
     if setup.offload_parameters:
         found["weights"] = shape.itemsize * states.share(shape.parameters, setup, 3)
     if setup.offload_checkpoints and setup.recompute in ("layer", "layer_keep_attention"):
-        found["kept results"] = shape.itemsize * shape.hidden * shape.layers * setup.n
+        found["kept results"] = activations.checkpoint_kept(shape, setup) * shape.layers * setup.n
     return found
 
 

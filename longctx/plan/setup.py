@@ -84,6 +84,8 @@ def setup_of(config: RunConfig, derived: Derived, shape: ModelShape, *, on_gpu: 
         accumulation=derived.accumulation,
         stage=zero.stage,
         offload_optimizer=zero.offload_optimizer == "cpu",
+        offload_parameters=zero.offload_parameters == "cpu" and on_gpu,
+        offload_checkpoints=memory.offload_checkpoints and on_gpu,
         recompute=memory.recompute,
         loss_tile=resolve_loss_tile(memory.loss_tile, shape, on_gpu),
         mlp_tile=resolve_mlp_tile(memory.mlp_tile, shape),

@@ -103,8 +103,7 @@ def _limit(console: Console, plan: Plan) -> None:
         return
     table = _table("to go further, change", "longest", "peak now")
     for change in plan.further:
-        built = "" if change.built else " (not built yet)"
-        table.add_row(change.what + built, f"{change.longest:,}", _size(change.peak))
+        table.add_row(change.what, f"{change.longest:,}", _size(change.peak))
     console.print(table)
 
 

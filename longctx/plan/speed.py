@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longctx.plan import states
+from longctx.plan import activations, states
 from longctx.plan.machines import Machine
 from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
@@ -163,7 +163,7 @@ def _zero(shape: ModelShape, setup: Setup, machine: Machine, compute: float, tim
 def _checkpoints(shape: ModelShape, setup: Setup, machine: Machine) -> float:
     if not setup.offload_checkpoints or setup.recompute not in ("layer", "layer_keep_attention"):
         return 0.0
-    return 2 * shape.itemsize * shape.hidden * shape.layers * setup.n / machine.host_link
+    return 2 * activations.checkpoint_kept(shape, setup) * shape.layers * setup.n / machine.host_link
 
 
 def _optimizer(shape: ModelShape, setup: Setup, machine: Machine) -> float:
