@@ -222,13 +222,13 @@ def _running_starts(x: Inputs, place: Place, state: ABCState | None, total: bool
     ring = place.link, place.chain
     before = associative_exclusive_scan(masses, monoid.add_mass, _nothing(masses[0]), *ring, total=total)
     if state is not None:
-        known = (state.log_mass,) if state.value_log_mass is None else (state.log_mass, state.value_log_mass)
-        before = [monoid.add_mass((*known, _document(state, place)), mass) for mass in before]
+        own = (state.log_mass,) if state.value_log_mass is None else (state.log_mass, state.value_log_mass)
+        before = [monoid.add_mass((*own, _document(state, place)), mass) for mass in before]
     starts: list[ABCState] = []
     empty = x.empty()
     for mass in before:
-        document = None if place.ids is None else mass[-1]
-        starts.append(ABCState(mass[0], empty.keys, empty.values, document, mass[1] if len(mass) > 2 else None))
+        known = None if place.ids is None else mass[-1]
+        starts.append(ABCState(mass[0], empty.keys, empty.values, known, mass[1] if len(mass) > 2 else None))
     sums: list[Value] = []
     for part, here, start, (_, document) in zip(parts, place.parts, starts, tails, strict=False):
         after = _continue(part, _ids(place, here), start)[1]

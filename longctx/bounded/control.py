@@ -112,11 +112,10 @@ class Cluster(Control):
         self, k: torch.Tensor, index: torch.Tensor, place: Place, state: ABCState | None, total: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(the control of causal attention, what the state carries on of it, on a ring only if `total`)."""
-        if state is None or state.clusters is None:
-            seen, document = clusters.empty(k, self.slots), torch.full((k.shape[0],), -1, device=k.device)
-        else:
-            seen, document = state.clusters.detach(), state.document
-        document = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device) if document is None else document
+        seen, document = clusters.empty(k, self.slots), torch.full((k.shape[0],), -1, device=k.device)
+        if state is not None and state.clusters is not None:
+            seen = state.clusters.detach()
+            document = torch.zeros_like(document) if state.document is None else state.document
         slot, seen = clusters.over_ranks(k.detach(), index.expand(k.shape[0], -1), place, seen, document, total)
         return _members(slot, self.slots, k.dtype), seen
 
