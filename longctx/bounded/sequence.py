@@ -63,8 +63,8 @@ class Place:
             for part, (done, before) in zip(self.parts, starts, strict=False)
         ]
         found = torch.cat(pieces, 1)
-        last = starts[-1][0] if total and self.link.ring > 1 else None
-        return found, found[:, -1] if last is None else last
+        end = starts[-1][0] if total and self.link.ring > 1 else None
+        return found, found[:, -1] if end is None else end
 
 
 _SEVERAL = -2
