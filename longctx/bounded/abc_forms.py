@@ -222,8 +222,8 @@ def _running_starts(x: Inputs, place: Place, state: ABCState | None, total: bool
     ring = place.link, place.chain
     before = associative_exclusive_scan(masses, monoid.add_mass, _nothing(masses[0]), *ring, total=total)
     if state is not None:
-        known = (state.log_mass,) if state.value_log_mass is None else (state.log_mass, state.value_log_mass)
-        before = [monoid.add_mass((*known, _document(state, place)), mass) for mass in before]
+        own = (state.log_mass,) if state.value_log_mass is None else (state.log_mass, state.value_log_mass)
+        before = [monoid.add_mass((*own, _document(state, place)), mass) for mass in before]
     starts: list[ABCState] = []
     empty = x.empty()
     for mass in before:
