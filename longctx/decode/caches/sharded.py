@@ -123,6 +123,8 @@ class ShardedCache(Cache):
     The prompt stays where ring attention left it; new tokens go to the ranks in turn.
     """
 
+    layers: Any  # of ShardedLayer and ReplicatedState
+
     def __init__(self, mesh: Mesh, layers: Sequence[ShardedLayer | ReplicatedState], places: Places) -> None:
         super().__init__(layers=list(layers))
         self.mesh, self.places = mesh, places
@@ -142,7 +144,8 @@ class ShardedCache(Cache):
         held: Any = self.layers[layer]
         of_prompt, of_new = self.places.visible(held.seen, q.shape[2], window)
         first = self.mesh.sequence_rank == 0  # a sink is one more logit, once
-        part = attend_part(q, *held.prompt, of_prompt, sink=sink if first else None, **scores)
+        keys, values = held.prompt
+        part = attend_part(q, keys, values, of_prompt, sink=sink if first else None, **scores)
         if held.keys.shape[2]:
             part = merge(part, attend_part(q, held.keys, held.values, of_new, **scores))
         return merge_over_ranks(part, self.mesh)[0].to(q.dtype)
@@ -153,11 +156,10 @@ class ShardedCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows of the batch; beams that stay with their prompt go on sharing it."""
-        prompts: torch.Tensor | None = indices // self.beams
         homes = torch.arange(len(self.places.documents), device=indices.device).repeat_interleave(self.beams)
-        if torch.equal(indices // self.beams, homes):
-            prompts = None
-        else:
+        asked = indices // self.beams
+        prompts = None if torch.equal(asked, homes) else asked
+        if prompts is not None:
             self.beams = 1
             self.places.documents = self.places.documents.index_select(0, prompts)
         for layer in self.layers:
