@@ -148,6 +148,7 @@ def attend(
             f"{type(module).__name__} is bound to a ring of {ring.mesh.sequence_size} and was given a cache: generate "
             "with longctx.generate(model, …, mesh=mesh), or pass use_cache=False"
         )
+    ids: torch.Tensor | None
     if ring is not None and notes.cache is not None and not ring.cache.ready:  # the prompt of a sharded generation
         prompt_ids = sharded_documents(module, query, key, mask, document_ids).long()
         out, notes.cache.state = memory(

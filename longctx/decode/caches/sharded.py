@@ -123,6 +123,8 @@ class ShardedCache(Cache):
     The prompt stays where ring attention left it; new tokens go to the ranks in turn.
     """
 
+    layers: Any  # of ShardedLayer and ReplicatedState
+
     def __init__(self, mesh: Mesh, layers: Sequence[ShardedLayer | ReplicatedState], places: Places) -> None:
         super().__init__(layers=list(layers))
         self.mesh, self.places = mesh, places
@@ -155,7 +157,6 @@ class ShardedCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows of the batch; beams that stay with their prompt go on sharing it."""
-        prompts: torch.Tensor | None = indices // self.beams
         homes = torch.arange(len(self.places.documents), device=indices.device).repeat_interleave(self.beams)
         if torch.equal(indices // self.beams, homes):
             prompts = None
