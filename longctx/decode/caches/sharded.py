@@ -135,8 +135,7 @@ class ShardedCache(Cache):
     @property
     def filled(self) -> bool:
         """Every layer has its part of the prompt."""
-        layers: list[Any] = self.layers
-        return all(layer.is_initialized for layer in layers)
+        return all(layer.is_initialized for layer in self.layers)
 
     def attend(
         self, layer: int, q: torch.Tensor, *, window: int | None, sink: torch.Tensor | None, **scores: Any
@@ -158,13 +157,12 @@ class ShardedCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows of the batch; beams that stay with their prompt go on sharing it."""
         homes = torch.arange(len(self.places.documents), device=indices.device).repeat_interleave(self.beams)
-        if torch.equal(indices // self.beams, homes):
-            prompts = None
-        else:
-            self.places.documents = self.places.documents.index_select(0, indices // self.beams)
+        asked = indices // self.beams
+        prompts = None if torch.equal(asked, homes) else asked
+        if prompts is not None:
             self.beams = 1
-        layers: list[Any] = self.layers
-        for layer in layers:
+            self.places.documents = self.places.documents.index_select(0, prompts)
+        for layer in self.layers:
             if isinstance(layer, ShardedLayer):
                 layer.select(indices, prompts)
             else:
@@ -173,8 +171,7 @@ class ShardedCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Give every row ``repeats`` beams."""
         rows = torch.arange(len(self.places.documents) * self.beams, device=self.places.documents.device)
-        layers: list[Any] = self.layers
-        for layer in layers:
+        for layer in self.layers:
             if isinstance(layer, ShardedLayer):
                 layer.select(rows.repeat_interleave(repeats), None)
             else:
