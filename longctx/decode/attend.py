@@ -173,7 +173,8 @@ def _terms(logits: Logits, batch: int, keys: int, tokens: int, offset: int) -> T
     if mask is not None:
         mask = mask[..., :keys]
         if mask.dtype != torch.bool:
-            mask, added = None, mask if added is None else added + mask
+            added = mask if added is None else added + mask
+            mask = None
     pairs = logits.beams * batch, heads, tokens, keys
     factor = None
     if logits.scales is not None:
