@@ -54,5 +54,5 @@ def _model(config: RunConfig) -> tuple[str | None, int | None]:
     try:
         raw = json.loads((Path(config.model.pretrained) / "config.json").read_text(encoding="utf-8"))
         return str(raw["model_type"]), int(raw.get("num_hidden_layers", raw.get("n_layer")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None, None  # whoever looks at the machine says what is wrong with the folder

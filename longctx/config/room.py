@@ -40,7 +40,7 @@ def heads(config: RunConfig) -> tuple[int | None, int | None]:
         raw = json.loads((Path(model.pretrained) / "config.json").read_text(encoding="utf-8"))
         queries = int(raw.get("num_attention_heads", raw.get("n_head")))
         return queries, int(raw.get("num_key_value_heads") or queries)
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None, None  # whoever looks at the machine says what is wrong with the folder
 
 

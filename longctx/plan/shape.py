@@ -166,7 +166,7 @@ def _mixed(shape: ModelShape, config: RunConfig) -> ModelShape:
 def _read(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise ConfigError(f"plan: {path} is missing or not JSON; give model.pretrained a transformers folder")
