@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -52,3 +53,16 @@ def _poisoned_memory() -> None:
 
     torch.set_num_threads(1)
     poison_uninitialised_memory()
+
+
+@pytest.fixture(autouse=True)
+def _no_rank_left_in_the_environment() -> Iterator[None]:
+    """A mesh of one rank that meets in the runner's own process says so in its environment; the next is no rank."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
