@@ -32,7 +32,16 @@ from benchmarks.measure import peak_bytes
 from benchmarks.peers import deepspeed_alst, installed
 from benchmarks.ranks import run_ranks
 from benchmarks.registry import StepRow
-from benchmarks.training_step import LOSS_LIMIT, Step, make_config, make_model, make_optimizer, make_rows, turn
+from benchmarks.training_step import (
+    LOSS_LIMIT,
+    Step,
+    load_ours,
+    make_config,
+    make_model,
+    make_optimizer,
+    make_rows,
+    turn,
+)
 from longctx.launch.prepare import prepare
 
 ROW = StepRow(length=8192, vocabulary=16_384, steps=3)
@@ -65,24 +74,11 @@ AIMS = (
 
 def load(name: str, row: StepRow) -> Step:
     """Build a contestant's engine; return its step."""
+    if name in OURS:
+        return load_ours(row, OURS[name])[1]
+    installed(deepspeed_alst.PACKAGE, deepspeed_alst.PINNED)
     model = make_model(row)
-    if name in THEIRS:
-        installed(deepspeed_alst.PACKAGE, deepspeed_alst.PINNED)
-        return deepspeed_alst.load(model, make_optimizer(model), make_config(), **THEIRS[name])
-    import longctx
-
-    engine, *_ = longctx.initialize(
-        model=model, optimizer=make_optimizer(model), config=make_config(), mesh=longctx.Mesh(ring=row.ranks),
-        memory=OURS[name],
-    )  # fmt: skip
-
-    def step(rows: dict[str, torch.Tensor]) -> float:
-        loss = engine(**engine.shard(rows)).loss
-        engine.backward(loss)
-        engine.step()
-        return engine.global_loss
-
-    return step
+    return deepspeed_alst.load(model, make_optimizer(model), make_config(), **THEIRS[name])
 
 
 # -- time and bytes at one length ------------------------------------------------------------------------------------

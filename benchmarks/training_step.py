@@ -93,14 +93,15 @@ def make_rows(row: StepRow, generator: torch.Generator) -> dict[str, torch.Tenso
     return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(row.length)[None]}
 
 
-def load_ours(row: StepRow) -> tuple[str, Step]:
+def load_ours(row: StepRow, memory: dict[str, Any] | None = None) -> tuple[str, Step]:
     """longctx as a user's own loop has it."""
     import longctx
 
     model = make_model(row)
     engine, *_ = longctx.initialize(
-        model=model, optimizer=make_optimizer(model), config=make_config(), mesh=longctx.Mesh(ring=row.ranks)
-    )
+        model=model, optimizer=make_optimizer(model), config=make_config(), mesh=longctx.Mesh(ring=row.ranks),
+        memory=memory,
+    )  # fmt: skip
 
     def step(rows: dict[str, torch.Tensor]) -> float:
         batch = engine.shard(rows)

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -225,16 +225,26 @@ def main(arguments: list[str]) -> None:
         made = [{**old, **new}[str(case)] for case in cases() if str(case) in old or str(case) in new]
         RECORD.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in made) + "\n]\n")
         return
-    for text in arguments:
+    answer(arguments, lambda text: compile_case(parse(text)))
+
+
+def answer(texts: list[str], compiled: Callable[[str], Any]) -> None:
+    """Print one JSON object a case, its error if it has one."""
+    for text in texts:
         try:
-            print(json.dumps(asdict(compile_case(parse(text)))), flush=True)
+            print(json.dumps(asdict(compiled(text))), flush=True)
         except Exception as error:
             print(json.dumps({"case": text, "error": f"{type(error).__name__}: {error}"[:2000]}), flush=True)
 
 
-if __name__ == "__main__":
+def run(start: Callable[[list[str]], None]) -> None:
+    """Start with the compiler saying what it makes, and making it anew."""
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"  # the compiler says what it made,
-    with tempfile.TemporaryDirectory() as empty:  # and makes it anew
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+    with tempfile.TemporaryDirectory() as empty:
         os.environ["TRITON_CACHE_DIR"] = empty
-        main(sys.argv[1:])
+        start(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run(main)

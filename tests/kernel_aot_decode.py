@@ -1,4 +1,4 @@
-"""The decode kernels' rows for kernel_aot_bounded.py: what is launched and with which tiles.
+"""The decode kernels' rows for kernel_aot_others.py: what is launched and with which tiles.
 
 Up to 256 numbers a key, 8 key heads have keys and values of their own, for 16 queries each, or 64 in kind "extras", so
 that both heights of a tile are compiled. Beyond that, 64 queries (heads x beams) share keys that are values too; of

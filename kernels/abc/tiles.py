@@ -1,7 +1,7 @@
 """Chunk lengths, warps and stages of ABC's kernels: a plain function of what is computed and of the chip.
 
 The rows are what fits: no spilled register (fp32 apart) and no more shared memory than the chip has, proven ahead of
-time by tests/kernels/test_aot_bounded.py. None has been measured. Other chips take these rows unproven.
+time by tests/kernels/test_aot_others.py. None has been measured. Other chips take these rows unproven.
 """
 
 from __future__ import annotations

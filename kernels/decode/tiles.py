@@ -1,7 +1,7 @@
 """Tiles of the decode kernel and the number of splits: plain functions of the shape and of the chip.
 
 The tiles are what fits: no spilled register (fp32 apart) and no more shared memory than the chip has, proven ahead of
-time by tests/kernels/test_aot_bounded.py. None has been measured. Other chips take sm_80's, unproven.
+time by tests/kernels/test_aot_others.py. None has been measured. Other chips take sm_80's, unproven.
 """
 
 from __future__ import annotations

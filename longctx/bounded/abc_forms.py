@@ -18,7 +18,7 @@ from longctx.bounded import abc_chunks, monoid
 from longctx.bounded.abc_write import memory_of
 from longctx.bounded.chunks import Runs
 from longctx.bounded.exchange import Operation, Value, collect, one_each
-from longctx.bounded.packed import one_by_one, over_ranks
+from longctx.bounded.packed import each
 from longctx.bounded.scan import associative_exclusive_scan
 from longctx.bounded.sequence import Place, check_one_document, only_document
 from longctx.bounded.state import ABCState
@@ -103,25 +103,19 @@ def packed(x: Inputs, place: Place) -> torch.Tensor:
     if place.valid is not None:
         clean = replace(x, q=x.q.masked_fill(~place.valid[:, None, :, None], 0.0))
 
-    def one(part: Inputs) -> torch.Tensor:
+    def alone(here: slice, row: int, tokens: torch.Tensor) -> torch.Tensor:
+        part = x.part(here).document(row, tokens)
         document = torch.zeros(1, dtype=torch.int64, device=x.k.device)
         return _read(part, _as_state(_element(part, None, document), part, None))
 
-    def within(here: slice, ids: torch.Tensor) -> torch.Tensor:
-        part = x.part(here)
-        nothing = x.q.new_zeros((1, x.q.shape[1], 1, x.v.shape[3]))
-        return one_by_one(ids, lambda row, tokens: one(part.document(row, tokens)), nothing)
-
-    if place.link.ring == 1:
-        assert place.ids is not None
-        return within(slice(None), place.ids)
-    return over_ranks(
+    return each(
         place,
         lambda here, tokens, document: _element(x.part(here), tokens, document),
         _operation(x),
         _nothing,
         lambda here, state: _read(clean.part(here), _as_state(state, x, None)),
-        within,
+        alone,
+        x.q.new_zeros((1, x.q.shape[1], 1, x.v.shape[3])),
     )
 
 

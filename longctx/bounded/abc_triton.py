@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from longctx.attention.backends.triton import _dense, _on, arch
+from longctx.attention.backends.triton import arch, dense, on_device
 from longctx.bounded.cosine_triton import documents_of
 from longctx.kernels.abc.fused import Causal, Masses
 
@@ -38,7 +38,7 @@ class Fused(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, s, z, keys, values, ids, document)
         ctx.scale = scale
         out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-        with _on(q.device):
+        with on_device(q.device):
             call = _call(q, k, v, s, ids, document, scale)
             masses, key_states, value_states = _memories(call, z, keys, values)
             call.output(masses, key_states, value_states, out)()
@@ -47,13 +47,13 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Optional, dz: Optional, dkeys: Optional, dvalues: Optional) -> Any:
         q, k, v, s, z, keys, values, ids, document = ctx.saved_tensors
-        dout = q.new_zeros((*q.shape[:3], v.shape[3])) if dout is None else _dense(dout)
+        dout = q.new_zeros((*q.shape[:3], v.shape[3])) if dout is None else dense(dout)
         dkeys, dvalues = (
             torch.zeros_like(x) if d is None else d.contiguous() for d, x in ((dkeys, keys), (dvalues, values))
         )
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         ds = torch.empty(s.shape, dtype=torch.float32, device=s.device)
-        with _on(q.device):
+        with on_device(q.device):
             call = _call(q, k, v, s, ids, document, ctx.scale)
             masses, key_states, value_states = _memories(call, z, keys, values)
             fall = (dkeys * key_states[:, :, -1]).sum(-1) + (dvalues * value_states[:, :, -1]).sum(-1)
@@ -82,7 +82,7 @@ def _call(
     document: Optional,
     scale: float,
 ) -> Causal:
-    given = _dense(q), _dense(k), _dense(v), _dense(s), scale
+    given = dense(q), dense(k), dense(v), dense(s), scale
     made = Causal(*given, None, arch(q.device))
     return made if ids is None else Causal(*given, documents_of(ids, document, made.chunk), made.arch)
 

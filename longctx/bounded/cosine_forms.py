@@ -17,7 +17,7 @@ from longctx.bounded import cosine_chunks, monoid
 from longctx.bounded.chunks import Runs
 from longctx.bounded.cosine_write import memory_of
 from longctx.bounded.exchange import Value, collect, one_each
-from longctx.bounded.packed import one_by_one, over_ranks
+from longctx.bounded.packed import each
 from longctx.bounded.scan import begin_scan
 from longctx.bounded.sequence import Place, check_one_document, only_document
 from longctx.bounded.state import CosineState
@@ -174,26 +174,20 @@ def packed(x: Inputs, place: Place) -> torch.Tensor:
     absent = ~place.valid[:, None, :, None]
     clean = replace(x, q=x.q.masked_fill(absent, 0.0))
 
-    def alone(part: Inputs) -> torch.Tensor:
+    def alone(here: slice, row: int, tokens: torch.Tensor) -> torch.Tensor:
+        part = x.part(here).document(row, tokens)
         if _pairs_are_cheaper(part):
             return _by_pairs(part, None)[0]
         return _read(part, memory_of(part.k, part.v, None, None), _count(part, None))
 
-    def within(here: slice, ids: torch.Tensor) -> torch.Tensor:
-        part = x.part(here)
-        nothing = x.q.new_zeros((1, x.q.shape[1], 1, x.v.shape[3]))
-        return one_by_one(ids, lambda row, tokens: alone(part.document(row, tokens)), nothing)
-
-    if place.link.ring == 1:
-        assert place.ids is not None
-        return within(slice(None), place.ids)
-    return over_ranks(
+    return each(
         place,
         lambda here, tokens, name: (memory_of(x.k[:, :, here], x.v[:, :, here], None, tokens), tokens.sum(1), name),
         monoid.add,
         lambda state: (*(torch.zeros_like(y) for y in state[:-1]), torch.full_like(state[-1], -1)),
         lambda here, state: _read(clean.part(here), state[0], state[1]),
-        within,
+        alone,
+        x.q.new_zeros((1, x.q.shape[1], 1, x.v.shape[3])),
     )
 
 

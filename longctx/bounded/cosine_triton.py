@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from longctx.attention.backends.triton import _dense, _on, arch
+from longctx.attention.backends.triton import arch, dense, on_device
 from longctx.bounded.chunks import Runs
 from longctx.kernels.cosine.fused import Causal, Documents
 
@@ -36,7 +36,7 @@ class Fused(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, size, state, ids, document)
         ctx.on_query = on_query
         out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-        with _on(q.device):
+        with on_device(q.device):
             call = _call(q, k, v, size, ids, document, on_query)
             queries, keys, states = _states(call, state)
             call.output(queries, keys, states, out)()
@@ -45,11 +45,11 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Optional, dstate: Optional) -> Any:
         q, k, v, size, state, ids, document = ctx.saved_tensors
-        dout = q.new_zeros((*q.shape[:3], v.shape[3])) if dout is None else _dense(dout)
+        dout = q.new_zeros((*q.shape[:3], v.shape[3])) if dout is None else dense(dout)
         dstate = torch.zeros_like(state) if dstate is None else dstate
         dq, dk, dv, dsize = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, size))
         of_queries, of_keys = (dsize, None) if ctx.on_query else (None, dsize)
-        with _on(q.device):
+        with on_device(q.device):
             call = _call(q, k, v, size, ids, document, ctx.on_query)
             queries, keys, states = _states(call, state)
             call.queries(queries, keys, dout, states, dq, of_queries)()
@@ -69,7 +69,7 @@ def _call(
     document: Optional,
     on_query: bool,
 ) -> Causal:
-    made = Causal(_dense(q), _dense(k), _dense(v), size, on_query, None, arch(q.device))
+    made = Causal(dense(q), dense(k), dense(v), size, on_query, None, arch(q.device))
     if ids is None:
         return made
     return Causal(made.q, made.k, made.v, size, on_query, documents_of(ids, document, made.chunk), made.arch)

@@ -58,7 +58,7 @@ def documents(ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
             yield row, tokens.to(ids.device)
 
 
-def one_by_one(
+def _one_by_one(
     ids: torch.Tensor, alone: Callable[[int, torch.Tensor], torch.Tensor], nothing: torch.Tensor
 ) -> torch.Tensor:
     """The outputs of `alone(row, tokens)`, (1, H, n, Dv) for every document, in the places of their tokens.
@@ -80,24 +80,32 @@ def one_by_one(
     return torch.cat(outs)
 
 
-def over_ranks(
+def each(
     place: Place,
     element: Callable[[slice, torch.Tensor, torch.Tensor], Value],
     op: Operation,
     nothing: Callable[[Value], Value],
     read: Callable[[slice, Value], torch.Tensor],
-    within: Callable[[slice, torch.Tensor], torch.Tensor],
+    alone: Callable[[slice, int, torch.Tensor], torch.Tensor],
+    silent: torch.Tensor,
 ) -> torch.Tensor:
-    """Every token reads the memory of its whole document; (B, H, T, Dv).
+    """Every token reads the memory of its whole document, on one device or a ring; (B, H, T, Dv).
 
     Args:
-        place: with ids; any ring.
+        place: with ids.
         element: (stretch, which tokens (B, T'), their document (B,)) -> what these write, a state of `op`.
         op: the monoid of states. nothing: its identity, in the shapes of a state.
         read: (stretch, states) -> what all its tokens read.
-        within: (stretch, ids (B, T')) -> the same for documents that no other stretch holds a part of.
+        alone: (stretch, row, tokens of it) -> what one document's tokens read that are all here, (1, H, n, Dv).
+        silent: (1, H, 1, Dv), the output of padding.
     """
     assert place.ids is not None
+
+    def within(here: slice, ids: torch.Tensor) -> torch.Tensor:
+        return _one_by_one(ids, lambda row, tokens: alone(here, row, tokens), silent)
+
+    if place.link.ring == 1:
+        return within(slice(None), place.ids)
     masks, heads, tails = [], [], []
     for here in place.parts:
         ids = place.ids[:, here]

@@ -53,15 +53,15 @@ def _forward(
     offset: int,
     splits: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from longctx.attention.backends.triton import _dense, _on, arch
+    from longctx.attention.backends.triton import arch, dense, on_device
     from longctx.kernels.decode.fused import Call
 
-    dense = [None if x is None else x.float().contiguous() for x in (constant, shift, slopes)]
-    terms = Terms(scale, softcap, dense[0], factor, dense[1], dense[2], bias, mask, lengths, causal, offset)
-    values = None if v is None else _dense(v)
-    call = Call(q.contiguous(), _dense(k), values, value_width, heads, tokens, terms, arch(q.device), splits)
+    constant, shift, slopes = (None if x is None else x.float().contiguous() for x in (constant, shift, slopes))
+    terms = Terms(scale, softcap, constant, factor, shift, slopes, bias, mask, lengths, causal, offset)
+    values = None if v is None else dense(v)
+    call = Call(q.contiguous(), dense(k), values, value_width, heads, tokens, terms, arch(q.device), splits)
     out, lse = _results(q, value_width)
-    with _on(q.device):
+    with on_device(q.device):
         for launch in call.launches(out, lse):
             launch()
     return out, lse

@@ -73,7 +73,7 @@ class HostStore:
     def _copy_out(self, tensor: torch.Tensor) -> Parked:
         if tensor.device.type != "cuda":
             return Parked(tensor.clone(), tensor.device, None)
-        side = self._out.setdefault(tensor.device, torch.cuda.Stream(tensor.device))
+        side = _stream(self._out, tensor.device)
         side.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(side):
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -88,8 +88,15 @@ class HostStore:
         if parked.left is None:
             parked.coming = parked.host.clone()
             return
-        side = self._back.setdefault(parked.device, torch.cuda.Stream(parked.device))
+        side = _stream(self._back, parked.device)
         side.wait_event(parked.left)
         with torch.cuda.stream(side):
             parked.coming = parked.host.to(parked.device, non_blocking=True)
             parked.arrived = side.record_event()
+
+
+def _stream(known: dict[torch.device, Any], device: torch.device) -> Any:
+    """The device's stream for copies, made the first time."""
+    if device not in known:
+        known[device] = torch.cuda.Stream(device)
+    return known[device]

@@ -39,14 +39,14 @@ class TritonBackend:
         lse: torch.Tensor,
         first: bool,
     ) -> None:
-        with _on(q.device):
+        with on_device(q.device):
             self._step(q, k, v, mask, scores).forward(out, lse, first)()
 
     def prepare_backward(self, rows: Rows) -> fused.Prepared:
-        with _on(rows.q.device):
-            dlse = None if rows.dlse is None else _dense(rows.dlse)
+        with on_device(rows.q.device):
+            dlse = None if rows.dlse is None else dense(rows.dlse)
             launch, prepared = fused.prepare(
-                _dense(rows.q), _dense(rows.out), _dense(rows.lse), _dense(rows.dout), dlse
+                dense(rows.q), dense(rows.out), dense(rows.lse), dense(rows.dout), dlse
             )
             launch()
         return prepared
@@ -64,7 +64,7 @@ class TritonBackend:
         first: bool,
         dalibi: torch.Tensor | None,
     ) -> None:
-        with _on(dq.device):
+        with on_device(dq.device):
             step = self._step(prepared.q, k, v, mask, scores)
             launch, dslopes = step.queries(prepared, dq, first)
             launch()
@@ -79,7 +79,7 @@ class TritonBackend:
         if scores.alibi is not None:
             scores = replace(scores, alibi=scores.alibi.float().contiguous())
         shape = geometry(mask.q_spans, mask.k_spans, mask.rule)
-        return fused.Step(_dense(q), _dense(k), _dense(v), shape, documents, scores, arch(q.device), self.choose)
+        return fused.Step(dense(q), dense(k), dense(v), shape, documents, scores, arch(q.device), self.choose)
 
 
 HOPPER = TritonBackend(fused.tiles.choose_hopper, "triton-tma")
@@ -113,10 +113,11 @@ def arch(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _dense(x: torch.Tensor) -> torch.Tensor:
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """x with its last dimension dense in memory, as kernels read it."""
     return x if x.stride(-1) == 1 else x.contiguous()

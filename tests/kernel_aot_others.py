@@ -1,6 +1,6 @@
 """Compile the kernels of bounded memory and of decoding for chips that are not here; as kernel_aot.py for flash.
 
-Run as a process of its own, without TRITON_INTERPRET: `python tests/kernel_aot_bounded.py CASE...` prints one JSON
+Run as a process of its own, without TRITON_INTERPRET: `python tests/kernel_aot_others.py CASE...` prints one JSON
 object a case; `--record [OPERATOR...]` writes kernels/<operator>/compiled.json. A case is
 operator-arch-kind-pass-width.
 """
@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -173,16 +170,8 @@ def main(arguments: list[str]) -> None:
             made = [json.dumps(asdict(compile_case(case))) for case in cases(operator)]
             record(operator).write_text("[\n" + ",\n".join(made) + "\n]\n")
         return
-    for text in arguments:
-        try:
-            print(json.dumps(asdict(compile_case(parse(text)))), flush=True)
-        except Exception as error:
-            print(json.dumps({"case": text, "error": f"{type(error).__name__}: {error}"[:2000]}), flush=True)
+    aot.answer(arguments, lambda text: compile_case(parse(text)))
 
 
 if __name__ == "__main__":
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
-        main(sys.argv[1:])
+    aot.run(main)

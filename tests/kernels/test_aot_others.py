@@ -1,6 +1,6 @@
-"""The kernels of bounded memory compiled for chips that are not here: nothing spilled, shared memory within the chip's,
-tensor cores used. As test_aot.py: what changed since the record and a little of the rest in every run, all by
-`make test-aot`."""
+"""The kernels of bounded memory and of decoding, compiled for chips that are not here: nothing spilled, shared memory
+within the chip's, tensor cores used. As test_aot.py: what changed since the record and a little of the rest in every
+run, all by `make test-aot`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import zlib
 from pathlib import Path
 
 import kernel_aot as aot
-import kernel_aot_bounded as bounded
+import kernel_aot_others as others
 import pytest
 from house_files import ROOT
 
-OPERATORS = sorted(bounded.SOURCES)
+OPERATORS = sorted(others.SOURCES)
 
 
 def recorded(operator: str) -> dict[str, aot.Compiled]:
-    return {entry["case"]: aot.Compiled(**entry) for entry in json.loads(bounded.record(operator).read_text())}
+    return {entry["case"]: aot.Compiled(**entry) for entry in json.loads(others.record(operator).read_text())}
 
 
-def compiled(cases: list[bounded.Case]) -> list[str]:
+def compiled(cases: list[others.Case]) -> list[str]:
     """Compile in a process without the interpreter; returns what is wrong."""
     done = subprocess.run(
-        [sys.executable, str(Path(bounded.__file__)), *map(str, cases)],
+        [sys.executable, str(Path(others.__file__)), *map(str, cases)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, text=True, check=False,
         capture_output=True,
     )  # fmt: skip
@@ -35,7 +35,7 @@ def compiled(cases: list[bounded.Case]) -> list[str]:
     wrong = []
     for entry in map(json.loads, lines):
         bad = "error" in entry
-        wrong += [f"{entry['case']}: {entry['error']}"] if bad else bounded.problems(aot.Compiled(**entry))
+        wrong += [f"{entry['case']}: {entry['error']}"] if bad else others.problems(aot.Compiled(**entry))
     return wrong
 
 
@@ -48,15 +48,15 @@ def turn() -> int:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_record_is_complete_and_good(operator: str) -> None:
     record = recorded(operator)
-    assert set(record) == {str(case) for case in bounded.cases(operator)}
-    assert not [problem for entry in record.values() for problem in bounded.problems(entry)]
+    assert set(record) == {str(case) for case in others.cases(operator)}
+    assert not [problem for entry in record.values() for problem in others.problems(entry)]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_what_changed_and_a_little_of_the_rest(operator: str) -> None:
     record, now = recorded(operator), turn()
     cases = [
-        case for case in bounded.cases(operator)
+        case for case in others.cases(operator)
         if record[str(case)].hash != case.hash or (zlib.crc32(str(case).encode()) + now) % 32 == 0
     ]  # fmt: skip
     assert not compiled(cases)
@@ -65,8 +65,8 @@ def test_what_changed_and_a_little_of_the_rest(operator: str) -> None:
 @pytest.mark.aot
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_everything(operator: str) -> None:
-    cases = list(bounded.cases(operator))
+    cases = list(others.cases(operator))
     assert not compiled(cases)
     record = recorded(operator)
     stale = [str(case) for case in cases if record[str(case)].hash != case.hash]
-    assert not stale, "run tests/kernel_aot_bounded.py --record"
+    assert not stale, "run tests/kernel_aot_others.py --record"
