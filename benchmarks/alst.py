@@ -185,12 +185,12 @@ def main() -> int:
         _write("alst_longest_cpu", rows, here, chosen.quick)
     missed = 0
     for text, aim, above in AIMS:
-        if text in said:
+        if text in said and not chosen.quick:
             holds = said[text] >= aim if above else said[text] <= aim
             missed += not holds
             sign = ">=" if above else "<="
             print(f"{'ok      ' if holds else 'MISSED  '}{text} = {said[text]:.3f}, aim {sign} {aim}")
-    return int(bool(missed) and not chosen.quick)
+    return int(bool(missed))
 
 
 def steps(row: StepRow, said: dict[str, float]) -> list[dict[str, Any]]:
