@@ -15,7 +15,7 @@ Results = list[dict[str, Any]]
 def report(results: Results, folder: Path) -> None:
     """Write comparison.json, comparison.md and comparison.png from what is finished so far."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "comparison.json").write_text(json.dumps(results, indent=1))
+    (folder / "comparison.json").write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
     (folder / "comparison.md").write_text("\n".join([*table(results), "", *differences(results), ""]))
     plot(results, folder / "comparison.png")
 
