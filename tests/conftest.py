@@ -56,11 +56,15 @@ def _poisoned_memory() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_rank_left_in_the_environment() -> Iterator[None]:
-    """A mesh of one rank that meets in the runner's own process says so in its environment; the next is no rank."""
+def _no_rank_left_in_the_runner() -> Iterator[None]:
+    """A mesh of one rank that meets in the runner's own process leaves a group and an environment; the next is no
+    rank."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ.get(name) for name in names}
     yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)
