@@ -10,7 +10,7 @@ PEERS := .venv/.peers
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smoke test test-slow test-aot test-multinode bench bench-gpu bench-alst bench-bounded compare-bounded lint clean
+.PHONY: help install quickstart smoke test test-slow test-aot test-multinode bench bench-gpu bench-alst bench-bounded bench-generation compare-bounded lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ bench-alst: $(INSTALLED)  ## training steps beside DeepSpeed's ALST: time, exact
 
 bench-bounded: $(INSTALLED)  ## time, memory and state of bounded memories against length, beside torch's softmax
 	$(BIN)/python -m benchmarks.bounded.speed
+
+bench-generation: $(INSTALLED)  ## generate() by what is cached: samples a second at equal batch and at the largest that fits
+	$(BIN)/python -m benchmarks.generation
 
 compare-bounded: $(INSTALLED)  ## one small model trained with every kind of layer, hours; goes on where it stopped
 	$(BIN)/python -m benchmarks.bounded.compare

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
+from pathlib import Path
 
+from benchmarks.generation import MODELS
 from longctx.decode.cost import Shape, choose, el_bytes, kv_bytes
 
+MEASURED = Path(__file__).resolve().parents[2] / "benchmarks/results/generation.csv"
 BART_LARGE = Shape(
     layers=12, heads=16, key_heads=16, head_dim=64, width=1024, batch=32, beams=4, source=1024, element_bytes=2
 )
@@ -38,3 +42,20 @@ def test_the_choice_says_why() -> None:
     assert "only the latter fit in 100.0 MiB" in choose(BART_LARGE, memory=100 * 2**20).reason
     assert "neither fits in 1.0 MiB" in choose(BART_LARGE, memory=2**20).reason
     assert "nothing to save" in choose(replace(BART_LARGE, source=0, prompt=9, key_heads=1)).reason
+
+
+def test_the_choice_agrees_with_what_was_measured() -> None:
+    """At equal batch, where everything fits, the method chosen is the one that `benchmarks.generation` saw as faster."""
+    speeds: dict[tuple[str, ...], dict[str, float]] = {}
+    shapes: dict[tuple[str, ...], Shape] = {}
+    with MEASURED.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            if row["batch"] == "equal batch" and row["dtype"] == "float32":
+                key = tuple(row[name] for name in ("model", "beams", "read", "written", "rows", "hardware", "commit"))
+                speeds.setdefault(key, {})[row["method"]] = float(row["samples_per_second"])
+                sizes = (int(row[name]) for name in ("rows", "beams", "read", "written"))
+                shapes[key] = MODELS[row["model"]].shape(*sizes, element_bytes=4)
+    assert len(speeds) >= 6
+    for key, speed in speeds.items():
+        faster = "el" if speed["hidden states (EL)"] > speed["shared beams"] else "kv"
+        assert choose(shapes[key]).method == faster, (key, speed)
