@@ -1,12 +1,12 @@
 """The EL paper's table, regenerated: generate() by what is cached, at equal batch and at the largest that fits.
 
-    python -m benchmarks.generation [--full] [--cap-mib 64] [--turns 2] [--shapes bart-large gpt2 gpt2-medium]
+    python -m benchmarks.generation [--full] [--cap-mib 64] [--turns 3] [--shapes bart-large gpt2 gpt2-medium]
 
 Random weights of the published shapes, 4 beams and greedy, three columns in one run and in turns: transformers' own
 cache, the same with prompts and sources kept once for all beams (a stronger baseline than the paper's), and hidden
 states. Every column's tokens are compared first. Lengths are an eighth of the paper's unless ``--full`` (for a GPU).
 The cap is on cache bytes, by the formulas that tests/models compares with real caches; without --cap-mib it is what
-transformers' own cache takes at the equal batch. On two quiet cores all of it takes about a quarter of an hour.
+transformers' own cache takes at the equal batch. On two quiet cores all of it takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -116,12 +116,14 @@ def largest_batch(model: Model, method: str, beams: int, read: int, written: int
     return cap // BYTES[method](model.shape(1, beams, read, written, element_bytes))
 
 
-def measure(built: Any, batches: dict[str, int], beams: int, read: int, written: int, turns: int) -> dict[str, float]:
-    """Median seconds of every method at its batch, in turns."""
+def measure(
+    built: Any, batches: dict[str, int], beams: int, read: int, written: int, turns: int
+) -> dict[str, list[float]]:
+    """Seconds of every method at its batch, turn by turn; each turn begins with another method."""
     device = next(built.parameters()).device
     seconds: dict[str, list[float]] = {method: [] for method, batch in batches.items() if batch}
     for turn in range(turns + 1):  # the first warms up
-        for method in seconds:
+        for method in [*list(seconds)[turn % len(seconds) :], *list(seconds)[: turn % len(seconds)]]:
             start, stop = METHODS[method]
             start(built)
             make = torch.Generator().manual_seed(turn)
@@ -130,7 +132,7 @@ def measure(built: Any, batches: dict[str, int], beams: int, read: int, written:
             stop(built)
             if turn:
                 seconds[method].append(taken)
-    return {method: median(times) for method, times in seconds.items()}
+    return seconds
 
 
 def same_tokens(built: Any, beams: int, read: int, written: int) -> dict[str, bool]:
@@ -158,14 +160,17 @@ def rows(model: Model, beams: int, read: int, written: int, batch: int, cap: int
             batches = {m: largest_batch(model, m, beams, read, written, cap, dtype.itemsize) for m in METHODS}
         seconds = measure(built, batches, beams, read, written, turns)
         for method, rows_at_once in batches.items():
-            speed = rows_at_once / seconds[method] if method in seconds else 0.0
-            base = batches["transformers"] / seconds["transformers"] if "transformers" in seconds else 0.0
-            shown = f"{speed:.3f}" if speed else "does not fit"
+            shown, ratio = "does not fit", ""
+            if method in seconds:
+                shown = f"{rows_at_once / median(seconds[method]):.3f}"
+            if method in seconds and "transformers" in seconds:
+                pairs = zip(seconds[method], seconds["transformers"], strict=True)
+                ratio = f"{rows_at_once / batches['transformers'] * median(b / a for a, b in pairs):.2f}"
             shape = model.shape(rows_at_once, beams, read, written, dtype.itemsize)
             found.append({
                 "model": model.name, "beams": beams, "read": read, "written": written, "batch": kind,
                 "method": method, "rows": rows_at_once, "samples_per_second": shown,
-                "over_transformers": f"{speed / base:.2f}" if speed and base else "",
+                "over_transformers": ratio,
                 "paper": PAPER[model.name, beams] if method.startswith("hidden") and kind == "largest batch" else "",
                 "cache_bytes": BYTES[method](replace(shape)), "cap_bytes": cap if kind == "largest batch" else "",
                 "same_tokens": same[method], "dtype": str(dtype).removeprefix("torch."), "turns": turns,
@@ -180,7 +185,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--shapes", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--full", action="store_true", help="the paper's lengths and a cap of 12 GiB")
     parser.add_argument("--cap-mib", type=int)
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     read, written, batch = (1024, 140, 32) if options.full else (128, 18, 1)
