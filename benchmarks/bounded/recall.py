@@ -1,6 +1,6 @@
 """What a bounded state can hold: copying a random text, and finding a key in filler, beside softmax.
 
-    python -m benchmarks.bounded.recall [--steps 1500] [--seeds 0 1 2] [--only softmax cottention]
+    python -m benchmarks.bounded.recall [--steps 1500] [--seeds 0 1 2] [--only softmax cottention] [--tasks passkey]
 
 Copying n random tokens needs n tokens of memory: M slots or a D × D matrix can hold them only up to a length. A key in
 filler needs one thing to be kept and the rest to be passed over, which a learned control can do and a window shorter
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--lengths", type=int, nargs="+", default=None, help="instead of each task's own")
     parser.add_argument("--output", type=Path, default=RESULTS / "recall_cpu.csv")
     arguments = parser.parse_args()
@@ -91,8 +92,8 @@ def main() -> None:
     rows = list(csv.DictReader(arguments.output.open())) if arguments.output.is_file() else []
     done = {(row["task"], row["length"], row["kind"], row["seed"], row["steps"]) for row in rows}
     for seed in arguments.seeds:
-        for task, lengths in TASKS.items():
-            for length in arguments.lengths or lengths:
+        for task in arguments.tasks:
+            for length in arguments.lengths or TASKS[task]:
                 for kind in arguments.only:
                     if (task, str(length), kind, str(seed), str(arguments.steps)) in done:
                         continue
