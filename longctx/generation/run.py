@@ -24,6 +24,7 @@ from longctx.models.convert import converted
 from longctx.models.el import disable_el, enable_el
 from longctx.models.generate import generate
 from longctx.models.memories import memory_of
+from longctx.models.positions import table_of_positions
 from longctx.models.pretrained import load_pretrained
 from longctx.models.projections import family_of, refuse
 
@@ -68,12 +69,13 @@ class Generator:
         """Continue ``request.prompt`` and write text as it is made.
 
         Raises:
-            ConfigError: the prompt is too short.
+            ConfigError: the prompt is too short, or the model has no positions for it and what is asked.
             ModelError: --attention el on a model that cannot.
         """
         ids = torch.from_numpy(self.tokenizer.encode(request.prompt).astype("int64"))[None].to(self.mesh.device)
         if ids.shape[1] < 2:
             raise ConfigError("generate: the prompt has less than two tokens; give a longer one")
+        self._check_length(ids.shape[1], request.max_new_tokens)
         attention = self._attend(request, ids.shape[1])
         stream = TextStream(self.tokenizer, write) if request.beams == 1 else None
         sampling = request.temperature > 0 and request.beams == 1
@@ -95,6 +97,17 @@ class Generator:
         reading = stream.first - started if stream is not None and stream.first is not None else None
         kept = cache_bytes(made.past_key_values)
         return Generated(text, ids.shape[1], len(new), seconds, reading, kept, attention)
+
+    def _check_length(self, prompt: int, new: int) -> None:
+        """Refuse what a table of positions has no row for; the last token is written and not read."""
+        rows = table_of_positions(self.model)
+        if rows is not None and prompt + new - 1 > rows:
+            room = rows - prompt + 1
+            fix = f"give --max-new-tokens {room} or less" if room > 0 else "shorten the prompt"
+            raise ConfigError(
+                f"generate: {prompt:,} tokens of prompt, {new:,} new ones: {type(self.model).__name__} has a table "
+                f"of {rows:,} positions; {fix}"
+            )
 
     def _attend(self, request: Request, prompt: int) -> Choice:
         """Set the model up for the asked, or the cheaper, kind of attention; the same choice on every rank."""

@@ -83,7 +83,13 @@ def _here(request: Request, interactive: bool) -> int:
             if not prompt.strip():
                 continue
             request = Request(**(vars(request) | {"prompt": prompt}))
-        done = generator.answer(request, lambda text: print(text, end="", flush=True))
+        try:
+            done = generator.answer(request, lambda text: print(text, end="", flush=True))
+        except ConfigError as error:
+            if not interactive:
+                raise
+            print(error, file=sys.stderr)  # about this prompt; the next may do
+            continue
         print()
         print(done.summary(1), file=sys.stderr)
         if not interactive:

@@ -111,6 +111,19 @@ def test_too_little_memory_for_keys_and_values(checkpoints: dict[str, Path], mon
     assert done.attention.method == "el" and "only the latter fit in 29.3 KiB" in done.attention.reason
 
 
+def test_a_table_of_positions_ends(checkpoints: dict[str, Path]) -> None:
+    """The last token of all is written and not read, so it needs no position."""
+    generator = Generator(checkpoints["gpt2"], Mesh(ring=1, world_size=1))
+    rows = generator.model.config.n_positions
+    prompt = "x" * (rows - 3)
+    made = generator.answer(Request(str(checkpoints["gpt2"]), prompt, max_new_tokens=4), lambda text: None)
+    assert made.prompt_tokens == rows - 3 and 1 <= made.tokens <= 4
+    with pytest.raises(ConfigError, match=r"a table of \S+ positions; give --max-new-tokens 4 or less"):
+        generator.answer(Request(str(checkpoints["gpt2"]), prompt, max_new_tokens=5), lambda text: None)
+    with pytest.raises(ConfigError, match="shorten the prompt"):
+        generator.answer(Request(str(checkpoints["gpt2"]), "x" * (rows + 1), max_new_tokens=1), lambda text: None)
+
+
 def test_a_model_with_bounded_memories(tmp_path: Path) -> None:
     config = tiny_config("gpt2")
     config.vocab_size = 257
