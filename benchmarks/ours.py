@@ -1,16 +1,18 @@
-"""longctx's own entry in the attention rows: ring_attention as a user calls it."""
+"""longctx's own entries in the attention rows: ring_attention as a user calls it, on a ring and on a hybrid mesh."""
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks.peers import Contestant, Step, by_autograd, zigzag
+from benchmarks.peers import Contestant, NotMeasured, Step, by_autograd, zigzag
+
+ULYSSES = 2  # ranks that exchange heads; the others make the ring
 
 
-def load() -> Step:
+def load(ulysses: int = 1) -> Step:
     import longctx
 
-    mesh = longctx.Mesh(ring=torch.distributed.get_world_size())
+    mesh = longctx.Mesh(ring=torch.distributed.get_world_size() // ulysses, ulysses=ulysses)
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return longctx.ring_attention(q, k, v, mesh=mesh, causal=True, layout="zigzag")
@@ -18,4 +20,16 @@ def load() -> Step:
     return by_autograd(attention)
 
 
+def load_hybrid() -> Step:
+    if torch.distributed.get_world_size() < 2 * ULYSSES:
+        raise NotMeasured(f"a ring of two outside ulysses {ULYSSES} takes {2 * ULYSSES} ranks")
+    return load(ULYSSES)
+
+
+def dealt(rank: int, ranks: int, length: int) -> torch.Tensor:
+    """A ring rank's zigzag tokens, dealt out in order to those that exchange heads."""
+    return zigzag(rank // ULYSSES, ranks // ULYSSES, length).chunk(ULYSSES)[rank % ULYSSES]
+
+
 CONTESTANT = Contestant("longctx ring", "longctx", None, load, zigzag)
+HYBRID = Contestant(f"longctx ring x ulysses {ULYSSES}", "longctx", None, load_hybrid, dealt)

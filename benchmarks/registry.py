@@ -20,7 +20,7 @@ ULYSSES = deepspeed_ulysses.CONTESTANT
 TORCH_RING = torch_context_parallel.CONTESTANT
 PLAIN_RING = ring_attention_pytorch.CONTESTANT
 CONTESTANTS: tuple[Contestant, ...] = (
-    OURS, SDPA, torch_sdpa.ONE_THREAD, torch_sdpa.IDEAL, ULYSSES, TORCH_RING, PLAIN_RING,
+    OURS, SDPA, torch_sdpa.ONE_THREAD, torch_sdpa.IDEAL, ours.HYBRID, ULYSSES, TORCH_RING, PLAIN_RING,
 )
 
 
@@ -39,7 +39,8 @@ class AttentionRow:
 
     @property
     def name(self) -> str:
-        return f"attention-{self.length}-{self.dtype}-h{self.heads}g{self.kv_heads}"
+        ranks = "" if self.ranks == 2 else f"-r{self.ranks}"
+        return f"attention-{self.length}-{self.dtype}-h{self.heads}g{self.kv_heads}{ranks}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ ATTENTION_ROWS = tuple(
     for length, heads, kv_heads, repeats in (
         (2048, 8, 8, 15), (4096, 8, 8, 9), (8192, 8, 8, 7), (8192, 8, 2, 5), (16384, 4, 4, 5), (32768, 2, 2, 3),
     )
-)
+) + tuple(AttentionRow(4096, "float32", kv_heads=kv_heads, repeats=5, ranks=4) for kv_heads in (8, 4))  # hybrid
 QUICK_ATTENTION_ROWS = (AttentionRow(1024, "float32", repeats=3), AttentionRow(1024, "bfloat16", repeats=3))
 
 MEMORY_ROWS = (

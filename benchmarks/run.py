@@ -52,12 +52,14 @@ def _attention(chosen: argparse.Namespace, load: float, folder: Path | None) -> 
     said = []
     listed = registry.QUICK_ATTENTION_ROWS if chosen.quick else registry.ATTENTION_ROWS
     wanted = [row for row in listed if not chosen.rows or any(part in row.name for part in chosen.rows)]
-    for measured in run_ranks(2, attention.worker, wanted, chosen.without):
-        flat = report.attention_rows(measured, load)
-        print(f"\n{measured['row']['name']}: causal, forward + backward, {measured['row']['ranks']} CPU ranks")
-        report.show(flat, ATTENTION_COLUMNS)
-        rows += flat
-        said += report.verdicts(measured)
+    for ranks in sorted({row.ranks for row in wanted}):
+        of_ranks = [row for row in wanted if row.ranks == ranks]
+        for measured in run_ranks(ranks, attention.worker, of_ranks, chosen.without):
+            flat = report.attention_rows(measured, load)
+            print(f"\n{measured['row']['name']}: causal, forward + backward, {ranks} CPU ranks")
+            report.show(flat, ATTENTION_COLUMNS)
+            rows += flat
+            said += report.verdicts(measured) if ranks == 2 else []  # more ranks than cores are shown, not judged
     if folder and rows:
         report.write("attention_cpu", rows, folder)
     return said

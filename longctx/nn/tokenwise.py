@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,32 +104,44 @@ class _Tiled(torch.autograd.Function):
         with ctx.random.again() if ctx.random else contextlib.nullcontext(), ctx.autocast():
             for first in range(0, flat.shape[1], ctx.tile):
                 part = slice(first, first + ctx.tile)
-                grads = _gradients(ctx, flat[:, part], dflat[:, part], dx is not None)
+                grad = _accumulate(ctx, flat[:, part], dflat[:, part], totals, dx is not None)
                 if dx is not None:
-                    dx[:, part] = grads.pop(0)
-                for index, grad in enumerate(grads):
-                    totals[index] = _added(totals[index], grad)
-                del grads  # before the next tile's come
+                    dx[:, part] = grad
         dparameters = (
             None if total is None else total.to(p.dtype) for total, p in zip(totals, ctx.parameters, strict=True)
         )
         return (None if dx is None else dx.view(x.shape), None, None, None, None, *dparameters)
 
 
-def _gradients(ctx: Any, x: torch.Tensor, dout: torch.Tensor, of_x: bool) -> list[torch.Tensor]:
-    """Gradients of one tile: [x's, if ``of_x``, then every parameter's]; nothing reaches a parameter's ``.grad``."""
+def _accumulate(
+    ctx: Any, x: torch.Tensor, dout: torch.Tensor, totals: list[torch.Tensor | None], of_x: bool
+) -> torch.Tensor | None:
+    """Add one tile's gradients of the parameters to ``totals`` and return x's, if ``of_x``.
+
+    A hook takes each parameter's gradient as soon as it is there and leaves autograd a zero that needs no memory, so
+    that one parameter's gradient at a time stands beside the sums. Nothing reaches a parameter's ``.grad``.
+    """
+
+    def take(index: int, grad: torch.Tensor) -> torch.Tensor:
+        totals[index] = _added(totals[index], grad)
+        return grad.new_zeros(()).expand(grad.shape)
+
     x = x.detach().requires_grad_(of_x)
     with torch.enable_grad():
         out = ctx.function(x)
-    inputs = [x, *ctx.parameters] if of_x else list(ctx.parameters)
-    return list(torch.autograd.grad(out, inputs, dout, allow_unused=True))
+    hooks = [parameter.register_hook(partial(take, index)) for index, parameter in enumerate(ctx.parameters)]
+    try:
+        inputs = [x, *ctx.parameters] if of_x else list(ctx.parameters)
+        grads = torch.autograd.grad(out, inputs, dout, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return grads[0] if of_x else None
 
 
-def _added(total: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
-    if grad is None:
-        return total
-    if total is None:
-        return grad if grad.dtype == torch.float64 else grad.float()
+def _added(total: torch.Tensor | None, grad: torch.Tensor) -> torch.Tensor:
+    if total is None:  # a copy: autograd may give the same memory to others
+        return grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
     return total.add_(grad)
 
 

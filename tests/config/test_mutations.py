@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
-from config_samples import BASE, problems_of, text_of
+from config_samples import BASE, problems_of, text_of, variant
 
 from longctx.config.keys import leaves, sections
 
@@ -166,6 +166,13 @@ def test_the_message_has_place_value_expectation_and_suggestion():
         f"run.yaml:{line}:14  train.optimizer: got 'adam'; expected one of adamw, sgd; did you mean 'adamw'?"
         "  [wrong-type]"
     )
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_parameters"])
+def test_nvme_is_refused_with_the_reason_and_what_to_write(key: str) -> None:
+    (problem,) = problems_of(text_of(variant(zero__stage=3, **{f"zero__{key}": "nvme"}))).problems
+    assert problem.key == f"zero.{key}" and "NVMe is not supported" in problem.message
+    assert problem.message.endswith("use cpu") and "did you mean" not in problem.message
 
 
 @pytest.mark.parametrize(

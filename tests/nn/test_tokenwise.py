@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.measure import peak_bytes
 from longctx.nn.tokenwise import tiled
 
 from tolerances import tolerance
@@ -67,6 +68,33 @@ def test_no_more_than_a_tile_at_once_and_each_token_twice() -> None:
     assert kept == [x.numel()]
     out.sum().backward()
     assert (mlp.seen, mlp.largest) == (2 * 150, 16)
+
+
+def test_one_weights_gradient_at_a_time_stands_beside_the_sums() -> None:
+    mlp, x = Gated(64, 256, dtype=torch.float32), torch.randn(1, 512, 64, requires_grad=True)
+    dout, weight = torch.randn(1, 512, 65), 64 * 256 * 4
+    kept = dout.nbytes + x.nbytes + sum(p.nbytes for p in mlp.parameters())  # the result and all gradients
+
+    def both() -> None:
+        torch.autograd.grad(tiled(mlp, x, list(mlp.parameters()), 4), [x, *mlp.parameters()], dout)
+
+    assert kept + weight <= peak_bytes(both) < kept + 2 * weight
+
+
+def test_gradients_that_share_memory_are_summed_apart() -> None:
+    class Shared(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = (torch.nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * (self.one + self.two)
+
+    module, x = Shared(), torch.randn(1, 11, 3, dtype=torch.float64)
+    wanted = gradients(module(x), list(module.parameters()))
+    got = gradients(tiled(module, x, list(module.parameters()), 4), list(module.parameters()))
+    for ours, truth in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=tolerance("fp64"), atol=tolerance("fp64"))
 
 
 def test_a_checkpoint_does_not_run_it_a_third_time() -> None:
