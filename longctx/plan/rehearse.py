@@ -112,18 +112,35 @@ def as_rank(rank: int, world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def watch(call: Callable[[], Any]) -> tuple[Any, Seen]:
-    """Run `call` and return (what it returns, what it sent and held), from the profiler's events, to the byte. CPU."""
+def watch(call: Callable[[], Any], *, profiled: bool = True) -> tuple[Any, Seen]:
+    """Run `call` and return (what it returns, what it sent, and held where it is `profiled`)."""
     counters.reset()
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    with Postman() as postman, profiler:
-        result = call()
+    box: list[Any] = []
+    with Postman() as postman:
+        if profiled:
+            peak = held_bytes(lambda: box.append(call()))
+        else:
+            peak = 0
+            box.append(call())
+    return box[0], Seen(replace(counters), dict(postman.booked), peak)
+
+
+def held_bytes(call: Callable[[], Any], mark: int | None = None) -> int:
+    """Return the most bytes that `call` held at once beyond those before it, by the profiler's events. CPU.
+
+    Args:
+        mark: count only between two allocations of just so many bytes that `call` makes.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
+    held = peak = marks = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
-        peak = max(peak, held)
-    return result, Seen(replace(counters), dict(postman.booked), peak)
+        marks += event.nbytes() == mark
+        if mark is None or (marks == 1 and abs(event.nbytes()) != mark):
+            peak = max(peak, held)
+    return peak
 
 
 def rehearse_attention(layer: Layer, rank: int, *, slots: int | None = None) -> tuple[Seen, Seen]:
