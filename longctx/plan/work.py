@@ -127,11 +127,15 @@ def wire_of(shape: ModelShape, setup: Setup) -> Wire:
 
 
 def zero_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Weights gathered and gradients reduced by one rank; gradients in fp32 where ranks share a sequence."""
+    """Weights gathered and gradients reduced by one rank; gradients in fp32 where ranks share a sequence.
+
+    DeepSpeed's stages 1 and 2 add gradients up by all-reduce (their multi-rank buckets) and then gather the weights;
+    stage 3 gathers in forward and again in backward, unless the whole model may stay gathered.
+    """
     others = (setup.world - 1) / setup.world
     gradient = 4 if setup.sequence > 1 else shape.itemsize
     if setup.stage == 3:
-        return int((2 * shape.itemsize + gradient) * shape.parameters * others)
-    if setup.stage == 0:
-        return int(2 * gradient * shape.parameters * others)
-    return int((gradient + shape.itemsize) * shape.parameters * others)
+        times = 1 if shape.parameters <= setup.live else 2
+        return int((times * shape.itemsize + gradient) * shape.parameters * others)
+    gathered = shape.itemsize if setup.stage else 0
+    return int((2 * gradient + gathered) * shape.parameters * others)
