@@ -101,7 +101,9 @@ def run(config: RunConfig, sizes: Derived, rank: int) -> Rehearsal:
 
 def _require_room(needed: int, flops: float) -> None:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    less = "rehearse fewer layers or a shorter row (model.layers=1 data.sequence_length=…), which sends the same a layer"
+    less = (
+        "rehearse fewer layers or a shorter row (model.layers=1 data.sequence_length=…), which sends the same a layer"
+    )
     if needed > SHARE * free:
         raise ConfigError(
             f"rehearse: a rank holds {needed / 2**30:,.1f} GiB, and this machine has {free / 2**30:,.1f} free; {less}"

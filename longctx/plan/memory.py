@@ -80,7 +80,9 @@ def _moments(shape: ModelShape, setup: Setup) -> Iterator[Moment]:
     kept, fetched = setup.n * activations.layer_kept(shape, setup), setup.n * activations.fetched(shape, setup)
     head = 0 if shape.tied else shape.embedding
     everything = shape.parameters
-    yield Moment("loss", _sum(_base(shape, setup, 0), _ends(shape, setup, shape.layers * kept + fetched), _loss(shape, setup)))
+    yield Moment(
+        "loss", _sum(_base(shape, setup, 0), _ends(shape, setup, shape.layers * kept + fetched), _loss(shape, setup))
+    )
     for name, layers, made in (
         ("backward of the last layer", shape.layers, head + shape.layer_weights),
         ("backward of the first layer", 1, everything - head if shape.tied else everything - shape.embedding),

@@ -1,4 +1,4 @@
-"""One rank of a large world, rehearsed in one process: the code that trains runs, and what it sends and holds is counted.
+"""One rank of a large world, rehearsed in one process: the code that trains runs; what it sends and holds is counted.
 
 torch's fake process group accepts every message and delivers none, so a world may have a thousand ranks and no second
 process; `Postman` puts zeros where something was to arrive. Results mean nothing, but bytes, messages and memory are

@@ -120,7 +120,7 @@ def ring_sent(layer: Layer, *, backward: bool, rank: int | None = None) -> Sent:
 
 
 def hops_of(layout: str, ring: int, block: int, window: int | None, rank: int | None = None) -> Hops:
-    """Blocks that a rank of a causal ring sends in a pass (None: as many as any rank sends), for `block` tokens each."""
+    """Blocks of `block` tokens that a rank of a causal ring sends in a pass (None: as many as any rank sends)."""
     if ring == 1:
         return Hops(0, 0)
     reach = ring - 1 if window is None else min(ring - 1, -(-(window - 1) // block))
@@ -200,4 +200,3 @@ def scan_sent(layout: str, ring: int, state: int, *, backward: bool, rank: int |
 def _steps(distance: int) -> int:
     """Messages of a Hillis-Steele leg to ranks that are 1, 2, 4, ... places on, and the last shift by one."""
     return distance.bit_length() + (distance > 0)
-

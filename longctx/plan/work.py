@@ -121,8 +121,9 @@ def wire_of(shape: ModelShape, setup: Setup) -> Wire:
     states = 0
     if shape.memory_layers and setup.sequence > 1:
         own, ids = state_bytes(shape, setup), 8 * setup.rows  # the document that a state is of has no gradient
-        each = [scan_sent(setup.layout, setup.sequence, own + (not back) * ids, backward=back).bytes for back in (False, True)]
-        states = shape.memory_layers * (passes * each[0] + each[1])
+        forth = scan_sent(setup.layout, setup.sequence, own + ids, backward=False).bytes
+        back = scan_sent(setup.layout, setup.sequence, own, backward=True).bytes
+        states = shape.memory_layers * (passes * forth + back)
     return Wire(forward, backward, heads, zero_bytes(shape, setup), states)
 
 

@@ -1,4 +1,4 @@
-"""`mesh: {ring: auto, ulysses: auto}` takes a rule of plain arithmetic; the planner's best grid is hardly ever faster."""
+"""What `mesh: {ring: auto, ulysses: auto}` takes by its plain rule: the planner's best grid is hardly ever faster."""
 
 from __future__ import annotations
 

@@ -62,7 +62,9 @@ def test_every_byte_and_message_is_foretold(
                 place = rank // ulysses
                 assert sent(seen) == (pass_.sent[place], pass_.messages[place]), rank
     most = [ring_sent(layer, backward=back).bytes for back in (False, True)]
-    assert all(ring_sent(layer, backward=back, rank=r).bytes <= most[back] for back in (False, True) for r in range(ring))
+    assert all(
+        ring_sent(layer, backward=back, rank=r).bytes <= most[back] for back in (False, True) for r in range(ring)
+    )
 
 
 @pytest.mark.parametrize(("ring", "ulysses", "rank"), [(128, 8, 0), (128, 8, 515), (128, 8, 1023)])
