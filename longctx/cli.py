@@ -1,4 +1,4 @@
-"""The command line: `longctx train|launch|check|plan|rehearse|explain|schema|init|data|generate|plot|doctor`. It parses.
+"""The command line: `longctx train|launch|check|plan|rehearse|explain|schema|init|data|generate|plot|doctor`.
 
 Nothing heavy is imported up here, so that whatever only reads a configuration answers at once.
 """
