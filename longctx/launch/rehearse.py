@@ -130,13 +130,14 @@ def _step(config: RunConfig, sizes: Derived) -> tuple[int, Any]:
     """(the most bytes held in the second step, model and optimizer included; what that step sent)."""
     import torch
 
-    from longctx.plan.rehearse import held_bytes, watch
+    from longctx.plan.rehearse import Postman, held_bytes, watch
 
     box: list[Any] = []
 
     def both() -> None:
-        engine, step = _engine(config, sizes)
-        step()
+        with Postman():
+            engine, step = _engine(config, sizes)
+            step()
         torch.empty(_MARK, dtype=torch.uint8)
         box.append(watch(step, profiled=False)[1])
         torch.empty(_MARK, dtype=torch.uint8)

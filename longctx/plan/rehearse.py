@@ -76,7 +76,13 @@ def _received(operations: list[dist.P2POp]) -> list[dist.Work]:
     return _batch(operations)
 
 
-_batch = dist.batch_isend_irecv
+def _exchanged(received: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+    """`all_to_all_single`, likewise."""
+    received.zero_()
+    return _all_to_all(received, *arguments, **keywords)
+
+
+_batch, _all_to_all = dist.batch_isend_irecv, dist.all_to_all_single
 
 
 def _tensors(found: Any) -> Iterator[torch.Tensor]:
@@ -106,7 +112,7 @@ def as_rank(rank: int, world: int) -> Iterator[None]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        with patch.object(dist, "batch_isend_irecv", _received):
+        with patch.multiple(dist, batch_isend_irecv=_received, all_to_all_single=_exchanged):
             yield
     finally:
         dist.destroy_process_group()
