@@ -13,9 +13,10 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from longctx.plan.cluster import Kernel, Layer, attention_pass, gathered_pass, rate_of
+from longctx.plan.cluster import Kernel, attention_pass, gathered_pass, rate_of
 from longctx.plan.machines import MACHINES
 from longctx.plan.shape import ModelShape
+from longctx.plan.traffic import Layer
 
 RESULTS = Path(__file__).parent / "results" / "plan_published.csv"
 LIMIT = 0.12  # of the published value, for the median row

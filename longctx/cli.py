@@ -1,4 +1,4 @@
-"""The command line: `longctx train|launch|check|plan|explain|schema|init|data|generate|plot|doctor`. Parses, imports.
+"""The command line: `longctx train|launch|check|plan|rehearse|explain|schema|init|data|generate|plot|doctor`.
 
 Nothing heavy is imported up here, so that whatever only reads a configuration answers at once.
 """
@@ -15,6 +15,7 @@ import typer
 
 from longctx.errors import ConfigError, LaunchError, LongctxError
 from longctx.launch.generate import generate
+from longctx.launch.rehearse import rehearse
 from longctx.plan.command import plan
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ data_app = typer.Typer(help="Make token files from text, and look into them.", n
 app.add_typer(data_app, name="data")
 app.command()(generate)
 app.command()(plan)
+app.command()(rehearse)
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (`longctx init` writes one)")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=100")]

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from longctx.attention.band import Rule, sees, visible
+from longctx.attention.band import Rule, band, trim, visible
 from longctx.layout import Span, get_layout
 
 
@@ -57,7 +57,7 @@ class Chain:
     """The gradient leaves home with the home's own part (a closed ring: it must come round anyway)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and cached by identity: a large ring's table takes long to hash
 class Schedule:
     """The whole ring's plan; `stages(rank)` is one rank's."""
 
@@ -85,7 +85,7 @@ class Schedule:
 def make_schedule(layout: str, ring: int, length: int, rule: Rule) -> Schedule:
     """The schedule for `length` tokens (padded) over `ring` ranks."""
     blocks = [get_layout(layout).spans(rank, ring, length) for rank in range(ring)]
-    needed = tuple(tuple(sees(q, k, rule) for k in blocks) for q in blocks)
+    needed = _needed(blocks, rule)
     forward, backward = zip(*(_split(needed, source) for source in range(ring)), strict=True)
     chains = []
     for direction, reach in ((1, forward), (-1, backward)):
@@ -98,6 +98,20 @@ def work(layout: str, ring: int, length: int, rule: Rule) -> list[list[int]]:
     """work[rank][source]: visible (query, key) pairs, exactly; its row sums say how balanced a layout is."""
     blocks: list[tuple[Span, ...]] = [get_layout(layout).spans(rank, ring, length) for rank in range(ring)]
     return [[visible(q, k, rule) for k in blocks] for q in blocks]
+
+
+def _needed(blocks: list[tuple[Span, ...]], rule: Rule) -> tuple[tuple[bool, ...], ...]:
+    """`sees` of every pair of blocks. Spans differ in little but where they start, so few answers need to be found."""
+    met: dict[tuple[int, int, int], bool] = {}
+
+    def meet(q: Span, k: Span) -> bool:
+        key = (q.start - k.start, q.count, k.count)
+        if key not in met:
+            met[key] = band(q, k, rule) is not None
+        return met[key]
+
+    trimmed = [tuple(trim(span, rule.length) for span in reversed(block)) for block in blocks]
+    return tuple(tuple(any(meet(q, k) for q in mine for k in theirs) for theirs in trimmed) for mine in trimmed)
 
 
 def _split(needed: tuple[tuple[bool, ...], ...], source: int) -> tuple[int, int]:

@@ -19,7 +19,8 @@ _ANY = 10**6  # layers of a model whose number is not known before it is loaded
 
 def room_of(config: RunConfig, world: int) -> Room:
     """Return what `mesh.ulysses: auto` may take in a world of `world` ranks."""
-    return Room(None if has_memories(config) else heads(config)[1], ranks_per_host(config, world))
+    queries, keys = heads(config)
+    return Room(None if has_memories(config) else keys, ranks_per_host(config, world), queries)
 
 
 def has_memories(config: RunConfig) -> bool:

@@ -50,6 +50,14 @@ def layer_kept(shape: ModelShape, setup: Setup) -> int:
     return kept if setup.recompute == "mlp" or tiled_mlp(setup) else kept + mlp_inner(shape)
 
 
+def fetched(shape: ModelShape, setup: Setup) -> int:
+    """Per token: offloaded checkpoints that are on the device in backward: of the layer at work, and of the next one,
+    fetched meanwhile (`models/host.py`)."""
+    if not setup.offload_checkpoints or setup.recompute not in ("layer", "layer_keep_attention"):
+        return 0
+    return min(2, shape.layers) * checkpoint_kept(shape, setup)
+
+
 def tiled_mlp(setup: Setup) -> bool:
     """Whether MLPs go through the tokens in tiles (rows no longer than a tile are left as they are)."""
     return setup.mlp_tile is not None and setup.n > setup.mlp_tile

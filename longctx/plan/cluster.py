@@ -16,57 +16,7 @@ from longctx.attention.band import make_rule
 from longctx.attention.schedule import Stage, make_schedule, work
 from longctx.plan.machines import Machine
 from longctx.plan.speed import ALL_TO_ALL, SMALL
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer's attention over a causal row of `tokens`; rank = ring index x ulysses + ulysses index."""
-
-    tokens: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ring: int = 1
-    ulysses: int = 1
-    layout: str = "zigzag"
-    itemsize: int = 2
-    gradient_itemsize: int = 4
-
-    @property
-    def world(self) -> int:
-        return self.ring * self.ulysses
-
-    @property
-    def local(self) -> int:
-        return self.tokens // self.world
-
-    @property
-    def block(self) -> int:
-        """Tokens of a ring member's block: its Ulysses members have all of them, for their own heads."""
-        return self.tokens // self.ring
-
-    @property
-    def rank_heads(self) -> float:
-        return self.heads / self.ulysses
-
-    @property
-    def rank_kv_heads(self) -> float:
-        """With more members than key heads, heads are repeated."""
-        return max(self.kv_heads / self.ulysses, 1.0)
-
-    @property
-    def kv_bytes(self) -> int:
-        """One message of keys and values."""
-        return int(2 * self.block * self.rank_kv_heads * self.head_dim * self.itemsize)
-
-    @property
-    def gradient_bytes(self) -> int:
-        """One message of dK and dV."""
-        return int(2 * self.block * self.rank_kv_heads * self.head_dim * self.gradient_itemsize)
-
-    def flops(self, backward: bool) -> float:
-        """Useful FLOPs of one pass: causal pairs, two products forward and five backward."""
-        return (10.0 if backward else 4.0) * self.heads * self.head_dim * self.tokens * (self.tokens + 1) / 2
+from longctx.plan.traffic import Layer, exchange_sent
 
 
 @dataclass(frozen=True)
@@ -83,9 +33,10 @@ class Kernel:
         if not pairs:
             return 0.0
         rate = (self.backward if backward else self.forward) * layer.block / (layer.block + SMALL)
-        result = 4 * layer.block * layer.rank_heads * layer.head_dim
+        heads = layer.heads / layer.ulysses
+        result = 4 * layer.block * heads * layer.head_dim
         merging = 3 * result / self.merge if self.merge is not None and layer.ring > 1 else 0.0
-        return (10.0 if backward else 4.0) * layer.rank_heads * layer.head_dim * pairs / rate + merging
+        return (10.0 if backward else 4.0) * heads * layer.head_dim * pairs / rate + merging
 
 
 @dataclass
@@ -107,9 +58,8 @@ def attention_pass(layer: Layer, machine: Machine, kernel: Kernel, *, backward: 
     """Play one pass of ring, Ulysses or hybrid attention."""
     outcome = _ring(layer, machine, kernel, backward)
     if layer.ulysses > 1:
-        width = layer.heads + max(layer.kv_heads, layer.ulysses)
-        seconds, sent, messages = _all_to_all(layer, machine, 2 * width * layer.head_dim * layer.local * layer.itemsize)
-        outcome.seconds += seconds
+        sent, messages = exchange_sent(layer, backward=backward)
+        outcome.seconds += _all_to_all(layer, machine, sent * layer.ulysses / (layer.ulysses - 1))
         outcome.sent = [value + sent for value in outcome.sent]
         outcome.messages = [value + messages for value in outcome.messages]
     return outcome
@@ -133,7 +83,7 @@ def scan_pass(world: int, state_bytes: int, machine: Machine, compute: float) ->
 
 
 def _ring(layer: Layer, machine: Machine, kernel: Kernel, backward: bool) -> Outcome:
-    ring, rule = layer.ring, make_rule(True, None)
+    ring, rule = layer.ring, make_rule(True, layer.window)
     schedule = make_schedule(layer.layout, ring, layer.tokens, rule)
     pairs = work(layer.layout, ring, layer.tokens, rule)
     plans = [schedule.stages(rank) for rank in range(ring)]
@@ -165,7 +115,7 @@ def _sends(layer: Layer, stage: Stage, backward: bool) -> list[tuple[int, int, i
     """(ring rank, bytes, messages) of what a stage sends: a block that sets out from home goes as k and v."""
     found = []
     if stage.kv_to is not None:
-        found.append((stage.kv_to, layer.kv_bytes, 2 if stage.chain_begins else 1))
+        found.append((stage.kv_to, layer.kv_bytes, 2 + layer.documents if stage.chain_begins else 1))
     if backward and stage.grad_to is not None:
         found.append((stage.grad_to, layer.gradient_bytes, 1))
     return found
@@ -177,9 +127,9 @@ def _hop(layer: Layer, machine: Machine, rank: int, peer: int) -> tuple[float, f
     return (machine.link, machine.latency) if len(nodes) == 1 else (machine.network, machine.network_latency)
 
 
-def _all_to_all(layer: Layer, machine: Machine, size: int) -> tuple[float, int, int]:
-    """(seconds, bytes, messages) of exchanging ``size`` bytes of heads for tokens there, and results back: what stays
-    in the node and what leaves it travel at once, and everything is copied once before and after."""
+def _all_to_all(layer: Layer, machine: Machine, size: float) -> float:
+    """Seconds of exchanging ``size`` bytes of heads for tokens there, and results back: what stays in the node and what
+    leaves it travel at once, and everything is copied once before and after."""
     members = layer.ulysses
     each, inside = size / members, min(members, machine.per_node) - 1
     outside = members - 1 - inside
@@ -188,7 +138,7 @@ def _all_to_all(layer: Layer, machine: Machine, size: int) -> tuple[float, int, 
         outside * each / (ALL_TO_ALL * machine.network),
     )
     latency = machine.latency if not outside else machine.network_latency
-    return 2 * latency + slowest + 4 * size / machine.bandwidth, int(size - each), 4 * (members - 1)
+    return 2 * latency + slowest + 4 * size / machine.bandwidth
 
 
 def _collective(machine: Machine, world: int, own: int) -> float:

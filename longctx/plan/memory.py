@@ -77,17 +77,22 @@ def host_bytes(shape: ModelShape, setup: Setup) -> dict[str, int]:
 
 
 def _moments(shape: ModelShape, setup: Setup) -> Iterator[Moment]:
-    kept = setup.n * activations.layer_kept(shape, setup)
+    kept, fetched = setup.n * activations.layer_kept(shape, setup), setup.n * activations.fetched(shape, setup)
     head = 0 if shape.tied else shape.embedding
     everything = shape.parameters
-    yield Moment("loss", _sum(_base(shape, setup, 0), _ends(shape, setup, shape.layers * kept), _loss(shape, setup)))
+    yield Moment(
+        "loss", _sum(_base(shape, setup, 0), _ends(shape, setup, shape.layers * kept + fetched), _loss(shape, setup))
+    )
     for name, layers, made in (
         ("backward of the last layer", shape.layers, head + shape.layer_weights),
         ("backward of the first layer", 1, everything - head if shape.tied else everything - shape.embedding),
     ):
-        base = _sum(_base(shape, setup, made), {"kept results": layers * kept})
+        base = _sum(_base(shape, setup, made), {"kept results": layers * kept + fetched})
         yield Moment(f"{name}: MLP", _sum(base, _mlp(shape, setup)))
         yield Moment(f"{name}: attention", _sum(base, _attention(shape, setup)))
+    if setup.stage in (1, 2):
+        whole = {"gradients": shape.itemsize * shape.embedding, "workspace": states.large_gradient_bytes(shape, setup)}
+        yield Moment("backward of the embedding", _sum(_base(shape, setup, everything), whole))
     step = {"workspace": states.step_bytes(shape, setup)}
     yield Moment("optimizer step", _sum(_base(shape, setup, everything, resting=True), step))
 

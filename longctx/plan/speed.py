@@ -12,13 +12,8 @@ from longctx.plan import activations, states
 from longctx.plan.machines import Machine
 from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
-from longctx.plan.work import (
-    flops_of,
-    gradient_message,
-    kv_message,
-    ulysses_message,
-    wire_of,
-)
+from longctx.plan.traffic import Layer, exchange_sent, hops_of
+from longctx.plan.work import exact_pairs, flops_of, layer_of, memory_pairs, zero_bytes
 
 ALL_TO_ALL = 0.85  # of a point-to-point message's bandwidth
 SMALL = 450  # tokens of a block at which a fused kernel reaches half of its rate (H100, FlashAttention-3's chart)
@@ -94,7 +89,8 @@ def speed_of(shape: ModelShape, setup: Setup, machine: Machine) -> Speed:
     passes = 1 + (setup.recompute == "layer")
     forward, forward_bare = ring_pass(shape, setup, machine, backward=False)
     backward, backward_bare = ring_pass(shape, setup, machine, backward=True)
-    exchange = (1 + passes) * exact_layers(shape) * all_to_all(shape, setup, machine)
+    exchanges = [all_to_all(shape, setup, machine, backward=back) for back in (False, True)]
+    exchange = exact_layers(shape) * (passes * exchanges[0] + exchanges[1])
     compute = products + passes * forward + backward
     seconds = {
         "products": times * products,
@@ -123,30 +119,40 @@ def exact_layers(shape: ModelShape) -> int:
 
 def ring_pass(shape: ModelShape, setup: Setup, machine: Machine, *, backward: bool) -> tuple[float, float]:
     """Return the seconds of all layers' attention in one pass: with messages, and of the busiest rank without them."""
-    flops = flops_of(shape, setup)
-    work = flops.attention_backward if backward else flops.attention_forward
     block = setup.local * setup.ulysses
     rate = machine.peak * (machine.attention_backward if backward else machine.attention) * block / (block + SMALL)
-    ring, layers = setup.ring, max(exact_layers(shape), 1)
-    stage = work / layers / ring / rate
-    if setup.layout == "contiguous" and ring > 1:  # some rank always has a block that nothing of is hidden from
-        stage *= 2 * ring / (ring + 1)
-    if ring == 1:
-        return layers * stage, layers * stage
+    each = (10.0 if backward else 4.0) * shape.q_width * setup.rows / setup.sequence / rate  # seconds of a row's pair
+    whole = bare = each * shape.memory_layers * memory_pairs(shape, setup.tokens)
+    for layers, window in ((shape.full_layers, None), (shape.window_layers, shape.window)):
+        if layers:
+            seconds = each * exact_pairs(setup.tokens, window)
+            travelling = _ring(layer_of(shape, setup, window), setup, machine, seconds, backward)
+            whole, bare = whole + layers * travelling[0], bare + layers * travelling[1]
+    return whole, bare
+
+
+def _ring(layer: Layer, setup: Setup, machine: Machine, seconds: float, backward: bool) -> tuple[float, float]:
+    """The same for one layer whose pairs take a rank ``seconds`` on average."""
+    if layer.ring == 1:
+        return seconds, seconds
+    hops = hops_of(layer.layout, layer.ring, layer.block, layer.window).kv
+    if layer.layout == "contiguous" and layer.window is None:  # some rank's blocks are all seen whole
+        seconds *= 2 * layer.ring / (layer.ring + 1)
+    stage = seconds / (hops + 1)
     bandwidth, latency = ring_link(setup, machine)
-    message = latency + kv_message(shape, setup) / bandwidth
-    if backward:
-        message += latency + gradient_message(shape, setup) / bandwidth
-    last = stage + (gradient_message(shape, setup) / bandwidth if backward else 0.0)
-    return layers * ((ring - 1) * max(stage, message) + last), layers * ring * stage
+    message, gradient = latency + layer.kv_bytes / bandwidth, layer.gradient_bytes / bandwidth
+    if not backward:
+        return hops * max(stage, message) + stage, seconds
+    return hops * max(stage, message + latency + gradient) + stage + gradient, seconds
 
 
-def all_to_all(shape: ModelShape, setup: Setup, machine: Machine) -> float:
+def all_to_all(shape: ModelShape, setup: Setup, machine: Machine, *, backward: bool = False) -> float:
     """Return the seconds of one pass's exchanges of one layer: q, k, v before attention, the result after it."""
+    lean = setup.recompute == "layer_keep_attention"
     if setup.ulysses == 1:
         return 0.0
     bandwidth, latency = ulysses_link(setup, machine)
-    sent = ulysses_message(shape, setup)
+    sent = exchange_sent(layer_of(shape, setup), backward=backward, lean=lean).bytes
     return 2 * latency + sent / bandwidth + 2 * sent / (machine.bandwidth / 2)  # and the copies around them
 
 
@@ -154,7 +160,7 @@ def _zero(shape: ModelShape, setup: Setup, machine: Machine, compute: float, tim
     """Traffic that a step's computation does not cover; without overlap_comm the reduction of stages 0 to 2 stands."""
     if setup.world == 1:
         return 0.0
-    each = wire_of(shape, setup).zero / world_link(setup, machine)
+    each = zero_bytes(shape, setup) / world_link(setup, machine)
     if setup.stage == 3:
         return times * max(each - 0.9 * compute, 0.0)
     return max(each - 0.3 * compute, 0.0) if setup.overlap_comm else each

@@ -60,6 +60,11 @@ def bucket_bytes(shape: ModelShape, setup: Setup, made: int = 1) -> int:
     return copies * setup.bucket * (4 if setup.sequence > 1 else shape.itemsize)
 
 
+def large_gradient_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Stages 1 and 2 reduce a gradient that is larger than a bucket, as the embedding's, through a copy of its own."""
+    return 4 * shape.embedding if shape.embedding > setup.bucket else 0
+
+
 def offload_bytes(shape: ModelShape, setup: Setup) -> int:
     """Two fp32 copies of the largest parameter, through which stages 1 and 2 carry gradients to the host."""
     return 8 * max(shape.embedding, shape.hidden * shape.inner) if setup.offload_optimizer and setup.stage < 3 else 0

@@ -1,11 +1,12 @@
 """What a rank computes and sends in one micro-batch: FLOPs, and bytes on the wire, by their formulas.
 
-Per rank and layer, with n local tokens, R ring members, U Ulysses members and b bytes a number (methods.md 4.3):
+Per rank and layer, with n local tokens, R ring members, U Ulysses members and b bytes a number (methods.md 4.3; to the
+byte in `traffic.py`):
 
-    ring      forward (R - 1) blocks of 2 n G D b;  backward the same, and R blocks of dK/dV in fp32
+    ring      forward (R - 1) blocks of 2 n G D b;  backward the same, and R blocks of dK/dV in fp32; fewer in windows
     Ulysses   (U - 1)/U of q, k, v and the result there, of their gradients back
     ZeRO-3    weights gathered in forward and backward, gradients reduced and scattered; ZeRO 0 to 2: one all-reduce
-    memories  one all-gather of states each way, whatever the length
+    memories  states to all ranks that come later, or by a logarithmic scan; whatever the length
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
+from longctx.plan.traffic import Layer, exchange_sent, ring_sent, scan_sent
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,24 @@ class Wire:
         return self.ring_forward + self.ring_backward + self.ulysses + self.zero + self.states
 
 
+def exact_pairs(length: int, window: int | None) -> float:
+    """Visible (query, key) pairs of a causal row without documents, in one layer."""
+    if window is None or window >= length:
+        return length * (length + 1) / 2
+    return window * (length - (window - 1) / 2)
+
+
+def memory_pairs(shape: ModelShape, length: int) -> float:
+    """What one layer of bounded memory computes, in pairs."""
+    return shape.slots * (1 + shape.kv_heads / shape.heads) * length
+
+
 def pairs(shape: ModelShape, setup: Setup) -> float:
-    """Visible (query, key) pairs of one rank in a causal row without documents, over all layers that attend exactly."""
+    """Visible (query, key) pairs of one rank in a causal row without documents, over all layers."""
     length = setup.tokens
-    full = length * (length + 1) / 2
-    window = full
-    if shape.window is not None and shape.window < length:
-        window = shape.window * (length - (shape.window - 1) / 2)
-    memory = shape.slots * (1 + shape.kv_heads / shape.heads) * length
-    total = shape.full_layers * full + shape.window_layers * window + shape.memory_layers * memory
+    total = shape.full_layers * exact_pairs(length, None) + shape.memory_layers * memory_pairs(shape, length)
+    if shape.window_layers:
+        total += shape.window_layers * exact_pairs(length, shape.window)
     return setup.rows * total / setup.sequence
 
 
@@ -83,49 +94,49 @@ def flops_of(shape: ModelShape, setup: Setup) -> Flops:
     )
 
 
-def kv_rank_width(shape: ModelShape, setup: Setup) -> float:
-    """Numbers of keys a local token accounts for on the ring: with more Ulysses members than key heads, heads are
-    repeated."""
-    return shape.kv_width if setup.ulysses <= shape.kv_heads else setup.ulysses * shape.head_dim
+def layer_of(shape: ModelShape, setup: Setup, window: int | None = None) -> Layer:
+    """Return one layer's attention as it travels in training, with document ids."""
+    return Layer(
+        setup.tokens, shape.heads, shape.kv_heads, shape.head_dim, setup.ring, setup.ulysses, setup.layout,
+        shape.itemsize, window=window, documents=True, rows=setup.rows,
+    )  # fmt: skip
 
 
-def kv_message(shape: ModelShape, setup: Setup) -> int:
-    """Bytes of one block of keys and values (without document ids)."""
-    return int(2 * setup.n * kv_rank_width(shape, setup) * shape.itemsize)
-
-
-def gradient_message(shape: ModelShape, setup: Setup) -> int:
-    """Bytes of one block of dK and dV, in fp32."""
-    return int(2 * setup.n * kv_rank_width(shape, setup) * 4)
-
-
-def ulysses_message(shape: ModelShape, setup: Setup) -> int:
-    """Bytes that a rank sends in one direction of one pass: q, k, v there and the result back."""
-    width = shape.q_width + kv_rank_width(shape, setup)
-    return int(2 * setup.n * width * shape.itemsize * (setup.ulysses - 1) / setup.ulysses)
+def state_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Bytes of the memory of one chunk of the row, in one layer: keys, values and mass of every slot, in fp32."""
+    return 4 * setup.rows * shape.kv_heads * shape.slots * (2 * shape.head_dim + 1)
 
 
 def wire_of(shape: ModelShape, setup: Setup) -> Wire:
-    """Count what one rank sends in one micro-batch."""
-    exact, hops = shape.full_layers + shape.window_layers, setup.ring - 1
-    passes = 2 if setup.recompute == "layer" else 1  # a recomputed attention goes round again
-    block, gradient = kv_message(shape, setup), gradient_message(shape, setup)
-    state = 4 * shape.kv_heads * shape.slots * 2 * shape.head_dim * setup.rows
-    return Wire(
-        ring_forward=passes * exact * hops * block,
-        ring_backward=exact * (hops * block + setup.ring * gradient) if hops else 0,
-        ulysses=(1 + passes) * exact * ulysses_message(shape, setup),
-        zero=zero_bytes(shape, setup),
-        states=2 * shape.memory_layers * state * (setup.sequence > 1),
-    )
+    """Count what one rank sends in one micro-batch, the busiest where they differ."""
+    passes = 2 if setup.recompute == "layer" else 1  # a recomputed attention goes round, and exchanges heads, again
+    lean = setup.recompute == "layer_keep_attention"
+    forward = backward = heads = 0
+    for layers, window in ((shape.full_layers, None), (shape.window_layers, shape.window)):
+        layer = layer_of(shape, setup, window)
+        forward += layers * passes * ring_sent(layer, backward=False).bytes
+        backward += layers * ring_sent(layer, backward=True).bytes
+        heads += layers * passes * exchange_sent(layer, backward=False).bytes
+        heads += layers * exchange_sent(layer, backward=True, lean=lean).bytes
+    states = 0
+    if shape.memory_layers and setup.sequence > 1:
+        own, ids = state_bytes(shape, setup), 8 * setup.rows  # the document that a state is of has no gradient
+        forth = scan_sent(setup.layout, setup.sequence, own + ids, backward=False).bytes
+        back = scan_sent(setup.layout, setup.sequence, own, backward=True).bytes
+        states = shape.memory_layers * (passes * forth + back)
+    return Wire(forward, backward, heads, zero_bytes(shape, setup), states)
 
 
 def zero_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Weights gathered and gradients reduced by one rank; gradients in fp32 where ranks share a sequence."""
+    """Weights gathered and gradients reduced by one rank; gradients in fp32 where ranks share a sequence.
+
+    DeepSpeed's stages 1 and 2 add gradients up by all-reduce (their multi-rank buckets) and then gather the weights;
+    stage 3 gathers in forward and again in backward, unless the whole model may stay gathered.
+    """
     others = (setup.world - 1) / setup.world
     gradient = 4 if setup.sequence > 1 else shape.itemsize
     if setup.stage == 3:
-        return int((2 * shape.itemsize + gradient) * shape.parameters * others)
-    if setup.stage == 0:
-        return int(2 * gradient * shape.parameters * others)
-    return int((gradient + shape.itemsize) * shape.parameters * others)
+        times = 1 if shape.parameters <= setup.live else 2
+        return int((times * shape.itemsize + gradient) * shape.parameters * others)
+    gathered = shape.itemsize if setup.stage else 0
+    return int((2 * gradient + gathered) * shape.parameters * others)

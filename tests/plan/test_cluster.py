@@ -16,11 +16,12 @@ from longctx.attention.band import make_rule
 from longctx.attention.comm import LoopbackLink
 from longctx.attention.passes import Passes
 from longctx.attention.scores import Scores
-from longctx.plan.cluster import Kernel, Layer, Outcome, attention_pass, gathered_pass, rate_of, scan_pass
+from longctx.plan.cluster import Kernel, attention_pass, gathered_pass, rate_of, scan_pass
 from longctx.plan.machines import MACHINES
 from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
 from longctx.plan.speed import ring_pass
+from longctx.plan.traffic import Layer, exchange_sent
 from longctx.plan.work import wire_of
 
 H100 = MACHINES["h100"]
@@ -32,18 +33,16 @@ def layer_of(devices: int, ulysses: int = 1, layout: str = "zigzag", local: int 
     return Layer(local * devices, 32, 8, 128, ring=devices // ulysses, ulysses=ulysses, layout=layout)
 
 
-def sent(outcome: Outcome) -> int:
-    return sum(outcome.sent)
-
-
 @pytest.mark.parametrize(("devices", "ulysses"), [(8, 1), (64, 1), (64, 8), (256, 8), (1024, 8), (16, 16)])
 def test_bytes_are_those_of_the_formulas(devices: int, ulysses: int) -> None:
-    layer = layer_of(devices, ulysses)
+    layer = replace(layer_of(devices, ulysses), documents=True)
     setup = Setup(layer.tokens, ring=layer.ring, ulysses=ulysses, recompute="none")
     wire = wire_of(ONE_LAYER, setup)
     forward, backward = (attention_pass(layer, H100, KERNEL, backward=b) for b in (False, True))
-    assert sent(forward) / layer.ring == pytest.approx(wire.ring_forward + wire.ulysses / 2, rel=1e-9)
-    assert sent(backward) / layer.ring == pytest.approx(wire.ring_backward + wire.ulysses / 2, rel=1e-9)
+    exchanged = [exchange_sent(layer, backward=back).bytes for back in (False, True)]
+    assert sum(exchanged) == wire.ulysses
+    assert set(forward.sent) == {wire.ring_forward + exchanged[0]}
+    assert set(backward.sent) == {wire.ring_backward + exchanged[1]}
 
 
 @pytest.mark.parametrize(("layout", "ring"), [("zigzag", 8), ("striped", 8), ("zigzag", 5)])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.attention.band import make_rule
-from longctx.attention.schedule import make_schedule, work
+from longctx.attention.schedule import make_schedule
 from longctx.config.derived import derive
 from longctx.errors import ConfigError
 from longctx.nn.tiling import choose_tile
@@ -23,7 +23,8 @@ from longctx.plan.setup import Setup, resolve_loss_tile, setup_of
 from longctx.plan.shape import ModelShape, shape_of, shape_of_settings
 from longctx.plan.speed import overlap_of, speed_of
 from longctx.plan.states import host_optimizer_bytes, weight_bytes
-from longctx.plan.work import flops_of, gradient_message, kv_message, pairs, wire_of
+from longctx.plan.traffic import hops_of
+from longctx.plan.work import flops_of, layer_of, pairs, wire_of
 from longctx.train.flops import FlopsModel
 
 LLAMA_8B = ModelShape(4096, 32, 32, 8, 128, 14336, 128256)
@@ -72,19 +73,36 @@ def test_flops_are_those_that_training_counts(window: int | None) -> None:
     assert flops_of(shape, Setup(length)).useful + norms == pytest.approx(counted.step(length, seen), rel=1e-12)
 
 
-@given(st.sampled_from(["zigzag", "contiguous"]), st.integers(2, 9), st.integers(1, 4))
-def test_the_ring_sends_what_its_schedule_says(layout: str, ring: int, blocks: int) -> None:
-    setup = Setup(ring * 2 * blocks, ring=ring, layout=layout)
-    schedule = make_schedule(layout, ring, setup.tokens, make_rule(True, None))
-    wire, layers = wire_of(LLAMA_8B, setup), LLAMA_8B.layers
-    if layout == "zigzag":  # in a contiguous ring the last blocks need not go all the way round
-        assert wire.ring_forward * ring == layers * schedule.hops * kv_message(LLAMA_8B, setup)
-        gradients = layers * schedule.gradient_hops * gradient_message(LLAMA_8B, setup)
-        assert (wire.ring_backward - wire.ring_forward) * ring == gradients
-        seen = [sum(row) for row in work(layout, ring, setup.tokens, make_rule(True, None))]
-        assert set(seen) == {pairs(replace(LLAMA_8B, layers=1), setup)}
-    else:
-        assert wire.ring_forward * ring >= layers * schedule.hops * kv_message(LLAMA_8B, setup)
+@given(
+    st.sampled_from(["zigzag", "contiguous", "striped"]), st.integers(2, 12), st.integers(1, 6),
+    st.none() | st.integers(1, 200),
+)  # fmt: skip
+def test_the_ring_sends_what_its_schedule_says(layout: str, ring: int, blocks: int, window: int | None) -> None:
+    """Rank by rank; `None` is at least as much as any rank sends."""
+    block = 2 * blocks
+    schedule = make_schedule(layout, ring, ring * block, make_rule(True, window))
+    most = hops_of(layout, ring, block, window)
+    for rank in range(ring):
+        stages = schedule.stages(rank)
+        sends = [stage.kv_to is not None for stage in stages], [stage.grad_to is not None for stage in stages]
+        assert hops_of(layout, ring, block, window, rank) == (sum(sends[0]), sum(sends[1]))
+        assert most.kv >= sum(sends[0]) and most.gradients >= sum(sends[1])
+    if window is None:
+        wire, layer = wire_of(LLAMA_8B, Setup(ring * block, ring=ring, layout=layout)), LLAMA_8B.layers
+        one = layer_of(LLAMA_8B, Setup(ring * block, ring=ring, layout=layout))
+        assert wire.ring_forward == layer * most.kv * one.kv_bytes
+        assert wire.ring_backward == wire.ring_forward + layer * most.gradients * one.gradient_bytes
+
+
+def test_a_windows_blocks_go_no_further_in_a_large_ring() -> None:
+    for layout, window in (("zigzag", 5000), ("zigzag", 9000), ("contiguous", 9000), ("striped", 3)):
+        large = make_schedule(layout, 64, 64 * 4096, make_rule(True, window))
+        sends = [sum(stage.kv_to is not None for stage in large.stages(rank)) for rank in range(64)]
+        assert hops_of(layout, 64, 4096, window).kv == max(sends)
+    windowed = replace(LLAMA_8B, window=4096, window_layers=LLAMA_8B.layers)
+    setup = Setup(2**22, ring=1024)
+    assert wire_of(windowed, setup).ring_forward < wire_of(LLAMA_8B, setup).ring_forward / 100
+    assert speed_of(windowed, setup, H100).total < speed_of(LLAMA_8B, setup, H100).total / 5
 
 
 @pytest.mark.parametrize("vocabulary", [1000, 32_000, 128_256])
@@ -167,3 +185,22 @@ def test_every_choice_of_a_yaml_arrives() -> None:
     assert (setup.stage, setup.offload_optimizer, setup.recompute) == (3, True, "layer")
     assert (setup.loss_tile, setup.mlp_tile, setup.rows, setup.bucket) == (64, 128, 2, 1000)
     assert (setup.ring, setup.data, setup.local, setup.n) == (2, 2, 2048, 4096)
+
+
+def test_the_working_set_of_llama_8b_by_token_and_part() -> None:
+    """What grows with a rank's tokens at the peak of a step, with everything that saves memory on: 8 ranks, checkpoints
+    on the host, tiles. The figures stand in docs/plan.md; the aim of 90 KB is not reached."""
+    fixed = Setup(
+        2**20, ring=8, recompute="layer_keep_attention", offload_checkpoints=True, loss_tile=1040, mlp_tile=4096
+    )
+    small, large = (memory_of(LLAMA_8B, replace(fixed, tokens=tokens)).peak for tokens in (2**21, 2**22))
+    assert small.name == large.name and large.name.endswith("attention")
+    tokens = 2**21 // 8
+    slopes = {part: (large.parts[part] - small.parts.get(part, 0)) // tokens for part in large.parts}
+    assert {part: slope for part, slope in slopes.items() if slope} == {
+        "kept results": 33_024,
+        "layer at work": 53_252,
+        "attention buffers": 33_024,
+        "ring buffers": 32_768,
+        "workspace": 548,
+    }

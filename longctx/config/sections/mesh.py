@@ -35,7 +35,7 @@ class Mesh(Section):
     ulysses: AutoInt = Field(
         1,
         description="ranks that share one sequence by exchanging heads, at most as many as query heads; auto: as many "
-        "as fit into one host and divide the key/value heads, and `ring` the rest",
+        "as fit into one host and divide the heads (docs/hybrid.md), and `ring` the rest",
     )
     data: AutoInt = Field(
         "auto",
