@@ -68,12 +68,13 @@ class Generator:
         """Continue ``request.prompt`` and write text as it is made.
 
         Raises:
-            ConfigError: the prompt is too short.
+            ConfigError: the prompt is too short, or longer than the model's learned positions allow.
             ModelError: --attention el on a model that cannot.
         """
         ids = torch.from_numpy(self.tokenizer.encode(request.prompt).astype("int64"))[None].to(self.mesh.device)
         if ids.shape[1] < 2:
             raise ConfigError("generate: the prompt has less than two tokens; give a longer one")
+        _check_positions(self.model, ids.shape[1], request.max_new_tokens)
         attention = self._attend(request, ids.shape[1])
         stream = TextStream(self.tokenizer, write) if request.beams == 1 else None
         sampling = request.temperature > 0 and request.beams == 1
@@ -131,6 +132,22 @@ class Generator:
         for module in self.model.modules():
             odd |= hasattr(module, "sinks") or hasattr(module, "relative_attention_bias")
         return self.mesh.sequence_size == 1 and not odd and bool(self.model._supports_sdpa)
+
+
+def _check_positions(model: Any, prompt: int, new: int) -> None:
+    """Refuse what runs past a table of learned positions, where torch would only say that an index is out of range."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    learned = any(
+        isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in ("wpe", "embed_positions")
+        for name, module in model.named_modules()
+    )
+    if limit is None or not learned or prompt + new - 1 <= limit:  # the last token is never read
+        return
+    fix = f"--max-new-tokens {limit - prompt + 1} at most" if prompt <= limit else f"a prompt of {limit:,} at most"
+    raise ConfigError(
+        f"generate: {prompt:,} tokens of prompt and --max-new-tokens {new:,}, but {type(model).__name__} has learned "
+        f"{limit:,} positions and knows no others; give {fix}"
+    )
 
 
 def _shape(model: Any, request: Request, prompt: int) -> Shape:

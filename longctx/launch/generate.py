@@ -79,11 +79,18 @@ def _here(request: Request, interactive: bool) -> int:
             try:
                 prompt = input("> ")
             except EOFError:
+                print()
                 return 0
             if not prompt.strip():
                 continue
             request = Request(**(vars(request) | {"prompt": prompt}))
-        done = generator.answer(request, lambda text: print(text, end="", flush=True))
+        try:
+            done = generator.answer(request, lambda text: print(text, end="", flush=True))
+        except ConfigError as error:  # of this prompt; the next may be better
+            if not interactive:
+                raise
+            print(error, file=sys.stderr)
+            continue
         print()
         print(done.summary(1), file=sys.stderr)
         if not interactive:

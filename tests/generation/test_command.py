@@ -58,8 +58,12 @@ def test_a_ring_writes_what_one_process_writes(checkpoints: dict[str, Path]) -> 
 
 
 def test_one_prompt_after_another(checkpoints: dict[str, Path]) -> None:
-    done = command(checkpoints["gpt2"], "--interactive", "--max-new-tokens", 3, stdin="Hello\n\nAgain\n")
+    """A prompt that cannot be continued costs a line and not the session."""
+    stdin = f"Hello\n\na\n{'long ' * 60}\nAgain\n"
+    done = command(checkpoints["gpt2"], "--interactive", "--max-new-tokens", 3, stdin=stdin)
     assert done.returncode == 0 and done.stderr.count("tokens/s") == 2, done.stderr
+    assert "less than two tokens" in done.stderr and "has learned 256 positions" in done.stderr
+    assert done.stdout.endswith("\n") and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -102,6 +106,21 @@ def test_hidden_states_give_the_same_text_from_half_the_cache(checkpoints: dict[
     kept = generator.answer(Request(**(vars(beams) | {"attention": "kv"})), lambda text: None)
     assert hidden.text == kept.text and kept.cache_bytes == 2 * hidden.cache_bytes, "beams share their prompt in both"
     assert hidden.reading is None and 0 < made["kv"].reading <= made["kv"].seconds
+
+
+def test_learned_positions_end_where_they_end(checkpoints: dict[str, Path]) -> None:
+    """The last token is written and not read, so it needs no position; turned keys go on."""
+    generator = Generator(checkpoints["gpt2"], Mesh(ring=1, world_size=1))
+    asked = {"folder": str(checkpoints["gpt2"]), "prompt": "x" * 250, "temperature": 0.0}
+    assert generator.answer(Request(**asked, max_new_tokens=7), lambda text: None).prompt_tokens == 250
+    with pytest.raises(
+        ConfigError, match=r"learned 256 positions and knows no others; give --max-new-tokens 7 at most"
+    ):
+        generator.answer(Request(**asked, max_new_tokens=8), lambda text: None)
+    with pytest.raises(ConfigError, match=r"give a prompt of 256 at most"):
+        generator.answer(Request(**asked | {"prompt": "x" * 300}), lambda text: None)
+    turned = Generator(checkpoints["llama"] / "model", Mesh(ring=1, world_size=1))
+    assert turned.answer(Request(**asked, max_new_tokens=8), lambda text: None).prompt_tokens == 250
 
 
 def test_too_little_memory_for_keys_and_values(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
