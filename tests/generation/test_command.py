@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models.zoo import tiny_config, tiny_model
@@ -111,10 +112,10 @@ def test_hidden_states_give_the_same_text_from_half_the_cache(checkpoints: dict[
 def test_learned_positions_end_where_they_end(checkpoints: dict[str, Path]) -> None:
     """The last token is written and not read, so it needs no position; turned keys go on."""
     generator = Generator(checkpoints["gpt2"], Mesh(ring=1, world_size=1))
-    asked = {"folder": str(checkpoints["gpt2"]), "prompt": "x" * 250, "temperature": 0.0}
+    asked: dict[str, Any] = {"folder": str(checkpoints["gpt2"]), "prompt": "x" * 250, "temperature": 0.0}
     assert generator.answer(Request(**asked, max_new_tokens=7), lambda text: None).prompt_tokens == 250
     with pytest.raises(
-        ConfigError, match=r"learned 256 positions and knows no others; give --max-new-tokens 7 at most"
+        ConfigError, match=r"learned 256 positions and .* give --max-new-tokens 7 at most"
     ):
         generator.answer(Request(**asked, max_new_tokens=8), lambda text: None)
     with pytest.raises(ConfigError, match=r"give a prompt of 256 at most"):
