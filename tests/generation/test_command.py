@@ -114,9 +114,7 @@ def test_learned_positions_end_where_they_end(checkpoints: dict[str, Path]) -> N
     generator = Generator(checkpoints["gpt2"], Mesh(ring=1, world_size=1))
     asked: dict[str, Any] = {"folder": str(checkpoints["gpt2"]), "prompt": "x" * 250, "temperature": 0.0}
     assert generator.answer(Request(**asked, max_new_tokens=7), lambda text: None).prompt_tokens == 250
-    with pytest.raises(
-        ConfigError, match=r"learned 256 positions and .* give --max-new-tokens 7 at most"
-    ):
+    with pytest.raises(ConfigError, match=r"learned 256 positions and .* give --max-new-tokens 7 at most"):
         generator.answer(Request(**asked, max_new_tokens=8), lambda text: None)
     with pytest.raises(ConfigError, match=r"give a prompt of 256 at most"):
         generator.answer(Request(**asked | {"prompt": "x" * 300}), lambda text: None)
