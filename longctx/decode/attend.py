@@ -167,20 +167,25 @@ def unfold(x: torch.Tensor, rows: int, heads: int, tokens: int) -> torch.Tensor:
 def _terms(logits: Logits, batch: int, keys: int, tokens: int, offset: int) -> Terms:
     """What EL adds to its products, as the kernels want it: tensors instead of functions of positions."""
     heads, added, mask = logits.heads, None, logits.mask
-    slopes = logits.bias.slopes[None] if isinstance(logits.bias, Alibi) else None
+    moved, places = logits.places is not None, logits.keys(0, keys)  # kernels count keys from 0
+    slopes = logits.bias.slopes[None] if isinstance(logits.bias, Alibi) and not moved else None
     if logits.bias is not None and slopes is None:
-        added = logits.bias(logits.positions, torch.arange(keys, device=logits.positions.device))
+        added = logits.bias(logits.positions, places)
     if mask is not None:
         mask = mask[..., :keys]
         if mask.dtype != torch.bool:
             added = mask if added is None else added + mask
             mask = None
+    if logits.causal and moved:
+        seen = places <= logits.positions[:, None]
+        mask = seen if mask is None else mask & seen
     pairs = logits.beams * batch, heads, tokens, keys
     factor = None
     if logits.scales is not None:
         factor = logits.scales.repeat_interleave(heads // logits.scales.shape[2], 2).transpose(1, 2)[:, None]
+    causal = logits.causal and not moved and offset < keys - 1
     return Terms(
-        1.0, logits.softcap, causal=logits.causal and offset < keys - 1, offset=offset, factor=factor, slopes=slopes,
+        1.0, logits.softcap, causal=causal, offset=offset, factor=factor, slopes=slopes,
         constant=None if logits.constant is None else flat(logits.constant, batch, 1),
         shift=None if logits.shift is None else flat(logits.shift, batch, 1),
         bias=None if added is None else fold(added.expand(pairs), batch, 1),

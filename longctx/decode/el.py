@@ -53,6 +53,7 @@ def el_attention(
     scale: float | None = None,
     causal: bool = False,
     q_offset: int | None = None,
+    key_positions: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     bias: Bias | None = None,
     softcap: float | None = None,
@@ -78,14 +79,16 @@ def el_attention(
         w_vo: (H, C, d) from `fold_values`, used instead of w_v and w_o: faster where d is not much above Dv.
         scale: default 1 / sqrt(D).
         causal: queries see keys up to their own position, q_offset + t; q_offset defaults to S - T.
+        key_positions: (S,) int64, where the keys stand in their context, in any order; default 0, 1, …, S - 1. Goes
+            with q_offset. What goes by places (causal, bias, dropout) then works on any part of a context.
         mask: broadcastable to (B * beams, H, T, S): bool, True where visible, or floating, added to the logits.
         bias: (positions of queries (T,), of keys (n,)) -> (H, T, n) or (T, n), added to the logits tile by tile:
             `RelativeBias`, `Alibi`, or any function.
         softcap, sink, dropout_p: as in `block_attention`; dropout_seed (B * beams,) int64.
         q_norm, k_norm: norms over each head; scales (B, S, G) from `key_scales` are k_norm's cached part.
         rotary: refused: see above.
-        mesh: whose ranks hold `hidden` in parts, of any lengths: each gives its own with its part of mask and scales,
-            x alike. W_v comes before the exchange, so that a query and head costs Dv + 1 numbers, not C.
+        mesh: whose ranks hold `hidden` in parts, of any lengths: each gives its own with its part of mask, scales and
+            key_positions, x alike. W_v comes before the exchange, so that a query and head costs Dv + 1 numbers, not C.
         tile: keys at a time, in torch.
         backend: "auto", the decode kernels on a GPU, torch elsewhere and where there is dropout or a gradient; or one
             of "triton" and "torch".
@@ -97,10 +100,14 @@ def el_attention(
         AttentionError: arguments do not fit, or rotary keys are asked for.
     """
     ranks = 1 if mesh is None else mesh.sequence_size
-    if ranks > 1 and (causal or bias is not None or dropout_p or w_vo is not None):
+    if ranks > 1 and key_positions is None and (causal or bias is not None or dropout_p):
         raise AttentionError(
-            "el_attention(mesh=…) over parts of a context: causal, bias and dropout_p go by places that a rank does "
-            "not know, and w_vo would be exchanged at full width; leave them out and say with mask what is visible"
+            "el_attention(mesh=…) over parts of a context: causal, bias and dropout_p go by the places of the keys; "
+            "give those of this rank's part as key_positions, and the first query's as q_offset"
+        )
+    if ranks > 1 and w_vo is not None:
+        raise AttentionError(
+            "el_attention(mesh=…, w_vo=…): folded values would be exchanged at full width; give w_v and w_o alone"
         )
     if rotary is not None:
         raise AttentionError(
@@ -119,9 +126,9 @@ def el_attention(
         sink = torch.full_like(sink, torch.finfo(sink.dtype).min / 2)  # counts once; key biases on every rank
     partial = expanded_attention(
         q.transpose(1, 2), hidden, w_k, w_v if w_vo is None else None, b_k=b_k, b_v=b_v,
-        scale=scale, causal=causal, q_offset=q_offset, mask=mask, bias=bias, softcap=softcap, sink=sink,
-        dropout_p=dropout_p, dropout_seed=dropout_seed, k_norm=k_norm, scales=scales, tile=tile,
-        backend=backend,
+        scale=scale, causal=causal, q_offset=q_offset, key_positions=key_positions, mask=mask, bias=bias,
+        softcap=softcap, sink=sink, dropout_p=dropout_p, dropout_seed=dropout_seed, k_norm=k_norm, scales=scales,
+        tile=tile, backend=backend,
     )  # fmt: skip
     if mesh is not None and ranks > 1:
         partial = Partial(*merge_over_ranks(partial[:2], mesh))
@@ -149,6 +156,7 @@ def expanded_attention(
     scale: float | None = None,
     causal: bool = False,
     q_offset: int | None = None,
+    key_positions: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     bias: Bias | None = None,
     softcap: float | None = None,
@@ -177,10 +185,12 @@ def expanded_attention(
     turned = None if rotary is None else (rotary[0] * factor, rotary[1])
     if turned is not None and k_norm is None:
         queries, shared, turned = torch.cat((queries, turned[0]), -1), torch.cat((hidden, turned[1]), -1), None
+    _check_places(key_positions, q_offset, hidden)
     offset = hidden.shape[1] - tokens if q_offset is None else q_offset
     positions = torch.arange(tokens, device=q.device) + offset
     edit = Logits(
-        beams, heads, positions, made.constant, made.scales, made.shift, turned, softcap, bias, mask, causal
+        beams, heads, positions, made.constant, made.scales, made.shift, turned, softcap, bias, mask, causal,
+        key_positions,
     )  # fmt: skip
     context, lse, mass = attend.shared(
         queries,
@@ -188,7 +198,7 @@ def expanded_attention(
         edit,
         offset,
         value_width=hidden.shape[2],
-        keep=_dropout(rows, heads, beams, dropout_p, dropout_seed, positions),
+        keep=_dropout(rows, heads, beams, dropout_p, dropout_seed, edit),
         sink=sink,
         tile=tile,
         backend=backend,
@@ -226,9 +236,19 @@ def _counts(q: torch.Tensor, hidden: torch.Tensor, w_k: torch.Tensor) -> tuple[i
     return q.shape[0] // hidden.shape[0], w_k.shape[0] // q.shape[3]
 
 
-def _dropout(
-    rows: int, heads: int, beams: int, p: float, seeds: torch.Tensor | None, positions: torch.Tensor
-) -> Edit | None:
+def _check_places(key_positions: torch.Tensor | None, q_offset: int | None, hidden: torch.Tensor) -> None:
+    if key_positions is None:
+        return
+    if tuple(key_positions.shape) != (hidden.shape[1],) or key_positions.is_floating_point():
+        raise AttentionError(
+            f"key_positions {tuple(key_positions.shape)} of {key_positions.dtype}: expected one integer a row of "
+            f"hidden, ({hidden.shape[1]},)"
+        )
+    if q_offset is None:
+        raise AttentionError("key_positions without q_offset: say where the first query stands, or leave both out")
+
+
+def _dropout(rows: int, heads: int, beams: int, p: float, seeds: torch.Tensor | None, logits: Logits) -> Edit | None:
     """Drop the probabilities that the hash of (seed, head, query, key) names; divide the rest by 1 - p."""
     if not p:
         return None
@@ -236,8 +256,7 @@ def _dropout(
         raise AttentionError(f"dropout_p={p} needs dropout_seed, int64 of shape ({rows},): one seed a row of queries")
 
     def keep(met: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        keys = torch.arange(start, stop, device=met.device)
-        stay = kept(seeds, heads, positions, keys, p).to(met.dtype) / (1 - p)
+        stay = kept(seeds, heads, logits.positions, logits.keys(start, stop), p).to(met.dtype) / (1 - p)
         return met * stay.view(met.shape)
 
     return keep

@@ -35,10 +35,18 @@ class Logits:
     bias: Bias | None = None
     mask: torch.Tensor | None = None
     causal: bool = False
+    places: torch.Tensor | None = None
+    """(S,) positions of the keys; None: 0, 1, 2, …"""
+
+    def keys(self, start: int, stop: int) -> torch.Tensor:
+        """Positions of keys start..stop, (n,) int64."""
+        if self.places is None:
+            return torch.arange(start, stop, device=self.positions.device)
+        return self.places[start:stop]
 
     def __call__(self, products: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Return the logits, -inf where hidden."""
-        dtype, keys = products.dtype, torch.arange(start, stop, device=products.device)
+        dtype, keys = products.dtype, self.keys(start, stop)
         logits = products.view(-1, self.heads, *products.shape[2:])
         if self.constant is not None:
             logits = logits + self.constant.to(dtype)[..., None]

@@ -79,6 +79,7 @@ def _here(request: Request, interactive: bool) -> int:
             try:
                 prompt = input("> ")
             except EOFError:
+                print()
                 return 0
             if not prompt.strip():
                 continue

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models.zoo import tiny_config, tiny_model
@@ -58,8 +59,12 @@ def test_a_ring_writes_what_one_process_writes(checkpoints: dict[str, Path]) -> 
 
 
 def test_one_prompt_after_another(checkpoints: dict[str, Path]) -> None:
-    done = command(checkpoints["gpt2"], "--interactive", "--max-new-tokens", 3, stdin="Hello\n\nAgain\n")
+    """A prompt that cannot be continued costs a line and not the session."""
+    stdin = f"Hello\n\na\n{'long ' * 60}\nAgain\n"
+    done = command(checkpoints["gpt2"], "--interactive", "--max-new-tokens", 3, stdin=stdin)
     assert done.returncode == 0 and done.stderr.count("tokens/s") == 2, done.stderr
+    assert "less than two tokens" in done.stderr and "a table of 256 positions" in done.stderr
+    assert done.stdout.endswith("\n") and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -104,24 +109,24 @@ def test_hidden_states_give_the_same_text_from_half_the_cache(checkpoints: dict[
     assert hidden.reading is None and 0 < made["kv"].reading <= made["kv"].seconds
 
 
+def test_learned_positions_end_where_they_end(checkpoints: dict[str, Path]) -> None:
+    """The last token is written and not read, so it needs no position; turned keys go on."""
+    generator = Generator(checkpoints["gpt2"], Mesh(ring=1, world_size=1))
+    asked: dict[str, Any] = {"folder": str(checkpoints["gpt2"]), "prompt": "x" * 250, "temperature": 0.0}
+    assert generator.answer(Request(**asked, max_new_tokens=7), lambda text: None).prompt_tokens == 250
+    with pytest.raises(ConfigError, match=r"a table of 256 positions; give --max-new-tokens 7 or less"):
+        generator.answer(Request(**asked, max_new_tokens=8), lambda text: None)
+    with pytest.raises(ConfigError, match=r"shorten the prompt"):
+        generator.answer(Request(**asked | {"prompt": "x" * 300}), lambda text: None)
+    turned = Generator(checkpoints["llama"] / "model", Mesh(ring=1, world_size=1))
+    assert turned.answer(Request(**asked, max_new_tokens=8), lambda text: None).prompt_tokens == 250
+
+
 def test_too_little_memory_for_keys_and_values(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     generator = Generator(checkpoints["gpt2"], Mesh(ring=1, world_size=1))
     monkeypatch.setattr(run, "_free_memory", lambda device: 2 * 30_000)
     done = generator.answer(Request(str(checkpoints["gpt2"]), PROMPT, max_new_tokens=12), lambda text: None)
     assert done.attention.method == "el" and "only the latter fit in 29.3 KiB" in done.attention.reason
-
-
-def test_a_table_of_positions_ends(checkpoints: dict[str, Path]) -> None:
-    """The last token of all is written and not read, so it needs no position."""
-    generator = Generator(checkpoints["gpt2"], Mesh(ring=1, world_size=1))
-    rows = generator.model.config.n_positions
-    prompt = "x" * (rows - 3)
-    made = generator.answer(Request(str(checkpoints["gpt2"]), prompt, max_new_tokens=4), lambda text: None)
-    assert made.prompt_tokens == rows - 3 and 1 <= made.tokens <= 4
-    with pytest.raises(ConfigError, match=r"a table of \S+ positions; give --max-new-tokens 4 or less"):
-        generator.answer(Request(str(checkpoints["gpt2"]), prompt, max_new_tokens=5), lambda text: None)
-    with pytest.raises(ConfigError, match="shorten the prompt"):
-        generator.answer(Request(str(checkpoints["gpt2"]), "x" * (rows + 1), max_new_tokens=1), lambda text: None)
 
 
 def test_a_model_with_bounded_memories(tmp_path: Path) -> None:

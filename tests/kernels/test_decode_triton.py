@@ -167,6 +167,19 @@ def test_el(names: tuple[str, ...]) -> None:
     assert torch.allclose(ours, made.el(backend="torch"), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["causal", "alibi", "buckets"])
+def test_el_over_keys_that_stand_anywhere(name: str) -> None:
+    made = case(keys=19, **OPTIONS[name])
+    if name == "buckets":
+        made.options["bias"] = RelativeBias(made.options["bias"].table, 40)
+    order = torch.randperm(19, generator=torch.Generator().manual_seed(0))
+    truth = made.dense()
+    made.x, made.hidden = made.x.float(), made.hidden.float()[:, order]
+    made.weights = {name: w.float() for name, w in made.weights.items()}
+    ours = made.el(backend="triton", key_positions=order, q_offset=16, mask=torch.ones(19, dtype=torch.bool))
+    assert (ours.double() - truth).abs().max() <= 10 * tolerance("fp32") * truth.abs().max().clamp_min(1.0)
+
+
 def test_a_part_of_a_sharded_context() -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v = normal(g, 2, 4, 2, 16), normal(g, 2, 2, 37, 16), normal(g, 2, 2, 37, 24)

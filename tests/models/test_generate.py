@@ -124,6 +124,31 @@ def test_ranks_stay_balanced() -> None:
     assert [ours[0] for ours in counts] == [8 + 3, 8 + 2, 8 + 2, 8 + 2] and all(len(set(ours)) == 1 for ours in counts)
 
 
+def windowed(rank: int, world: int) -> list[tuple[list[int], int]]:
+    """(positions held by rank, of a layer with a window and one without, bytes) after prompts of two lengths."""
+    mesh, found = longctx.Mesh(ring=world), []
+    for length in (40, 80):
+        model = tiny_model(tiny_config("qwen3-window"), "longctx")
+        out = generate(
+            model, mesh=mesh, **prompt(length, True), **options("beam") | {"max_new_tokens": 13, "min_new_tokens": 13},
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        full, near = out.past_key_values.layers
+        kept = [layer.prompt[0].shape[2] + layer.keys.shape[2] for layer in (full, near)]
+        found.append((kept, near.nbytes))
+        with pytest.raises(ModelError, match="sliding window has passed"):
+            near.crop(-1)
+    return found
+
+
+def test_keys_behind_a_window_are_dropped() -> None:
+    """All ranks together hold the window and no more, whatever the prompt; beams go on sharing what is left of it."""
+    results = run_ranks(2, windowed, timeout=120)
+    for short, long in results:
+        assert short[1] == long[1] and long[0][0] == short[0][0] + 20
+    assert sum(result[0][0][1] for result in results) == sum(result[1][0][1] for result in results) == 10
+
+
 def test_what_cannot_be_is_refused() -> None:
     mesh = longctx.Mesh(ring=1)
     model = tiny_model(tiny_config("llama"), "longctx")

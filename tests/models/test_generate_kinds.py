@@ -21,7 +21,7 @@ from distributed import run_ranks
 from tolerances import tolerance
 
 NEW = 7
-EL = ("gpt2", "opt", "bart", "t5")
+EL = ("gpt2", "opt", "bart", "t5", "mt5")
 LAYERS: dict[str, dict[str, Any]] = {
     "window": {"0-3": {"window": 6}},
     "abc": {"0-3": {"abc": {"slots": 5}}},
@@ -68,7 +68,7 @@ def worker(rank: int, world: int, cases: list[dict[str, Any]]) -> list[tuple[tor
     for case in cases:
         model = model_of(case)
         if case["kind"] in EL:
-            longctx.enable_el(model)
+            longctx.enable_el(model, causal=case.get("causal", True))
         counters.reset()
         out = generate(
             model, mesh=mesh, layout=case.get("layout", "zigzag"), seed=case.get("seed", 0), **options(case),
@@ -108,6 +108,7 @@ def test_hidden_states_on_a_ring_of_two() -> None:
 def test_sources_of_encoder_decoders_on_a_ring_of_two() -> None:
     """Each rank keeps its part of the encoder's output; a token costs d + h numbers a layer and row here too."""
     cases = [case(kind, mode) for kind in ("bart", "t5") for mode in MODES] + [case("bart", length=2, padded=False)]
+    cases += [case("t5", "beam", causal=False), case("mt5"), case("mt5", "beam", causal=False)]
     ((_, _, greedy, _), (_, _, beam, _), *_), _ = check(2, cases)
     assert greedy == NEW * 2 * (2 - 1) * 2 * 4 * (8 + 1) * 4 and beam == 3 * greedy
 
@@ -170,5 +171,5 @@ def parts_of_a_context(rank: int, world: int) -> list[float]:
 def test_el_attention_over_parts_of_a_context() -> None:
     assert max(max(errors) for errors in run_ranks(4, parts_of_a_context, timeout=120)) <= tolerance("fp64")
     x = torch.ones(1, 1, 4)
-    with pytest.raises(AttentionError, match="leave them out"):
+    with pytest.raises(AttentionError, match="give those of this rank's part as key_positions"):
         longctx.el_attention(x, x, *[torch.eye(4)] * 4, heads=1, causal=True, mesh=longctx.Mesh(ring=2, world_size=2))

@@ -35,6 +35,8 @@ class ShardedLayer(CacheLayerMixin):
     def __init__(self, places: Places) -> None:
         super().__init__()
         self.places, self.seen = places, 0
+        self.forgotten = -1
+        """The last of the positions that a sliding window has passed: nothing up to there is held any more."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take the prompt's keys and values as they lie on this rank."""
@@ -76,9 +78,30 @@ class ShardedLayer(CacheLayerMixin):
                 f"crop({tokens_to_remove}) of a sharded cache: only the {self.seen - self.places.prompt} tokens after "
                 "the prompt can be forgotten"
             )
+        if self.forgotten >= 0:
+            raise ModelError(
+                f"crop({tokens_to_remove}) of a sharded cache whose sliding window has passed its first tokens: those "
+                "that would come back into sight are no longer there; generate again"
+            )
         surplus = len(self.places.owned(kept, self.seen))
         self.keys, self.values = (x[:, :, : x.shape[2] - surplus] for x in (self.keys, self.values))
         self.seen = kept
+
+    def forget(self, window: int) -> None:
+        """Drop the keys that neither the newest token nor any later one sees through ``window``."""
+        passed = self.seen - 1 - window
+        if passed <= self.forgotten:
+            return
+        keys, values = self.prompt
+        if keys.shape[2]:
+            gone = int((self.places.positions <= passed).long().cumprod(0).sum())  # places ascend on a rank
+            left = len(self.places.positions) - gone
+            if left < keys.shape[2]:
+                self.prompt = keys[:, :, keys.shape[2] - left :].clone(), values[:, :, keys.shape[2] - left :].clone()
+        left = len(self.places.owned(max(passed + 1, self.places.prompt), self.seen))
+        if left < self.keys.shape[2]:
+            self.keys, self.values = (x[:, :, x.shape[2] - left :].clone() for x in (self.keys, self.values))
+        self.forgotten = passed
 
     def select(self, rows: torch.Tensor, prompts: torch.Tensor | None) -> None:
         """Keep these rows of the new tokens, in this order, and these of the prompt (None: the prompt as it is)."""
@@ -143,6 +166,10 @@ class ShardedCache(Cache):
         """Attention of q (B, H, T, D), the last T tokens of the context, to all of it; (B, H, T, Dv) in q's dtype."""
         held: Any = self.layers[layer]
         of_prompt, of_new = self.places.visible(held.seen, q.shape[2], window)
+        if window is not None:
+            held.forget(window + q.shape[2] - 1)  # the first of these queries looks back furthest
+        of_prompt = of_prompt[..., of_prompt.shape[2] - held.prompt[0].shape[2] :]
+        of_new = of_new[..., of_new.shape[2] - held.keys.shape[2] :]
         first = self.mesh.sequence_rank == 0  # a sink is one more logit, once
         keys, values = held.prompt
         part = attend_part(q, keys, values, of_prompt, sink=sink if first else None, **scores)
