@@ -105,7 +105,7 @@ class _Tiled(torch.autograd.Function):
             for first in range(0, flat.shape[1], ctx.tile):
                 part = slice(first, first + ctx.tile)
                 grad = _accumulate(ctx, flat[:, part], dflat[:, part], totals, dx is not None)
-                if dx is not None:
+                if dx is not None and grad is not None:
                     dx[:, part] = grad
         dparameters = (
             None if total is None else total.to(p.dtype) for total, p in zip(totals, ctx.parameters, strict=True)

@@ -45,7 +45,7 @@ def test_the_choice_says_why() -> None:
 
 
 def test_the_choice_agrees_with_what_was_measured() -> None:
-    """At equal batch, where everything fits, the method chosen is the one that `benchmarks.generation` saw as faster."""
+    """Where all of them fit, the method chosen is the one that `benchmarks.generation` saw as faster."""
     speeds: dict[tuple[str, ...], dict[str, float]] = {}
     shapes: dict[tuple[str, ...], Shape] = {}
     with MEASURED.open(newline="", encoding="utf-8") as stream:
