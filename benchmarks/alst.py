@@ -23,8 +23,6 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# A limit on a process counts what malloc holds: it must give back what is freed, or chance decides how much fits.
-os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1", MALLOC_TRIM_THRESHOLD_="65536")
 
 import torch
 import torch.distributed as dist
@@ -52,6 +50,8 @@ RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
 GRAIN = 512  # tokens: how finely the longest sequence is looked for
 SHORT = 256  # tokens of the step before the cap
+# A cap counts what malloc holds: it must give back at once what is freed, or chance decides how much fits. Costs time.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 KEEP = {"recompute": "layer_keep_attention"}
 OURS: dict[str, dict[str, Any]] = {
@@ -224,6 +224,7 @@ def steps(row: StepRow, said: dict[str, float]) -> list[dict[str, Any]]:
 def lengths(row: StepRow, cap: int, names: list[str], said: dict[str, float]) -> list[dict[str, Any]]:
     """The longest sequence of everyone under the same cap."""
     table, found = [], {}
+    os.environ.update(GIVE_BACK)  # of the ranks to come
     print(f"\nlongest sequence, {row.ranks} ranks of at most {cap // MIB} MiB beyond their states, to {GRAIN} tokens")
     for name in names:
         found[name] = longest(partial(fits, name, row, cap), 4 * GRAIN)
