@@ -1,6 +1,6 @@
 """`python -m benchmarks.alst`: longctx beside DeepSpeed's ALST: step time, exact bytes, longest sequence under a cap.
 
-    python -m benchmarks.alst [--quick] [--only step longest] [--length 8192] [--cap 256]
+    python -m benchmarks.alst [--quick] [--only step longest] [--length 8192] [--cap 192]
 
 The same small Llama, ranks, ZeRO-3 and rows for everyone, in one run. ``step``: engines take turns in the same ranks
 and their losses must agree; the ladder adds what ALST's paper adds, on both sides. ``longest``: each length is tried in
@@ -170,7 +170,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tiny and quick; nothing is judged or written")
     parser.add_argument("--only", nargs="+", choices=("step", "longest"), default=["step", "longest"])
     parser.add_argument("--length", type=int, help="tokens of the timed rows")
-    parser.add_argument("--cap", type=int, default=256, help="MiB a rank may allocate in a step")
+    parser.add_argument("--cap", type=int, default=192, help="MiB a rank may allocate in a step")
     parser.add_argument("--ladder", action="store_true", help="the longest sequence of every rung, not of three")
     chosen = parser.parse_args()
     row = QUICK if chosen.quick else ROW
