@@ -91,8 +91,10 @@ def measured(case: str, ranks: int) -> int:
     import torch.distributed as dist
     from torch.profiler import ProfilerActivity, profile
 
+    from benchmarks.measure import frees_seen
+
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with frees_seen(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         engine, step = _engine(case, ranks)
         step()
         gc.collect()

@@ -19,16 +19,6 @@ def resting_bytes(shape: ModelShape, setup: Setup) -> int:
     return shape.itemsize * persistent_numbers(shape, setup) if setup.stage == 3 else 0
 
 
-def transport_bytes(shape: ModelShape, setup: Setup) -> int:
-    """On CPU ranks gloo's threads hold the tensors of their last messages until the next ones come: none to several of
-    the last parameters gathered, which differs from run to run; taken as the embedding and an MLP."""
-    if setup.stage < 3 or setup.on_gpu or setup.world == 1:
-        return 0
-    matrix = shape.hidden * shape.inner
-    mlp = shape.mlp_weights if matrix > setup.persistent else 0
-    return shape.itemsize * (mlp + (shape.embedding if shape.embedding > setup.persistent else 0))
-
-
 def gathered_bytes(shape: ModelShape, setup: Setup) -> int:
     """Whole parameters that exist at the busiest moment.
 

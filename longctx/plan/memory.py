@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from longctx.plan import activations, buffers, states
-from longctx.plan.live import gathered_bytes, resting_bytes, transport_bytes
+from longctx.plan.live import gathered_bytes, resting_bytes
 from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
 
@@ -92,7 +92,7 @@ def _moments(shape: ModelShape, setup: Setup) -> Iterator[Moment]:
         yield Moment(f"{name}: attention", _sum(base, _attention(shape, setup)))
     if setup.stage in (1, 2):
         whole = {"gradients": shape.itemsize * shape.embedding, "workspace": states.large_gradient_bytes(shape, setup)}
-        yield Moment("backward of the embedding", _sum(_base(shape, setup, everything), whole))
+        yield Moment("backward of the embedding", _sum(_base(shape, setup, everything - head), whole))
     step = {"workspace": states.step_bytes(shape, setup)}
     yield Moment("optimizer step", _sum(_base(shape, setup, everything, resting=True), step))
 
@@ -108,7 +108,7 @@ def _base(shape: ModelShape, setup: Setup, made: int, resting: bool = False) -> 
         "gradients": gradients,
         "optimizer": states.optimizer_bytes(shape, setup),
         "gathered parameters": gathered,
-        "workspace": inputs + fixed + transport_bytes(shape, setup),
+        "workspace": inputs + fixed,
     }
 
 

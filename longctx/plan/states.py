@@ -45,10 +45,16 @@ def resident_gradient_bytes(shape: ModelShape, setup: Setup) -> int:
 
 
 def made_gradient_bytes(shape: ModelShape, setup: Setup, made: int) -> int:
-    """Made in backward so far, for ``made`` of the model's parameters; until the optimizer step."""
+    """Made in backward so far, for ``made`` of the model's parameters; until the optimizer step.
+
+    ZeRO-2 keeps a gradient whole if any of it is this rank's: of a head that many ranks share, each of them has all.
+    """
     if setup.stage == 3 or (setup.offload_optimizer and setup.stage == 2):
         return 0
-    return shape.itemsize * (share(made, setup, 2) if setup.stage == 2 else made)
+    if setup.stage == 2:
+        largest = max(shape.hidden * shape.inner, 0 if shape.tied else shape.embedding)
+        return shape.itemsize * max(share(made, setup, 2), min(made, largest))
+    return shape.itemsize * made
 
 
 def bucket_bytes(shape: ModelShape, setup: Setup, made: int = 1) -> int:

@@ -43,12 +43,12 @@ def rehearsed(folder: Path, *words: str) -> dict[str, Any]:
     return found
 
 
-def check(found: dict[str, Any], memory: float = 0.1) -> None:
-    """Attention to the byte; collectives but for a few numbers (norms, losses); memory within this share."""
+def check(found: dict[str, Any]) -> None:
+    """Attention to the byte; collectives but for a few numbers (norms, losses); memory within a tenth."""
     for part in ("ring", "heads", "states"):
         assert found["sent"][part] == found["planned_sent"][part], part
     assert found["sent"]["zero"] == pytest.approx(found["planned_sent"]["zero"], rel=0.01)
-    assert found["peak"] == pytest.approx(found["planned_peak"], rel=memory)
+    assert found["peak"] == pytest.approx(found["planned_peak"], rel=0.1)
 
 
 def test_a_step_of_one_rank_of_64_is_foretold(tmp_path: Path) -> None:
@@ -66,8 +66,7 @@ def test_a_step_of_one_rank_of_64_is_foretold(tmp_path: Path) -> None:
     ],
 )
 def test_other_switches_are_foretold_too(tmp_path: Path, words: tuple[str, ...]) -> None:
-    """Memory is worse foretold here: of so small a model most is one gradient, the embedding's, on its way."""
-    check(rehearsed(tmp_path, *words), memory=0.2)
+    check(rehearsed(tmp_path, *words))
 
 
 def test_what_this_machine_cannot_do_is_refused(tmp_path: Path) -> None:
