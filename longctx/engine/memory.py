@@ -25,8 +25,8 @@ class Memory:
         loss_tile: tokens whose logits exist at once; "auto" chooses, and leaves models alone whose loss it cannot tile;
             None never tiles.
         z_loss: weight of PaLM's auxiliary loss lse² in training; needs a tiled loss.
-        mlp_tile: tokens that an MLP computes at once, forward and backward; "auto" is as many as the hidden size, and
-            leaves alone models whose MLPs it cannot tile; None never tiles.
+        mlp_tile: tokens that an MLP computes at once, forward and backward; "auto" is half as many as the hidden size,
+            and leaves alone models whose MLPs it cannot tile; None never tiles.
         recompute: what backward computes anew: "none"; "mlp", the inner results of MLPs; "layer", everything but a
             layer's input; "layer_keep_attention", that without attention, so that no hop of the ring is repeated.
         offload_checkpoints: what ``recompute`` keeps of layers waits for backward in (pinned) host memory, copied while

@@ -10,8 +10,10 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from longctx.errors import ModelError
+from longctx.nn.gated import Gated
 from longctx.nn.tiling import Tile, choose_tile
 from longctx.nn.tokenwise import tiled
 
@@ -40,8 +42,8 @@ def tile_mlps(model: torch.nn.Module, tile: Tile = "auto", *, always: bool = Fal
     the engine is made, or every tile would gather its weights anew; ``initialize(memory=…)`` does that.
 
     Args:
-        tile: tokens at a time; "auto" is as many as the hidden size, so that a tile's intermediate results are about as
-            large as the weights, which have to be there anyway.
+        tile: tokens at a time; "auto" is half as many as the hidden size, so that a tile's intermediate results are
+            smaller than the weights, which have to be there anyway.
         always: recompute even where all tokens make one tile.
 
     Raises:
@@ -66,16 +68,53 @@ def _tiled_forward(kind: Any) -> Any:
     @wraps(plain)
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         given, always = getattr(self, _SETTINGS)
-        tile = max(_LEAST, x.shape[-1]) if given == "auto" else given
+        tile = max(_LEAST, x.shape[-1] // 2) if given == "auto" else given
         if not always and x.shape[:-1].numel() <= tile:
             out: torch.Tensor = plain(self, x)
             return out
         draws = self.training and any(
             isinstance(part, torch.nn.Dropout) and part.p > 0 for part in self.modules()
         )  # fmt: skip
-        return tiled(MethodType(plain, self), x, list(self.parameters()), tile, random=draws)
+        return tiled(MethodType(plain, self), x, list(self.parameters()), tile, random=draws, gated=_gated(self))
 
     return forward
+
+
+# down_proj(act_fn(gate_proj(x)) * up_proj(x)), and nothing else
+_GATED = {
+    f"{family}MLP"
+    for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Olmo", "Olmo2", "Olmo3")
+}
+
+
+def _gated(mlp: Any) -> Gated | None:
+    """Return what ``mlp`` computes as a gated MLP, if it is one that nobody has changed."""
+    if type(mlp).__name__ not in _GATED:
+        return None
+    linears = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    backward = _activation_backward(mlp.act_fn)
+    if backward is None or any(map(_changed, linears)):
+        return None
+    return Gated(*linears, mlp.act_fn, backward)
+
+
+def _changed(linear: torch.nn.Module) -> bool:
+    """Whether it may do more than a linear: an adapter, a replaced forward, hooks."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return type(linear) is not torch.nn.Linear or "forward" in vars(linear) or any(vars(linear)[name] for name in hooks)
+
+
+def _activation_backward(act: Any) -> Any:
+    """(dout, x, out): the gradient of an activation, in place; None for one that is not known."""
+    name, aten = type(act).__name__, torch.ops.aten
+    if name in ("SiLUActivation", "SiLU"):
+        return lambda dout, x, out: aten.silu_backward.grad_input(dout, x, grad_input=out)
+    if name in ("GELUTanh", "GELUActivation"):
+        approximate = getattr(getattr(act, "act", None), "keywords", {}).get("approximate")
+        approximate = "none" if getattr(act, "act", None) is F.gelu else approximate
+        if approximate in ("none", "tanh"):
+            return lambda dout, x, out: aten.gelu_backward.grad_input(dout, x, approximate=approximate, grad_input=out)
+    return None
 
 
 def _outermost(module: torch.nn.Module) -> Iterator[torch.nn.Module]:

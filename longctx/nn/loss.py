@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from longctx.errors import ModelError
+from longctx.nn.products import add_product
 from longctx.nn.tiling import Tile, choose_tile
 
 IGNORED = -100
-_ROWS = 4096  # of the head's gradient that are added to at a time where its accumulator has another dtype
 
 
 def tiled_loss(
@@ -101,7 +101,7 @@ class _TiledLoss(torch.autograd.Function):
             if dhidden is not None:
                 torch.mm(logits, weight, out=dhidden[part])
             if dweight is not None:
-                _add_product(dweight, logits, x)
+                add_product(dweight, logits, x)
             del logits  # before the next tile's are made
         ctx.gradients = dhidden, dweight, dbias
         ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
@@ -148,15 +148,6 @@ def _loss_and_gradient(
         if slope is not None:
             logits.mul_(slope)
     return loss
-
-
-def _add_product(total: torch.Tensor, dlogits: torch.Tensor, x: torch.Tensor) -> None:
-    """total (V, D) += dlogits (n, V)ᵀ x (n, D), without a second whole matrix where the accumulator is the wider."""
-    if total.dtype == x.dtype:
-        total.addmm_(dlogits.T, x)
-        return
-    for rows, columns in zip(total.split(_ROWS), dlogits.split(_ROWS, 1), strict=True):
-        rows += columns.T @ x
 
 
 def _check(

@@ -109,7 +109,7 @@ def resolve_mlp_tile(tile: Any, shape: ModelShape) -> int | None:
     """Tokens that an MLP computes at once; None: all. The rule of longctx.models.mlp."""
     if tile == "none" or tile is None:
         return None
-    return max(_LEAST_TILE, shape.hidden) if tile == "auto" else int(tile)
+    return max(_LEAST_TILE, shape.hidden // 2) if tile == "auto" else int(tile)
 
 
 def _buckets(zero: dict[str, Any]) -> dict[str, Any]:
