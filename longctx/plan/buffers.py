@@ -14,9 +14,15 @@ def attention_forward(shape: ModelShape, setup: Setup) -> int:
 
 
 def attention_backward(shape: ModelShape, setup: Setup) -> int:
-    """dout by token, dq in fp32 and its copy in the run's dtype, lse as the operator wants it, delta."""
-    copy = shape.itemsize if shape.itemsize < 4 else 0
-    return setup.n * (shape.q_width * (shape.itemsize + 4 + copy) + 2 * 4 * shape.heads)
+    """dout by token, dq in fp32 and in the run's dtype, lse as the operator wants it, delta.
+
+    dq is rounded after the ring's last stage, in the room of buffers that are gone by then; torch's operator on a CPU
+    makes a rounded one at every stage.
+    """
+    copy = shape.itemsize * shape.q_width * setup.n if shape.itemsize < 4 else 0
+    if setup.on_gpu:
+        copy = max(0, copy - ring_backward(shape, setup) + 2 * 4 * shape.kv_width * setup.n)
+    return setup.n * (shape.q_width * (shape.itemsize + 4) + 2 * 4 * shape.heads) + copy
 
 
 def ring_forward(shape: ModelShape, setup: Setup) -> int:

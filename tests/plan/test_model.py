@@ -200,7 +200,7 @@ def test_the_working_set_of_llama_8b_by_token_and_part() -> None:
     assert {part: slope for part, slope in slopes.items() if slope} == {
         "kept results": 33_024,
         "layer at work": 53_252,
-        "attention buffers": 33_024,
+        "attention buffers": 24_832,
         "ring buffers": 32_768,
         "workspace": 548,
     }
