@@ -57,7 +57,8 @@ KEEP = {"recompute": "layer_keep_attention"}
 OURS: dict[str, dict[str, Any]] = {
     "longctx ring, checkpoints": KEEP,
     "longctx ring + tiled loss": {**KEEP, "loss_tile": "auto"},
-    "longctx": {**KEEP, "loss_tile": "auto", "mlp_tile": "auto"},
+    "longctx ring + tiled loss, MLP": {**KEEP, "loss_tile": "auto", "mlp_tile": "auto"},
+    "longctx": {**KEEP, "loss_tile": "auto", "mlp_tile": "auto", "recompute_norms": True},
 }
 LEAN = {"longctx, layers computed anew": {**OURS["longctx"], "recompute": "layer"}}  # slower: for length alone
 THEIRS: dict[str, dict[str, bool]] = {

@@ -33,7 +33,7 @@ def _llama(hidden: int, layers: int, heads: int, kv_heads: int, **more: Any) -> 
 
 
 _LARGE: dict[str, Any] = {"dtype": "bf16"}
-_FRUGAL: dict[str, Any] = {"mlp_tile": "auto", "recompute": "layer_keep_attention"}
+_FRUGAL: dict[str, Any] = {"mlp_tile": "auto", "recompute": "layer_keep_attention", "recompute_norms": True}
 
 # Llama 3's eight billion, with DeepSpeed's buckets (2 GB and more by default) as small as traffic allows.
 _EIGHT = _llama(
@@ -47,7 +47,7 @@ _EIGHT = _llama(
 )
 _EIGHT_DATA: dict[str, Any] = {"vocab_size": 65_536, "packing": "best_fit"}
 _SMALL_BUCKETS: dict[str, Any] = {"reduce_bucket_size": 50_000_000, "stage3_max_live_parameters": 100_000_000}
-_LONGEST: dict[str, Any] = {"mlp_tile": "auto", "recompute": "layer"}
+_LONGEST: dict[str, Any] = {"mlp_tile": "auto", "recompute": "layer", "recompute_norms": True}
 
 
 def _longest(file: str, about: str, length: int, ring: int, **zero: Any) -> Preset:

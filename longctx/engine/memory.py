@@ -10,6 +10,7 @@ from longctx.errors import EngineError
 from longctx.models.host import HostStore
 from longctx.models.loss import tile_loss, why_not_tiled
 from longctx.models.mlp import find_mlps, tile_mlps
+from longctx.models.norms import recompute_norms
 from longctx.models.recompute import Policy, recompute_layers
 from longctx.nn.tiling import Tile
 
@@ -31,6 +32,7 @@ class Memory:
             layer's input; "layer_keep_attention", that without attention, so that no hop of the ring is repeated.
         offload_checkpoints: what ``recompute`` keeps of layers waits for backward in (pinned) host memory, copied while
             the GPU computes.
+        recompute_norms: RMSNorms keep only their input, and make what their gradient needs of it anew.
     """
 
     loss_tile: Tile | None = None
@@ -38,6 +40,7 @@ class Memory:
     mlp_tile: Tile | None = None
     recompute: Policy = "none"
     offload_checkpoints: bool = False
+    recompute_norms: bool = False
 
 
 def read_memory(given: Memory | dict[str, Any] | None) -> Memory:
@@ -74,6 +77,8 @@ def save_memory(model: Any, memory: Memory, *, announce: bool = True) -> None:
             tile_loss(model, memory.loss_tile, z_loss=memory.z_loss)
         elif announce:
             logger.warning("the loss is not tiled: %s. All of a rank's logits will exist at once", reason)
+    if memory.recompute_norms and not recompute_norms(model) and announce:
+        logger.warning("recompute_norms does nothing: %s has no RMSNorm", type(model).__name__)
     recompute_layers(model, memory.recompute, HostStore() if memory.offload_checkpoints else None)
     if memory.recompute == "mlp":
         _make_leaves(tile_mlps(model, _WHOLE if memory.mlp_tile is None else memory.mlp_tile, always=True))

@@ -1,6 +1,6 @@
 """Bytes of one layer's results, per token: what autograd keeps of it, and what backward makes on the way.
 
-Llama's shape: a norm computes in fp32 and keeps its fp32 input, its normalised input and its result; attention keeps
+Llama's shape: a norm keeps its input and its result (more, unless `memory.recompute_norms`); attention keeps
 q, k, v, its result (twice: by head and by token) and lse; a gated MLP its gate, activation, up projection and product.
 b is the bytes of a number in the run's dtype.
 """
@@ -11,8 +11,11 @@ from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
 
 
-def norm_kept(shape: ModelShape) -> int:
-    """One RMSNorm: the input in fp32 (in an fp32 run the residual stream itself), normalised input, result, 1/rms."""
+def norm_kept(shape: ModelShape, setup: Setup) -> int:
+    """One RMSNorm: its input and its result; left to autograd, the input in fp32 (in an fp32 run the residual stream
+    itself), the normalised input, the result and 1/rms."""
+    if setup.recompute_norms:
+        return 2 * shape.itemsize * shape.hidden
     return shape.hidden * (4 + 2 * shape.itemsize) + 4
 
 
@@ -46,7 +49,7 @@ def layer_kept(shape: ModelShape, setup: Setup) -> int:
     """Per token and layer between forward and backward, by the policy of `memory.recompute`."""
     if setup.recompute in ("layer", "layer_keep_attention"):
         return 0 if setup.offload_checkpoints else checkpoint_kept(shape, setup)
-    kept = 2 * norm_kept(shape) + attention_kept(shape)
+    kept = 2 * norm_kept(shape, setup) + attention_kept(shape)
     return kept if setup.recompute == "mlp" or tiled_mlp(setup) else kept + mlp_inner(shape)
 
 

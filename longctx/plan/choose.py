@@ -44,6 +44,7 @@ class Choice:
             "zero.stage": setup.stage,
             "zero.offload_optimizer": "cpu" if setup.offload_optimizer else "none",
             "memory.recompute": setup.recompute,
+            "memory.recompute_norms": setup.recompute_norms,
             "memory.offload_checkpoints": setup.offload_checkpoints,
             "memory.mlp_tile": "none" if setup.mlp_tile is None else setup.mlp_tile,
             "memory.loss_tile": "none" if setup.loss_tile is None else setup.loss_tile,
@@ -74,7 +75,7 @@ def choose(
     Raises:
         ConfigError: nothing fits.
     """
-    base = start or Setup(tokens, overlap_comm=True)
+    base = start or Setup(tokens, overlap_comm=True, recompute_norms=True)
     found = []
     for grid in _grids(shape, tokens, machine, world, base, ulysses):
         for state in _states(grid):
@@ -105,7 +106,7 @@ def enumerate_all(
 ) -> Iterator[Choice]:
     """Yield every setting that fits, every pair of ``tiles`` and every bucket among them. Slow; `choose` is measured
     by it."""
-    base = start or Setup(tokens, overlap_comm=True)
+    base = start or Setup(tokens, overlap_comm=True, recompute_norms=True)
     for grid in _grids(shape, tokens, machine, world, base, ulysses):
         options = product(
             range(4), (False, True), POLICIES, tiles, tiles, (SMALL_BUCKET, base.bucket), {False, offload_checkpoints}

@@ -70,6 +70,8 @@ def _switches(shape: ModelShape, setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "memory.loss_tile: auto", replace(setup, loss_tile=tile)
     if setup.mlp_tile is None:
         yield "memory.mlp_tile: auto", replace(setup, mlp_tile=resolve_mlp_tile("auto", shape))
+    if not setup.recompute_norms:
+        yield "memory.recompute_norms: true", replace(setup, recompute_norms=True)
     if setup.stage < 3 and setup.world > 1:
         yield "zero.stage: 3", replace(setup, stage=3)
     if not setup.offload_optimizer and setup.stage > 0:

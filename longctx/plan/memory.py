@@ -114,7 +114,7 @@ def _base(shape: ModelShape, setup: Setup, made: int, resting: bool = False) -> 
 
 def _ends(shape: ModelShape, setup: Setup, layers: int) -> dict[str, int]:
     """Kept results of all layers and of the norm before the head."""
-    return {"kept results": layers + setup.n * activations.norm_kept(shape)}
+    return {"kept results": layers + setup.n * activations.norm_kept(shape, setup)}
 
 
 def _loss(shape: ModelShape, setup: Setup) -> dict[str, int]:
@@ -148,17 +148,17 @@ def _recomputed(shape: ModelShape, setup: Setup) -> int:
     """What backward has to make of a layer again, beside what was kept of it."""
     if setup.recompute not in ("layer", "layer_keep_attention"):
         return 0
-    whole = 2 * activations.norm_kept(shape) + activations.attention_kept(shape)
+    whole = 2 * activations.norm_kept(shape, setup) + activations.attention_kept(shape)
     if setup.recompute == "layer_keep_attention":
         whole -= activations.attention_result(shape)
-    if shape.itemsize == 4:
-        whole -= 4 * shape.hidden  # the first norm's input is the layer's own
+    if shape.itemsize == 4 or setup.recompute_norms:
+        whole -= shape.itemsize * shape.hidden  # the first norm's input is the layer's own
     return setup.n * whole
 
 
 def _after_attention(shape: ModelShape, setup: Setup) -> int:
     """Of the layer, what is let go before attention's backward: the second norm's, its MLP's, the result by token."""
-    gone = activations.norm_kept(shape) + shape.itemsize * shape.q_width
+    gone = activations.norm_kept(shape, setup) + shape.itemsize * shape.q_width
     if setup.recompute == "none" and not activations.tiled_mlp(setup):
         gone += activations.mlp_inner(shape)
     return setup.n * gone

@@ -33,6 +33,7 @@ class Setup:
     recompute: Recompute = "none"
     loss_tile: int | None = None
     mlp_tile: int | None = None
+    recompute_norms: bool = False
     states: int = 2
     """Numbers the optimizer keeps a weight: 2 for AdamW, 1 for SGD with momentum, 0 without."""
     on_gpu: bool = True
@@ -89,6 +90,7 @@ def setup_of(config: RunConfig, derived: Derived, shape: ModelShape, *, on_gpu: 
         recompute=memory.recompute,
         loss_tile=resolve_loss_tile(memory.loss_tile, shape, on_gpu),
         mlp_tile=resolve_mlp_tile(memory.mlp_tile, shape),
+        recompute_norms=memory.recompute_norms,
         states=2 if train.optimizer == "adamw" else int(train.momentum > 0),
         on_gpu=on_gpu,
         overlap_comm=zero.overlap_comm,

@@ -66,6 +66,7 @@ def memory_of(config: RunConfig) -> Memory:
         z_loss=memory.z_loss,
         recompute=memory.recompute,
         offload_checkpoints=memory.offload_checkpoints,
+        recompute_norms=memory.recompute_norms,
         mlp_tile=None if memory.mlp_tile == "none" else memory.mlp_tile,
     )
 

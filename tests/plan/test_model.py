@@ -191,7 +191,8 @@ def test_the_working_set_of_llama_8b_by_token_and_part() -> None:
     """What grows with a rank's tokens at the peak of a step, with everything that saves memory on: 8 ranks, checkpoints
     on the host, tiles. The figures stand in docs/plan.md; the aim of 90 KB is not reached."""
     fixed = Setup(
-        2**20, ring=8, recompute="layer_keep_attention", offload_checkpoints=True, loss_tile=1040, mlp_tile=4096
+        2**20, ring=8, recompute="layer_keep_attention", offload_checkpoints=True, loss_tile=1040, mlp_tile=2048,
+        recompute_norms=True,
     )
     small, large = (memory_of(LLAMA_8B, replace(fixed, tokens=tokens)).peak for tokens in (2**21, 2**22))
     assert small.name == large.name and large.name.endswith("attention")
@@ -199,7 +200,7 @@ def test_the_working_set_of_llama_8b_by_token_and_part() -> None:
     slopes = {part: (large.parts[part] - small.parts.get(part, 0)) // tokens for part in large.parts}
     assert {part: slope for part, slope in slopes.items() if slope} == {
         "kept results": 33_024,
-        "layer at work": 53_252,
+        "layer at work": 28_672,
         "attention buffers": 24_832,
         "ring buffers": 32_768,
         "workspace": 548,
