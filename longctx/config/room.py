@@ -1,4 +1,4 @@
-"""What a configuration says about hosts and heads: how many ranks share a host, and so exchange heads or hold weights."""
+"""What a configuration says of hosts and heads: how many ranks share a host, and so exchange heads or hold weights."""
 
 from __future__ import annotations
 

@@ -195,7 +195,9 @@ def _zero(config: RunConfig) -> Iterator[Finding]:
         message = f"got 'cpu', but stage {zero.stage} does not shard parameters; use zero.stage 3"
         yield Finding("zero.offload_parameters", message, "zero-stage")
     if isinstance(zero.group, int) and zero.stage != 3:
-        message = f"got {zero.group}, but stage {zero.stage} does not shard weights; use zero.stage 3, or remove the key"
+        message = (
+            f"got {zero.group}, but stage {zero.stage} does not shard weights; use zero.stage 3, or remove the key"
+        )
         yield Finding("zero.group", message, "zero-stage")
     if zero.stage == 0:
         if zero.offload_optimizer != "none":

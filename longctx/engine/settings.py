@@ -177,8 +177,7 @@ def _check_features(settings: Settings) -> None:
         (
             (enabled("zero_optimization", "mics_shard_size") or 0) > 0,
             "zero_optimization.mics_shard_size",
-            "DeepSpeed has no MiCS any more; remove it, or set zero_hpz_partition_size to keep a copy of the weights in a "
-            "node",
+            "DeepSpeed has no MiCS any more; remove it (zero_hpz_partition_size keeps a copy of the weights in a node)",
         ),
     ]
     for refused, key, reason in refusals:

@@ -72,6 +72,8 @@ def _switches(shape: ModelShape, setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "memory.mlp_tile: auto", replace(setup, mlp_tile=resolve_mlp_tile("auto", shape))
     if setup.stage < 3 and setup.world > 1:
         yield "zero.stage: 3", replace(setup, stage=3)
+    if setup.group is not None:
+        yield "zero.group: none", replace(setup, group=None)
     if not setup.offload_optimizer and setup.stage > 0:
         yield "zero.offload_optimizer: cpu", replace(setup, offload_optimizer=True)
     small = 50_000_000

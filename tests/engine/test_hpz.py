@@ -15,6 +15,7 @@ from engine_tiny import weights_of as whole_weights
 from longctx.engine.settings import load_settings
 from longctx.errors import EngineError
 from longctx.mesh import Mesh
+
 from tolerances import tolerance
 
 STEPS = 3
@@ -30,7 +31,9 @@ def uneven() -> torch.nn.Module:
 def train(rank: int, world: int, ring: int, ulysses: int, zero: dict[str, Any], recompute: str) -> Any:
     """Losses, norms and weights of an engine with the copy, and the share of a weight that this rank's copy is."""
     model = uneven()
-    engine = make_engine(ring, 3, ulysses=ulysses, model=model, gas=2, zero=COPY | zero, memory={"recompute": recompute})
+    engine = make_engine(
+        ring, 3, ulysses=ulysses, model=model, gas=2, zero=COPY | zero, memory={"recompute": recompute}
+    )
     losses, norms = [], []
     for step in range(STEPS):
         run_window(engine, [ragged_rows(step, index, engine.mesh.data_rank) for index in range(2)])
@@ -151,7 +154,10 @@ def test_every_engine_and_every_model_gets_the_group_it_asks_for() -> None:
     ("zero", "message"),
     [
         ({"stage": 2, "zero_hpz_partition_size": 2}, "stage 2 does not shard weights: use stage 3"),
-        ({"stage": 3, "zero_hpz_partition_size": 5}, "divide the world of 12 and are smaller than it: use one of 2, 3, 4, 6"),
+        (
+            {"stage": 3, "zero_hpz_partition_size": 5},
+            "divide the world of 12 and are smaller than it: use one of 2, 3, 4, 6",
+        ),
         ({"stage": 3, "zero_hpz_partition_size": 12}, "use one of 2, 3, 4, 6"),
         ({"stage": 3, "zero_hpz_partition_size": "2"}, "'2'; give a number"),
         ({"stage": 3, "mics_shard_size": 2}, "mics_shard_size"),
