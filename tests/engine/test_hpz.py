@@ -168,3 +168,21 @@ def test_sizes_that_cannot_be_are_named(zero: dict[str, Any], message: str) -> N
         load_settings({"zero_optimization": zero}, Mesh(ring=4, data=3, world_size=12))
     assert message in str(error.value)
     assert load_settings({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}, Mesh(12, world_size=12))
+
+
+def disagreeing(rank: int, world: int) -> str:
+    from types import SimpleNamespace
+
+    from longctx.errors import ConfigError
+    from longctx.train.job import agree_on_group
+
+    agree_on_group(SimpleNamespace(group=2))  # type: ignore[arg-type]
+    try:
+        agree_on_group(SimpleNamespace(group=2 if rank < 2 else None))  # type: ignore[arg-type]
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_hosts_of_different_sizes_are_told_to_write_a_number() -> None:
+    assert all("[2, 2, None, None]" in message and "zero.group" in message for message in run_ranks(4, disagreeing))
