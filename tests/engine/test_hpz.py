@@ -19,7 +19,9 @@ from longctx.mesh import Mesh
 from tolerances import tolerance
 
 STEPS = 3
-COPY = {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
+LET_GO = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+# What is used is let go at once, so that backward gathers it again, from the copy.
+COPY = {"zero_hpz_partition_size": 2, **{f"stage3_{key}": 0 for key in LET_GO}}
 
 
 def uneven() -> torch.nn.Module:
@@ -56,15 +58,14 @@ def truth(replicas: int) -> dict[str, Any]:
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-LET_GO = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 
 
 @pytest.mark.parametrize(
     ("ring", "ulysses", "zero", "recompute"),
     [
-        (2, 1, LET_GO, "none"),
+        (2, 1, {}, "none"),
         pytest.param(4, 1, {}, "layer", marks=pytest.mark.slow),
-        pytest.param(2, 2, {"overlap_comm": True, **LET_GO}, "layer_keep_attention", marks=pytest.mark.slow),
+        pytest.param(2, 2, {"overlap_comm": True}, "layer_keep_attention", marks=pytest.mark.slow),
         pytest.param(2, 1, {"reduce_scatter": False}, "mlp", marks=pytest.mark.slow),
         pytest.param(2, 1, OFFLOAD, "layer", marks=pytest.mark.slow),
     ],
