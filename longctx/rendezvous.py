@@ -153,6 +153,20 @@ def make_groups(mesh: Mesh) -> dict[str, dist.ProcessGroup]:
     return groups
 
 
+_neighbours: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+
+
+def neighbours(mesh: Mesh, size: int) -> dist.ProcessGroup:
+    """Return this rank's group of ``size`` ranks that stand side by side, as those of a host do; ``size`` divides the
+    world. Collective over the world on first use."""
+    world = dist.group.WORLD
+    assert world is not None
+    if size not in _neighbours or _neighbours[size][0] is not world:
+        members = [list(range(first, first + size)) for first in range(0, mesh.world_size, size)]
+        _neighbours[size] = (world, _split(members, mesh.rank))
+    return _neighbours[size][1]
+
+
 def _alone(mesh: Mesh, world: dist.ProcessGroup) -> dist.ProcessGroup:
     """Return this rank's group of one, from another grid of the same world if there is one."""
     for owner, groups in _made.values():

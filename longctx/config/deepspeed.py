@@ -23,6 +23,7 @@ OWNED = {
     "seed": "train.seed",
     "tensorboard": "output.tensorboard",
     "zero_optimization.stage": "zero.stage",
+    "zero_optimization.zero_hpz_partition_size": "zero.group",
     "zero_optimization.offload_optimizer": "zero.offload_optimizer",
     "zero_optimization.cpu_offload": "zero.offload_optimizer",
     "zero_optimization.offload_param": "zero.offload_parameters",
@@ -46,7 +47,8 @@ REFUSED = {
     "load_universal_checkpoint": "checkpoints are read by longctx; use the section checkpoint",
     "pipeline": "there is no pipeline axis; remove the key",
     "compression_training": "it is not supported; remove the key",
-    "zero_optimization.zero_hpz_partition_size": "it shards over other groups than the mesh's; remove the key",
+    "zero_optimization.mics_shard_size": "DeepSpeed has no MiCS any more; remove the key, or use zero.group",
+    "zero_optimization.mics_hierarchical_params_gather": "DeepSpeed has no MiCS any more; remove the key",
     "zero_optimization.zero_quantized_weights": "it is not supported; remove the key",
     "zero_optimization.zero_quantized_nontrainable_weights": "it is not supported; remove the key",
     "zero_optimization.zero_quantized_gradients": "it is not supported; remove the key",
@@ -92,6 +94,8 @@ def to_deepspeed(config: RunConfig, derived: Derived | None = None) -> dict[str,
             "reduce_scatter": zero.reduce_scatter,
             "contiguous_gradients": zero.contiguous_gradients,
         }
+    if derived.group is not None:
+        sharding["zero_hpz_partition_size"] = derived.group
     if zero.offload_optimizer == "cpu":
         sharding["offload_optimizer"] = {"device": "cpu"}
     if zero.offload_parameters == "cpu":

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from longctx.config.architecture import parameter_count
 from longctx.config.fields import Section
-from longctx.config.room import room_of
+from longctx.config.room import room_of, weights_group
 from longctx.config.schema import RunConfig
 from longctx.errors import ConfigError
 from longctx.layout import get_layout
@@ -28,6 +28,7 @@ class Derived(Section):
     padded_length: int = Field(description="tokens of a row after padding, so that every rank holds as many")
     local_length: int = Field(description="tokens of a row on one rank")
     tokens_per_step: int = Field(description="tokens of one optimizer step, without padding")
+    group: int | None = Field(description="ranks among which ZeRO-3's weights are cut once more; None: no such copy")
     parameters: int | None = Field(
         description="parameters of the model, about; None where they are not known before loading"
     )
@@ -84,5 +85,6 @@ def derive(config: RunConfig, world: int | None = None) -> Derived:
         padded_length=padded,
         local_length=padded // (grid.ring * grid.ulysses),
         tokens_per_step=global_batch * length,
+        group=weights_group(config, world),
         parameters=parameter_count(config),
     )

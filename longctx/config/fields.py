@@ -68,6 +68,10 @@ Tile = Annotated[
     Annotated[int, Field(ge=1, le=2**30)] | Literal["auto", "none"],
     BeforeValidator(human_tile, json_schema_input_type=int | str),
 ]
+Group = Annotated[
+    Annotated[int, Field(ge=2, le=2**20)] | Literal["auto", "none"],
+    BeforeValidator(human_tile, json_schema_input_type=int | str),
+]
 Texts = Annotated[tuple[str, ...], BeforeValidator(listed, json_schema_input_type=str | list[str])]
 Pair = Annotated[tuple[float, float], BeforeValidator(listed, json_schema_input_type=list[float])]
 Raw = dict[str, Any]

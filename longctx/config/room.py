@@ -1,4 +1,4 @@
-"""What a configuration says about the exchange of heads: how many there are, and how many ranks are on a host."""
+"""What a configuration says of hosts and heads: how many ranks share a host, and so exchange heads or hold weights."""
 
 from __future__ import annotations
 
@@ -43,6 +43,22 @@ def heads(config: RunConfig) -> tuple[int | None, int | None]:
         return queries, int(raw.get("num_key_value_heads") or queries)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None, None  # whoever looks at the machine says what is wrong with the folder
+
+
+def weights_group(config: RunConfig, world: int, per_host: int | None = None) -> int | None:
+    """Return among how many ranks ZeRO-3's weights are cut once more, `zero.group: auto` filled in; None: no copy.
+
+    Args:
+        per_host: ranks of a host; by default what the configuration or the launcher says.
+    """
+    group = config.zero.group
+    if group == "none":
+        return None
+    if group != "auto":
+        return group
+    host = per_host or ranks_per_host(config, world)
+    whole = host is not None and 1 < host < world and world % host == 0
+    return host if whole and config.zero.stage == 3 else None
 
 
 def ranks_per_host(config: RunConfig, world: int) -> int | None:

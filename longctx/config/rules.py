@@ -15,7 +15,7 @@ from longctx.config.problems import redact, show
 from longctx.config.room import has_memories, room_of
 from longctx.config.room import heads as query_heads
 from longctx.config.schema import RunConfig
-from longctx.engine.settings import load_settings
+from longctx.engine.settings import load_settings, parts_of
 from longctx.errors import ConfigError, LongctxError
 from longctx.mesh import Mesh
 
@@ -194,6 +194,11 @@ def _zero(config: RunConfig) -> Iterator[Finding]:
     if zero.offload_parameters != "none" and zero.stage != 3:
         message = f"got 'cpu', but stage {zero.stage} does not shard parameters; use zero.stage 3"
         yield Finding("zero.offload_parameters", message, "zero-stage")
+    if isinstance(zero.group, int) and zero.stage != 3:
+        message = (
+            f"got {zero.group}, but stage {zero.stage} does not shard weights; use zero.stage 3, or remove the key"
+        )
+        yield Finding("zero.group", message, "zero-stage")
     if zero.stage == 0:
         if zero.offload_optimizer != "none":
             message = "got 'cpu', but stage 0 shards no optimizer state to offload; use zero.stage 1, 2 or 3"
@@ -237,6 +242,9 @@ def _sizes(config: RunConfig, world: int, others: bool) -> Iterator[Finding]:
     if mesh.world not in ("auto", world):
         yield Finding("mesh.world", f"got {mesh.world}, but the launcher started {world} ranks; remove the key", "mesh")
         return
+    group = config.zero.group
+    if isinstance(group, int) and (group >= world or world % group):
+        yield Finding("zero.group", f"got {group}; {parts_of(world)}", "zero-group")
     try:
         grid = mesh.grid(world, room_of(config, world))
     except ConfigError as error:

@@ -47,6 +47,7 @@ _NAMES = {
     "memory.offload_checkpoints": "activation_offload cpu_checkpointing offload_activations activation_offloading",
     "memory.z_loss": "z_loss_weight router_z_loss",
     "zero.stage": "zero_stage zero_optimization",
+    "zero.group": "zero_hpz_partition_size hpz_partition_size hpz hpz_size secondary_partition",
     "zero.offload_parameters": "offload_param param_offload parameter_offload cpu_offload_params",
     "zero.offload_optimizer": "offload cpu_offload optimizer_offload",
     "checkpoint.every": "save_every save_steps save_interval checkpoint_interval",

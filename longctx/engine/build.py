@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from longctx.engine.hpz import own_group
 from longctx.engine.settings import Settings, load_settings
 from longctx.mesh import Mesh
 
@@ -56,7 +57,7 @@ def build(
     description = pretrained.read_config(model) if folder else model
     if layers:
         description = convert(description, layers)
-    with zero3.partitioned_by(settings) if partitioned else contextlib.nullcontext():
+    with own_group(settings, mesh), zero3.partitioned_by(settings) if partitioned else contextlib.nullcontext():
         if folder:
             with seeded(seed):  # weights that only the converted layers have
                 return pretrained.load_pretrained(model, dtype=dtype, config=description)

@@ -18,6 +18,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from longctx.engine import guard
 from longctx.engine.dropout import add_seeds
 from longctx.engine.evaluate import Evaluation, evaluate
+from longctx.engine.hpz import drop_copies
 from longctx.engine.loss import check_model_loss
 from longctx.engine.window import Window, shard_window, weigh_window
 from longctx.errors import EngineError, NonFiniteError
@@ -182,6 +183,12 @@ class Engine(DeepSpeedEngine):
     def clip_fp32_gradients(self) -> None:
         """Clip by the norm that is reported (DeepSpeed calls this for ZeRO 0 in fp32 only)."""
         guard.clip_plain(self, self._true_norm)
+
+    def load_checkpoint(self, *arguments: Any, **keywords: Any) -> Any:
+        """As DeepSpeed's, and no weight is computed with as it was before."""
+        loaded = super().load_checkpoint(*arguments, **keywords)
+        drop_copies(self.module)
+        return loaded
 
     # -- what came out ---------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from longctx.engine.engine import Engine
+from longctx.engine.hpz import check_model, own_group
 from longctx.engine.loader import RowLoader
 from longctx.engine.memory import Memory, read_memory, save_memory
 from longctx.engine.probe import gradient_factor
@@ -59,6 +60,7 @@ def initialize(
     settings = load_settings(getattr(args, "deepspeed_config", None) if config is None else config, mesh)
     attach_attention(model, mesh, layout)
     save_memory(model, read_memory(memory), announce=mesh.rank == 0)
+    check_model(model, settings)
     factor = gradient_factor(settings, mesh, mesh)
 
     import deepspeed
@@ -66,15 +68,16 @@ def initialize(
     stock = {key: value for key, value in stock.items() if value is not None}
     if args is not None and config is not None:
         stock["args"] = args
-    engine, optimizer, _, scheduler = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        lr_scheduler=lr_scheduler,
-        config=settings,
-        mpu=mesh,
-        **stock,
-    )
+    with own_group(settings, mesh):
+        engine, optimizer, _, scheduler = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            lr_scheduler=lr_scheduler,
+            config=settings,
+            mpu=mesh,
+            **stock,
+        )
     engine = Engine.adopt(engine, mesh, layout, factor, seed)
     loader = None
     if training_data is not None:

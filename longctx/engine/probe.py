@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from longctx.engine import guard
+from longctx.engine.hpz import own_group
 from longctx.engine.settings import Settings
 from longctx.engine.window import exchange
 from longctx.errors import EngineError
@@ -105,7 +106,8 @@ def _measure(settings: Settings, mesh: Mesh, mpu: Any) -> float:
 
     model = _Numbers()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(settings), mpu=mpu)
+    with own_group(settings, mesh):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(settings), mpu=mpu)
     guard.close_doors(engine)
     try:
         micro_batches = engine.gradient_accumulation_steps()

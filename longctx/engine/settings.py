@@ -47,7 +47,20 @@ def load_settings(config: Any, mesh: Mesh) -> Settings:
     _check_sequence(settings, mesh)
     _check_batches(settings, mesh)
     _check_features(settings)
+    _check_group(settings, mesh)
     return settings
+
+
+def group_size(settings: Settings) -> int:
+    """Return among how many ranks the weights are cut once more (hpZ); 1: they are not."""
+    return (settings.get("zero_optimization") or {}).get("zero_hpz_partition_size", 1) or 1
+
+
+def parts_of(world: int) -> str:
+    """Say which groups of a world a second copy of the weights may be cut over."""
+    sizes = ", ".join(str(size) for size in range(2, world // 2 + 1) if world % size == 0)
+    found = f"use one of {sizes}" if sizes else "remove the key"
+    return f"neighbouring ranks in groups that divide the world of {world} and are smaller than it: {found}"
 
 
 def _read(config: Any) -> Settings:
@@ -116,6 +129,18 @@ def _check_batches(settings: Settings, mesh: Mesh) -> None:
     settings.update(zip(names, (product, micro, steps), strict=True))
 
 
+def _check_group(settings: Settings, mesh: Mesh) -> None:
+    """DeepSpeed ignores the second copy below stage 3, and would cut it over the whole world where it is too large."""
+    size, stage = group_size(settings), (settings.get("zero_optimization") or {}).get("stage", 0)
+    key = f"zero_optimization.zero_hpz_partition_size: {size!r}"
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise EngineError(f"{key}; give a number of neighbouring ranks, or remove the key")
+    if size > 1 and stage != 3:
+        raise EngineError(f"{key}; ZeRO stage {stage} does not shard weights: use stage 3, or remove the key")
+    if size > 1 and (size >= mesh.world_size or mesh.world_size % size):
+        raise EngineError(f"{key}; {parts_of(mesh.world_size)}")
+
+
 def _check_features(settings: Settings) -> None:
     def enabled(section: str, key: str = "enabled") -> Any:
         value = settings.get(section)
@@ -152,7 +177,7 @@ def _check_features(settings: Settings) -> None:
         (
             (enabled("zero_optimization", "mics_shard_size") or 0) > 0,
             "zero_optimization.mics_shard_size",
-            "MiCS shards over other groups than the mesh's; remove it",
+            "DeepSpeed has no MiCS any more; remove it (zero_hpz_partition_size keeps a copy of the weights in a node)",
         ),
     ]
     for refused, key, reason in refusals:

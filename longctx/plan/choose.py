@@ -42,6 +42,7 @@ class Choice:
             "mesh.ulysses": setup.ulysses,
             "mesh.data": setup.data,
             "zero.stage": setup.stage,
+            "zero.group": setup.group or "none",
             "zero.offload_optimizer": "cpu" if setup.offload_optimizer else "none",
             "memory.recompute": setup.recompute,
             "memory.recompute_norms": setup.recompute_norms,
@@ -65,7 +66,7 @@ def choose(
     start: Setup | None = None,
 ) -> Choice:
     """Return the fastest settings that fit rows of ``tokens`` tokens into ``world`` devices; of those that are within
-    a per cent of it, the ones that offload nothing and hold least.
+    a per cent of it, the ones that offload nothing, keep no second copy of the weights and hold least.
 
     Args:
         ulysses: exchange of heads may be chosen (within a node, where messages are cheapest).
@@ -78,7 +79,7 @@ def choose(
     base = start or Setup(tokens, overlap_comm=True, recompute_norms=True)
     found = []
     for grid in _grids(shape, tokens, machine, world, base, ulysses):
-        for state in _states(grid):
+        for state in _states(grid, machine):
             for setup in _policies(shape, state, offload_checkpoints):
                 if fits(shape, setup, machine):
                     found.append(Choice(setup, speed_of(shape, setup, machine).tokens_per_second))
@@ -90,7 +91,7 @@ def choose(
         )
     fastest = max(choice.tokens_per_second for choice in found)
     near = [choice for choice in found if choice.tokens_per_second >= EQUAL * fastest]
-    return min(near, key=lambda choice: (choice.setup.offload_optimizer, peak_bytes(shape, choice.setup)))
+    return min(near, key=lambda choice: (*_burdens(choice.setup), peak_bytes(shape, choice.setup)))
 
 
 def enumerate_all(
@@ -108,18 +109,20 @@ def enumerate_all(
     by it."""
     base = start or Setup(tokens, overlap_comm=True, recompute_norms=True)
     for grid in _grids(shape, tokens, machine, world, base, ulysses):
-        options = product(
-            range(4), (False, True), POLICIES, tiles, tiles, (SMALL_BUCKET, base.bucket), {False, offload_checkpoints}
-        )
-        for stage, offload, policy, mlp, loss, bucket, host in options:
-            if offload and stage == 0:
-                continue
+        sharding = list(_sharding(grid, machine))
+        options = product(sharding, POLICIES, tiles, tiles, (SMALL_BUCKET, base.bucket), {False, offload_checkpoints})
+        for (stage, group, offload), policy, mlp, loss, bucket, host in options:
             setup = replace(
-                grid, stage=stage, offload_optimizer=offload, recompute=policy, mlp_tile=mlp, loss_tile=loss,
-                bucket=bucket, offload_checkpoints=host,
+                grid, stage=stage, group=group, offload_optimizer=offload, recompute=policy, mlp_tile=mlp,
+                loss_tile=loss, bucket=bucket, offload_checkpoints=host,
             )  # fmt: skip
             if fits(shape, setup, machine):
                 yield Choice(setup, speed_of(shape, setup, machine).tokens_per_second)
+
+
+def _burdens(setup: Setup) -> tuple[bool, bool]:
+    """What is not worth having for nothing."""
+    return setup.offload_optimizer, setup.group is not None
 
 
 def _grids(shape: ModelShape, tokens: int, machine: Machine, world: int, base: Setup, ulysses: bool) -> Iterator[Setup]:
@@ -136,11 +139,20 @@ def _grids(shape: ModelShape, tokens: int, machine: Machine, world: int, base: S
             yield replace(base, tokens=padded, ring=ring, ulysses=members, data=world // sequence)
 
 
-def _states(grid: Setup) -> Iterator[Setup]:
-    """ZeRO stages with and without the optimizer on the host, and small buckets."""
+def _sharding(grid: Setup, machine: Machine) -> Iterator[tuple[int, int | None, bool]]:
+    """ZeRO stages, with and without a copy of the weights in a node and the optimizer on the host."""
+    nodes, rest = divmod(grid.world, machine.per_node)
+    copied = [machine.per_node] if nodes > 1 and rest == 0 and machine.per_node > 1 else []
     for stage, offload in product(range(4), (False, True)):
         if not (offload and stage == 0):
-            yield replace(grid, stage=stage, offload_optimizer=offload, bucket=SMALL_BUCKET)
+            for group in (None, *copied) if stage == 3 else (None,):
+                yield stage, group, offload
+
+
+def _states(grid: Setup, machine: Machine) -> Iterator[Setup]:
+    """Ways of sharding, and small buckets."""
+    for stage, group, offload in _sharding(grid, machine):
+        yield replace(grid, stage=stage, group=group, offload_optimizer=offload, bucket=SMALL_BUCKET)
 
 
 def _policies(shape: ModelShape, state: Setup, host: bool) -> Iterator[Setup]:

@@ -71,7 +71,8 @@ def _read(
     world = world_size(config, default)
     _require_devices(config, world, given)
     shape = shape_of(config)
-    return shape, setup_of(config, derive(config, world), shape, on_gpu=name != "cpu"), device
+    sizes = derive(config, world)
+    return shape, setup_of(config, sizes, shape, on_gpu=name != "cpu", per_node=device.per_node), device
 
 
 def _chosen(shape: ModelShape, setup: Setup, device: Machine, quiet: bool) -> Setup:

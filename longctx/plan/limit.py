@@ -74,6 +74,8 @@ def _switches(shape: ModelShape, setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "memory.recompute_norms: true", replace(setup, recompute_norms=True)
     if setup.stage < 3 and setup.world > 1:
         yield "zero.stage: 3", replace(setup, stage=3)
+    if setup.group is not None:
+        yield "zero.group: none", replace(setup, group=None)
     if not setup.offload_optimizer and setup.stage > 0:
         yield "zero.offload_optimizer: cpu", replace(setup, offload_optimizer=True)
     small = 50_000_000

@@ -15,7 +15,7 @@ from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
 
 PARTS = {
-    "weights": "as they are stored; ZeRO-3 cuts them",
+    "weights": "as they are stored; ZeRO-3 cuts them; and their copy in a node (zero.group)",
     "gradients": "made so far, and buffers for them",
     "optimizer": "fp32 master weights, and the optimizer's own numbers",
     "gathered parameters": "whole ones under ZeRO-3: in use, prefetched, not yet let go",
@@ -70,7 +70,7 @@ def host_bytes(shape: ModelShape, setup: Setup) -> dict[str, int]:
     if setup.offload_optimizer:
         found["optimizer"] = states.host_optimizer_bytes(shape, setup)
     if setup.offload_parameters:
-        found["weights"] = shape.itemsize * states.share(shape.parameters, setup, 3)
+        found["weights"] = shape.itemsize * states.share(shape.parameters, setup, 3) + states.copy_bytes(shape, setup)
     if setup.offload_checkpoints and setup.recompute in ("layer", "layer_keep_attention"):
         found["kept results"] = activations.checkpoint_kept(shape, setup) * shape.layers * setup.n
     return found

@@ -52,6 +52,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "machine": plan.machine.name,
         "ranks": {"world": setup.world, "data": setup.data, "ring": setup.ring, "ulysses": setup.ulysses},
+        "zero": {"stage": setup.stage, "group": setup.group},
         "tokens": {"row": setup.tokens, "local": setup.local, "step": _tokens(setup)},
         "parameters": plan.shape.parameters,
         "memory": {

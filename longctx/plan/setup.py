@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from longctx.config.derived import Derived
+from longctx.config.room import weights_group
 from longctx.config.schema import RunConfig
 from longctx.plan.shape import ModelShape
 
@@ -27,6 +28,8 @@ class Setup:
     rows: int = 1
     accumulation: int = 1
     stage: int = 3
+    group: int | None = None
+    """Ranks among which ZeRO-3's weights are cut once more."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
     offload_checkpoints: bool = False
@@ -67,11 +70,14 @@ class Setup:
         return self.loss_tile is None
 
 
-def setup_of(config: RunConfig, derived: Derived, shape: ModelShape, *, on_gpu: bool = True) -> Setup:
+def setup_of(
+    config: RunConfig, derived: Derived, shape: ModelShape, *, on_gpu: bool = True, per_node: int | None = None
+) -> Setup:
     """Return the choices of a run, `auto` resolved as the run itself will resolve it.
 
     Args:
         on_gpu: automatic tiles are larger there.
+        per_node: ranks of a node, for `zero.group: auto`; by default what the configuration or the launcher says.
     """
     memory, zero, train = config.memory, config.zero, config.train
     theirs = config.deepspeed.get("zero_optimization", {})
@@ -84,6 +90,7 @@ def setup_of(config: RunConfig, derived: Derived, shape: ModelShape, *, on_gpu: 
         rows=derived.micro_batch,
         accumulation=derived.accumulation,
         stage=zero.stage,
+        group=weights_group(config, derived.world, per_node),
         offload_optimizer=zero.offload_optimizer == "cpu",
         offload_parameters=zero.offload_parameters == "cpu" and on_gpu,
         offload_checkpoints=memory.offload_checkpoints and on_gpu,

@@ -36,7 +36,8 @@ def _head(console: Console, plan: Plan) -> None:
     )
     console.print(
         f"ranks    {setup.world} x {machine.name} = data {setup.data} x ring {setup.ring} x ulysses {setup.ulysses}, "
-        f"ZeRO-{setup.stage}, recompute {setup.recompute}"
+        f"ZeRO-{setup.stage}{f' with a copy of the weights among {setup.group}' if setup.group else ''}, recompute "
+        f"{setup.recompute}"
     )
     console.print(f"rows     {setup.tokens:,} tokens, {setup.local:,} on each rank ({setup.layout})")
     peak = plan.memory.peak

@@ -13,7 +13,7 @@ from longctx.plan.machines import Machine
 from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
 from longctx.plan.traffic import Layer, exchange_sent, hops_of
-from longctx.plan.work import exact_pairs, flops_of, layer_of, memory_pairs, zero_bytes
+from longctx.plan.work import exact_pairs, flops_of, layer_of, memory_pairs, zero_sent
 
 ALL_TO_ALL = 0.85  # of a point-to-point message's bandwidth
 SMALL = 450  # tokens of a block at which a fused kernel reaches half of its rate (H100, FlashAttention-3's chart)
@@ -80,6 +80,11 @@ def ulysses_link(setup: Setup, machine: Machine) -> tuple[float, float]:
 def world_link(setup: Setup, machine: Machine) -> float:
     """Return the bandwidth of a collective over all ranks: over nodes all network cards of a node work together."""
     return machine.link if setup.world <= machine.per_node else min(machine.link, machine.per_node * machine.network)
+
+
+def group_link(setup: Setup, machine: Machine) -> float:
+    """Return the bandwidth of a collective among the ranks that hold a copy of the weights together."""
+    return machine.link if setup.group and setup.group <= machine.per_node else world_link(setup, machine)
 
 
 def speed_of(shape: ModelShape, setup: Setup, machine: Machine) -> Speed:
@@ -160,7 +165,8 @@ def _zero(shape: ModelShape, setup: Setup, machine: Machine, compute: float, tim
     """Traffic that a step's computation does not cover; without overlap_comm the reduction of stages 0 to 2 stands."""
     if setup.world == 1:
         return 0.0
-    each = zero_bytes(shape, setup) / world_link(setup, machine)
+    wide, near = zero_sent(shape, setup)
+    each = wide / world_link(setup, machine) + near / group_link(setup, machine)
     if setup.stage == 3:
         return times * max(each - 0.9 * compute, 0.0)
     return max(each - 0.3 * compute, 0.0) if setup.overlap_comm else each

@@ -20,7 +20,12 @@ def weight_bytes(shape: ModelShape, setup: Setup) -> int:
     """The weights that forward and backward compute with, as they are stored between uses."""
     if setup.offload_parameters and setup.stage == 3:
         return 0
-    return shape.itemsize * share(shape.parameters, setup, 3)
+    return shape.itemsize * share(shape.parameters, setup, 3) + copy_bytes(shape, setup)
+
+
+def copy_bytes(shape: ModelShape, setup: Setup) -> int:
+    """The weights once more, cut over the ranks of a node (hpZ); made in the first forward after each update."""
+    return 0 if setup.group is None or setup.stage < 3 else shape.itemsize * -(-shape.parameters // setup.group)
 
 
 def optimizer_bytes(shape: ModelShape, setup: Setup) -> int:

@@ -42,7 +42,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Wire:
-    """Bytes that one rank sends in one micro-batch (ZeRO 0 to 2: in one step)."""
+    """Bytes that one rank sends in one micro-batch (ZeRO 0 to 2: in one step; ZeRO-3: on average over a step)."""
 
     ring_forward: int
     ring_backward: int
@@ -128,15 +128,25 @@ def wire_of(shape: ModelShape, setup: Setup) -> Wire:
 
 
 def zero_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Weights gathered and gradients reduced by one rank; gradients in fp32 where ranks share a sequence.
+    """Weights gathered and gradients reduced by one rank, wherever they go."""
+    return sum(zero_sent(shape, setup))
+
+
+def zero_sent(shape: ModelShape, setup: Setup) -> tuple[int, int]:
+    """Return what one rank sends for ZeRO: (over the world, among the ranks that hold a copy of the weights together).
+    Gradients are in fp32 where ranks share a sequence.
 
     DeepSpeed's stages 1 and 2 add gradients up by all-reduce (their multi-rank buckets) and then gather the weights;
-    stage 3 gathers in forward and again in backward, unless the whole model may stay gathered.
+    stage 3 gathers in forward and again in backward, unless the whole model may stay gathered. With a copy, all of a
+    step's gathers but the first stay among its ranks: of a micro-batch, on average over the step.
     """
     others = (setup.world - 1) / setup.world
     gradient = 4 if setup.sequence > 1 else shape.itemsize
     if setup.stage == 3:
-        times = 1 if shape.parameters <= setup.live else 2
-        return int((times * shape.itemsize + gradient) * shape.parameters * others)
+        gathers: float = 1 if shape.parameters <= setup.live else 2
+        near = 0.0 if setup.group is None else gathers - 1 / setup.accumulation
+        here = 0.0 if setup.group is None else (setup.group - 1) / setup.group
+        wide = (gathers - near) * shape.itemsize + gradient
+        return int(wide * shape.parameters * others), int(near * shape.itemsize * shape.parameters * here)
     gathered = shape.itemsize if setup.stage else 0
-    return int((2 * gradient + gathered) * shape.parameters * others)
+    return int((2 * gradient + gathered) * shape.parameters * others), 0

@@ -16,9 +16,10 @@ from longctx.config.write import dump
 from longctx.data.loader import EvaluationLoader, ShardedLoader
 from longctx.engine.engine import Engine
 from longctx.engine.initialize import initialize
+from longctx.errors import ConfigError
 from longctx.mesh import Mesh
 from longctx.models.binding import binding_of
-from longctx.train.agree import broadcast_json, ranks, together
+from longctx.train.agree import broadcast_json, gather_json, ranks, together
 from longctx.train.checkpoint import Checkpoints, Progress
 from longctx.train.corpus import Corpus, Say, prepare_corpus
 from longctx.train.environment import git_commit, versions
@@ -51,6 +52,7 @@ def set_up(config: RunConfig, mesh: Mesh, sizes: Derived, say: Say) -> Job:
     Raises:
         LongctxError: on every rank, when data, model, engine or checkpoint cannot be had on any.
     """
+    agree_on_group(sizes)
     output = Path(config.output.folder).absolute()
     corpus = _prepare(config, say)
     with together():
@@ -75,6 +77,19 @@ def set_up(config: RunConfig, mesh: Mesh, sizes: Derived, say: Say) -> Job:
     return Job(
         config, sizes, mesh, output, corpus, loader, held_out, engine, checkpoints, start, parameters, description
     )
+
+
+def agree_on_group(sizes: Derived) -> None:
+    """Check that `zero.group: auto` came out alike on all ranks: by torchrun, hosts of different sizes each see theirs.
+
+    Raises:
+        ConfigError: on every rank, when it did not.
+    """
+    found = gather_json(sizes.group)
+    if any(group != found[0] for group in found):
+        raise ConfigError(
+            f"zero.group: auto is {found} on the ranks, whose hosts differ in size; write a number or none"
+        )
 
 
 def sizes_of(config: RunConfig) -> Derived:

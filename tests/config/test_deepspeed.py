@@ -37,6 +37,12 @@ def test_parameters_in_host_memory():
     assert settings["zero_optimization"]["offload_param"] == {"device": "cpu"}
 
 
+def test_a_copy_of_the_weights():
+    settings = to_deepspeed(load_variant(zero__stage=3, zero__group=2).config)
+    assert settings["zero_optimization"]["zero_hpz_partition_size"] == 2
+    assert "zero_hpz_partition_size" not in to_deepspeed(load_variant(zero__stage=3).config)["zero_optimization"]
+
+
 def test_stage_0_and_no_clipping():
     settings = to_deepspeed(load_variant(zero__stage=0, train__clip=None).config)
     assert (

@@ -69,6 +69,10 @@ ILLEGAL: list[tuple[str, dict[str, Any], str]] = [
     ("url", {"data__sources": ["https://user:hunter2@example.com/x"]}, "data.sources"),
     ("offload at stage 0", {"zero__stage": 0, "zero__offload_optimizer": "cpu"}, "zero.offload_optimizer"),
     ("parameters at stage 2", {"zero__stage": 2, "zero__offload_parameters": "cpu"}, "zero.offload_parameters"),
+    ("group at stage 2", {"zero__group": 2}, "zero.group"),
+    ("group that does not divide the world", {"zero__stage": 3, "zero__group": 3}, "zero.group"),
+    ("group of the whole world", {"zero__stage": 3, "zero__group": 4}, "zero.group"),
+    ("group of one", {"zero__stage": 3, "zero__group": 1}, "zero.group"),
     ("overlap at stage 0", {"zero__stage": 0, "zero__overlap_comm": True}, "zero.overlap_comm"),
     ("all-reduce at stage 0", {"zero__stage": 0, "zero__reduce_scatter": False}, "zero.reduce_scatter"),
     ("batch in deepspeed", {"deepspeed__train_batch_size": 4}, "deepspeed.train_batch_size"),
@@ -85,6 +89,11 @@ ILLEGAL: list[tuple[str, dict[str, Any], str]] = [
         "hierarchical sharding",
         {"deepspeed__zero_optimization": {"zero_hpz_partition_size": 2}},
         "deepspeed.zero_optimization.zero_hpz_partition_size",
+    ),
+    (
+        "MiCS",
+        {"deepspeed__zero_optimization": {"mics_shard_size": 2}},
+        "deepspeed.zero_optimization.mics_shard_size",
     ),
     ("sequence size in deepspeed", {"deepspeed__sequence_parallel_size": 2}, "deepspeed.sequence_parallel_size"),
     (

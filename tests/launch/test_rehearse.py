@@ -57,10 +57,16 @@ def test_a_step_of_one_rank_of_64_is_foretold(tmp_path: Path) -> None:
     check(found)
 
 
+ZERO = "deepspeed.zero_optimization.stage3_"
+LET_GO = tuple(f"{ZERO}{key}=0" for key in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size",
+                                            "param_persistence_threshold"))  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
+        ("zero.group=8", *LET_GO, "--rank", "31"),
         ("zero.stage=2", "memory.recompute=layer_keep_attention", "mesh.ring=32", "mesh.ulysses=2", "--rank", "63"),
         ("zero.stage=1", "memory.recompute=layer", "--rank", "0"),
     ],

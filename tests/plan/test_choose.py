@@ -14,6 +14,7 @@ from longctx.plan.machines import MACHINES
 from longctx.plan.shape import ModelShape
 
 LLAMA_8B = ModelShape(4096, 32, 32, 8, 128, 14336, 128256)
+LLAMA_70B = ModelShape(8192, 80, 64, 8, 128, 28672, 128256)
 SMALL = ModelShape(2048, 20, 32, 8, 64, 5504, 32768)
 NEAR = 0.95
 
@@ -25,6 +26,7 @@ NEAR = 0.95
         (LLAMA_8B, 2**20, "h100", 8),
         (LLAMA_8B, 2**20, "a100", 64),
         (LLAMA_8B, 2**23, "h200", 32),
+        (LLAMA_70B, 2**15, "b200", 128),  # takes a copy of the weights in every node
         (SMALL, 2**16, "h100", 1),
         (replace(SMALL, heads=12, kv_heads=3), 2**15, "mi300x", 4),
     ],

@@ -48,6 +48,23 @@ def train(rank: int, world: int, folder: str, name: str, overrides: tuple[str, .
         Loop._step = step  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
+def test_a_run_with_a_copy_of_the_weights_is_the_run_without_and_resumes(tmp_path: Path) -> None:
+    """To the last bit: without the copy, with it, and stopped and resumed with it."""
+    grid = ("mesh.ring=2", "mesh.data=2", "zero.stage=3")
+    copied = (*grid, "zero.group=2")
+    for name in ("plain", "straight", "broken"):
+        write(tmp_path, name)
+    assert run_ranks(4, train, str(tmp_path), "plain", grid, timeout=LIMIT) == [0] * 4
+    assert run_ranks(4, train, str(tmp_path), "straight", copied, timeout=LIMIT) == [0] * 4
+    assert run_ranks(4, train, str(tmp_path), "broken", copied, 3, timeout=LIMIT) == [75] * 4
+    again = (*copied, "checkpoint.resume=must")
+    assert run_ranks(4, train, str(tmp_path), "broken", again, timeout=LIMIT) == [0] * 4
+    assert losses(tmp_path / "broken") == losses(tmp_path / "straight") == losses(tmp_path / "plain")
+    plain, broken = weights(tmp_path / "plain"), weights(tmp_path / "broken")
+    assert all(torch.equal(plain[name], broken[name]) for name in plain)
+
+
 SLOW = ("zero3", "zero2-bf16", "zero1")  # the same path as another case, with another stage
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from longctx.config.fields import HumanInt, Section
+from longctx.config.fields import Group, HumanInt, Section
 
 
 class Zero(Section):
@@ -14,6 +14,11 @@ class Zero(Section):
 
     stage: HumanInt = Field(
         3, ge=0, le=3, description="0: nothing sharded; 1: optimizer states; 2: and gradients; 3: and parameters"
+    )
+    group: Group = Field(
+        "none",
+        description="neighbouring ranks among which the weights are cut once more, so that backward gathers them there "
+        "(stage 3; DeepSpeed's hpZ; docs/zero.md); auto: the ranks of a host where there are several hosts, else none",
     )
     offload_optimizer: Literal["none", "cpu"] = Field(
         "none", description="cpu: keep optimizer states in host memory (stages 1 to 3)"
