@@ -48,6 +48,8 @@ class Memory:
 
     moments: tuple[Moment, ...]
     host: dict[str, int]
+    disk: int = 0
+    """Bytes of the optimizer on NVMe."""
 
     @property
     def peak(self) -> Moment:
@@ -56,7 +58,7 @@ class Memory:
 
 def memory_of(shape: ModelShape, setup: Setup) -> Memory:
     """Return what a rank of this run holds, by moments and parts."""
-    return Memory(tuple(_moments(shape, setup)), host_bytes(shape, setup))
+    return Memory(tuple(_moments(shape, setup)), host_bytes(shape, setup), states.swapped_bytes(shape, setup))
 
 
 def peak_bytes(shape: ModelShape, setup: Setup) -> int:
@@ -68,7 +70,8 @@ def host_bytes(shape: ModelShape, setup: Setup) -> dict[str, int]:
     """Return what is offloaded to the host, by part, of one rank."""
     found = {}
     if setup.offload_optimizer:
-        found["optimizer"] = states.host_optimizer_bytes(shape, setup)
+        in_memory = states.swap_host_bytes if setup.swap_optimizer else states.host_optimizer_bytes
+        found["optimizer"] = in_memory(shape, setup)
     if setup.offload_parameters:
         found["weights"] = shape.itemsize * states.share(shape.parameters, setup, 3)
     if setup.offload_checkpoints and setup.recompute in ("layer", "layer_keep_attention"):

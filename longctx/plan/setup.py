@@ -28,6 +28,8 @@ class Setup:
     accumulation: int = 1
     stage: int = 3
     offload_optimizer: bool = False
+    swap_optimizer: bool = False
+    """The offloaded optimizer is on disk, not in the host's memory."""
     offload_parameters: bool = False
     offload_checkpoints: bool = False
     recompute: Recompute = "none"
@@ -83,7 +85,8 @@ def setup_of(config: RunConfig, derived: Derived, shape: ModelShape, *, on_gpu: 
         rows=derived.micro_batch,
         accumulation=derived.accumulation,
         stage=zero.stage,
-        offload_optimizer=zero.offload_optimizer == "cpu",
+        offload_optimizer=zero.offload_optimizer != "none",
+        swap_optimizer=zero.offload_optimizer == "nvme",
         offload_parameters=zero.offload_parameters == "cpu" and on_gpu,
         offload_checkpoints=memory.offload_checkpoints and on_gpu,
         recompute=memory.recompute,
