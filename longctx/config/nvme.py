@@ -1,4 +1,4 @@
-"""`zero.offload_optimizer: nvme`: where a run swaps to, how much it writes there, and what a machine must have for it."""
+"""`zero.offload_optimizer: nvme`: where a run swaps to, how much goes there, and what a machine must have for it."""
 
 from __future__ import annotations
 

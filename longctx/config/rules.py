@@ -220,7 +220,9 @@ def _nvme(config: RunConfig) -> Iterator[Finding]:
         message = f"got 'nvme', which DeepSpeed reads as cpu at stage {zero.stage}; use zero.stage 3, or cpu"
         yield Finding("zero.offload_optimizer", message, "zero-stage")
     if config.train.optimizer != "adamw":
-        message = f"got 'nvme', which is shown to train the same model with adamw only, not {config.train.optimizer}; use cpu"
+        message = (
+            f"got 'nvme', which is shown to train the same model with adamw only, not {config.train.optimizer}; use cpu"
+        )
         yield Finding("zero.offload_optimizer", message, "conflict")
 
 

@@ -2,8 +2,8 @@
 
 DeepSpeed 0.19.8 reads a gradient from the disk straight to its place in the sub-group's buffer. Reads go past the
 page cache (O_DIRECT), which wants addresses that are multiples of 512 bytes; a place is the sum of the sizes before it,
-which need not be one. Such a read fails, the failure is not reported, and the optimizer steps on what was in the buffer. Nor
-is a write reported that a full disk cut short.
+which need not be one. Such a read fails, the failure is not reported, and the optimizer steps on what was in the
+buffer. Nor is a write reported that a full disk cut short.
 
 DeepSpeed's checkpoints copy the swap files and leave out what is not swapped: AdamW's step counts, and every sub-group
 below 1 MiB a rank. Here a rank writes one file a sub-group with all of it, one sub-group in memory at a time.
