@@ -70,8 +70,7 @@ def host_bytes(shape: ModelShape, setup: Setup) -> dict[str, int]:
     """Return what is offloaded to the host, by part, of one rank."""
     found = {}
     if setup.offload_optimizer:
-        in_memory = states.swap_host_bytes if setup.swap_optimizer else states.host_optimizer_bytes
-        found["optimizer"] = in_memory(shape, setup)
+        found["optimizer"] = states.host_optimizer_bytes(shape, setup)
     if setup.offload_parameters:
         found["weights"] = shape.itemsize * states.share(shape.parameters, setup, 3)
     if setup.offload_checkpoints and setup.recompute in ("layer", "layer_keep_attention"):

@@ -30,16 +30,14 @@ def optimizer_bytes(shape: ModelShape, setup: Setup) -> int:
 
 
 def host_optimizer_bytes(shape: ModelShape, setup: Setup) -> int:
-    """The same, wherever they are."""
+    """The same, wherever they are; of an optimizer on NVMe what stays in memory: gradients, as they are summed, and
+    four buffers of the numbers that are swapped in at once."""
+    if setup.swap_optimizer:
+        own = share(shape.parameters, setup, 1)
+        return 4 * own + 16 * min(own, SUB_GROUP)
     master = 0 if setup.stage == 0 and shape.itemsize == 4 else 4
     gradients = 8 if setup.offload_optimizer else 0  # pinned, and summed over micro-batches
     return (master + gradients + 4 * setup.states) * share(shape.parameters, setup, 1)
-
-
-def swap_host_bytes(shape: ModelShape, setup: Setup) -> int:
-    """With the optimizer on NVMe: gradients, as they are summed, and four buffers of the numbers swapped in at once."""
-    own = share(shape.parameters, setup, 1)
-    return 4 * own + 16 * min(own, SUB_GROUP)
 
 
 def swapped_bytes(shape: ModelShape, setup: Setup) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from longctx.config import nvme
+from longctx.config.room import ranks_per_host
 from longctx.config.schema import RunConfig
 from longctx.errors import ConfigError
 from longctx.train.agree import ranks, together
@@ -27,10 +28,12 @@ def swap_folder(config: RunConfig) -> Iterator[None]:
     rank, world = ranks()
     folder = nvme.run_folder(config)
     first = int(os.environ.get("LOCAL_RANK", rank)) == 0  # one of each host
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    here = ranks_per_host(config, world) or world
     with together():
         if first:
             shutil.rmtree(folder, ignore_errors=True)  # what a killed run of this output folder left
+    with together():
+        if first:
             for key, message in nvme.missing(config, here / world):
                 raise ConfigError(f"{key}: {message}")
             try:
