@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from longctx.config.derived import Derived, derive
+from longctx.config.nvme import SUB_GROUP, run_folder
 from longctx.config.schema import RunConfig
 
 OWNED = {
@@ -98,6 +99,9 @@ def to_deepspeed(config: RunConfig, derived: Derived | None = None) -> dict[str,
         sharding["zero_hpz_partition_size"] = derived.group
     if zero.offload_optimizer == "cpu":
         sharding["offload_optimizer"] = {"device": "cpu"}
+    if zero.offload_optimizer == "nvme":
+        sharding["offload_optimizer"] = {"device": "nvme", "nvme_path": str(run_folder(config))}
+        sharding["sub_group_size"] = SUB_GROUP
     if zero.offload_parameters == "cpu":
         sharding["offload_param"] = {"device": "cpu"}
     settings: dict[str, Any] = {

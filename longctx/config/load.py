@@ -155,7 +155,7 @@ def _hint(given: Any, leaf: Any) -> str:
     if isinstance(given, str):
         lowered = given.lower()
         if lowered == "nvme" and "cpu" in (leaf.choices or ()):
-            return "; NVMe is not supported, as nothing has shown that it trains the same model: use cpu"
+            return "; parameters on NVMe are not supported, as DeepSpeed runs out of buffers for them: use cpu"
         if leaf.choices or "auto" in expected(leaf):
             near = difflib.get_close_matches(lowered[:80], leaf.choices or ["auto"], n=1, cutoff=0.5)
             return f"; did you mean {near[0]!r}?" if near else ""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longctx.config import nvme
 from longctx.config.architecture import parameter_count
 from longctx.config.hosts import parse_hostfile
 from longctx.config.rules import Finding
@@ -37,6 +38,8 @@ def inspect(config: RunConfig, starting: bool) -> Report:
     notes: list[str] = []
     findings = [*_sources(config), *_tokenizer(config), *_pretrained(config), *_folder(config), *_resume(config)]
     findings += _hostfile(config)
+    if config.launch.hostfile is None:  # otherwise the hosts look for themselves, when they start
+        findings += [Finding(key, message, "nvme") for key, message in nvme.missing(config)]
     findings += _packages(config, notes)
     disk = _disk(config)
     if disk is not None:

@@ -191,6 +191,7 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
 
 def _zero(config: RunConfig) -> Iterator[Finding]:
     zero = config.zero
+    yield from _nvme(config)
     if zero.offload_parameters != "none" and zero.stage != 3:
         message = f"got 'cpu', but stage {zero.stage} does not shard parameters; use zero.stage 3"
         yield Finding("zero.offload_parameters", message, "zero-stage")
@@ -200,7 +201,7 @@ def _zero(config: RunConfig) -> Iterator[Finding]:
         )
         yield Finding("zero.group", message, "zero-stage")
     if zero.stage == 0:
-        if zero.offload_optimizer != "none":
+        if zero.offload_optimizer == "cpu":
             message = "got 'cpu', but stage 0 shards no optimizer state to offload; use zero.stage 1, 2 or 3"
             yield Finding("zero.offload_optimizer", message, "zero-stage")
         for name in ("overlap_comm", "reduce_scatter", "contiguous_gradients"):
@@ -208,6 +209,26 @@ def _zero(config: RunConfig) -> Iterator[Finding]:
                 yield Finding(
                     f"zero.{name}", "means nothing at zero.stage 0; remove the key, or use 1, 2 or 3", "zero-stage"
                 )
+
+
+def _nvme(config: RunConfig) -> Iterator[Finding]:
+    zero = config.zero
+    if zero.offload_optimizer != "nvme":
+        if zero.nvme_folder is not None:
+            message = "means nothing without zero.offload_optimizer: nvme; remove the key"
+            yield Finding("zero.nvme_folder", message, "idle-key")
+        return
+    if zero.nvme_folder is None:
+        message = "is missing; zero.offload_optimizer: nvme needs a folder on every host's NVMe disk"
+        yield Finding("zero.nvme_folder", message, "missing")
+    if zero.stage != 3:
+        message = f"got 'nvme', which DeepSpeed reads as cpu at stage {zero.stage}; use zero.stage 3, or cpu"
+        yield Finding("zero.offload_optimizer", message, "zero-stage")
+    if config.train.optimizer != "adamw":
+        message = (
+            f"got 'nvme', which is shown to train the same model with adamw only, not {config.train.optimizer}; use cpu"
+        )
+        yield Finding("zero.offload_optimizer", message, "conflict")
 
 
 def _deepspeed(config: RunConfig) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from longctx.engine.engine import Engine
 from longctx.engine.hpz import check_model, own_group
 from longctx.engine.loader import RowLoader
 from longctx.engine.memory import Memory, read_memory, save_memory
+from longctx.engine.nvme import mend_reads
 from longctx.engine.probe import gradient_factor
 from longctx.engine.settings import load_settings
 from longctx.errors import EngineError
@@ -78,6 +79,7 @@ def initialize(
             mpu=mesh,
             **stock,
         )
+    mend_reads(engine)
     engine = Engine.adopt(engine, mesh, layout, factor, seed)
     loader = None
     if training_data is not None:

@@ -72,6 +72,8 @@ def run(config: RunConfig, sizes: Derived, rank: int) -> Rehearsal:
     from longctx.plan.shape import shape_of
     from longctx.plan.work import flops_of, wire_of
 
+    if config.zero.offload_optimizer == "nvme":
+        raise ConfigError("rehearse: zero.offload_optimizer: nvme writes to the run's own files; rehearse it with cpu")
     shape = shape_of(config)
     setup = setup_of(config, sizes, shape, on_gpu=False)
     plan, wire = memory_of(shape, setup).peak.total, wire_of(shape, setup)

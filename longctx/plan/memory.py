@@ -48,6 +48,8 @@ class Memory:
 
     moments: tuple[Moment, ...]
     host: dict[str, int]
+    disk: int = 0
+    """Bytes of the optimizer on NVMe."""
 
     @property
     def peak(self) -> Moment:
@@ -56,7 +58,7 @@ class Memory:
 
 def memory_of(shape: ModelShape, setup: Setup) -> Memory:
     """Return what a rank of this run holds, by moments and parts."""
-    return Memory(tuple(_moments(shape, setup)), host_bytes(shape, setup))
+    return Memory(tuple(_moments(shape, setup)), host_bytes(shape, setup), states.swapped_bytes(shape, setup))
 
 
 def peak_bytes(shape: ModelShape, setup: Setup) -> int:

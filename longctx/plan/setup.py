@@ -31,6 +31,8 @@ class Setup:
     group: int | None = None
     """Ranks among which ZeRO-3's weights are cut once more."""
     offload_optimizer: bool = False
+    swap_optimizer: bool = False
+    """The offloaded optimizer is on disk, not in the host's memory."""
     offload_parameters: bool = False
     offload_checkpoints: bool = False
     recompute: Recompute = "none"
@@ -91,7 +93,8 @@ def setup_of(
         accumulation=derived.accumulation,
         stage=zero.stage,
         group=weights_group(config, derived.world, per_node),
-        offload_optimizer=zero.offload_optimizer == "cpu",
+        offload_optimizer=zero.offload_optimizer != "none",
+        swap_optimizer=zero.offload_optimizer == "nvme",
         offload_parameters=zero.offload_parameters == "cpu" and on_gpu,
         offload_checkpoints=memory.offload_checkpoints and on_gpu,
         recompute=memory.recompute,

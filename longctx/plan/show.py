@@ -23,6 +23,8 @@ def show(plan: Plan) -> None:
     if plan.memory.host:
         held = ", ".join(f"{name} {_size(value)}" for name, value in plan.memory.host.items())
         console.print(f"in host memory, per rank: {held}")
+    if plan.memory.disk:
+        console.print(f"on NVMe, per rank: optimizer {_size(plan.memory.disk)}")
     console.print(_time(plan))
     _traffic(console, plan)
     _limit(console, plan)

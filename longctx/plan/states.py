@@ -7,6 +7,7 @@ beside the weights on stages 1 to 3 even where the weights are fp32 already.
 
 from __future__ import annotations
 
+from longctx.config.nvme import SUB_GROUP
 from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
 
@@ -34,10 +35,19 @@ def optimizer_bytes(shape: ModelShape, setup: Setup) -> int:
 
 
 def host_optimizer_bytes(shape: ModelShape, setup: Setup) -> int:
-    """The same, wherever they are."""
+    """The same, wherever they are; of an optimizer on NVMe what stays in memory: gradients, as they are summed, and
+    four buffers of the numbers that are swapped in at once."""
+    if setup.swap_optimizer:
+        own = share(shape.parameters, setup, 1)
+        return 4 * own + 16 * min(own, SUB_GROUP)
     master = 0 if setup.stage == 0 and shape.itemsize == 4 else 4
     gradients = 8 if setup.offload_optimizer else 0  # pinned, and summed over micro-batches
     return (master + gradients + 4 * setup.states) * share(shape.parameters, setup, 1)
+
+
+def swapped_bytes(shape: ModelShape, setup: Setup) -> int:
+    """What is on NVMe: master weights, gradients and the optimizer's states."""
+    return (8 + 4 * setup.states) * share(shape.parameters, setup, 1) if setup.swap_optimizer else 0
 
 
 def resident_gradient_bytes(shape: ModelShape, setup: Setup) -> int:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from longctx.engine import nvme
 from longctx.errors import CheckpointError
 from longctx.train import durable, manifest, reshape, rng, store
 from longctx.train.agree import broadcast_json, gather_json, ranks, together
@@ -98,21 +99,37 @@ class Checkpoints:
         name = store.name_of(found.step)
         if engine.load_universal_checkpoint():
             raise CheckpointError("deepspeed.checkpoint.load_universal reads with pickle, which runs code; remove it")
+        self._require_same_swapping(engine, name, found)
         if found.world.get("size") != ranks()[1] and found.zero_stage > 0:
             return reshape.load(self.root, engine, found, self.say)
         contents: dict[str, Any] = {}
         with together():
             for entry in found.files:  # what DeepSpeed will read here: this rank's own files, and the replicated one
                 own = entry.rank == ranks()[0] or entry.path.startswith("mp_rank_")
-                if own and entry.path.endswith(".pt"):
+                if own and entry.path.endswith(".pt") and not entry.path.startswith(nvme.PREFIX):
                     path = str(self.root / name / entry.path)
                     contents[path] = safe_load(path, "cpu")
         make_safe(engine, contents)
-        path, _ = engine.load_checkpoint(str(self.root), tag=name, load_lr_scheduler_states=False)
+
+        def restored() -> None:
+            with together():
+                nvme.restore(engine, self.root / name, safe_load)
+
+        with nvme.loading(engine, restored):
+            path, _ = engine.load_checkpoint(str(self.root), tag=name, load_lr_scheduler_states=False)
         if path is None:
             raise CheckpointError(f"{self.root / name}: DeepSpeed found nothing to load in it")
         rng.load(self.root / name, ranks()[0])
         return Progress(found.step, found.samples, found.tokens)
+
+    def _require_same_swapping(self, engine: Any, name: str, found: Manifest) -> None:
+        before = any(entry.path.startswith(nvme.PREFIX) for entry in found.files)
+        if before != nvme.swaps(engine):
+            was, now = ("with", "without") if before else ("without", "with")
+            raise CheckpointError(
+                f"{self.root / name} was saved {was} zero.offload_optimizer: nvme, this run is {now}: set it back, or "
+                "choose another output.folder to start anew"
+            )
 
     # ------------------------------------------------------------------------------------------------ save, in steps
 
@@ -234,7 +251,8 @@ def _save_engine(engine: Any, temporary: Path, tag: str) -> tuple[list[Path], Ex
     writer.save = save
     engine._copy_recovery_script = lambda path: None
     try:
-        engine.save_checkpoint(str(temporary), tag=tag, save_latest=False)
+        with nvme.saving(engine):
+            engine.save_checkpoint(str(temporary), tag=tag, save_latest=False)
     finally:
         del writer.save, engine._copy_recovery_script
     return written, failures[0] if failures else None

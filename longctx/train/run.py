@@ -26,6 +26,7 @@ from longctx.train.progress import Progress as Display
 from longctx.train.progress import duration
 from longctx.train.sample import draw_sample
 from longctx.train.signals import PREEMPTED, StopFlag
+from longctx.train.swap import swap_folder
 
 
 def run(config: RunConfig, console: TextIO | None = None, columns: int = 0) -> int:
@@ -51,6 +52,7 @@ def run(config: RunConfig, console: TextIO | None = None, columns: int = 0) -> i
         display = Display(console if mesh.rank == 0 else None, config.train.steps, config.train.log_every, columns)
         stack.callback(display.close)
         _describe(config, mesh, output)
+        stack.enter_context(swap_folder(config))
         job = set_up(config, mesh, sizes_of(config), display.say)
         stack.callback(job.loader.close)
         stack.callback(job.engine.destroy)

@@ -168,10 +168,9 @@ def test_the_message_has_place_value_expectation_and_suggestion():
     )
 
 
-@pytest.mark.parametrize("key", ["offload_optimizer", "offload_parameters"])
-def test_nvme_is_refused_with_the_reason_and_what_to_write(key: str) -> None:
-    (problem,) = problems_of(text_of(variant(zero__stage=3, **{f"zero__{key}": "nvme"}))).problems
-    assert problem.key == f"zero.{key}" and "NVMe is not supported" in problem.message
+def test_parameters_on_nvme_are_refused_with_the_reason_and_what_to_write() -> None:
+    (problem,) = problems_of(text_of(variant(zero__stage=3, zero__offload_parameters="nvme"))).problems
+    assert problem.key == "zero.offload_parameters" and "NVMe are not supported" in problem.message
     assert problem.message.endswith("use cpu") and "did you mean" not in problem.message
 
 

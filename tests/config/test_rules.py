@@ -13,6 +13,7 @@ from longctx.config.load import loads
 
 FROM_FOLDER = {f"model__{key}": ... for key in BASE["model"] if key != "dtype"}
 
+NVME = {"zero__stage": 3, "zero__offload_optimizer": "nvme", "zero__nvme_folder": "/tmp"}
 ILLEGAL: list[tuple[str, dict[str, Any], str]] = [
     ("no model", {f"model__{key}": ... for key in BASE["model"]}, "model"),
     ("folder and sizes", {"model__pretrained": "m"}, "model.hidden_size"),
@@ -73,6 +74,11 @@ ILLEGAL: list[tuple[str, dict[str, Any], str]] = [
     ("group that does not divide the world", {"zero__stage": 3, "zero__group": 3}, "zero.group"),
     ("group of the whole world", {"zero__stage": 3, "zero__group": 4}, "zero.group"),
     ("group of one", {"zero__stage": 3, "zero__group": 1}, "zero.group"),
+    ("nvme without a folder", {"zero__offload_optimizer": "nvme"}, "zero.nvme_folder"),
+    ("nvme at stage 2", {**NVME, "zero__stage": 2}, "zero.offload_optimizer"),
+    ("nvme at stage 0", {**NVME, "zero__stage": 0}, "zero.offload_optimizer"),
+    ("nvme with sgd", {**NVME, "train__optimizer": "sgd"}, "zero.offload_optimizer"),
+    ("a swap folder for nothing", {"zero__nvme_folder": "/tmp"}, "zero.nvme_folder"),
     ("overlap at stage 0", {"zero__stage": 0, "zero__overlap_comm": True}, "zero.overlap_comm"),
     ("all-reduce at stage 0", {"zero__stage": 0, "zero__reduce_scatter": False}, "zero.reduce_scatter"),
     ("batch in deepspeed", {"deepspeed__train_batch_size": 4}, "deepspeed.train_batch_size"),

@@ -187,6 +187,21 @@ def test_every_choice_of_a_yaml_arrives() -> None:
     assert (setup.ring, setup.data, setup.local, setup.n) == (2, 2, 2048, 4096)
 
 
+def test_an_optimizer_on_nvme_is_on_disk_and_its_buffers_in_host_memory() -> None:
+    config = load_variant(
+        zero__stage=3, zero__offload_optimizer="nvme", zero__nvme_folder="/nvme", model__dtype="bf16"
+    ).config
+    shape = shape_of(config)
+    setup = setup_of(config, derive(config, 4), shape)
+    assert setup.offload_optimizer and setup.swap_optimizer
+    own = -(-shape.parameters // 4)
+    memory, on_host = memory_of(shape, setup), memory_of(shape, replace(setup, swap_optimizer=False))
+    assert memory.disk == 16 * own and on_host.disk == 0
+    assert memory.moments == on_host.moments  # nothing changes on the device
+    large = replace(setup, ring=1, data=1)
+    assert memory_of(LLAMA_8B, large).host["optimizer"] == 4 * LLAMA_8B.parameters + 16 * 100_000_000
+
+
 def test_the_working_set_of_llama_8b_by_token_and_part() -> None:
     """What grows with a rank's tokens at the peak of a step, with everything that saves memory on: 8 ranks, checkpoints
     on the host, tiles. The figures stand in docs/plan.md; the aim of 90 KB is not reached."""

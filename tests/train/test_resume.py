@@ -14,7 +14,7 @@ from tiny_run import config, losses, weights, write
 
 from longctx.train.loop import Loop
 
-from distributed import run_ranks
+from distributed import RankFailure, run_ranks
 
 LIMIT = 280.0
 # everything that has state: dropout (random states), accumulation, a schedule, packing, clipping
@@ -48,23 +48,13 @@ def train(rank: int, world: int, folder: str, name: str, overrides: tuple[str, .
         Loop._step = step  # type: ignore[method-assign]
 
 
-@pytest.mark.slow
-def test_a_run_with_a_copy_of_the_weights_is_the_run_without_and_resumes(tmp_path: Path) -> None:
-    """To the last bit: without the copy, with it, and stopped and resumed with it."""
-    grid = ("mesh.ring=2", "mesh.data=2", "zero.stage=3")
-    copied = (*grid, "zero.group=2")
-    for name in ("plain", "straight", "broken"):
-        write(tmp_path, name)
-    assert run_ranks(4, train, str(tmp_path), "plain", grid, timeout=LIMIT) == [0] * 4
-    assert run_ranks(4, train, str(tmp_path), "straight", copied, timeout=LIMIT) == [0] * 4
-    assert run_ranks(4, train, str(tmp_path), "broken", copied, 3, timeout=LIMIT) == [75] * 4
-    again = (*copied, "checkpoint.resume=must")
-    assert run_ranks(4, train, str(tmp_path), "broken", again, timeout=LIMIT) == [0] * 4
-    assert losses(tmp_path / "broken") == losses(tmp_path / "straight") == losses(tmp_path / "plain")
-    plain, broken = weights(tmp_path / "plain"), weights(tmp_path / "broken")
-    assert all(torch.equal(plain[name], broken[name]) for name in plain)
-
-
+# groups of weights large enough to be swapped, of odd sizes; norms, which are not swapped, have moments and steps too
+NVME = (
+    "zero.offload_optimizer=nvme",
+    "model.hidden_size=520",
+    "model.intermediate_size=1031",
+    "deepspeed.zero_optimization={sub_group_size: 700000}",
+)
 SLOW = ("zero3", "zero2-bf16", "zero1")  # the same path as another case, with another stage
 
 
@@ -72,7 +62,28 @@ SLOW = ("zero3", "zero2-bf16", "zero1")  # the same path as another case, with a
 def test_resumed_equals_uninterrupted(tmp_path: Path, case: str) -> None:
 
     write(tmp_path, "straight"), write(tmp_path, "broken")
-    overrides = CASES[case]
+    resumed_equals_uninterrupted(tmp_path, CASES[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resumed_from_nvme_equals_uninterrupted_in_host_memory(tmp_path: Path, dtype: str) -> None:
+    """DeepSpeed compiles its operator at the first use, for minutes."""
+    (tmp_path / "disk").mkdir()
+    write(tmp_path, "straight"), write(tmp_path, "broken"), write(tmp_path, "cpu")
+    overrides = (*NVME, f"zero.nvme_folder={tmp_path / 'disk'}", f"model.dtype={dtype}")
+    resumed_equals_uninterrupted(tmp_path, overrides)
+    assert not list((tmp_path / "disk").iterdir())
+    files = [path.name for path in (tmp_path / "broken" / "checkpoints" / "step-00000006").glob("nvme_*")]
+    assert len(files) >= 6 and any("rank_00001" in name for name in files)
+    on_cpu = ("zero.offload_optimizer=cpu", *overrides[1:4], f"model.dtype={dtype}")
+    assert run_ranks(2, train, str(tmp_path), "cpu", on_cpu, timeout=LIMIT) == [0, 0]
+    assert losses(tmp_path / "cpu") == losses(tmp_path / "straight")
+    with pytest.raises(RankFailure, match="was saved with zero.offload_optimizer: nvme"):
+        run_ranks(2, train, str(tmp_path), "straight", (*on_cpu, "train.steps=7"), timeout=LIMIT)
+
+
+def resumed_equals_uninterrupted(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     assert run_ranks(2, train, str(tmp_path), "straight", overrides, timeout=LIMIT) == [0, 0]
     assert run_ranks(2, train, str(tmp_path), "broken", overrides, 3, timeout=LIMIT) == [75, 75]
     summary = json.loads((tmp_path / "broken" / "summary.json").read_text())
@@ -141,3 +152,20 @@ def test_the_exported_folder_is_the_trained_model(tmp_path: Path) -> None:
             count += int((labels != -100).sum())
     measured = json.loads((output / "summary.json").read_text())["last_held_out_loss"]
     assert abs(total / count - measured) <= 1e-5 * measured
+
+
+@pytest.mark.slow
+def test_a_run_with_a_copy_of_the_weights_is_the_run_without_and_resumes(tmp_path: Path) -> None:
+    """To the last bit: without the copy, with it, and stopped and resumed with it."""
+    grid = ("mesh.ring=2", "mesh.data=2", "zero.stage=3")
+    copied = (*grid, "zero.group=2")
+    for name in ("plain", "straight", "broken"):
+        write(tmp_path, name)
+    assert run_ranks(4, train, str(tmp_path), "plain", grid, timeout=LIMIT) == [0] * 4
+    assert run_ranks(4, train, str(tmp_path), "straight", copied, timeout=LIMIT) == [0] * 4
+    assert run_ranks(4, train, str(tmp_path), "broken", copied, 3, timeout=LIMIT) == [75] * 4
+    again = (*copied, "checkpoint.resume=must")
+    assert run_ranks(4, train, str(tmp_path), "broken", again, timeout=LIMIT) == [0] * 4
+    assert losses(tmp_path / "broken") == losses(tmp_path / "straight") == losses(tmp_path / "plain")
+    plain, broken = weights(tmp_path / "plain"), weights(tmp_path / "broken")
+    assert all(torch.equal(plain[name], broken[name]) for name in plain)

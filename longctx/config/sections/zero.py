@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from longctx.config.fields import Group, HumanInt, Section
+from longctx.config.fields import Group, HumanInt, Section, environment_field
 
 
 class Zero(Section):
@@ -20,11 +20,15 @@ class Zero(Section):
         description="neighbouring ranks among which the weights are cut once more, so that backward gathers them there "
         "(stage 3; DeepSpeed's hpZ; docs/zero.md); auto: the ranks of a host where there are several hosts, else none",
     )
-    offload_optimizer: Literal["none", "cpu"] = Field(
-        "none", description="cpu: keep optimizer states in host memory (stages 1 to 3)"
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
+        "none",
+        description="cpu: keep optimizer states in host memory (stages 1 to 3); nvme: in zero.nvme_folder (stage 3)",
     )
     offload_parameters: Literal["none", "cpu"] = Field(
         "none", description="cpu: keep parameters in host memory until a layer needs them (stage 3)"
+    )
+    nvme_folder: str | None = environment_field(
+        None, min_length=1, description="a folder on every host's NVMe disk, for offload_optimizer: nvme"
     )
     overlap_comm: bool = Field(False, description="reduce gradients while backward still runs (stages 1 to 3)")
     reduce_scatter: bool = Field(True, description="reduce-scatter gradients instead of all-reduce (stages 1 to 3)")

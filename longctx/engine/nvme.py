@@ -1,0 +1,161 @@
+"""What DeepSpeed's swapping to NVMe needs to train the same model, and its optimizer states as plain files.
+
+DeepSpeed 0.19.8 reads a gradient from the disk straight to its place in the sub-group's buffer. Reads go past the
+page cache (O_DIRECT), which wants addresses that are multiples of 512 bytes; a place is the sum of the sizes before it,
+which need not be one. Such a read fails, the failure is not reported, and the optimizer steps on what was in the
+buffer. Nor is a write reported that a full disk cut short.
+
+DeepSpeed's checkpoints copy the swap files and leave out what is not swapped: AdamW's step counts, and every sub-group
+below 1 MiB a rank. Here a rank writes one file a sub-group with all of it, one sub-group in memory at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longctx.errors import EngineError
+
+PREFIX = "nvme_"
+
+
+def swaps(engine: Any) -> bool:
+    """Say whether the engine's optimizer states are swapped to NVMe."""
+    return getattr(engine.optimizer, "optimizer_swapper", None) is not None
+
+
+def mend_reads(engine: Any) -> None:
+    """Have an engine that swaps read gradients through memory of their own, and never a file cut short.
+
+    Engines that do not swap are left alone.
+
+    Raises (later, in a step):
+        EngineError: a swap file is shorter than what was written to it.
+    """
+    if not swaps(engine):
+        return
+    swapper = engine.optimizer.optimizer_swapper
+    read_states = swapper._swap_in_parameter
+
+    def read_gradients(handle: Any, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        places = list(swapper.swap_params_info[swapper.parameter_id(parameter)].swapped_gradients.values())
+        # memory that is not page-locked: the operator then reads into aligned memory of its own and copies
+        parts = [torch.empty(place.length, dtype=gradient.dtype) for place in places]
+        for part, place in zip(parts, places, strict=True):
+            _require_whole(place.path, part.nbytes)
+            handle.async_pread(part, place.path, 0)
+        handle.wait()
+        for part, place in zip(parts, places, strict=True):
+            gradient.narrow(0, place.offset, place.length).copy_(part)
+
+    def checked(aio_handle: Any, parameter: torch.Tensor, dest_buffers: list[torch.Tensor]) -> None:
+        info = swapper.swap_params_info[swapper.parameter_id(parameter)]
+        for path in info.get_swap_paths():
+            _require_whole(path, info.numel() * info.dtype().itemsize)
+        read_states(aio_handle=aio_handle, parameter=parameter, dest_buffers=dest_buffers)
+
+    swapper._swap_in_pinned_gradients = read_gradients
+    swapper._swap_in_parameter = checked
+
+
+def _require_whole(path: str, size: int) -> None:
+    found = os.stat(path).st_size if os.path.exists(path) else 0
+    if found < size:
+        raise EngineError(
+            f"zero.nvme_folder: {path} holds {found:,} of {size:,} bytes that were swapped out; is the disk full?"
+        )
+
+
+@contextlib.contextmanager
+def saving(engine: Any) -> Iterator[None]:
+    """Have ``save_checkpoint`` write this rank's states as plain files beside the model's, and copy no swap files."""
+    if not swaps(engine):
+        yield
+        return
+
+    def save(folder: str, tag: str) -> None:
+        for index, payload in enumerate(_states(engine.optimizer)):
+            engine.checkpoint_engine.save(payload, str(Path(folder, tag, _name(engine.global_rank, index))))
+
+    with _instead(engine, _save_zero_checkpoint=save, zero_nvme_offload_optimizer=lambda: False):
+        yield
+
+
+@contextlib.contextmanager
+def loading(engine: Any, restored: Callable[[], None]) -> Iterator[None]:
+    """Have ``load_checkpoint`` call ``restored`` where it would read the optimizer's states: parameters are cut up
+    then, and those that every rank keeps whole are gathered from them afterwards."""
+    if not swaps(engine):
+        yield
+        return
+
+    def load(folder: str, tag: str, **options: Any) -> bool:
+        restored()
+        return True
+
+    with _instead(engine, _load_zero_checkpoint=load, zero_nvme_offload_optimizer=lambda: False):
+        yield
+
+
+def restore(engine: Any, folder: Path, reader: Callable[[str, str], Any]) -> None:
+    """Read the states that ``saving`` wrote, and make this rank's weights from them. Talks to no other rank.
+
+    Raises:
+        EngineError: the files are of other sub-groups.
+    """
+    zero = engine.optimizer
+    zero.optimizer_swapper.purge_state()
+    for index, weights in enumerate(zero.fp32_partitioned_groups_flat):
+        payload = reader(str(folder / _name(engine.global_rank, index)), "cpu")
+        size = int(zero.fp16_partitioned_groups_flat_numel[index])
+        if payload["weights"].numel() != size:
+            raise EngineError(
+                f"{folder}: sub-group {index} has {payload['weights'].numel():,} numbers, this run's has {size:,}: set "
+                "deepspeed.zero_optimization.sub_group_size back"
+            )
+        swapped = zero._swappable_optimizer_subgroup(index)
+        if swapped:
+            zero._optimizer_states_and_gradient_swap_in(index)
+        weights.data.copy_(payload["weights"])
+        zero.optimizer.state[weights] = payload["state"]
+        zero._reassign_or_swap_out_partitioned_parameters(index)
+        if swapped:
+            zero._optimizer_states_and_gradient_swap_out(index)
+
+
+def _states(zero: Any) -> Iterator[dict[str, Any]]:
+    """Yield every sub-group's fp32 weights and optimizer state, copied from where they are."""
+    for index, weights in enumerate(zero.fp32_partitioned_groups_flat):
+        swapped = zero._swappable_optimizer_subgroup(index)
+        if swapped:
+            zero._optimizer_states_and_gradient_swap_in(index)
+        state = {key: _copy(value) for key, value in zero.optimizer.state.get(weights, {}).items()}
+        yield {"weights": _copy(weights), "state": state}
+        if swapped:
+            zero._release_swap_buffers(index)
+
+
+def _copy(value: Any) -> Any:
+    """A tensor in the host's memory, and only its own part of a buffer."""
+    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
+
+
+def _name(rank: int, index: int) -> str:
+    return f"{PREFIX}rank_{rank:05d}_group_{index:05d}.pt"
+
+
+@contextlib.contextmanager
+def _instead(engine: Any, **methods: Any) -> Iterator[None]:
+    """Put methods on one engine for a while."""
+    for name, method in methods.items():
+        setattr(engine, name, method)
+    try:
+        yield
+    finally:
+        for name in methods:
+            delattr(engine, name)
