@@ -26,6 +26,7 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "mlp_tile": (None, 5),
     "offload": ("none", "optimizer", "optimizer and parameters"),
     "offload_checkpoints": (False, True),
+    "recompute_norms": (False, True),
 }
 Cell = dict[str, Any]
 STEPS = 3
@@ -116,7 +117,8 @@ def train(rank: int, world: int, cell: Cell) -> tuple[list[float], list[float], 
     from longctx.models.host import HostStore
 
     ring, ulysses, _ = cell["mesh"]
-    memory = {name: cell[name] for name in ("recompute", "loss_tile", "mlp_tile", "offload_checkpoints")}
+    names = ("recompute", "loss_tile", "mlp_tile", "offload_checkpoints", "recompute_norms")
+    memory = {name: cell[name] for name in names}
     zero = {} if cell["offload"] == "none" else {"offload_optimizer": {"device": "cpu"}}
     if "parameters" in cell["offload"]:
         zero["offload_param"] = {"device": "cpu"}
