@@ -10,7 +10,7 @@ PEERS := .venv/.peers
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smoke test test-slow test-aot test-multinode bench bench-gpu bench-alst bench-bounded bench-generation compare-bounded lint clean
+.PHONY: help install quickstart smoke test test-slow test-aot test-multinode bench bench-gpu bench-gpu-longest bench-alst bench-bounded bench-generation compare-bounded lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ bench: $(INSTALLED) $(PEERS)  ## ring attention and a training step beside other
 
 bench-gpu: $(INSTALLED)  ## the attention kernels beside torch's on one GPU, under 8 minutes
 	$(BIN)/python -m benchmarks.gpu.run
+
+bench-gpu-longest: $(INSTALLED)  ## what a token costs in memory at Llama-3-8B's widths on one GPU, rung by rung, beside ALST
+	$(BIN)/python -m benchmarks.gpu.longest
 
 bench-alst: $(INSTALLED)  ## training steps beside DeepSpeed's ALST: time, exact bytes, the longest sequence under a cap
 	$(BIN)/python -m benchmarks.alst

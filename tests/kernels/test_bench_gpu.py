@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from house_files import ROOT
 
-from benchmarks.gpu import bounded
+from benchmarks.gpu import bounded, longest
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -91,3 +92,17 @@ def test_no_row_of_an_interpreter_is_kept() -> None:
     for name in ("attention_gpu.csv", "decode_gpu.csv"):
         kept = ROOT / "benchmarks" / "results" / name
         assert not kept.exists() or "interpreter" not in kept.read_text()
+
+
+@pytest.mark.slow
+def test_the_ladder_of_the_longest_sequence() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.longest", "--tiny"],
+        cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    peaks = dict(re.findall(r"contestant (.*?)  layers.*peak_bytes (\d+)", done.stdout))
+    assert set(peaks) == {*longest.THEIRS, *longest.OURS}
+    whole, tiled = (int(peaks[name]) for name in ("longctx, checkpoints", "longctx + norms recomputed"))
+    assert tiled < 0.7 * whole
+    assert int(peaks["longctx + norms recomputed"]) < int(peaks["longctx + attention kept"])
