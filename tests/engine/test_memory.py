@@ -95,6 +95,31 @@ def count_traffic(rank: int, world: int, memory: dict[str, Any]) -> tuple[dict[s
     return dict(traffic.gathered), dict(traffic.reduced)
 
 
+def norms_under_zero3(rank: int, world: int, recomputed: bool) -> tuple[Any, ...]:
+    """Weights after two steps, and how often norms are gathered and reduced in the second."""
+    zero = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}  # norms are partitioned as well
+    memory = {"recompute": "layer_keep_attention", "recompute_norms": recomputed}
+    engine = make_engine(2, 3, memory=memory, zero=zero)
+    assert ("forward" in vars(engine.module.model.norm)) >= recomputed
+    run_window(engine, [ragged_rows(0, 0, 0)])  # the first step records the order of modules
+    with pytest.MonkeyPatch.context() as patch:
+        traffic = Traffic(engine, patch)
+        run_window(engine, [ragged_rows(1, 0, 0)])
+    weights = weights_of(engine)
+    engine.destroy()
+    counts = ({key: n for key, n in kind.items() if "norm" in key} for kind in (traffic.gathered, traffic.reduced))
+    return weights, *counts
+
+
+def test_zero3_has_a_recomputed_norms_weight_in_backward_and_reduces_it_once() -> None:
+    as_it_was, anew = (run_ranks(2, norms_under_zero3, recomputed) for recomputed in (False, True))
+    for (wanted, gathered_before, _), (weights, gathered, reduced) in zip(as_it_was, anew, strict=True):
+        assert gathered and gathered == gathered_before
+        assert len(reduced) == 5 and set(reduced.values()) == {1}  # two a layer, and the one before the head
+        for name, weight in wanted.items():
+            assert torch.equal(weights[name], weight), name
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_tiled_mlps_train_the_same_model(stage: int) -> None:
     check(stage, {"mlp_tile": 5})
