@@ -17,6 +17,8 @@ import torch
 from longctx.nn.tiling import choose_tile
 from longctx.nn.tokenwise import tiled
 
+# Backward has a chain of fp32 tensors of each tile at once, 28 bytes a number: counted as 32 widths, it stays small.
+_WIDTHS = 32
 _NORM = re.compile(r"RMSNorm$")  # torch's layer_norm keeps no more than its input already
 
 
@@ -46,7 +48,7 @@ def _recomputing(kind: Any) -> Any:
 
     @wraps(plain)
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        tile = choose_tile("auto", x.shape[-1], x.device)
+        tile = choose_tile("auto", _WIDTHS * x.shape[-1], x.device)
         return tiled(MethodType(plain, self), x, list(self.parameters()), tile)
 
     return forward

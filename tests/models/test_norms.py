@@ -71,6 +71,22 @@ def test_only_the_input_is_kept() -> None:
     assert peak_bytes(lambda: norm(x)) <= before + x.nbytes + 2 * 4 * x.numel()
 
 
+def test_a_backward_holds_the_chain_of_one_tile() -> None:
+    """All of it at once would be more than the norm itself holds, and raise a step's peak instead of lowering it."""
+    norm, x = norm_of(torch.bfloat16, 256), torch.randn(1, 4096, 256, dtype=torch.bfloat16, requires_grad=True)
+    dout = torch.randn_like(x)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(norm(x), [x, norm.weight], dout)
+
+    wanted, whole = step(), peak_bytes(step)
+    recompute_norms(torch.nn.Sequential(norm))
+    assert peak_bytes(step) < whole / 2
+    dx, dweight = step()
+    assert torch.equal(dx, wanted[0])
+    assert (dweight - wanted[1]).norm() <= tolerance("bf16 result") * wanted[1].norm()
+
+
 def test_under_a_checkpoint_too() -> None:
     norm, x = norm_of(torch.float32), torch.randn(1, 40, 64, requires_grad=True)
     layer = lambda x: (norm(x.sin()) * x).cos()  # noqa: E731
