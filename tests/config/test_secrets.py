@@ -68,7 +68,7 @@ def test_environment_is_read_only_where_declared(monkeypatch):
     monkeypatch.setenv("LONGCTX_TEST_PLACE", "somewhere")
     declared = {key for key, leaf in leaves().items() if environment_ok(leaf.field)}
     places = {"model.pretrained", "data.sources", "data.tokenizer", "data.folder", "output.folder"}
-    assert declared == places | {"launch.folder", "launch.hostfile", "launch.python"}
+    assert declared == places | {"launch.folder", "launch.hostfile", "launch.python", "zero.nvme_folder"}
     config = loads(
         GOOD, ["output.folder=${env:LONGCTX_TEST_PLACE}/run", "data.sources=['${env:LONGCTX_TEST_PLACE}']"]
     ).config
