@@ -41,6 +41,9 @@ CASES: dict[str, dict[str, Any]] = {
     "ring, ZeRO-2, layers recomputed": {"zero.stage": 2, "memory.recompute": "layer"},
     "ring, ZeRO-3, attention kept, tiles": _KEEP | {"memory.mlp_tile": "auto", "data.sequence_length": 16384},
     "ring, ZeRO-3, bf16, attention kept, tiles": _KEEP | {"memory.mlp_tile": "auto", "model.dtype": "bf16"},
+    "ring, ZeRO-3, bf16, attention kept, tiles, norms": _KEEP | {
+        "memory.mlp_tile": "auto", "memory.recompute_norms": "true", "model.dtype": "bf16",
+    },
     "ring, ZeRO-3, bf16, MLPs and norms recomputed": {
         "memory.recompute": "mlp", "memory.recompute_norms": "true", "model.dtype": "bf16",
     },

@@ -41,7 +41,8 @@ def test_a_plan_is_printed() -> None:
 
 
 def test_json_and_overrides() -> None:
-    done = run("plan", BIG, "memory.recompute=none", "mesh.ring=32", "--nodes", 4, "--gpus-per-node", 8, "--json")
+    kept = ("memory.recompute=none", "memory.recompute_norms=false")
+    done = run("plan", BIG, *kept, "mesh.ring=32", "--nodes", 4, "--gpus-per-node", 8, "--json")
     assert done.returncode == 1, "without recomputation it does not fit"
     found = json.loads(done.stdout)
     assert found["ranks"]["world"] == 32 and found["memory"]["fits"] is False
