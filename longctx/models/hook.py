@@ -16,6 +16,7 @@ from longctx.errors import ModelError
 from longctx.models.binding import binding_of
 from longctx.models.documents import sharded_documents, whole_documents
 from longctx.models.dropout import layer_seeds
+from longctx.models.host import fetch_ahead
 from longctx.models.masks import Rule
 from longctx.models.memories import attend, memory_of
 
@@ -85,6 +86,7 @@ def longctx_attention(
     if binding is not None and not binding.checked:
         binding.called.add(id(module))
     query, key, value = _autocast(query, key, value)
+    fetch_ahead(query)
     extras: dict[str, Any] = {"softcap": softcap, "sink": s_aux}
     if dropout and module.training:
         extras |= {"dropout_p": dropout, "dropout_seed": layer_seeds(module, query, dropout_seeds)}

@@ -1,28 +1,44 @@
 """HostStore: what checkpointed layers keep waits for backward in host memory instead of the GPU's.
 
 At a million tokens the inputs of layers are most of what a GPU holds, and nobody needs them for seconds. They are
-copied out while the next layer computes and back while a later layer's backward does, on streams of their own,
-through pinned memory; the computing stream only ever waits for a copy that is late.
+copied out while the next layer computes and back while the backward of the layer after it ends, on streams of their
+own, through pinned memory; the computing stream only ever waits for a copy that is late.
+
+They come back when that layer's attention has its gradients. Until then a step holds most, and what is left of the
+layer, the gradients of three projections, takes about as long as the copy.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 LEAST_BYTES = 1 << 16  # smaller tensors cost more to move than they free
-AHEAD = 2  # tensors fetched before they are asked for: a layer's input and its attention's result
 
 
 class Parked:
     """A tensor in host memory, and on its way back once somebody fetches it."""
 
-    def __init__(self, host: torch.Tensor, device: torch.device, left: Any) -> None:
+    def __init__(self, host: torch.Tensor, device: torch.device, left: Any, layer: int) -> None:
         self.host, self.device, self.left = host, device, left  # left: event after the copy out
+        self.layer = layer
         self.coming: torch.Tensor | None = None
         self.arrived: Any = None
+
+
+class _Recording(threading.local):
+    """The layer whose forward runs in this thread, if what it keeps goes to a store."""
+
+    store: HostStore | None = None
+
+
+_recording = _Recording()
 
 
 class HostStore:
@@ -35,8 +51,19 @@ class HostStore:
     def __init__(self, *, everything: bool = False) -> None:
         self.everything = everything
         self.order: list[weakref.ref[Parked]] = []  # autograd owns what is parked: a dropped graph frees it
+        self.layers = 0
         self._out: dict[torch.device, Any] = {}
         self._back: dict[torch.device, Any] = {}
+
+    @contextlib.contextmanager
+    def layer(self) -> Iterator[None]:
+        """What is put within belongs to one layer, and is fetched together."""
+        self.layers += 1
+        before, _recording.store = _recording.store, self
+        try:
+            yield
+        finally:
+            _recording.store = before
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor | Parked:
         """Start to copy ``tensor`` out; return what ``take`` wants. Small ones and the host's own stay as they are."""
@@ -49,30 +76,27 @@ class HostStore:
         return parked
 
     def take(self, kept: torch.Tensor | Parked) -> torch.Tensor:
-        """Return the tensor where it was, and start to fetch those that backward wants next."""
+        """Return the tensor where it was, and start to fetch what else its layer has kept."""
         if isinstance(kept, torch.Tensor):
             return kept
         self._fetch(kept)
-        for before in self._before(kept):
-            self._fetch(before)
+        self.fetch(kept.layer)
         assert kept.coming is not None
         if kept.arrived is not None:
-            stream = torch.cuda.current_stream(kept.device)
-            stream.wait_event(kept.arrived)
-            kept.coming.record_stream(stream)  # its memory is not given to another copy while it is read
+            torch.cuda.current_stream(kept.device).wait_event(kept.arrived)
         return kept.coming
 
-    def _before(self, parked: Parked) -> list[Parked]:
-        """Return the last that were parked before this one, nearest first; forget it and what came after it."""
+    def fetch(self, layer: int) -> None:
+        """Start to fetch what a layer has kept; forget it and what came after it, which backward is done with."""
         waiting = [found for found in (ref() for ref in self.order) if found is not None]
-        if parked in waiting:  # not when it is taken a second time (retain_graph)
-            waiting = waiting[: waiting.index(parked)]
-        self.order = [weakref.ref(found) for found in waiting]
-        return waiting[-AHEAD:][::-1]
+        for parked in waiting:
+            if parked.layer == layer:
+                self._fetch(parked)
+        self.order = [weakref.ref(parked) for parked in waiting if parked.layer < layer]
 
     def _copy_out(self, tensor: torch.Tensor) -> Parked:
         if tensor.device.type != "cuda":
-            return Parked(tensor.clone(), tensor.device, None)
+            return Parked(tensor.clone(), tensor.device, None, self.layers)
         side = _stream(self._out, tensor.device)
         side.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(side):
@@ -80,7 +104,7 @@ class HostStore:
             host.copy_(tensor, non_blocking=True)
             tensor.record_stream(side)
             left = side.record_event()
-        return Parked(host, tensor.device, left)
+        return Parked(host, tensor.device, left, self.layers)
 
     def _fetch(self, parked: Parked) -> None:
         if parked.coming is not None:
@@ -90,9 +114,24 @@ class HostStore:
             return
         side = _stream(self._back, parked.device)
         side.wait_event(parked.left)
+        # Memory of the computing stream, so that it goes where what is done there has been; hence the wait.
+        parked.coming = torch.empty_like(parked.host, device=parked.device)
+        side.wait_stream(torch.cuda.current_stream(parked.device))
         with torch.cuda.stream(side):
-            parked.coming = parked.host.to(parked.device, non_blocking=True)
+            parked.coming.copy_(parked.host, non_blocking=True)
+            parked.coming.record_stream(side)
             parked.arrived = side.record_event()
+
+
+def fetch_ahead(query: torch.Tensor) -> None:
+    """Within a layer whose kept tensors go to a store: once ``query`` has its gradient, fetch the layer before."""
+    store = _recording.store
+    if store is not None and query.requires_grad:
+        query.register_hook(partial(_fetch_before, store, store.layers))
+
+
+def _fetch_before(store: HostStore, layer: int, gradient: torch.Tensor) -> None:
+    store.fetch(layer - 1)
 
 
 def _stream(known: dict[torch.device, Any], device: torch.device) -> Any:

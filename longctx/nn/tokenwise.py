@@ -6,7 +6,8 @@ into one node of autograd's graph: each gets one gradient, the fp32 sum over til
 
 Under activation checkpointing the input is kept by a node of its own, which comes before any work of this function.
 A checkpoint's recomputation stops as soon as everything kept is there again, so it never runs the function a third time
-(unless the layer needs its result, as one that normalises it does).
+(unless the layer needs its result, as one that normalises it does). An input that another such function has made is not
+kept at all: backward has it made again (`kept.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from longctx.nn.gated import Gated
+from longctx.nn.kept import Kept, keep, kept_of, makes
 
 
 def tiled(
@@ -29,6 +31,7 @@ def tiled(
     *,
     random: bool = False,
     gated: Gated | None = None,
+    again: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return ``function(x)``, computed in tiles of tokens, without keeping its intermediate results.
 
@@ -39,21 +42,26 @@ def tiled(
         tile: tokens at a time.
         random: it draws random numbers (dropout): backward draws the same.
         gated: the gated MLP that ``function`` is, if it is one: its backward takes less time and memory.
+        again: what makes the result anew in backward, of all tokens, for those who would else keep it; None where
+            nobody shall.
 
     Returns:
         (..., E), in ``function``'s dtype. Gradients of ``parameters`` are summed in fp32, fp64 for fp64.
     """
     wanted = tuple(parameter for parameter in parameters if parameter.requires_grad)
     if not torch.is_grad_enabled() or not (x.requires_grad or wanted):
-        return _forward(function, x, tile)
-    keeper: list[Any] = []
-    kept = _Keep.apply(x, keeper) if x.requires_grad else x
-    out: torch.Tensor = _Tiled.apply(kept, function, tile, random, keeper[0] if keeper else None, gated, *wanted)
+        return in_tiles(function, x, tile)
+    source, kept = kept_of(x), Kept(again)
+    if source is None and x.requires_grad:
+        x = keep(x, kept)
+    out: torch.Tensor = _Tiled.apply(x, function, tile, random, source, kept, gated, *wanted)
+    if again is not None and kept.node is not None:
+        makes(out, kept)
     return out
 
 
-def _forward(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, tile: int) -> torch.Tensor:
-    """function(x) tile by tile, written into one result."""
+def in_tiles(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, tile: int) -> torch.Tensor:
+    """Return function(x), tile by tile, in one tensor."""
     flat = x.reshape(1, -1, x.shape[-1])
     out: torch.Tensor | None = None
     for first in range(0, flat.shape[1], tile):
@@ -63,20 +71,6 @@ def _forward(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, 
         out[:, first : first + tile] = part
     assert out is not None  # transformers knows no empty batch
     return out.view(*x.shape[:-1], out.shape[-1])
-
-
-class _Keep(torch.autograd.Function):
-    """x -> x, which it keeps for the node behind it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, keeper: list[Any]) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        keeper.append(ctx)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return dx, None
 
 
 class _Tiled(torch.autograd.Function):
@@ -89,21 +83,25 @@ class _Tiled(torch.autograd.Function):
         function: Callable[[torch.Tensor], torch.Tensor],
         tile: int,
         random: bool,
-        keeper: Any,
+        source: Kept | None,
+        kept: Kept,
         gated: Gated | None,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         ctx.function, ctx.tile, ctx.parameters = function, tile, parameters
         ctx.gated = None if torch.is_autocast_enabled(x.device.type) else gated
-        ctx.keeper, ctx.x = keeper, None if keeper is not None else x
+        ctx.source, ctx.kept = source, kept
+        ctx.x = x if source is None and kept.node is None else None  # needs no gradient: nobody else keeps it
+        ctx.shape = x.shape
         ctx.random = _Random(x.device) if random else None
         ctx.autocast = _autocast(x.device.type)
-        return _forward(function, x, tile)
+        return in_tiles(function, x, tile)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x = ctx.x if ctx.keeper is None else ctx.keeper.saved_tensors[0]
+        x = ctx.x if ctx.x is not None else ctx.source.result() if ctx.source is not None else ctx.kept.input()
+        ctx.kept.release()
         x, dout = x.detach(), dout.reshape(-1, dout.shape[-1])
         flat, of_x = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad[0]
         if ctx.gated is not None:
@@ -113,7 +111,7 @@ class _Tiled(torch.autograd.Function):
         dparameters = (
             None if total is None else total.to(p.dtype) for total, p in zip(totals, ctx.parameters, strict=True)
         )
-        return (None if dx is None else dx.view(x.shape), None, None, None, None, None, *dparameters)
+        return (None if dx is None else dx.view(ctx.shape), *(None for _ in range(6)), *dparameters)
 
 
 def _gradients(

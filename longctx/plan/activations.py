@@ -1,6 +1,6 @@
 """Bytes of one layer's results, per token: what autograd keeps of it, and what backward makes on the way.
 
-Llama's shape: a norm keeps its input and its result (more, unless `memory.recompute_norms`); attention keeps
+Llama's shape: a norm keeps its input and its result (by `memory.recompute_norms` less, else more); attention keeps
 q, k, v, its result (twice: by head and by token) and lse; a gated MLP its gate, activation, up projection and product.
 b is the bytes of a number in the run's dtype.
 """
@@ -11,12 +11,17 @@ from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
 
 
-def norm_kept(shape: ModelShape, setup: Setup) -> int:
-    """One RMSNorm: its input and its result; left to autograd, the input in fp32 (in an fp32 run the residual stream
-    itself), the normalised input, the result and 1/rms."""
+def norm_kept(shape: ModelShape, setup: Setup, *, made_anew: bool = False) -> int:
+    """One RMSNorm: its input and its result, which may be made anew for those who come next; left to autograd, the
+    input in fp32 (in an fp32 run the residual stream itself), the normalised input, the result and 1/rms."""
     if setup.recompute_norms:
-        return 2 * shape.itemsize * shape.hidden
+        return (1 if made_anew else 2) * shape.itemsize * shape.hidden
     return shape.hidden * (4 + 2 * shape.itemsize) + 4
+
+
+def norms_kept(shape: ModelShape, setup: Setup) -> tuple[int, int]:
+    """The norms before attention and before the MLP. Projections have the result made anew, and MLPs that recompute."""
+    return norm_kept(shape, setup, made_anew=True), norm_kept(shape, setup, made_anew=recomputed_mlp(setup))
 
 
 def attention_result(shape: ModelShape) -> int:
@@ -49,21 +54,26 @@ def layer_kept(shape: ModelShape, setup: Setup) -> int:
     """Per token and layer between forward and backward, by the policy of `memory.recompute`."""
     if setup.recompute in ("layer", "layer_keep_attention"):
         return 0 if setup.offload_checkpoints else checkpoint_kept(shape, setup)
-    kept = 2 * norm_kept(shape, setup) + attention_kept(shape)
-    return kept if setup.recompute == "mlp" or tiled_mlp(setup) else kept + mlp_inner(shape)
+    kept = sum(norms_kept(shape, setup)) + attention_kept(shape)
+    return kept if recomputed_mlp(setup) else kept + mlp_inner(shape)
 
 
 def fetched(shape: ModelShape, setup: Setup) -> int:
-    """Per token: offloaded checkpoints that are on the device in backward: of the layer at work, and of the next one,
-    fetched meanwhile (`models/host.py`)."""
+    """Per token: offloaded checkpoints that are on the device while a layer's backward runs: its own. Those of the next
+    one come when its attention has its gradients (`models/host.py`)."""
     if not setup.offload_checkpoints or setup.recompute not in ("layer", "layer_keep_attention"):
         return 0
-    return min(2, shape.layers) * checkpoint_kept(shape, setup)
+    return checkpoint_kept(shape, setup)
 
 
 def tiled_mlp(setup: Setup) -> bool:
     """Whether MLPs go through the tokens in tiles (rows no longer than a tile are left as they are)."""
     return setup.mlp_tile is not None and setup.n > setup.mlp_tile
+
+
+def recomputed_mlp(setup: Setup) -> bool:
+    """Whether an MLP keeps nothing but its input."""
+    return setup.recompute == "mlp" or tiled_mlp(setup)
 
 
 def rotary_kept(shape: ModelShape) -> int:

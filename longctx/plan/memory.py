@@ -92,6 +92,8 @@ def _moments(shape: ModelShape, setup: Setup) -> Iterator[Moment]:
         base = _sum(_base(shape, setup, made), {"kept results": layers * kept + fetched})
         yield Moment(f"{name}: MLP", _sum(base, _mlp(shape, setup)))
         yield Moment(f"{name}: attention", _sum(base, _attention(shape, setup)))
+        if setup.offload_checkpoints:
+            yield Moment(f"{name}: projections", _sum(base, _projections(shape, setup)))
     if setup.stage in (1, 2):
         whole = {"gradients": shape.itemsize * shape.embedding, "workspace": states.large_gradient_bytes(shape, setup)}
         yield Moment("backward of the embedding", _sum(_base(shape, setup, everything - head), whole))
@@ -127,8 +129,9 @@ def _loss(shape: ModelShape, setup: Setup) -> dict[str, int]:
 def _mlp(shape: ModelShape, setup: Setup) -> dict[str, int]:
     """The layer whose MLP's backward runs: recomputed before it, if that is the policy; two gradients of its width."""
     width = shape.itemsize * shape.hidden * setup.n
+    made_anew = width if setup.recompute_norms and activations.recomputed_mlp(setup) else 0
     return {
-        "layer at work": _recomputed(shape, setup) + 2 * width,
+        "layer at work": _recomputed(shape, setup) + 2 * width + made_anew,
         "mlp tile": buffers.mlp_tile_bytes(shape, setup),
         "gradients": buffers.mlp_gradient_bytes(shape, setup),
     }
@@ -146,11 +149,18 @@ def _attention(shape: ModelShape, setup: Setup) -> dict[str, int]:
     }
 
 
+def _projections(shape: ModelShape, setup: Setup) -> dict[str, int]:
+    """The layer whose attention's backward is done, while the next one's checkpoints come back: the gradients of q, k,
+    v, the norm's result, two gradients of it, and the residual stream's."""
+    widths = shape.itemsize * (4 * shape.hidden + shape.q_width + 2 * shape.kv_width)
+    return {"layer at work": setup.n * widths, "kept results": setup.n * activations.fetched(shape, setup)}
+
+
 def _recomputed(shape: ModelShape, setup: Setup) -> int:
     """What backward has to make of a layer again, beside what was kept of it."""
     if setup.recompute not in ("layer", "layer_keep_attention"):
         return 0
-    whole = 2 * activations.norm_kept(shape, setup) + activations.attention_kept(shape)
+    whole = sum(activations.norms_kept(shape, setup)) + activations.attention_kept(shape)
     if setup.recompute == "layer_keep_attention":
         whole -= activations.attention_result(shape)
     if shape.itemsize == 4 or setup.recompute_norms:
@@ -160,7 +170,7 @@ def _recomputed(shape: ModelShape, setup: Setup) -> int:
 
 def _after_attention(shape: ModelShape, setup: Setup) -> int:
     """Of the layer, what is let go before attention's backward: the second norm's, its MLP's, the result by token."""
-    gone = activations.norm_kept(shape, setup) + shape.itemsize * shape.q_width
+    gone = activations.norms_kept(shape, setup)[1] + shape.itemsize * shape.q_width
     if setup.recompute == "none" and not activations.tiled_mlp(setup):
         gone += activations.mlp_inner(shape)
     return setup.n * gone

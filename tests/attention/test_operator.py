@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import longctx
+import longctx.attention.block
 from longctx.attention.comm import counters
 from longctx.attention.ring import ring_attention  # registers the operators
 

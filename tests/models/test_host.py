@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from models.test_recompute import step
 from models.zoo import CAUSAL, tiny_config, tiny_model
 
+from longctx.attention.passes import Passes
 from longctx.errors import ModelError
-from longctx.models.host import AHEAD, HostStore, Parked
+from longctx.models.host import HostStore, Parked
 from longctx.models.recompute import recompute_layers
 
 
@@ -41,14 +43,52 @@ def test_only_what_a_checkpoint_keeps_is_stored(monkeypatch: pytest.MonkeyPatch)
     assert shapes == layer * config.num_hidden_layers
 
 
-def test_the_next_that_backward_needs_are_fetched_ahead() -> None:
-    store = HostStore(everything=True)
-    kept = [store.put(torch.full((2,), float(index))) for index in range(5)]
-    assert all(isinstance(parked, Parked) for parked in kept)
-    for index in range(4, -1, -1):
+def here(parked: list[Any]) -> list[int]:
+    return [place for place, one in enumerate(parked) if one.coming is not None]
+
+
+def test_what_a_layer_has_kept_comes_together() -> None:
+    store, kept = HostStore(everything=True), []
+    for layer in range(3):
+        with store.layer():
+            kept += [store.put(torch.full((2,), float(2 * layer + place))) for place in range(2)]
+    assert all(isinstance(parked, Parked) for parked in kept) and here(kept) == []
+    for index in (4, 5, 2, 3, 0, 1):
         assert torch.equal(store.take(kept[index]), torch.full((2,), float(index)))
-        here = [place for place, parked in enumerate(kept) if parked.coming is not None]  # type: ignore[union-attr]
-        assert here == list(range(max(index - AHEAD, 0), 5))
+        assert here(kept) == list(range(index // 2 * 2, 6))
+    assert store.order == []
+
+
+@pytest.mark.parametrize("policy", ["layer", "layer_keep_attention"])
+def test_a_layer_comes_when_attention_of_the_next_is_done(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then a step holds less again; sooner would raise its peak, later would have backward wait."""
+    events: list[str] = []
+    take, fetch, backward = HostStore.take, HostStore._fetch, Passes.backward
+
+    def taken(self: HostStore, kept: Any) -> torch.Tensor:
+        events.append(f"take {kept.layer}")
+        return take(self, kept)
+
+    def fetched(self: HostStore, parked: Parked) -> None:
+        if parked.coming is None:
+            events.append(f"fetch {parked.layer}")
+        fetch(self, parked)
+
+    def attended(self: Passes, *arguments: Any) -> Any:
+        events.append("attention")
+        return backward(self, *arguments)
+
+    monkeypatch.setattr(HostStore, "take", taken)
+    monkeypatch.setattr(HostStore, "_fetch", fetched)
+    monkeypatch.setattr(Passes, "backward", attended)
+    model = tiny_model(tiny_config("llama"), "longctx").train()
+    recompute_layers(model, policy, HostStore(everything=True))
+    step(model)
+    layers, later = model.config.num_hidden_layers, [] if policy == "layer" else [2]
+    wanted = [f"take {layers}", f"fetch {layers}", *(f"take {layers}" for _ in later), "attention"]
+    for layer in range(layers - 1, 0, -1):
+        wanted += [f"fetch {layer}", f"take {layer}", "attention"]
+    assert [event for event, _ in itertools.groupby(events)] == wanted
 
 
 def test_a_dropped_graph_frees_what_it_kept_and_a_second_take_finds_it() -> None:
