@@ -11,8 +11,10 @@ import argparse
 import csv
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.hardware import commit, describe
 
@@ -30,6 +32,10 @@ _BASE: dict[str, dict[str, Any]] = {
     "deepspeed": {"zero_optimization": "{reduce_bucket_size: 500_000}"},
 }
 _KEEP = {"memory.recompute": "layer_keep_attention"}
+_LONG = _KEEP | {  # its peak is at attention's backward
+    "memory.mlp_tile": "auto", "memory.recompute_norms": "true", "memory.loss_tile": 128, "model.dtype": "bf16",
+    "data.sequence_length": 16384,
+}  # fmt: skip
 _SMALL = {"model.hidden_size": 128, "model.layers": 2, "model.heads": 4, "data.sequence_length": 2048}
 
 CASES: dict[str, dict[str, Any]] = {
@@ -44,6 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ring, ZeRO-3, bf16, attention kept, tiles, norms": _KEEP | {
         "memory.mlp_tile": "auto", "memory.recompute_norms": "true", "model.dtype": "bf16",
     },
+    "the same, 16K tokens, loss in tiles of 128": _LONG,
+    "and checkpoints offloaded": _LONG | {"memory.offload_checkpoints": "true"},
     "ring, ZeRO-3, bf16, MLPs and norms recomputed": {
         "memory.recompute": "mlp", "memory.recompute_norms": "true", "model.dtype": "bf16",
     },
@@ -87,7 +95,9 @@ def predicted(case: str) -> tuple[int, str]:
     ranks = ranks_of(case)
     config = loads(text_of(CASES[case]), name=case, default_world=ranks).config
     shape = shape_of(config)
-    peak = memory_of(shape, setup_of(config, derive(config, ranks), shape, on_gpu=False)).peak
+    setup = setup_of(config, derive(config, ranks), shape, on_gpu=False)
+    setup = replace(setup, offload_checkpoints=config.memory.offload_checkpoints)
+    peak = memory_of(shape, setup).peak
     return peak.total, peak.name
 
 
@@ -128,6 +138,7 @@ def _engine(case: str, ranks: int) -> tuple[Any, Any]:
     import torch
 
     import longctx
+    from benchmarks.elsewhere import Elsewhere
     from longctx.config.deepspeed import to_deepspeed
     from longctx.config.derived import derive
     from longctx.config.load import loads
@@ -141,7 +152,8 @@ def _engine(case: str, ranks: int) -> tuple[Any, Any]:
     model = build_model(config, model_config(config, vocabulary, None), settings, mesh)
     optimizer = make_optimizer(model, config.train)
     layout, memory = config.attention.layout, memory_of(config)
-    engine = longctx.initialize(model, settings, mesh, layout=layout, optimizer=optimizer, memory=memory)[0]
+    with patch("longctx.engine.memory.HostStore", Elsewhere):  # a CPU's tensors would stay where they are
+        engine = longctx.initialize(model, settings, mesh, layout=layout, optimizer=optimizer, memory=memory)[0]
 
     def step() -> None:
         ids = torch.randint(0, vocabulary, (sizes.micro_batch, config.data.sequence_length))

@@ -5,7 +5,8 @@ copied out while the next layer computes and back while the backward of the laye
 own, through pinned memory; the computing stream only ever waits for a copy that is late.
 
 They come back when that layer's attention has its gradients. Until then a step holds most, and what is left of the
-layer, the gradients of three projections, takes about as long as the copy.
+layer, the gradients of three projections, takes about as long as the copy. For the same reason a layer's own input,
+once the layer has been recomputed from it, is let go until then.
 """
 
 from __future__ import annotations
@@ -19,17 +20,28 @@ from typing import Any
 
 import torch
 
+from longctx.nn.kept import know
+
 LEAST_BYTES = 1 << 16  # smaller tensors cost more to move than they free
 
 
 class Parked:
     """A tensor in host memory, and on its way back once somebody fetches it."""
 
-    def __init__(self, host: torch.Tensor, device: torch.device, left: Any, layer: int) -> None:
+    def __init__(self, store: HostStore, host: torch.Tensor, device: torch.device, left: Any) -> None:
         self.host, self.device, self.left = host, device, left  # left: event after the copy out
-        self.layer = layer
+        self.store, self.layer = store, store.layers
         self.coming: torch.Tensor | None = None
         self.arrived: Any = None
+        self.taken = False
+        self.wanted = False  # a second time, after the recomputation: somebody counts on `result`
+        self._again: torch.Tensor | None = None
+
+    def result(self) -> torch.Tensor:
+        """Return the tensor, in backward, to those who counted on it (``longctx.nn.kept``)."""
+        if self._again is None:
+            self._again = self.store.take(self)
+        return self._again
 
 
 class _Recording(threading.local):
@@ -81,22 +93,44 @@ class HostStore:
             return kept
         self._fetch(kept)
         self.fetch(kept.layer)
-        assert kept.coming is not None
+        tensor, kept.coming, kept.taken = kept.coming, None, True
+        assert tensor is not None
         if kept.arrived is not None:
             torch.cuda.current_stream(kept.device).wait_event(kept.arrived)
-        return kept.coming
+        return tensor
+
+    def put_input(self, tensor: torch.Tensor) -> torch.Tensor | Parked:
+        """As ``put``, of a layer's input, which its first norm need not keep then: it asks for it here."""
+        kept = self.put(tensor)
+        if isinstance(kept, Parked):
+            know(tensor, kept)
+        return kept
+
+    def take_input(self, kept: torch.Tensor | Parked) -> torch.Tensor:
+        """As ``take``, of what ``put_input`` returned, for the layer's recomputation."""
+        tensor = self.take(kept)
+        if isinstance(kept, Parked):
+            know(tensor, kept)
+        return tensor
 
     def fetch(self, layer: int) -> None:
-        """Start to fetch what a layer has kept; forget it and what came after it, which backward is done with."""
+        """Start to fetch what a layer has kept and nobody has taken; forget what came after it."""
         waiting = [found for found in (ref() for ref in self.order) if found is not None]
         for parked in waiting:
-            if parked.layer == layer:
+            if parked.layer == layer and not parked.taken:
                 self._fetch(parked)
-        self.order = [weakref.ref(parked) for parked in waiting if parked.layer < layer]
+        self.order = [weakref.ref(parked) for parked in waiting if parked.layer <= layer]
+
+    def fetch_again(self, layer: int) -> None:
+        """Start to fetch what of a layer is wanted a second time: its input, which was not on the device while its
+        attention's backward ran."""
+        for parked in (ref() for ref in self.order):
+            if parked is not None and parked.layer == layer and parked.taken and parked.wanted:
+                self._fetch(parked)
 
     def _copy_out(self, tensor: torch.Tensor) -> Parked:
         if tensor.device.type != "cuda":
-            return Parked(tensor.clone(), tensor.device, None, self.layers)
+            return Parked(self, tensor.clone(), tensor.device, None)
         side = _stream(self._out, tensor.device)
         side.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(side):
@@ -104,7 +138,7 @@ class HostStore:
             host.copy_(tensor, non_blocking=True)
             tensor.record_stream(side)
             left = side.record_event()
-        return Parked(host, tensor.device, left, self.layers)
+        return Parked(self, host, tensor.device, left)
 
     def _fetch(self, parked: Parked) -> None:
         if parked.coming is not None:
@@ -124,13 +158,15 @@ class HostStore:
 
 
 def fetch_ahead(query: torch.Tensor) -> None:
-    """Within a layer whose kept tensors go to a store: once ``query`` has its gradient, fetch the layer before."""
+    """Within a layer whose kept tensors go to a store: once ``query`` has its gradient, fetch its input again, and the
+    layer before."""
     store = _recording.store
     if store is not None and query.requires_grad:
-        query.register_hook(partial(_fetch_before, store, store.layers))
+        query.register_hook(partial(_fetch_next, store, store.layers))
 
 
-def _fetch_before(store: HostStore, layer: int, gradient: torch.Tensor) -> None:
+def _fetch_next(store: HostStore, layer: int, gradient: torch.Tensor) -> None:
+    store.fetch_again(layer)
     store.fetch(layer - 1)
 
 

@@ -51,5 +51,5 @@ def recompute_layers(model: Any, policy: Policy, store: HostStore | None = None)
 
 def _stored(store: HostStore, checkpoint: Callable[..., Any], function: Any, *inputs: Any) -> Any:
     """Checkpoint ``function`` with its inputs in ``store``; what is saved inside is the checkpoint's own affair."""
-    with store.layer(), saved_tensors_hooks(store.put, store.take):
+    with store.layer(), saved_tensors_hooks(store.put_input, store.take_input):
         return checkpoint(function, *inputs)

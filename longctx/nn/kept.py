@@ -1,7 +1,8 @@
 """Kept: what backward gets of a function of tokens: its input, kept once, and its result, made anew from that.
 
 A norm's result is kept by whoever multiplies it with weights, beside the norm's own input. Here the next in line asks
-the norm for it instead (`kept_of`), and backward makes it once for all who ask.
+the norm for it instead (`source_of`), and backward makes it once for all who ask. The norm in turn may have its input
+from somebody else: a layer's is on the host (`models/host.py`).
 """
 
 from __future__ import annotations
@@ -9,10 +10,22 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+
+
+class Source(Protocol):
+    """Who has a tensor in backward, so that nobody else need keep it."""
+
+    wanted: bool
+    """Whether somebody counts on it."""
+
+    def result(self) -> torch.Tensor:
+        """Return the tensor; in backward only."""
 
 
 class Kept:
@@ -23,8 +36,9 @@ class Kept:
     """
 
     def __init__(self, make: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
-        self.node: Any = None  # of autograd's graph: it has the input
         self.make = make
+        self.node: Any = None  # of autograd's graph: it has the input
+        self.wanted = False
         self._input: torch.Tensor | None = None
         self._result: torch.Tensor | None = None
 
@@ -49,8 +63,17 @@ class Kept:
 
 def keep(x: torch.Tensor, kept: Kept) -> torch.Tensor:
     """Return x, which a node of autograd's graph keeps for ``kept``."""
-    out: torch.Tensor = _Keep.apply(x, kept)
+    with not_kept(source_of(x)):
+        out: torch.Tensor = _Keep.apply(x, kept)
     return out
+
+
+def not_kept(source: Source | None) -> AbstractContextManager[Any]:
+    """A context for a function of autograd that saves one tensor: it will have it from ``source``, if there is one.
+
+    The graph then holds the source as long as it would the tensor, through retain_graph too.
+    """
+    return nullcontext() if source is None else saved_tensors_hooks(lambda _: source, lambda source: source.result())
 
 
 class _Keep(torch.autograd.Function):
@@ -67,38 +90,42 @@ class _Keep(torch.autograd.Function):
         return dx, None
 
 
-# Results are known by their memory: hooks of modules (DeepSpeed's) hand on other tensor objects than they were given.
+# Tensors are known by their memory: hooks of modules (DeepSpeed's) hand on other objects than they were given.
 
 
 class _Known(threading.local):
     def __init__(self) -> None:
-        self.results: dict[int, tuple[StorageWeakRef, int, weakref.ref[Kept]]] = {}
+        self.tensors: dict[int, tuple[StorageWeakRef, int, weakref.ref[Source]]] = {}
 
 
 _known = _Known()
 
 
-def makes(result: torch.Tensor, kept: Kept) -> None:
-    """Let those who are given ``result`` find whom to ask for it in backward."""
-    for key in [key for key, (storage, *_) in _known.results.items() if storage.expired()]:
-        del _known.results[key]
-    storage = StorageWeakRef(result.untyped_storage())
-    _known.results[storage.cdata] = storage, result._version, weakref.ref(kept)
+def know(x: torch.Tensor, source: Source) -> None:
+    """Let those who are given ``x``, in whatever shape, find who has it in backward."""
+    for key in [key for key, (storage, *_) in _known.tensors.items() if storage.expired()]:
+        del _known.tensors[key]
+    storage = StorageWeakRef(x.untyped_storage())
+    _known.tensors[storage.cdata] = storage, x._version, weakref.ref(source)
 
 
-def kept_of(x: torch.Tensor) -> Kept | None:
-    """Return who makes x in backward, in whatever shape; None if nobody does: it is no such result, a part of one, or
-    changed since. Nor under autocast, whose results are of another dtype, nor in what a compiler traces."""
+def source_of(x: torch.Tensor) -> Source | None:
+    """Return who will have x in backward, and may be asked then; None if x is not known, a part of what is, or changed
+    since. Nor under autocast, whose results are of another dtype, nor in what a compiler traces."""
     if torch.compiler.is_compiling():
         return None
-    if not _known.results or not x.requires_grad or not torch.is_grad_enabled():
+    if not _known.tensors or not x.requires_grad or not torch.is_grad_enabled():
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
     storage = StorageWeakRef(x.untyped_storage())
-    found = _known.results.get(storage.cdata)
+    found = _known.tensors.get(storage.cdata)
     if found is None or found[0].expired():
         return None
-    _, version, kept = found
+    _, version, reference = found
+    source = reference()
     whole = x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes()
-    return kept() if whole and x._version == version else None
+    if source is None or not whole or x._version != version:
+        return None
+    source.wanted = True
+    return source

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from longctx.nn.kept import Kept, kept_of
+from longctx.nn.kept import not_kept, source_of
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear; backward asks whoever made x (..., D) for it once more, if somebody does (`kept.py`).
+    """F.linear; backward asks whoever has x (..., D) for it, if somebody does (`kept.py`).
 
     Args:
         weight: (E, D).
@@ -20,10 +20,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     Returns:
         (..., E); gradients are F.linear's.
     """
-    source = kept_of(x)
+    source = source_of(x)
     if source is None:
         return F.linear(x, weight, bias)
-    out: torch.Tensor = _Linear.apply(x, weight, bias, source)
+    with not_kept(source):
+        out: torch.Tensor = _Linear.apply(x, weight, bias)
     return out
 
 
@@ -31,23 +32,23 @@ class _Linear(torch.autograd.Function):
     """(x, weight, bias) -> x weightᵀ + bias. The weight is asked for its values in backward: ZeRO-3 changes them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, source: Kept
-    ) -> torch.Tensor:
-        ctx.weight, ctx.source = weight, source
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.weight = weight
+        if weight.requires_grad:
+            ctx.save_for_backward(x)
         return F.linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        of_x, of_weight, of_bias = ctx.needs_input_grad
         flat = dout.reshape(-1, dout.shape[-1])
         dx = dweight = dbias = None
         if of_x:
             dx = (flat @ ctx.weight).view(*dout.shape[:-1], -1)
         if of_weight:
-            x = ctx.source.result()
-            dweight = flat.T @ x.view(-1, x.shape[-1])
+            (x,) = ctx.saved_tensors
+            dweight = flat.T @ x.reshape(-1, x.shape[-1])
         if of_bias:
             dbias = flat.sum(0)
-        return dx, dweight, dbias, None
+        return dx, dweight, dbias

@@ -6,8 +6,8 @@ into one node of autograd's graph: each gets one gradient, the fp32 sum over til
 
 Under activation checkpointing the input is kept by a node of its own, which comes before any work of this function.
 A checkpoint's recomputation stops as soon as everything kept is there again, so it never runs the function a third time
-(unless the layer needs its result, as one that normalises it does). An input that another such function has made is not
-kept at all: backward has it made again (`kept.py`).
+(unless the layer needs its result, as one that normalises it does). An input that
+somebody else has in backward, the norm that made it for example, is not kept at all (`kept.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from longctx.nn.gated import Gated
-from longctx.nn.kept import Kept, keep, kept_of, makes
+from longctx.nn.kept import Kept, keep, know
 
 
 def tiled(
@@ -51,12 +51,12 @@ def tiled(
     wanted = tuple(parameter for parameter in parameters if parameter.requires_grad)
     if not torch.is_grad_enabled() or not (x.requires_grad or wanted):
         return in_tiles(function, x, tile)
-    source, kept = kept_of(x), Kept(again)
-    if source is None and x.requires_grad:
+    kept = Kept(again)
+    if x.requires_grad:
         x = keep(x, kept)
-    out: torch.Tensor = _Tiled.apply(x, function, tile, random, source, kept, gated, *wanted)
-    if again is not None and kept.node is not None:
-        makes(out, kept)
+    out: torch.Tensor = _Tiled.apply(x, function, tile, random, kept, gated, *wanted)
+    if again is not None and x.requires_grad:
+        know(out, kept)
     return out
 
 
@@ -83,15 +83,13 @@ class _Tiled(torch.autograd.Function):
         function: Callable[[torch.Tensor], torch.Tensor],
         tile: int,
         random: bool,
-        source: Kept | None,
         kept: Kept,
         gated: Gated | None,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         ctx.function, ctx.tile, ctx.parameters = function, tile, parameters
         ctx.gated = None if torch.is_autocast_enabled(x.device.type) else gated
-        ctx.source, ctx.kept = source, kept
-        ctx.x = x if source is None and kept.node is None else None  # needs no gradient: nobody else keeps it
+        ctx.kept, ctx.x = kept, x if kept.node is None else None  # needs no gradient: nobody else keeps it
         ctx.shape = x.shape
         ctx.random = _Random(x.device) if random else None
         ctx.autocast = _autocast(x.device.type)
@@ -100,7 +98,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x = ctx.x if ctx.x is not None else ctx.source.result() if ctx.source is not None else ctx.kept.input()
+        x = ctx.kept.input() if ctx.x is None else ctx.x
         ctx.kept.release()
         x, dout = x.detach(), dout.reshape(-1, dout.shape[-1])
         flat, of_x = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad[0]
@@ -111,7 +109,7 @@ class _Tiled(torch.autograd.Function):
         dparameters = (
             None if total is None else total.to(p.dtype) for total, p in zip(totals, ctx.parameters, strict=True)
         )
-        return (None if dx is None else dx.view(ctx.shape), *(None for _ in range(6)), *dparameters)
+        return (None if dx is None else dx.view(ctx.shape), *(None for _ in range(5)), *dparameters)
 
 
 def _gradients(

@@ -58,12 +58,18 @@ def layer_kept(shape: ModelShape, setup: Setup) -> int:
     return kept if recomputed_mlp(setup) else kept + mlp_inner(shape)
 
 
-def fetched(shape: ModelShape, setup: Setup) -> int:
-    """Per token: offloaded checkpoints that are on the device while a layer's backward runs: its own. Those of the next
-    one come when its attention has its gradients (`models/host.py`)."""
+def fetched(shape: ModelShape, setup: Setup, *, attended: bool = False) -> int:
+    """Per token: offloaded checkpoints that are on the device while a layer's backward runs (`models/host.py`).
+
+    Until ``attended``, when its attention has its gradients, its own; without its input, if its norms are recomputed and
+    get that once more. Then both, and those of the next layer.
+    """
     if not setup.offload_checkpoints or setup.recompute not in ("layer", "layer_keep_attention"):
         return 0
-    return checkpoint_kept(shape, setup)
+    kept = checkpoint_kept(shape, setup)
+    if attended:
+        return min(2, shape.layers) * kept
+    return kept - shape.itemsize * shape.hidden if setup.recompute_norms else kept
 
 
 def tiled_mlp(setup: Setup) -> bool:

@@ -153,7 +153,8 @@ def _projections(shape: ModelShape, setup: Setup) -> dict[str, int]:
     """The layer whose attention's backward is done, while the next one's checkpoints come back: the gradients of q, k,
     v, the norm's result, two gradients of it, and the residual stream's."""
     widths = shape.itemsize * (4 * shape.hidden + shape.q_width + 2 * shape.kv_width)
-    return {"layer at work": setup.n * widths, "kept results": setup.n * activations.fetched(shape, setup)}
+    coming = activations.fetched(shape, setup, attended=True) - activations.fetched(shape, setup)
+    return {"layer at work": setup.n * widths, "kept results": setup.n * coming}
 
 
 def _recomputed(shape: ModelShape, setup: Setup) -> int:

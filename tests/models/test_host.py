@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from models.test_recompute import step
 from models.zoo import CAUSAL, tiny_config, tiny_model
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from longctx.attention.passes import Passes
 from longctx.errors import ModelError
 from longctx.models.host import HostStore, Parked
+from longctx.models.norms import recompute_norms
 from longctx.models.recompute import recompute_layers
+
+from tolerances import tolerance
 
 
 @pytest.mark.parametrize("policy", ["layer", "layer_keep_attention"])
@@ -47,7 +52,7 @@ def here(parked: list[Any]) -> list[int]:
     return [place for place, one in enumerate(parked) if one.coming is not None]
 
 
-def test_what_a_layer_has_kept_comes_together() -> None:
+def test_what_a_layer_has_kept_comes_together_and_is_handed_over() -> None:
     store, kept = HostStore(everything=True), []
     for layer in range(3):
         with store.layer():
@@ -55,8 +60,7 @@ def test_what_a_layer_has_kept_comes_together() -> None:
     assert all(isinstance(parked, Parked) for parked in kept) and here(kept) == []
     for index in (4, 5, 2, 3, 0, 1):
         assert torch.equal(store.take(kept[index]), torch.full((2,), float(index)))
-        assert here(kept) == list(range(index // 2 * 2, 6))
-    assert store.order == []
+        assert here(kept) == ([] if index % 2 else [index + 1])
 
 
 @pytest.mark.parametrize("policy", ["layer", "layer_keep_attention"])
@@ -91,12 +95,55 @@ def test_a_layer_comes_when_attention_of_the_next_is_done(policy: Any, monkeypat
     assert [event for event, _ in itertools.groupby(events)] == wanted
 
 
+@pytest.mark.parametrize("policy", ["layer", "layer_keep_attention"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "olmo2"])
+def test_a_layers_input_is_gone_while_its_attention_has_its_backward(
+    kind: str, policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its first norm is recomputed: that gets it once more, fetched when attention is done; where there is none
+    (OLMo 2), the projections get it."""
+    inputs: list[StorageWeakRef] = []
+    parked: list[Any] = []
+    gone: list[bool] = []
+    taken: list[int] = []
+    take, backward = HostStore.take_input, Passes.backward
+
+    def recording(self: HostStore, kept: Any) -> torch.Tensor:
+        tensor = take(self, kept)
+        inputs.append(StorageWeakRef(tensor.untyped_storage()))
+        assert not [ref for ref in parked if ref() is not None and ref().layer > kept.layer], "done, and still held"
+        parked.append(weakref.ref(kept))
+        return tensor
+
+    def attended(self: Passes, *arguments: Any) -> Any:
+        gone.append(inputs[-1].expired())
+        return backward(self, *arguments)
+
+    def fetched(self: HostStore, layer: int) -> None:
+        fetch_again(self, layer)
+        taken.extend(one.layer for one in (ref() for ref in self.order) if one and one.coming is not None)
+
+    model = tiny_model(tiny_config(kind), "longctx").train()
+    wanted = step(model)
+    recompute_norms(model)
+    recompute_layers(model, policy, HostStore(everything=True))
+    monkeypatch.setattr(HostStore, "take_input", recording)
+    monkeypatch.setattr(Passes, "backward", attended)
+    fetch_again = HostStore.fetch_again
+    monkeypatch.setattr(HostStore, "fetch_again", fetched)
+    got = step(model)
+    layers = model.config.num_hidden_layers
+    assert gone == [True] * layers and taken == list(range(layers, 0, -1))
+    for name, gradient in wanted.items():  # weights of norms are summed by tiles
+        assert (got[name] - gradient).norm() <= tolerance("model") * gradient.norm().clamp(min=1e-6), name
+
+
 def test_a_dropped_graph_frees_what_it_kept_and_a_second_take_finds_it() -> None:
     store = HostStore(everything=True)
     first, second = store.put(torch.ones(2)), store.put(torch.zeros(2))
     del second
     assert torch.equal(store.take(first), torch.ones(2)) and torch.equal(store.take(first), torch.ones(2))
-    assert store.order == []
+    assert [ref() for ref in store.order] == [first]
 
 
 def test_the_hosts_own_tensors_stay() -> None:

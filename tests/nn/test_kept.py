@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from longctx.nn.kept import kept_of
+from longctx.nn.kept import source_of
 from longctx.nn.linear import linear
 from longctx.nn.tokenwise import in_tiles, tiled
 
@@ -73,28 +73,32 @@ def test_it_is_made_once_for_all_and_let_go(monkeypatch: pytest.MonkeyPatch) -> 
     x, weights = inputs()
     calls: list[int] = []
     h = tiled(squash, x, [], 5, again=lambda x: calls.append(1) or in_tiles(squash, x, 5))  # type: ignore[func-returns-value]
-    kept = kept_of(h)
+    kept: Any = source_of(h)
     out = sum(linear(h, w, None) for w in weights).sum()
     for again in range(2):
         torch.autograd.grad(out, [x, *weights], retain_graph=True)
         assert len(calls) == again + 1
-        assert kept is not None and kept._result is None and kept._input is None
+        assert kept._result is None and kept._input is None
 
 
 def test_only_the_whole_and_unchanged_result_is_known() -> None:
     x, _ = inputs()
     h = remade(x)
-    assert kept_of(h) is not None and kept_of(h.view(-1, WIDTH)) is kept_of(h) and kept_of(h.view_as(h)) is kept_of(h)
-    assert kept_of(h[:1]) is None and kept_of(h.transpose(0, 1)) is None and kept_of(h + 0) is None
-    assert kept_of(h.detach()) is None
+    assert (
+        source_of(h) is not None
+        and source_of(h.view(-1, WIDTH)) is source_of(h)
+        and source_of(h.view_as(h)) is source_of(h)
+    )
+    assert source_of(h[:1]) is None and source_of(h.transpose(0, 1)) is None and source_of(h + 0) is None
+    assert source_of(h.detach()) is None
     with torch.no_grad():
-        assert kept_of(h) is None
+        assert source_of(h) is None
     with torch.autocast("cpu"):
-        assert kept_of(h) is None
+        assert source_of(h) is None
         assert linear(h, torch.randn(OUT, WIDTH), None).dtype == torch.bfloat16
     with torch.no_grad():
         h.mul_(2)
-    assert kept_of(h) is None
+    assert source_of(h) is None
 
 
 def test_a_result_whose_memory_others_have_now_is_forgotten() -> None:
@@ -103,7 +107,7 @@ def test_a_result_whose_memory_others_have_now_is_forgotten() -> None:
         place = remade(x).untyped_storage().data_ptr()
         other = torch.zeros_like(x, requires_grad=True) * 1
         if other.untyped_storage().data_ptr() == place:  # malloc gives the room again at once, nearly always
-            assert kept_of(other) is None
+            assert source_of(other) is None
             return
     raise AssertionError("the room was never given again: this shows nothing")
 

@@ -204,7 +204,7 @@ def test_an_optimizer_on_nvme_is_on_disk_and_its_buffers_in_host_memory() -> Non
 
 def test_the_working_set_of_llama_8b_by_token_and_part() -> None:
     """What grows with a rank's tokens at the peak of a step, with everything that saves memory on: 8 ranks, checkpoints
-    on the host, tiles. The figures stand in docs/plan.md; the aim of 90 KB is not reached."""
+    on the host, tiles. The figures stand in docs/plan.md; their sum is below the 90 KB that were aimed at."""
     fixed = Setup(
         2**20, ring=8, recompute="layer_keep_attention", offload_checkpoints=True, loss_tile=1040, mlp_tile=2048,
         recompute_norms=True,
@@ -214,9 +214,10 @@ def test_the_working_set_of_llama_8b_by_token_and_part() -> None:
     tokens = 2**21 // 8
     slopes = {part: (large.parts[part] - small.parts.get(part, 0)) // tokens for part in large.parts}
     assert {part: slope for part, slope in slopes.items() if slope} == {
-        "kept results": 16_512,
+        "kept results": 8_320,
         "layer at work": 20_480,
         "attention buffers": 24_832,
         "ring buffers": 32_768,
         "workspace": 548,
     }
+    assert sum(slopes.values()) == 86_948
