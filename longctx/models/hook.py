@@ -115,17 +115,9 @@ def longctx_attention(
         return out.transpose(1, 2).contiguous(), None
     backend = binding.backend if binding is not None else "auto"
     out = ring_attention(  # type: ignore[assignment]  # return_lse is off: one tensor
-        query,
-        key,
-        value,
-        mesh=mesh,
-        layout=layout,
-        causal=causal,
-        window=window,
-        document_ids=ids,
-        backend=backend,
+        query, key, value, mesh=mesh, layout=layout, causal=causal, window=window, document_ids=ids, backend=backend,
         **extras,
-    )
+    )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -19,6 +19,11 @@ def norm_kept(shape: ModelShape, setup: Setup, *, made_anew: bool = False) -> in
     return shape.hidden * (4 + 2 * shape.itemsize) + 4
 
 
+def norm_backward(shape: ModelShape) -> int:
+    """What the backward of an RMSNorm left to autograd has at once, beside the input in fp32: five fp32 tensors."""
+    return 20 * shape.hidden
+
+
 def norms_kept(shape: ModelShape, setup: Setup) -> tuple[int, int]:
     """The norms before attention and before the MLP. Projections have the result made anew, and MLPs that recompute."""
     return norm_kept(shape, setup, made_anew=True), norm_kept(shape, setup, made_anew=recomputed_mlp(setup))
@@ -61,8 +66,8 @@ def layer_kept(shape: ModelShape, setup: Setup) -> int:
 def fetched(shape: ModelShape, setup: Setup, *, attended: bool = False) -> int:
     """Per token: offloaded checkpoints that are on the device while a layer's backward runs (`models/host.py`).
 
-    Until ``attended``, when its attention has its gradients, its own; without its input, if its norms are recomputed and
-    get that once more. Then both, and those of the next layer.
+    Until ``attended``, when its attention has its gradients, its own; without its input, if its norms are recomputed
+    and get that once more. Then both, and those of the next layer.
     """
     if not setup.offload_checkpoints or setup.recompute not in ("layer", "layer_keep_attention"):
         return 0

@@ -91,6 +91,8 @@ def _moments(shape: ModelShape, setup: Setup) -> Iterator[Moment]:
     ):
         base = _sum(_base(shape, setup, made), {"kept results": layers * kept + fetched})
         yield Moment(f"{name}: MLP", _sum(base, _mlp(shape, setup)))
+        if not setup.recompute_norms:
+            yield Moment(f"{name}: norm", _sum(base, _norm(shape, setup)))
         yield Moment(f"{name}: attention", _sum(base, _attention(shape, setup)))
         if setup.offload_checkpoints:
             yield Moment(f"{name}: projections", _sum(base, _projections(shape, setup)))
@@ -134,6 +136,19 @@ def _mlp(shape: ModelShape, setup: Setup) -> dict[str, int]:
         "layer at work": _recomputed(shape, setup) + 2 * width + made_anew,
         "mlp tile": buffers.mlp_tile_bytes(shape, setup),
         "gradients": buffers.mlp_gradient_bytes(shape, setup),
+    }
+
+
+def _norm(shape: ModelShape, setup: Setup) -> dict[str, int]:
+    """The layer whose second norm's backward runs: what that gave the MLP, and the normalised input, are let go."""
+    width, recomputed = shape.itemsize * shape.hidden * setup.n, _recomputed(shape, setup)
+    gone = 2 * width
+    if setup.recompute == "none" and not activations.tiled_mlp(setup):
+        gone += setup.n * activations.mlp_inner(shape)
+    chain = width + setup.n * activations.norm_backward(shape)
+    return {
+        "layer at work": recomputed - gone + chain if recomputed else chain,
+        "kept results": 0 if recomputed else -gone,
     }
 
 

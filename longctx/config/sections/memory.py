@@ -37,6 +37,7 @@ class Memory(Section):
     )
     recompute_norms: bool = Field(
         False,
-        description="RMSNorms keep only their input and compute the rest anew in backward: of a layer 8 to 12 bytes a "
-        "token and hidden_size in bf16, for about a per cent of its time",
+        description="RMSNorms keep only their input and compute the rest anew in backward, their result too where "
+        "attention or a tiled MLP comes next: of a layer 10 to 12 bytes a token and hidden_size in bf16, for about a "
+        "per cent of its time",
     )
