@@ -16,4 +16,5 @@ class Elsewhere(HostStore):
 
     def _copy_out(self, tensor: torch.Tensor) -> Parked:
         away = torch.from_numpy(numpy.empty(tensor.nbytes, numpy.uint8)).view(tensor.dtype).view(tensor.shape)
+        self.leaving.append((self.layers, tensor, None))
         return Parked(self, away.copy_(tensor), tensor.device, None)

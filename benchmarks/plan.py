@@ -50,9 +50,9 @@ CASES: dict[str, dict[str, Any]] = {
     "ring, ZeRO-3, bf16, attention kept, tiles, norms": _KEEP | {
         "memory.mlp_tile": "auto", "memory.recompute_norms": "true", "model.dtype": "bf16",
     },
-    "the same, 16K tokens, loss in tiles of 128": _LONG,
-    "and norms as they are": _LONG | {"memory.recompute_norms": "false"},
-    "and checkpoints offloaded": _LONG | {"memory.offload_checkpoints": "true"},
+    "16K tokens, bf16, small tiles, norms": _LONG,
+    "16K tokens, bf16, small tiles": _LONG | {"memory.recompute_norms": "false"},
+    "16K tokens, bf16, small tiles, norms, checkpoints offloaded": _LONG | {"memory.offload_checkpoints": "true"},
     "ring, ZeRO-3, bf16, MLPs and norms recomputed": {
         "memory.recompute": "mlp", "memory.recompute_norms": "true", "model.dtype": "bf16",
     },

@@ -4,6 +4,10 @@ At a million tokens the inputs of layers are most of what a GPU holds, and nobod
 copied out while the next layer computes and back while the backward of the layer after it ends, on streams of their
 own, through pinned memory; the computing stream only ever waits for a copy that is late.
 
+No memory waits for the host to see that a copy is done, as record_stream has it do, which is far ahead of the GPU: what
+leaves is held for another layer and then let go behind its copy, on the computing stream; what comes back is allocated
+there.
+
 They come back when that layer's attention has its gradients. Until then a step holds most, and what is left of the
 layer, the gradients of three projections, takes about as long as the copy. For the same reason a layer's own input,
 once the layer has been recomputed from it, is let go until then.
@@ -33,6 +37,7 @@ class Parked:
         self.store, self.layer = store, store.layers
         self.coming: torch.Tensor | None = None
         self.arrived: Any = None
+        self.stream: Any = None  # whose memory is coming
         self.taken = False
         self.wanted = False  # a second time, after the recomputation: somebody counts on `result`
         self._again: torch.Tensor | None = None
@@ -42,6 +47,10 @@ class Parked:
         if self._again is None:
             self._again = self.store.take(self)
         return self._again
+
+    def __del__(self) -> None:
+        if self.coming is not None and self.stream is not None:  # nobody has taken it: its memory waits for the copy
+            self.stream.wait_event(self.arrived)
 
 
 class _Recording(threading.local):
@@ -64,6 +73,7 @@ class HostStore:
         self.everything = everything
         self.order: list[weakref.ref[Parked]] = []  # autograd owns what is parked: a dropped graph frees it
         self.layers = 0
+        self.leaving: list[tuple[int, torch.Tensor, Any]] = []  # layer, what is copied out, event after the copy
         self._out: dict[torch.device, Any] = {}
         self._back: dict[torch.device, Any] = {}
 
@@ -71,6 +81,7 @@ class HostStore:
     def layer(self) -> Iterator[None]:
         """What is put within belongs to one layer, and is fetched together."""
         self.layers += 1
+        self._let_go(self.layers - 1)
         before, _recording.store = _recording.store, self
         try:
             yield
@@ -91,12 +102,14 @@ class HostStore:
         """Return the tensor where it was, and start to fetch what else its layer has kept."""
         if isinstance(kept, torch.Tensor):
             return kept
+        self._let_go(self.layers + 1)
         self._fetch(kept)
         self.fetch(kept.layer)
         tensor, kept.coming, kept.taken = kept.coming, None, True
         assert tensor is not None
         if kept.arrived is not None:
             torch.cuda.current_stream(kept.device).wait_event(kept.arrived)
+            kept.stream = None
         return tensor
 
     def put_input(self, tensor: torch.Tensor) -> torch.Tensor | Parked:
@@ -128,16 +141,24 @@ class HostStore:
             if parked is not None and parked.layer == layer and parked.taken and parked.wanted:
                 self._fetch(parked)
 
+    def _let_go(self, layer: int) -> None:
+        """Let go what layers before ``layer`` had copied out, behind the copies."""
+        for owner, tensor, left in self.leaving:
+            if owner < layer and left is not None:
+                torch.cuda.current_stream(tensor.device).wait_event(left)
+        self.leaving = [held for held in self.leaving if held[0] >= layer]
+
     def _copy_out(self, tensor: torch.Tensor) -> Parked:
         if tensor.device.type != "cuda":
-            return Parked(self, tensor.clone(), tensor.device, None)
-        side = _stream(self._out, tensor.device)
-        side.wait_stream(torch.cuda.current_stream(tensor.device))
-        with torch.cuda.stream(side):
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            host.copy_(tensor, non_blocking=True)
-            tensor.record_stream(side)
-            left = side.record_event()
+            host, left = tensor.clone(), None
+        else:
+            side = _stream(self._out, tensor.device)
+            side.wait_stream(torch.cuda.current_stream(tensor.device))
+            with torch.cuda.stream(side):
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                host.copy_(tensor, non_blocking=True)
+                left = side.record_event()
+        self.leaving.append((self.layers, tensor, left))
         return Parked(self, host, tensor.device, left)
 
     def _fetch(self, parked: Parked) -> None:
@@ -146,14 +167,12 @@ class HostStore:
         if parked.left is None:
             parked.coming = parked.host.clone()
             return
-        side = _stream(self._back, parked.device)
-        side.wait_event(parked.left)
-        # Memory of the computing stream, so that it goes where what is done there has been; hence the wait.
+        side, parked.stream = _stream(self._back, parked.device), torch.cuda.current_stream(parked.device)
         parked.coming = torch.empty_like(parked.host, device=parked.device)
-        side.wait_stream(torch.cuda.current_stream(parked.device))
+        side.wait_stream(parked.stream)
+        side.wait_event(parked.left)
         with torch.cuda.stream(side):
             parked.coming.copy_(parked.host, non_blocking=True)
-            parked.coming.record_stream(side)
             parked.arrived = side.record_event()
 
 

@@ -80,10 +80,11 @@ def host_bytes(shape: ModelShape, setup: Setup) -> dict[str, int]:
 
 def _moments(shape: ModelShape, setup: Setup) -> Iterator[Moment]:
     kept, fetched = setup.n * activations.layer_kept(shape, setup), setup.n * activations.fetched(shape, setup)
+    leaving = setup.n * activations.fetched(shape, setup, attended=True)  # as many as come back: two layers'
     head = 0 if shape.tied else shape.embedding
     everything = shape.parameters
     yield Moment(
-        "loss", _sum(_base(shape, setup, 0), _ends(shape, setup, shape.layers * kept + fetched), _loss(shape, setup))
+        "loss", _sum(_base(shape, setup, 0), _ends(shape, setup, shape.layers * kept + leaving), _loss(shape, setup))
     )
     for name, layers, made in (
         ("backward of the last layer", shape.layers, head + shape.layer_weights),

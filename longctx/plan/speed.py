@@ -175,7 +175,10 @@ def _zero(shape: ModelShape, setup: Setup, machine: Machine, compute: float, tim
 def _checkpoints(shape: ModelShape, setup: Setup, machine: Machine) -> float:
     if not setup.offload_checkpoints or setup.recompute not in ("layer", "layer_keep_attention"):
         return 0.0
-    return 2 * activations.checkpoint_kept(shape, setup) * shape.layers * setup.n / machine.host_link
+    moved = 2 * activations.checkpoint_kept(shape, setup)
+    if setup.recompute_norms:
+        moved += shape.itemsize * shape.hidden  # a layer's input, for its first norm
+    return moved * shape.layers * setup.n / machine.host_link
 
 
 def _optimizer(shape: ModelShape, setup: Setup, machine: Machine) -> float:

@@ -138,6 +138,18 @@ def test_a_layers_input_is_gone_while_its_attention_has_its_backward(
         assert (got[name] - gradient).norm() <= tolerance("model") * gradient.norm().clamp(min=1e-6), name
 
 
+def test_what_leaves_is_held_for_another_layer_and_no_longer_than_forward() -> None:
+    """The computing stream lets it go behind the copy: sooner it would wait, and later a step would hold more."""
+    store, leaving, kept = HostStore(everything=True), [], []
+    for _ in range(4):
+        with store.layer():
+            kept.append(store.put(torch.ones(2)))
+            leaving.append([layer for layer, *_ in store.leaving])
+    assert leaving == [[1], [1, 2], [2, 3], [3, 4]]
+    store.take(kept[-1])
+    assert store.leaving == []
+
+
 def test_a_dropped_graph_frees_what_it_kept_and_a_second_take_finds_it() -> None:
     store = HostStore(everything=True)
     first, second = store.put(torch.ones(2)), store.put(torch.zeros(2))
