@@ -22,8 +22,10 @@ SHARED_SOURCES = ("flash/elements", "cosine/numbers", "cosine/states")
 SOURCES = {"cosine": (*SHARED_SOURCES, "cosine/lengths", "cosine/product")}
 SOURCES["abc"] = (*SHARED_SOURCES, "abc/pairs", "abc/masses", "abc/states", "abc/rows", "abc/columns")
 SOURCES["decode"] = ("flash/elements", "decode/partial", "decode/merge")
-PLAIN = {"cosine": ("lengths", "scan"), "abc": ("masses", "walk"), "decode": ("merge",)}
+SOURCES["cross_entropy"] = ("flash/elements", "cross_entropy/row")
+PLAIN = {"cosine": ("lengths", "scan"), "abc": ("masses", "walk"), "decode": ("merge",), "cross_entropy": ()}
 """Passes without products, compiled once a chip."""
+NO_PRODUCTS = ("cross_entropy",)
 
 
 class Case(NamedTuple):
@@ -44,6 +46,8 @@ class Case(NamedTuple):
             return ()
         if self.operator == "decode":
             return decode.config(self)
+        if self.operator == "cross_entropy":
+            return tuple(tiles_of(self.operator).choose(self.width, self.arch))
         itemsize = 4 if self.kind == "float" else 2
         return tuple(tiles_of(self.operator).choose(self.name, self.width, itemsize, self.arch))
 
@@ -139,7 +143,21 @@ def abc(case: Case) -> Any:
     return made[case.name]()
 
 
-LAUNCHES = {"abc": abc, "cosine": cosine, "decode": decode.launch}
+def cross_entropy(case: Case) -> Any:
+    """The launch over a tile of 1,024 tokens of a vocabulary of so many."""
+    import torch
+
+    from longctx.kernels.cross_entropy.fused import launch
+
+    dtype = torch.float32 if case.kind == "float" else torch.bfloat16
+    logits, labels = empty(1024, case.width, dtype=dtype), empty(1024, dtype=torch.int64)
+    softcap, gradient = 30.0 if case.name == "capped" else None, case.name != "evaluation"
+    return launch(
+        logits, labels, empty(1024), softcap=softcap, z_loss=1e-4, ignore_index=-100, gradient=gradient, arch=case.arch
+    )
+
+
+LAUNCHES = {"abc": abc, "cosine": cosine, "cross_entropy": cross_entropy, "decode": decode.launch}
 
 
 def compile_case(case: Case) -> aot.Compiled:
@@ -159,7 +177,8 @@ def problems(compiled: aot.Compiled) -> list[str]:
     if compiled.shared > aot.SHARED_LIMIT[case.arch]:
         limit = aot.SHARED_LIMIT[case.arch]
         found.append(f"{compiled.case}: {compiled.shared} bytes of shared memory, the chip has {limit}")
-    if case.kind != "float" and case.name not in PLAIN[case.operator] and not compiled.products:
+    plain = case.name in PLAIN[case.operator] or case.operator in NO_PRODUCTS
+    if case.kind != "float" and not plain and not compiled.products:
         found.append(f"{compiled.case}: no tensor-core product in the machine code")
     return found
 

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.gpu.run`: checks everyone, measures the rows of rows.py, decode.py and bounded.py on one GPU,
-appends them to results/*_gpu.csv and prints short tables. `--interpret` runs the same code at tiny sizes without one.
+"""`python -m benchmarks.gpu.run`: checks everyone, measures the rows of rows.py, decode.py, loss.py, bounded.py on one
+GPU, appends them to results/*_gpu.csv and prints short tables. `--interpret` runs the same code at tiny sizes without.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if "--interpret" in sys.argv:  # read when triton is first imported
 import torch
 
 from benchmarks import hardware
-from benchmarks.gpu import bounded, decode, measure, rows
+from benchmarks.gpu import bounded, decode, loss, measure, rows
 from benchmarks.gpu.contestants import CONTESTANTS, OURS, RING, TMA
 from benchmarks.gpu.rows import Row
 from benchmarks.peers import NotMeasured
@@ -75,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(_line(row, figures), flush=True)
     folder = chosen.output or (None if chosen.interpret else RESULTS)
     bad = [*filter(None, wrong.values()), *decode.run(device, chosen_row, folder, chip)]
+    bad += loss.run(device, chosen_row, folder, chip)
     if folder:
         _append(folder / "attention_gpu.csv", figures, chip, roof)
     print()

@@ -184,6 +184,8 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
     if memory.z_loss and memory.loss_tile == "none":
         message = "needs a tiled loss; set memory.loss_tile to auto, or remove the key"
         yield Finding("memory.z_loss", message, "conflict")
+    if "loss_backend" in memory.model_fields_set and memory.loss_tile == "none":
+        yield Finding("memory.loss_backend", "means nothing without a tiled loss; remove the key", "idle-key")
     if memory.offload_checkpoints and memory.recompute in ("none", "mlp"):
         message = f"there are no checkpoints with memory.recompute {memory.recompute}; choose layer_keep_attention"
         yield Finding("memory.offload_checkpoints", message, "conflict")

@@ -42,6 +42,7 @@ _NAMES = {
     "attention.window": "sliding_window window_size",
     "attention.backend": "attn_implementation implementation kernel",
     "memory.loss_tile": "tiled_logits tiled_loss fused_linear_cross_entropy use_liger_kernel logits_tile",
+    "memory.loss_backend": "loss_kernel cross_entropy_backend cross_entropy_kernel fused_cross_entropy",
     "memory.mlp_tile": "tiled_mlp tiled_mlp_compute mlp_chunks",
     "memory.recompute": "activation_checkpointing gradient_checkpointing checkpoint_activations recompute_granularity",
     "memory.offload_checkpoints": "activation_offload cpu_checkpointing offload_activations activation_offloading",

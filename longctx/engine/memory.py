@@ -12,6 +12,7 @@ from longctx.models.loss import tile_loss, why_not_tiled
 from longctx.models.mlp import find_mlps, tile_mlps
 from longctx.models.norms import recompute_norms
 from longctx.models.recompute import Policy, recompute_layers
+from longctx.nn.entropy import Backend
 from longctx.nn.tiling import Tile
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ class Memory:
     Attributes:
         loss_tile: tokens whose logits exist at once; "auto" chooses, and leaves models alone whose loss it cannot tile;
             None never tiles.
+        loss_backend: "triton", "torch" or "auto", see ``longctx.nn.tiled_loss``.
         z_loss: weight of PaLM's auxiliary loss lse² in training; needs a tiled loss.
         mlp_tile: tokens that an MLP computes at once, forward and backward; "auto" is half as many as the hidden size,
             and leaves alone models whose MLPs it cannot tile; None never tiles.
@@ -36,6 +38,7 @@ class Memory:
     """
 
     loss_tile: Tile | None = None
+    loss_backend: Backend = "auto"
     z_loss: float = 0.0
     mlp_tile: Tile | None = None
     recompute: Policy = "none"
@@ -74,7 +77,7 @@ def save_memory(model: Any, memory: Memory, *, announce: bool = True) -> None:
     if memory.loss_tile is not None:
         reason = why_not_tiled(model) if memory.loss_tile == "auto" and not memory.z_loss else None
         if reason is None:
-            tile_loss(model, memory.loss_tile, z_loss=memory.z_loss)
+            tile_loss(model, memory.loss_tile, z_loss=memory.z_loss, backend=memory.loss_backend)
         elif announce:
             logger.warning("the loss is not tiled: %s. All of a rank's logits will exist at once", reason)
     if memory.recompute_norms and not recompute_norms(model) and announce:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from longctx.errors import ModelError
 from longctx.models.families import PREFIX
+from longctx.nn.entropy import Backend, check_backend
 from longctx.nn.loss import IGNORED, tiled_loss
 from longctx.nn.tiling import Tile
 
@@ -38,14 +39,14 @@ def why_not_tiled(model: Any) -> str | None:
     return None
 
 
-def tile_loss(model: Any, tile: Tile = "auto", *, z_loss: float = 0.0) -> None:
+def tile_loss(model: Any, tile: Tile = "auto", *, z_loss: float = 0.0, backend: Backend = "auto") -> None:
     """Have ``model`` compute its loss tile by tile whenever it is given labels, in place; its output's logits are None.
 
     Without labels it returns logits as always. Sharded or not; ``num_items_in_batch`` and ``shift_labels`` mean what
     they mean to transformers.
 
     Args:
-        tile: see ``longctx.nn.tiled_loss``.
+        tile, backend: see ``longctx.nn.tiled_loss``.
         z_loss: of training; an evaluation is plain cross entropy.
 
     Raises:
@@ -54,8 +55,9 @@ def tile_loss(model: Any, tile: Tile = "auto", *, z_loss: float = 0.0) -> None:
     reason = why_not_tiled(model)
     if reason is not None:
         raise ModelError(f"the loss cannot be tiled: {reason}. Leave loss_tile and z_loss out")
+    check_backend(backend)
     head = model.get_output_embeddings()
-    setattr(model, _SETTINGS, (tile, z_loss))
+    setattr(model, _SETTINGS, (tile, z_loss, backend))
     kind: Any = type(model)
     model.forward = MethodType(_tiled_forward(kind), model)
     head.forward = MethodType(_head_forward, head)
@@ -87,9 +89,9 @@ def _tiled_forward(kind: Any) -> Any:
         if shift_labels is None:
             assert labels is not None
             shift_labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
-        tile, z_loss = getattr(self, _SETTINGS)
+        tile, z_loss, backend = getattr(self, _SETTINGS)
         compute = partial(
-            tiled_loss, labels=shift_labels.to(outputs[0].device), tile=tile,
+            tiled_loss, labels=shift_labels.to(outputs[0].device), tile=tile, backend=backend,
             z_loss=z_loss if self.training else 0.0, softcap=getattr(self.config, "final_logit_softcapping", None),
         )  # fmt: skip
         loss = self.get_output_embeddings()(outputs[0], loss=compute)

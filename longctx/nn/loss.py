@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from longctx.errors import ModelError
+from longctx.nn.entropy import Backend, Loss, choose_backend, loss_and_gradient
 from longctx.nn.products import add_product
 from longctx.nn.tiling import Tile, choose_tile
 
@@ -31,6 +32,7 @@ def tiled_loss(
     z_loss: float = 0.0,
     ignore_index: int = IGNORED,
     tile: Tile = "auto",
+    backend: Backend = "auto",
 ) -> torch.Tensor:
     """Return the sum over tokens of cross entropy + z_loss · lse², lse the logarithm of the softmax's denominator.
 
@@ -46,29 +48,33 @@ def tiled_loss(
         softcap: bends logits to within (-softcap, softcap): softcap · tanh(x / softcap).
         z_loss: how much of lse² is added (PaLM's auxiliary loss, about 1e-4).
         tile: tokens whose logits exist at once; "auto" bounds their bytes.
+        backend: what turns a tile's logits into loss and gradient: "triton", one kernel in fp32, fp16 or bf16 that
+            reads and overwrites them in their own dtype; "torch"; "auto", the kernel on a GPU.
 
     Returns:
         (), fp32; fp64 for fp64.
 
     Raises:
-        ModelError: shapes, labels or numbers that do not fit together.
+        ModelError: shapes or numbers that do not fit together, labels beyond the vocabulary (on a GPU or
+            compiled: RuntimeError, on a GPU by an assertion on the device, as of torch's own).
     """
     _check(hidden, weight, labels, bias, softcap, z_loss)
+    _check_labels(labels, weight.shape[0], ignore_index)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows = choose_tile(tile, weight.shape[0], hidden.device)
-    settings = _Settings(softcap, z_loss, ignore_index, rows, torch.is_grad_enabled())
+    loss = Loss(softcap, z_loss, ignore_index)
+    settings = _Settings(loss, rows, choose_backend(backend, hidden), torch.is_grad_enabled())
     total: torch.Tensor = _TiledLoss.apply(hidden.flatten(0, -2), weight, bias, labels.flatten(), settings)
     return total
 
 
 @dataclass(frozen=True)
 class _Settings:
-    softcap: float | None
-    z_loss: float
-    ignore_index: int
+    loss: Loss
     tile: int
+    backend: str
     differentiate: bool
 
 
@@ -93,16 +99,19 @@ class _TiledLoss(torch.autograd.Function):
         for first in range(0, hidden.shape[0], settings.tile):
             part = slice(first, first + settings.tile)
             x = hidden[part]
-            logits = F.linear(x, weight, bias).to(dtype)
-            total += _loss_and_gradient(logits, labels[part], settings, any(wanted))
+            loss, dlogits = loss_and_gradient(
+                F.linear(x, weight, bias), labels[part], settings.loss,
+                backend=settings.backend, differentiate=any(wanted),
+            )  # fmt: skip
+            total += loss
             if dbias is not None:
-                dbias += logits.sum(0)
-            logits = logits.to(hidden.dtype)
+                dbias += dlogits.sum(0, dtype=dtype)
+            dlogits = dlogits.to(hidden.dtype)
             if dhidden is not None:
-                torch.mm(logits, weight, out=dhidden[part])
+                torch.mm(dlogits, weight, out=dhidden[part])
             if dweight is not None:
-                add_product(dweight, logits, x)
-            del logits  # before the next tile's are made
+                add_product(dweight, dlogits, x)
+            del dlogits  # before the next tile's are made
         ctx.gradients = dhidden, dweight, dbias
         ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
         return total
@@ -118,36 +127,6 @@ class _TiledLoss(torch.autograd.Function):
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None)
-
-
-def _loss_and_gradient(
-    logits: torch.Tensor, labels: torch.Tensor, settings: _Settings, differentiate: bool
-) -> torch.Tensor:
-    """Return a tile's loss, and turn its logits (n, V) into their gradient, in place: no second tile is made.
-
-    With p = softmax(x), lse = log Σ exp(x): loss = lse − x[label] + z · lse², d loss / dx = (1 + 2 z lse) p − onehot.
-    """
-    slope = None
-    if settings.softcap is not None:
-        logits.div_(settings.softcap).tanh_()
-        if differentiate:
-            slope = logits.square().neg_().add_(1)
-        logits.mul_(settings.softcap)
-    valid = labels != settings.ignore_index
-    labels = labels.masked_fill(~valid, 0)
-    index = torch.arange(len(labels), device=labels.device)
-    picked = logits[index, labels]
-    largest = logits.amax(-1, keepdim=True)
-    denominator = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-    lse = (largest + denominator.log()).squeeze(-1)
-    loss = (lse - picked + settings.z_loss * lse.square()).masked_fill(~valid, 0.0).sum()
-    if differentiate:
-        weight = (1 + 2 * settings.z_loss * lse).masked_fill(~valid, 0.0)
-        logits.mul_(weight[:, None] / denominator)
-        logits[index, labels] -= valid.to(logits.dtype)
-        if slope is not None:
-            logits.mul_(slope)
-    return loss
 
 
 def _check(
@@ -173,3 +152,13 @@ def _check(
         raise ModelError(f"softcap={softcap}: a bound above 0, or None for none")
     if not 0 <= z_loss < float("inf"):
         raise ModelError(f"z_loss={z_loss}: a finite weight of at least 0")
+
+
+def _check_labels(labels: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
+    wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    message = f"labels must be in [0, {vocabulary}), the rows of weight, or ignore_index={ignore_index}"
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if wrong.any():
+            raise ModelError(f"{message}: there is a {int(labels[wrong][0])}")
+    else:
+        torch._assert_async(~wrong.any(), message)  # nobody waits for the device

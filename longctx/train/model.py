@@ -63,6 +63,7 @@ def memory_of(config: RunConfig) -> Memory:
     memory = config.memory
     return Memory(
         loss_tile=None if memory.loss_tile == "none" else memory.loss_tile,
+        loss_backend=memory.loss_backend,
         z_loss=memory.z_loss,
         recompute=memory.recompute,
         offload_checkpoints=memory.offload_checkpoints,

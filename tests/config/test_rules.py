@@ -61,6 +61,13 @@ ILLEGAL: list[tuple[str, dict[str, Any], str]] = [
     ("batch below replicas", {"train__global_batch": 1}, "train.global_batch"),
     ("micro batch above", {"train__micro_batch": 4}, "train.global_batch"),
     ("warm-up longer than the run", {"train__warmup_steps": 101}, "train.warmup_steps"),
+    (
+        "kernel of an untiled loss",
+        {"memory__loss_tile": "none", "memory__loss_backend": "torch"},
+        "memory.loss_backend",
+    ),
+    ("z-loss of an untiled loss", {"memory__loss_tile": "none", "memory__z_loss": 1e-4}, "memory.z_loss"),
+    ("checkpoints of nothing", {"memory__offload_checkpoints": True}, "memory.offload_checkpoints"),
     ("betas", {"train__betas": [0.9, 1.0]}, "train.betas"),
     ("momentum of adamw", {"train__momentum": 0.9}, "train.momentum"),
     ("eps of sgd", {"train__optimizer": "sgd", "train__eps": 1e-6}, "train.eps"),

@@ -47,6 +47,14 @@ def test_decoding(tmp_path: Path) -> None:
     assert all(row["note"] for row in table if row["ms"] == "not measured"), "absent ones say why"
 
 
+def test_the_loss(tmp_path: Path) -> None:
+    check(tmp_path, "loss")
+    table = list(csv.DictReader((tmp_path / "loss_gpu.csv").open(newline="")))
+    measured = [row["contestant"] for row in table if row["ms"] != "not measured"]
+    assert measured == ["longctx", "longctx, torch", "all logits"]
+    assert [row["note"] for row in table if row["ms"] == "not measured"] == ["needs a GPU"]
+
+
 @pytest.mark.slow
 def test_every_tiny_row(tmp_path: Path) -> None:
     table = check(tmp_path)

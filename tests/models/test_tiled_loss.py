@@ -13,6 +13,7 @@ from models.zoo import CAUSAL, VOCABULARY, tiny_config, tiny_model
 from longctx.errors import ModelError
 from longctx.models.convert import convert
 from longctx.models.loss import TILED, tile_loss, why_not_tiled
+from longctx.nn import entropy
 
 from tolerances import tolerance
 
@@ -84,6 +85,22 @@ def test_z_loss_is_added_in_training_only() -> None:
     torch.testing.assert_close(model(**batch).loss, plain, rtol=tolerance("fp64"), atol=0)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2-capped", "llama-tied"])
+def test_the_kernel_computes_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, tiles = make(kind).float(), rows(), []
+    tile_loss(model, 5, z_loss=0.1, backend="torch")
+    loss, wanted = gradients(model, **batch)
+    plain, tile = model.eval()(**batch).loss, entropy._tile
+    monkeypatch.setattr(entropy, "_tile", lambda *args: tiles.append(len(args[0])) or tile(*args))
+    tile_loss(model.train(), 5, z_loss=0.1, backend="triton")
+    ours, got = gradients(model, **batch)
+    torch.testing.assert_close(ours, loss, rtol=tolerance("fp32"), atol=0)
+    for name, gradient in wanted.items():
+        assert (got[name] - gradient).norm() <= tolerance("fp32") * gradient.norm().clamp(min=1e-6), name
+    torch.testing.assert_close(model.eval()(**batch).loss, plain, rtol=tolerance("fp32"), atol=0)
+    assert tiles == 2 * [5, 5, 5, 5, 5, 5, 5, 5, 2]  # of 2 x 21 tokens, in training and in evaluation
+
+
 def test_a_copy_has_a_loss_of_its_own() -> None:
     model = make("llama")
     tile_loss(model, 4)
@@ -99,6 +116,8 @@ def test_what_cannot_be_tiled_is_named() -> None:
     bert = tiny_model(tiny_config("bert"), "longctx")
     with pytest.raises(ModelError, match="BertForMaskedLM is none of"):
         tile_loss(bert)
+    with pytest.raises(ModelError, match="'auto', 'torch', 'triton'"):
+        tile_loss(make("llama"), backend="liger")  # type: ignore[arg-type]
     adapted = make("llama")
     adapted.lm_head = torch.nn.Sequential(adapted.lm_head)
     assert "Sequential, not a plain linear" in str(why_not_tiled(adapted))

@@ -107,6 +107,19 @@ def test_half_precision_rounds_logits_once_and_sums_in_fp32(dtype: torch.dtype) 
         assert (got.double() - wanted).norm() <= tolerance("bf16 result") * wanted.norm()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiles_without_a_graph_break(backend: Any) -> None:
+    hidden, weight, labels, _ = make(1, 40, 8, 50, 4, False)
+    low = [x.detach().float().requires_grad_() for x in (hidden, weight)]
+    compiled = torch.compile(tiled_loss, fullgraph=True, backend="aot_eager")
+    wanted = gradients(tiled_loss(*low, labels.clamp(min=0), tile=16), low)
+    got = gradients(compiled(*low, labels.clamp(min=0), tile=16, backend=backend), low)
+    for ours, plain in zip(got, wanted, strict=True):
+        assert (ours - plain).norm() <= tolerance("fp32") * plain.norm()
+    with pytest.raises(RuntimeError, match="in \\[0, 50\\)"):
+        compiled(*low, labels.clamp(min=0) + 50, tile=16, backend=backend)
+
+
 def test_autocast_computes_in_its_dtype() -> None:
     hidden, weight, labels, _ = make(1, 40, 16, 50, 4, False)
     hidden, weight, labels = hidden.detach().float(), weight.detach().float().requires_grad_(), labels.clamp(min=0)
@@ -165,6 +178,8 @@ def test_a_second_backward_is_an_error() -> None:
         ({"weight": torch.zeros(7, 5)}, "one D"),
         ({"labels": torch.zeros(1, 8, dtype=torch.int64)}, "one a token"),
         ({"labels": torch.zeros(1, 9)}, "int64"),
+        ({"labels": torch.full((1, 9), 7)}, "in \\[0, 7\\).*there is a 7"),
+        ({"labels": torch.full((1, 9), -1)}, "ignore_index=-100: there is a -1"),
         ({"bias": torch.zeros(6)}, "needs \\(7,\\)"),
         ({"softcap": 0.0}, "above 0"),
         ({"z_loss": -1.0}, "at least 0"),

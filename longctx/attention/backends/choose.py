@@ -108,18 +108,27 @@ def _gpu_problem(name: str, q: torch.Tensor, v: torch.Tensor, device: str, score
 
 
 def triton_problem(q: torch.Tensor, v: torch.Tensor, device: str) -> str:
-    """Why the Triton kernels cannot take such tensors; empty if they can."""
+    """Why the Triton kernels of attention cannot take such tensors; empty if they can."""
+    problem = why_not_triton(q, device)
+    if problem:
+        return problem
+    if q.dtype == torch.bfloat16 and device != "cuda":
+        return "triton's interpreter computes bfloat16 products wrongly"
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        return f"its kernels take head dimensions up to 256, not {max(q.shape[-1], v.shape[-1])}"
+    return ""
+
+
+def why_not_triton(x: torch.Tensor, device: str | None = None) -> str:
+    """Why no Triton kernel can take ``x``, on ``device`` if that is given; empty if one could."""
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+    device = device or x.device.type
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (torch's CUDA and ROCm builds bring it)"
     if device != "cuda" and not interpreted:
         return f"the tensors are on {device}, and triton's kernels need a GPU (or its interpreter, TRITON_INTERPRET=1)"
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"its kernels have no {str(q.dtype).removeprefix('torch.')}"
-    if q.dtype == torch.bfloat16 and interpreted and device != "cuda":
-        return "triton's interpreter computes bfloat16 products wrongly"
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        return f"its kernels take head dimensions up to 256, not {max(q.shape[-1], v.shape[-1])}"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its kernels have no {str(x.dtype).removeprefix('torch.')}"
     return ""
 
 

@@ -17,6 +17,11 @@ class Memory(Section):
         description="tokens whose logits exist at once; auto chooses (and leaves alone a model whose loss it cannot "
         "tile), none makes the logits of all of a rank's tokens",
     )
+    loss_backend: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="what a tile's logits are turned into loss and gradient by: auto takes the fused kernel on a GPU "
+        "where triton is installed, and torch's operators elsewhere",
+    )
     z_loss: float = Field(
         0.0, ge=0, le=1, description="weight of lse² in the training loss, lse the log of the softmax's denominator"
     )

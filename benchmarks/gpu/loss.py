@@ -1,0 +1,168 @@
+"""The loss's rows of `python -m benchmarks.gpu.run`: forward and backward from hidden states, and the memory they take.
+
+Beside the fused kernel: the same tiles by torch's operators, Liger's fused linear cross entropy, and all logits at
+once. Gradients of hidden states and head are checked against fp64 at fewer tokens first.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import hardware
+from benchmarks.gpu import measure
+from benchmarks.measure import relative_error
+from benchmarks.peers import NotMeasured
+from longctx.nn.loss import tiled_loss
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of so many hidden numbers, and a vocabulary."""
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        return f"loss-{self.tokens}-d{self.hidden}-v{self.vocabulary}"
+
+
+ROWS = (Row(16_384, 4096, 128_256), Row(65_536, 4096, 128_256), Row(16_384, 2048, 32_000))
+TINY = (Row(40, 8, 50, "float32"),)
+"""For the interpreter."""
+CHECKED = 512
+"""Tokens whose gradients are checked."""
+
+
+@dataclass
+class Inputs:
+    """hidden (T, D) and weight (V, D), which want gradients; labels (T,), a tenth of them ignored."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    labels: torch.Tensor
+
+    def gradients(self, loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(loss, (self.hidden, self.weight))
+
+
+def make_inputs(row: Row, device: torch.device) -> Inputs:
+    g = torch.Generator(device).manual_seed(0)
+    dtype = getattr(torch, row.dtype)
+    hidden, weight = (torch.randn(n, row.hidden, generator=g, device=device) for n in (row.tokens, row.vocabulary))
+    labels = torch.randint(0, row.vocabulary, (row.tokens,), generator=g, device=device)
+    labels[::10] = -100
+    weight = weight / row.hidden**0.5
+    return Inputs(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels)
+
+
+def _ours(backend: str) -> Callable[[Inputs], torch.Tensor]:
+    def loss(x: Inputs) -> torch.Tensor:
+        return tiled_loss(x.hidden, x.weight, x.labels, backend=backend)  # type: ignore[arg-type]
+
+    return loss
+
+
+def _liger(x: Inputs) -> torch.Tensor:
+    """With its weight's gradient summed in fp32, as ours."""
+    if x.hidden.device.type != "cuda":
+        raise NotMeasured("needs a GPU")
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError as error:
+        raise NotMeasured("liger-kernel is not installed") from error
+    loss: torch.Tensor = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)(
+        x.weight, x.hidden, x.labels
+    )
+    return loss
+
+
+def _whole(x: Inputs) -> torch.Tensor:
+    logits = F.linear(x.hidden, x.weight)
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), x.labels, reduction="sum")
+
+
+OURS = "longctx"
+CONTESTANTS: dict[str, Callable[[Inputs], torch.Tensor]] = {
+    OURS: _ours("triton"), "longctx, torch": _ours("torch"), "Liger": _liger, "all logits": _whole,
+}  # fmt: skip
+
+
+@dataclass
+class Figure:
+    """One contestant in one row: seconds and bytes beyond the inputs, or why there are none."""
+
+    row: Row
+    contestant: str
+    seconds: float | None = None
+    peak: int | None = None
+    note: str = ""
+    wrong: bool = False
+
+
+def run(device: torch.device, wanted: Callable[[str], bool], folder: Path | None, chip: str) -> list[str]:
+    """Measure every wanted row, print it, append all to loss_gpu.csv; returns what is wrong."""
+    figures: list[Figure] = []
+    for row in ROWS if device.type == "cuda" else TINY:
+        if wanted(row.name):
+            figures += [_measure(row, name, device) for name in CONTESTANTS]
+            print(_line(row, figures), flush=True)
+    if folder and figures:
+        _append(folder / "loss_gpu.csv", figures, chip)
+    return [f"{f.contestant} {f.row.name}: {f.note}" for f in figures if f.wrong]
+
+
+def _measure(row: Row, name: str, device: torch.device) -> Figure:
+    figure, loss = Figure(row, name), CONTESTANTS[name]
+    try:
+        error = _error(replace(row, tokens=min(row.tokens, CHECKED)), loss, device)
+        figure.wrong = error > measure.LIMITS[row.dtype]
+        figure.note = f"error {error:.1e}" if figure.wrong else ""
+        x = make_inputs(row, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            x.gradients(loss(x))
+            figure.peak = torch.cuda.max_memory_allocated() - before
+        figure.seconds = measure.seconds_of(lambda: x.gradients(loss(x)), device)
+    except NotMeasured as absent:
+        figure.note = str(absent)
+    except Exception as error:  # a peer that fails must not end the run; ours is named all the same
+        figure.note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        figure.wrong = name == OURS
+    return figure
+
+
+def _error(row: Row, loss: Callable[[Inputs], torch.Tensor], device: torch.device) -> float:
+    x = make_inputs(row, device)
+    exact = Inputs(x.hidden.detach().double().requires_grad_(), x.weight.detach().double().requires_grad_(), x.labels)
+    truth = exact.gradients(_whole(exact))
+    return max(relative_error(got, true) for got, true in zip(x.gradients(loss(x)), truth, strict=True))
+
+
+def _line(row: Row, figures: list[Figure]) -> str:
+    measured = [f for f in figures if f.row is row and f.seconds]
+    peaks = [f", {f.peak / 2**20:.0f} MiB" if f.peak else "" for f in measured]
+    said = [f"{f.contestant} {(f.seconds or 0) * 1e3:.3f} ms{peak}" for f, peak in zip(measured, peaks, strict=True)]
+    return f"{row.name}, forward and backward: " + "; ".join(said)
+
+
+def _append(path: Path, figures: list[Figure], chip: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(("row", "dtype", "contestant", "ms", "peak_bytes", "note", "commit", "torch", "chip"))
+        for f in figures:
+            time = f"{f.seconds * 1e3:.4f}" if f.seconds else "not measured"
+            origin = f.note, hardware.commit(), torch.__version__, chip
+            writer.writerow((f.row.name, f.row.dtype, f.contestant, time, f.peak, *origin))
