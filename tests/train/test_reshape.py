@@ -32,6 +32,17 @@ def on(world: int, folder: Path, name: str, *overrides: str) -> None:
     assert answers == ["no error"] * world, answers
 
 
+def require_equal(folder: Path, dtype: str) -> None:
+    """The run in parts is the whole one, and has left nothing behind."""
+    limit = tolerance("training loss" if dtype == "fp32" else "bf16 training loss")
+    pairs = zip(losses(folder / "parts"), losses(folder / "whole"), strict=True)
+    assert all(float.fromhex(part) == pytest.approx(float.fromhex(whole), rel=limit) for part, whole in pairs)
+    parts, whole = weights(folder / "parts"), weights(folder / "whole")
+    for name, truth in whole.items():
+        assert (parts[name].double() - truth.double()).norm() <= limit * truth.double().norm(), name
+    assert not [path for path in (folder / "parts" / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
 LARGER = ((4, 3, "fp32"), (4, 1, "fp32"), (4, 2, "fp32"), (4, 3, "bf16"))  # a ring of two
 
 
@@ -48,13 +59,21 @@ def test_other_numbers_of_ranks_give_the_same_run(tmp_path: Path, world: int, st
     on(ring, tmp_path, "parts", *same, "mesh.data=1", f"train.steps={4 if back else 6}", "checkpoint.resume=must")
     if back:
         on(world, tmp_path, "parts", *same, "mesh.data=2", "train.steps=6", "checkpoint.resume=must")
-    limit = tolerance("training loss" if dtype == "fp32" else "bf16 training loss")
-    pairs = zip(losses(tmp_path / "parts"), losses(tmp_path / "whole"), strict=True)
-    assert all(float.fromhex(part) == pytest.approx(float.fromhex(whole), rel=limit) for part, whole in pairs)
-    parts, whole = weights(tmp_path / "parts"), weights(tmp_path / "whole")
-    for name, truth in whole.items():
-        assert (parts[name].double() - truth.double()).norm() <= limit * truth.double().norm(), name
-    assert not [path for path in (tmp_path / "parts" / "checkpoints").iterdir() if path.name.startswith(".")]
+    require_equal(tmp_path, dtype)
+
+
+@pytest.mark.slow
+def test_copies_of_the_weights_come_and_go_with_the_ranks(tmp_path: Path) -> None:
+    """Four ranks with a copy in every two, two ranks that have no room for one, four again."""
+    same = ("zero.stage=3", "mesh.ring=2", "train.schedule=constant")
+    four = (*same, "mesh.data=2", "zero.group=2")
+    write(tmp_path, "whole")
+    write(tmp_path, "parts")
+    on(4, tmp_path, "whole", *four, "train.steps=6")
+    on(4, tmp_path, "parts", *four, "train.steps=2")
+    on(2, tmp_path, "parts", *same, "mesh.data=1", "train.steps=4", "checkpoint.resume=must")
+    on(4, tmp_path, "parts", *four, "train.steps=6", "checkpoint.resume=must")
+    require_equal(tmp_path, "fp32")
 
 
 def test_what_cannot_be_divided_anew_is_refused_by_name(tmp_path: Path) -> None:
