@@ -147,7 +147,8 @@ PRESETS = {
     "32-gpu-8M": _longest(
         "llama-8b_8m_ring32-zero3_32-h200.yaml",
         "Eight billion parameters, 8M tokens on four nodes of eight GPUs of 141 GB. GPUs of 80 GB will do with\n"
-        "memory.offload_checkpoints; mesh: {ring: 4, ulysses: 8} sends less between nodes.",
+        "memory.offload_checkpoints; mesh: {ring: 4, ulysses: 8} sends less between nodes.\n"
+        "`longctx plan` counts with 80 GB unless told otherwise: --machine h200.",
         8_388_608,
         32,
         overlap_comm=True,
@@ -155,7 +156,8 @@ PRESETS = {
     "128-gpu-32M": _longest(
         "llama-8b_32m_ring128-zero3_128-h200.yaml",
         "Eight billion parameters, 32M tokens on sixteen nodes of eight GPUs of 141 GB; a step takes hours. GPUs of\n"
-        "80 GB will do with memory.offload_checkpoints; mesh: {ring: 16, ulysses: 8} sends less between nodes.",
+        "80 GB will do with memory.offload_checkpoints; mesh: {ring: 16, ulysses: 8} sends less between nodes.\n"
+        "`longctx plan` counts with 80 GB unless told otherwise: --machine h200.",
         33_554_432,
         128,
         overlap_comm=True,
