@@ -1,4 +1,4 @@
-"""Compile the kernels of bounded memory and of decoding for chips that are not here; as kernel_aot.py for flash.
+"""Compile all kernels but flash's for chips that are not here; as kernel_aot.py for flash.
 
 Run as a process of its own, without TRITON_INTERPRET: `python tests/kernel_aot_others.py CASE...` prints one JSON
 object a case; `--record [OPERATOR...]` writes kernels/<operator>/compiled.json. A case is

@@ -7,16 +7,16 @@ plain cache. Results are checked against fp64 at a smaller size first.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks import hardware
-from benchmarks.gpu import measure
+from benchmarks.gpu import figures, measure
+from benchmarks.gpu.figures import OURS, Figure
 from benchmarks.measure import relative_error
 from benchmarks.peers import NotMeasured
 from longctx.decode.attend import decode_attention
@@ -121,7 +121,7 @@ def _sdpa_grouped(row: Row, x: Inputs) -> Call:
     return lambda: F.scaled_dot_product_attention(x.q, x.k, x.v, enable_gqa=True)
 
 
-OURS, KEY_VALUES = "longctx", "SDPA over keys and values, once for all beams"
+KEY_VALUES = "SDPA over keys and values, once for all beams"
 
 
 def _key_values(row: Row, x: Inputs) -> Call:
@@ -140,45 +140,23 @@ CONTESTANTS: dict[str, Callable[[Row, Inputs], Call]] = {
 }  # fmt: skip
 
 
-@dataclass
-class Figure:
-    """One contestant in one row: seconds, or why there are none."""
-
-    row: Row
-    contestant: str
-    seconds: float | None = None
-    note: str = ""
-    wrong: bool = False
-
-
 def run(device: torch.device, wanted: Callable[[str], bool], folder: Path | None, chip: str) -> list[str]:
     """Measure every wanted row, print it, append all to decode_gpu.csv; returns what is wrong."""
-    figures: list[Figure] = []
-    for row in ROWS if device.type == "cuda" else TINY:
-        if wanted(row.name):
-            figures += [_measure(row, name, device) for name in CONTESTANTS]
-            print(_line(row, figures), flush=True)
-    if folder and figures:
-        _append(folder / "decode_gpu.csv", figures, chip)
-    return [f"{f.contestant} {f.row.name}: {f.note}" for f in figures if f.wrong]
+    rows = [row for row in (ROWS if device.type == "cuda" else TINY) if wanted(row.name)]
+    made = figures.run(rows, CONTESTANTS, partial(_measure, device), _line)
+    if folder and made:
+        figures.append(folder / "decode_gpu.csv", made, "cache_bytes", chip)
+    return figures.wrong(made)
 
 
-def _measure(row: Row, name: str, device: torch.device) -> Figure:
-    figure = Figure(row, name)
-    small = replace(row, batch=1, keys=min(row.keys, measure.LONGEST_CHECK))
-    try:
-        if name != KEY_VALUES:
-            error = _error(small, name, device)
-            figure.wrong = error > measure.LIMITS[row.dtype]
-            figure.note = f"error {error:.1e}" if figure.wrong else ""
-        with torch.no_grad():
-            figure.seconds = measure.seconds_of(CONTESTANTS[name](row, make_inputs(row, device)), device)
-    except NotMeasured as error:
-        figure.note = str(error)
-    except Exception as error:  # a peer that fails must not end the run; ours is named all the same
-        figure.note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        figure.wrong = name == OURS
-    return figure
+def _measure(device: torch.device, figure: Figure) -> None:
+    row, name = figure.row, figure.contestant
+    figure.bytes = row.bytes
+    if name != KEY_VALUES:
+        small = replace(row, batch=1, keys=min(row.keys, measure.LONGEST_CHECK))
+        figures.judge(figure, _error(small, name, device), measure.LIMITS[row.dtype])
+    with torch.no_grad():
+        figure.seconds = measure.seconds_of(CONTESTANTS[name](row, make_inputs(row, device)), device)
 
 
 def _error(row: Row, name: str, device: torch.device) -> float:
@@ -188,23 +166,8 @@ def _error(row: Row, name: str, device: torch.device) -> float:
     return relative_error(CONTESTANTS[name](row, x)(), truth)
 
 
-def _line(row: Row, figures: list[Figure]) -> str:
-    parts = [
-        f"{f.contestant} {f.row.bytes / f.seconds / 1e9:.3g} ({f.seconds * 1e3:.3f} ms)"
-        for f in figures
-        if f.row is row and f.seconds
+def _line(row: Row, measured: list[Figure]) -> str:
+    said = [
+        f"{f.contestant} {row.bytes / f.seconds / 1e9:.3g} ({f.seconds * 1e3:.3f} ms)" for f in measured if f.seconds
     ]
-    return f"{row.name}: GB/s of the cache: " + ", ".join(parts)
-
-
-def _append(path: Path, figures: list[Figure], chip: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(("row", "dtype", "contestant", "ms", "cache_bytes", "note", "commit", "torch", "chip"))
-        for f in figures:
-            time = f"{f.seconds * 1e3:.4f}" if f.seconds else "not measured"
-            origin = f.note, hardware.commit(), torch.__version__, chip
-            writer.writerow((f.row.name, f.row.dtype, f.contestant, time, f.row.bytes, *origin))
+    return f"{row.name}: GB/s of the cache: " + ", ".join(said)

@@ -6,16 +6,16 @@ once. Gradients of hidden states and head are checked against fp64 at fewer toke
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks import hardware
-from benchmarks.gpu import measure
+from benchmarks.gpu import figures, measure
+from benchmarks.gpu.figures import OURS, Figure
 from benchmarks.measure import relative_error
 from benchmarks.peers import NotMeasured
 from longctx.nn.loss import tiled_loss
@@ -90,55 +90,32 @@ def _whole(x: Inputs) -> torch.Tensor:
     return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), x.labels, reduction="sum")
 
 
-OURS = "longctx"
 CONTESTANTS: dict[str, Callable[[Inputs], torch.Tensor]] = {
     OURS: _ours("triton"), "longctx, torch": _ours("torch"), "Liger": _liger, "all logits": _whole,
 }  # fmt: skip
 
 
-@dataclass
-class Figure:
-    """One contestant in one row: seconds and bytes beyond the inputs, or why there are none."""
-
-    row: Row
-    contestant: str
-    seconds: float | None = None
-    peak: int | None = None
-    note: str = ""
-    wrong: bool = False
-
-
 def run(device: torch.device, wanted: Callable[[str], bool], folder: Path | None, chip: str) -> list[str]:
     """Measure every wanted row, print it, append all to loss_gpu.csv; returns what is wrong."""
-    figures: list[Figure] = []
-    for row in ROWS if device.type == "cuda" else TINY:
-        if wanted(row.name):
-            figures += [_measure(row, name, device) for name in CONTESTANTS]
-            print(_line(row, figures), flush=True)
-    if folder and figures:
-        _append(folder / "loss_gpu.csv", figures, chip)
-    return [f"{f.contestant} {f.row.name}: {f.note}" for f in figures if f.wrong]
+    rows = [row for row in (ROWS if device.type == "cuda" else TINY) if wanted(row.name)]
+    made = figures.run(rows, CONTESTANTS, partial(_measure, device), _line)
+    if folder and made:
+        figures.append(folder / "loss_gpu.csv", made, "peak_bytes", chip)
+    return figures.wrong(made)
 
 
-def _measure(row: Row, name: str, device: torch.device) -> Figure:
-    figure, loss = Figure(row, name), CONTESTANTS[name]
-    try:
-        error = _error(replace(row, tokens=min(row.tokens, CHECKED)), loss, device)
-        figure.wrong = error > measure.LIMITS[row.dtype]
-        figure.note = f"error {error:.1e}" if figure.wrong else ""
-        x = make_inputs(row, device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            x.gradients(loss(x))
-            figure.peak = torch.cuda.max_memory_allocated() - before
-        figure.seconds = measure.seconds_of(lambda: x.gradients(loss(x)), device)
-    except NotMeasured as absent:
-        figure.note = str(absent)
-    except Exception as error:  # a peer that fails must not end the run; ours is named all the same
-        figure.note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        figure.wrong = name == OURS
-    return figure
+def _measure(device: torch.device, figure: Figure) -> None:
+    """Seconds, and on a GPU the most bytes beyond the inputs."""
+    row, loss = figure.row, CONTESTANTS[figure.contestant]
+    error = _error(replace(row, tokens=min(row.tokens, CHECKED)), loss, device)
+    figures.judge(figure, error, measure.LIMITS[row.dtype])
+    x = make_inputs(row, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        x.gradients(loss(x))
+        figure.bytes = torch.cuda.max_memory_allocated() - before
+    figure.seconds = measure.seconds_of(lambda: x.gradients(loss(x)), device)
 
 
 def _error(row: Row, loss: Callable[[Inputs], torch.Tensor], device: torch.device) -> float:
@@ -148,21 +125,7 @@ def _error(row: Row, loss: Callable[[Inputs], torch.Tensor], device: torch.devic
     return max(relative_error(got, true) for got, true in zip(x.gradients(loss(x)), truth, strict=True))
 
 
-def _line(row: Row, figures: list[Figure]) -> str:
-    measured = [f for f in figures if f.row is row and f.seconds]
-    peaks = [f", {f.peak / 2**20:.0f} MiB" if f.peak else "" for f in measured]
+def _line(row: Row, measured: list[Figure]) -> str:
+    peaks = [f", {f.bytes / 2**20:.0f} MiB" if f.bytes else "" for f in measured]
     said = [f"{f.contestant} {(f.seconds or 0) * 1e3:.3f} ms{peak}" for f, peak in zip(measured, peaks, strict=True)]
     return f"{row.name}, forward and backward: " + "; ".join(said)
-
-
-def _append(path: Path, figures: list[Figure], chip: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(("row", "dtype", "contestant", "ms", "peak_bytes", "note", "commit", "torch", "chip"))
-        for f in figures:
-            time = f"{f.seconds * 1e3:.4f}" if f.seconds else "not measured"
-            origin = f.note, hardware.commit(), torch.__version__, chip
-            writer.writerow((f.row.name, f.row.dtype, f.contestant, time, f.peak, *origin))

@@ -1,6 +1,6 @@
-"""The kernels of bounded memory and of decoding, compiled for chips that are not here: nothing spilled, shared memory
-within the chip's, tensor cores used. As test_aot.py: what changed since the record and a little of the rest in every
-run, all by `make test-aot`."""
+"""All kernels but flash's, compiled for chips that are not here: nothing spilled, shared memory within the chip's,
+tensor cores used where there are products. As test_aot.py: what changed since the record and a little of the rest in
+every run, all by `make test-aot`."""
 
 from __future__ import annotations
 

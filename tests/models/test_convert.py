@@ -59,9 +59,9 @@ def test_a_folder_loads_again(name: str, tmp_path: Path) -> None:
     assert type(again) is type(model) and again.config.attention_layers == model.config.attention_layers
     saved, loaded = model.state_dict(), again.state_dict()
     assert saved.keys() == loaded.keys() and all(torch.equal(loaded[key], value) for key, value in saved.items())
-    # Weights read from a file begin anywhere in memory, and what MKL makes of them on an AMD core depends on that.
-    truth = logits(model, tokens)
-    torch.testing.assert_close(logits(again, tokens), truth, rtol=tolerance("fp64"), atol=tolerance("fp64"))
+    for parameter in again.parameters():  # as read, they begin anywhere in memory, and MKL's last bits go by that
+        parameter.data = parameter.data.clone()
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
     assert read_config(tmp_path).model_type == f"longctx_{name}" and converted(read_config(tmp_path))
 
 
