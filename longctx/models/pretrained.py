@@ -7,14 +7,16 @@ class declares, dangerous ones are refused, and the rest is left out.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from longctx.errors import ModelError
+from longctx.models.classes import require_causal
+from longctx.models.headers import weight_files
 from longctx.models.read_keys import accepted_keys
 from longctx.models.scratch import REFUSALS
 from longctx.models.settings import read_settings
+
 
 def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> Any:
     """Return the transformers config of a local pretrained folder: ``AutoConfig``'s, from keys that its class knows.
@@ -46,34 +48,6 @@ def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> An
     return config
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """Return the safetensors files of a pretrained folder, in order.
-
-    Raises:
-        ModelError: there are none, one is missing, a name leaves the folder, or the folder is an adapter.
-    """
-    folder = Path(folder)
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(f"{folder} holds an adapter to another model; merge them and give the merged folder")
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        other = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
-        also = f" ({', '.join(sorted(other)[:3])} may run code when loaded, and is not read)" if other else ""
-        raise ModelError(f"{folder}: no model.safetensors, no model.safetensors.index.json{also}; save as safetensors")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as problem:
-        raise ModelError(f"{index} is no index of safetensors files: {problem}") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelError(f"{index} names {name!r}: every file must be a .safetensors in the same folder")
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder / name} is missing, though {index.name} names it")
-    return [folder / name for name in names]
-
-
 def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None) -> Any:
     """Return the causal language model of a local folder, with longctx's attention and its weights.
 
@@ -96,6 +70,7 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
     register()
     loader: Any = AutoModelForCausalLM
     config = read_config(folder) if config is None else config
+    require_causal(read_settings(folder), str(folder))
     weight_files(folder)
     if dtype is None:
         dtype = config.dtype or torch.float32
