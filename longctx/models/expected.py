@@ -21,8 +21,8 @@ PLAIN = frozenset(
 _TIED = frozenset(
     "bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom camembert cohere "
     "cohere2 cohere2_moe cohere_compass_text cpmant ctrl data2vec-text electra ernie ernie4_5 ernie4_5_moe falcon "
-    "falcon_mamba gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text gpt-sw3 gpt2 gpt_bigcode gpt_neo "
-    "gpt_neox_japanese granite_swa jetmoe lfm2 lfm2_moe lfm3 mamba marian mbart megatron-bert minicpm3 "
+    "falcon_mamba gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text gpt-sw3 gpt2 gpt_bigcode "
+    "gpt_neo gpt_neox_japanese granite_swa jetmoe lfm2 lfm2_moe lfm3 mamba marian mbart megatron-bert minicpm3 "
     "modernbert-decoder mpt mvp openai-gpt opt pegasus plbart prophetnet recurrent_gemma roberta roberta-prelayernorm "
     "roc_bert roformer smollm3 starcoder2 trocr vaultgemma whisper xglm xlm xlm-roberta xlm-roberta-xl xlnet xmod "
     "youtu zamba zamba2 zaya".split()
