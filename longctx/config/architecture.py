@@ -7,7 +7,9 @@ from typing import Any
 from longctx.config.schema import RunConfig
 from longctx.config.sections.model import Model
 from longctx.errors import ModelError
+from longctx.models.expected import count_parameters
 from longctx.models.headers import read_weights
+from longctx.models.settings import read_settings
 
 WINDOWED = frozenset({"mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"})
 """architectures whose attention can have a sliding window"""
@@ -18,7 +20,11 @@ GROUPED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "g
 ROTARY = GROUPED
 CONVERTIBLE = frozenset({"llama", "mistral", "qwen2", "qwen3", "gpt2"})
 """architectures whose layers can attend in other ways (attention.layers)"""
-UNGATED = frozenset({"gpt2", "phi"})
+UNGATED = frozenset(
+    "gpt2 phi apertus arcee bert bert-generation big_bird biogpt bloom camembert codegen data2vec-text electra ernie "
+    "falcon gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj jais2 megatron-bert mpt nanochat nemotron opt "
+    "persimmon rembert roberta roberta-prelayernorm roc_bert roformer starcoder2 xglm xlm-roberta xlm-roberta-xl xmod".split()
+)
 """architectures whose MLP has two matrices, not three"""
 _GPT2_NAMES = {
     "hidden_size": "n_embd",
@@ -128,7 +134,7 @@ def parameter_count(config: RunConfig) -> int | None:
     model = config.model
     if model.pretrained is not None:
         try:
-            return sum(weight.numbers for weight in read_weights(model.pretrained).values())
+            return count_parameters(read_settings(model.pretrained), read_weights(model.pretrained))
         except ModelError:
             return None  # `machine.inspect` says what is wrong with the folder
     vocabulary = model.vocab_size or vocabulary_size(config)
