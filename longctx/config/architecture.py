@@ -23,7 +23,8 @@ CONVERTIBLE = frozenset({"llama", "mistral", "qwen2", "qwen3", "gpt2"})
 UNGATED = frozenset(
     "gpt2 phi apertus arcee bert bert-generation big_bird biogpt bloom camembert codegen data2vec-text electra ernie "
     "falcon gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj jais2 megatron-bert mpt nanochat nemotron opt "
-    "persimmon rembert roberta roberta-prelayernorm roc_bert roformer starcoder2 xglm xlm-roberta xlm-roberta-xl xmod".split()
+    "persimmon rembert roberta roberta-prelayernorm roc_bert roformer starcoder2 xglm xlm-roberta xlm-roberta-xl "
+    "xmod".split()
 )
 """architectures whose MLP has two matrices, not three"""
 _GPT2_NAMES = {

@@ -202,8 +202,8 @@ def _counted(shape: ModelShape, parameters: int | None, folder: str) -> ModelSha
     """Take the parameters from the weights; refuse a model whose layers are not those that the formulas describe."""
     if parameters is not None and abs(shape.parameters - parameters) > 0.1 * parameters:
         raise ConfigError(
-            f"plan: the weights of {folder} are {parameters:,} numbers, but layers of the kinds that the planner knows would "
-            f"have {shape.parameters:,}; it does not know this kind of model: measure it with `longctx rehearse`"
+            f"plan: the weights of {folder} are {parameters:,} numbers, but layers of the kinds that the planner knows "
+            f"would have {shape.parameters:,}; it does not know this kind of model: measure it with `longctx rehearse`"
         )
     return replace(shape, counted=parameters)
 
