@@ -57,9 +57,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _train(path: Path, overrides: list[str], rank: int) -> int:
     """Load the configuration, set up this process, and hand over to the training loop."""
-    from longctx.config.load import load
+    from longctx.config.load import load_for_rank
 
-    config = load(path, overrides)
+    config = load_for_rank(path, overrides)
     threads = hardware.threads_per_rank(_local_ranks())
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if hardware.gpus() == 0:
