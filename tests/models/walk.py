@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from models.every_class import VOCABULARY, small_model
 
-import longctx
 from longctx.engine.loss import token_loss
 from longctx.engine.window import shard_window
 from longctx.errors import EngineError, ModelError
