@@ -150,8 +150,8 @@ def check_attention(model: torch.nn.Module, binding: Binding) -> None:
         chosen = getattr(config, "_attn_implementation", NAME)
         if binding.sharded and chosen != NAME:
             raise ModelError(
-                f"{type(model).__name__} was attached to a mesh, and its attn_implementation has been set to {chosen!r} "
-                f"since: a shard would attend to itself only. Set it to {NAME!r} again, or attach the model again"
+                f"{type(model).__name__} was attached to a mesh, and its attn_implementation has been set to "
+                f"{chosen!r} since: a shard would attend to itself only. Set it to {NAME!r} again, or attach it again"
             )
 
 
