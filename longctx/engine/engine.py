@@ -19,11 +19,15 @@ from longctx.engine import guard
 from longctx.engine.dropout import add_seeds
 from longctx.engine.evaluate import Evaluation, evaluate
 from longctx.engine.hpz import drop_copies
-from longctx.engine.loss import check_model_loss
+from longctx.engine.loss import check_model_loss, check_nothing_added
 from longctx.engine.window import Window, shard_window, weigh_window
 from longctx.errors import EngineError, NonFiniteError
 from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
+from longctx.models.binding import binding_of
+from longctx.models.positions import PLAIN, PositionRule
+from longctx.models.probe import position_rule
+from longctx.models.verify import named, refuse_added_loss
 from longctx.sharding import unshard
 
 _CAREFUL_WINDOWS = 3  # windows in which rows are compared between ranks and the model's loss is recomputed
@@ -82,7 +86,7 @@ class Engine(DeepSpeedEngine):
             EngineError: on every rank, when the windows of the ranks do not fit together.
         """
         self._check_size(window)
-        return shard_window(window, self.mesh, self.layout, compare_rows=self._careful > 0)
+        return shard_window(window, self.mesh, self.layout, compare_rows=self._careful > 0, rule=self.position_rule)
 
     def weigh(self, window: Any) -> Any:
         """Return a window of micro-batches that are already this rank's parts, with ``num_items_in_batch`` added.
@@ -90,7 +94,7 @@ class Engine(DeepSpeedEngine):
         For loaders that read only their shard; see ``window.weigh_window``.
         """
         self._check_size(window)
-        return weigh_window(window, self.mesh)
+        return weigh_window(window, self.mesh, self.position_rule)
 
     def unshard(self, x: torch.Tensor, dim: int = 1, *, length: int | None = None) -> torch.Tensor:
         """Return the whole sequence (…, S, …) from this rank's part (…, T, …); see ``longctx.unshard``."""
@@ -112,7 +116,15 @@ class Engine(DeepSpeedEngine):
         share."""
         micro_step = self.micro_steps % self.gradient_accumulation_steps()
         kwargs = add_seeds(self.module, kwargs, self.mesh, self._seed, self.global_steps, micro_step)
+        weighted = "num_items_in_batch" in kwargs and (
+            self.mesh.world_size > 1 or self.gradient_accumulation_steps() > 1
+        )
+        name, binding = type(self.module).__name__, binding_of(self.module)
+        if weighted and binding is not None:
+            refuse_added_loss(name, named(self.module, inputs, kwargs), binding.configs)
         output = super().forward(*inputs, **kwargs)
+        if weighted:
+            check_nothing_added(output, name)
         if self._check_loss and self._careful > 0 and "num_items_in_batch" in kwargs and torch.is_grad_enabled():
             self._check_loss = not check_model_loss(output, kwargs, self.mesh, type(self.module).__name__)
         return output
@@ -191,6 +203,16 @@ class Engine(DeepSpeedEngine):
         return loaded
 
     # -- what came out ---------------------------------------------------------------------------------------------
+
+    @property
+    def position_rule(self) -> PositionRule:
+        """How the model counts positions where rows have none. Under ZeRO-3 the first call is collective.
+
+        Raises:
+            ModelError: the sequence is sharded, and the model would get its shards wrong (see ``models.probe``).
+        """
+        binding = binding_of(self.module)
+        return PLAIN if binding is None else position_rule(self.module, binding)
 
     @property
     def global_loss(self) -> float:

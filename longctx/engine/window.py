@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longctx.engine.rows import IGNORED, PADDING, Batch, explicit_rows
+from longctx.engine.rows import IGNORED, PADDING, Batch, explicit_rows, fill_padding
 from longctx.errors import EngineError
-from longctx.layout import Layout
+from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
+from longctx.models.positions import PLAIN, PositionRule, check_positions
 from longctx.sharding import shard
 
 Window = list[Batch]
@@ -30,7 +31,12 @@ _REFUSED, _FINE = 1, 0
 
 
 def shard_window(
-    window: Window | Batch, mesh: Mesh, layout: str | Layout = "zigzag", *, compare_rows: bool = True
+    window: Window | Batch,
+    mesh: Mesh,
+    layout: str | Layout = "zigzag",
+    *,
+    compare_rows: bool = True,
+    rule: PositionRule = PLAIN,
 ) -> Any:
     """Return this rank's part of every micro-batch of one optimizer step, ready for ``engine(**batch)``.
 
@@ -41,6 +47,7 @@ def shard_window(
         window: the micro-batches of one optimizer step (a dict, if that is one); see ``rows.explicit_rows`` for what
             a batch may hold. Rows are not changed.
         compare_rows: check by a checksum that the ranks of a sequence group did pass the same rows.
+        rule: how the model counts positions where a batch has none.
 
     Returns:
         a list for a list, a dict for a dict. Each micro-batch has input_ids (B, T) or inputs_embeds (B, T, D),
@@ -56,7 +63,7 @@ def shard_window(
     checksum = 0
     try:
         for batch in _listed(window):
-            rows = explicit_rows(_moved(batch, mesh.device))
+            rows = explicit_rows(_moved(batch, mesh.device), rule)
             if compare_rows and mesh.sequence_size > 1:
                 checksum = _checksum(rows, checksum)
             batches.append(_cut(rows, mesh, layout))
@@ -66,7 +73,7 @@ def shard_window(
     return batches[0] if isinstance(window, dict) else batches
 
 
-def weigh_window(window: Window | Batch, mesh: Mesh) -> Any:
+def weigh_window(window: Window | Batch, mesh: Mesh, rule: PositionRule = PLAIN) -> Any:
     """Return a window that is already cut (each rank read its own part) with ``num_items_in_batch`` added.
 
     Collective, like ``shard_window``. ``labels`` and ``shift_labels`` may each stand for the other: both are the local
@@ -85,6 +92,10 @@ def weigh_window(window: Window | Batch, mesh: Mesh) -> Any:
                     f"a sharded batch needs position_ids and document_ids; it has {sorted(map(str, batch))}. Full rows "
                     "go through engine.shard"
                 )
+            check_positions(batch["position_ids"], batch["document_ids"], rule)
+            for key in ("input_ids", "inputs_embeds"):
+                if key in batch:
+                    batch[key] = fill_padding(batch[key], batch["document_ids"])
             labels = batch.get("shift_labels", batch.get("labels"))
             if labels is not None:
                 batch["labels"] = batch["shift_labels"] = labels
@@ -95,9 +106,9 @@ def weigh_window(window: Window | Batch, mesh: Mesh) -> Any:
     return batches[0] if isinstance(window, dict) else batches
 
 
-def cut_rows(batch: Batch, mesh: Mesh, layout: str | Layout = "zigzag") -> Batch:
+def cut_rows(batch: Batch, mesh: Mesh, layout: str | Layout = "zigzag", rule: PositionRule = PLAIN) -> Batch:
     """Return this rank's part of one batch of full rows, unweighted. No communication."""
-    return _cut(explicit_rows(_moved(batch, mesh.device)), mesh, layout)
+    return _cut(explicit_rows(_moved(batch, mesh.device), rule), mesh, layout)
 
 
 def tokens_to_divide_by(global_count: int, data_size: int) -> float:
@@ -166,11 +177,20 @@ def _cut(rows: Batch, mesh: Mesh, layout: str | Layout) -> Batch:
     local: Batch = {}
     for key, value in rows.items():
         if isinstance(value, torch.Tensor) and value.shape[:2] == shape:
+            if key in ("input_ids", "inputs_embeds"):
+                value = _lengthened(value, mesh, layout)
             value = shard(value, mesh, 1, layout, _PAD.get(key, 0))
         local[key] = value
     if "shift_labels" in local:
         local["labels"] = local["shift_labels"]
     return {**local, "use_cache": False}
+
+
+def _lengthened(x: torch.Tensor, mesh: Mesh, layout: str | Layout) -> torch.Tensor:
+    """Return tokens or embeddings with the layout's padding: each row's first, for a row of zeros may have no norm."""
+    missing = get_layout(layout).padded_length(x.shape[1], mesh.ring_size, mesh.ulysses_size) - x.shape[1]
+    filler = x[:, :1].detach().expand(-1, missing, *x.shape[2:])
+    return torch.cat([x, filler], 1) if missing else x
 
 
 def _checksum(rows: Batch, seed: int) -> int:
