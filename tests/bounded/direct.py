@@ -26,9 +26,11 @@ def write_weights(s: Tensor, seen: Tensor, normalizer: str) -> Tensor:
     if normalizer == "sum":
         return torch.where(seen[:, None, :, :, None], s[:, :, None], 0.0)
     if normalizer == "prefix":
-        return logits.softmax(3).nan_to_num(0.0)
-    mass = torch.logsumexp(logits, 3)  # of token j as a reader: what it divides by as a writer
-    phi = torch.where(mass > -torch.inf, s - mass, -torch.inf).exp()
+        none = (logits == -torch.inf).all(3, keepdim=True)
+        return logits.masked_fill(none, 0.0).softmax(3).masked_fill(none, 0.0)
+    none = (logits == -torch.inf).all(3)
+    mass = torch.logsumexp(logits.masked_fill(none[:, :, :, None], 0.0), 3)  # of token j: what it divides by
+    phi = (s - mass).exp().masked_fill(none, 0.0)
     return torch.where(seen[:, None, :, :, None], phi[:, :, None], 0.0)
 
 
