@@ -77,8 +77,9 @@ def _call(
 
 def documents_of(ids: torch.Tensor, document: Optional, chunk: int) -> Documents:
     """What the kernels need to know of packed documents: ids (B, T), and the one before them (B,) or None."""
-    edges = Runs(ids, document).edges(chunk)
-    return Documents(ids.contiguous(), edges, (edges[:, 1:] == edges[:, :-1]).float())
+    runs = Runs(ids, document)
+    edges = runs.edges(chunk)
+    return Documents(runs.ids.contiguous(), edges, (edges[:, 1:] == edges[:, :-1]).float())
 
 
 def _states(call: Causal, start: torch.Tensor) -> Any:

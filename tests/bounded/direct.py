@@ -101,6 +101,18 @@ def packed(rows: list[list[tuple[int, int]]]) -> Tensor:
     return torch.tensor([[name for name, count in row for _ in range(count)] for row in rows])
 
 
+def numbered(ids: Tensor) -> Tensor:
+    """(B, T): every run of an id gets a number of its own, row by row; padding ends no run."""
+    found = torch.full_like(ids, -1)
+    for row, names in enumerate(ids.tolist()):
+        number, last = 0, None
+        for place, name in enumerate(names):
+            if name >= 0:
+                number += name != last
+                found[row, place], last = number, name
+    return found
+
+
 def random_documents(batch: int, length: int, generator: torch.Generator) -> Tensor:
     """(B, T): a few documents a row, with padding here and there, also at both ends."""
     rows = []
