@@ -12,11 +12,13 @@ import torch
 
 from longctx.attention.backends.triton import arch, dense, on_device
 from longctx.bounded.chunks import Runs
+from longctx.derivative import first_only
 from longctx.kernels.cosine.fused import Causal, Documents
 
 Optional = torch.Tensor | None
 
 
+@first_only
 class Fused(torch.autograd.Function):
     """(q, k, v, size, S) -> (out, S after); as `cosine_chunks.chunked`, in bf16, fp16 or fp32, the state in fp32."""
 
