@@ -14,6 +14,7 @@ _OWN = (  # sections that may differ between ranks: where numbers are written, w
     "memory_breakdown dump_state log_level autotuning aio nebula datastates_ckpt disable_python_gc timers"
 ).split()
 _FOLDERS = ("zero_optimization.offload_optimizer.nvme_path", "zero_optimization.offload_param.nvme_path")
+_NAMES = ("_name_or_path", "name_or_path", "transformers_version")  # where a model was read from, which hosts may vary
 
 
 def describe(
@@ -28,8 +29,8 @@ def describe(
         optimizer: a torch optimizer, if the caller made one.
         more: other named values.
     """
-    own = flatten({key: value for key, value in settings.items() if key not in _OWN}, "config")
-    facts = {key: value for key, value in own.items() if key.removeprefix("config.") not in _FOLDERS}
+    flat = flatten({key: value for key, value in settings.items() if key not in _OWN}, "config")
+    facts = {key: value for key, value in flat.items() if key.removeprefix("config.") not in _FOLDERS}
     facts |= {"layout": layout, "seed": str(seed), **{key: str(value) for key, value in more.items()}}
     facts |= code_and_packages()
     facts["model class"] = type(model).__name__
@@ -37,8 +38,9 @@ def describe(
         [(name, tuple(getattr(p, "ds_shape", p.shape)), str(p.dtype), p.requires_grad) for name, p in _weights(model)]
     )
     config = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
-        facts |= flatten(config.to_dict(), "model.config")
+    if config is not None and hasattr(config, "to_dict"):
+        own = {key: value for key, value in config.to_dict().items() if key not in _NAMES}
+        facts |= flatten(own, "model.config")
     if optimizer is not None and hasattr(optimizer, "param_groups"):
         facts["optimizer"] = type(optimizer).__name__
         for index, group in enumerate(optimizer.param_groups):

@@ -65,7 +65,8 @@ def initialize(
     problem: Exception | None = None
     try:
         settings, layout = _prepare(model, given, mesh, layout, memory, stock)
-        facts = describe(model, settings, layout.name, seed, optimizer=optimizer, memory=memory)
+        rows = len(training_data) if hasattr(training_data, "__len__") else None
+        facts = describe(model, settings, layout.name, seed, optimizer=optimizer, memory=memory, training_rows=rows)
     except Exception as error:  # the other ranks wait in the comparison: they must hear of it
         problem = error
     compare_ranks(facts, mesh, problem)

@@ -27,12 +27,13 @@ RIGHT = (
 
 
 class Evidence(NamedTuple):
-    """Numbers of micro-batches, to be added up over ranks: judged, plain means, shifted twice, near a plain mean."""
+    """Numbers of micro-batches, to be added up over ranks."""
 
     judged: int = 0
-    mean: int = 0
-    shifted: int = 0
-    near: int = 0
+    mean: int = 0  # of those, equal to a plain mean
+    shifted: int = 0  # of those, with labels shifted a second time
+    apart: int = 0  # of those, where a mean and a share have clearly different sizes
+    near: int = 0  # of those again, of a mean's size
 
     def __add__(self, other: Evidence) -> Evidence:  # type: ignore[override]
         return Evidence(*(a + b for a, b in zip(self, other, strict=True)))
@@ -66,13 +67,11 @@ def judge(loss: torch.Tensor, output: Any, place: MicroBatchMark, sequence_size:
     def equal(value: float) -> bool:
         return abs(given - value) <= slack * abs(value) and abs(share - value) > 4 * slack * abs(value)
 
-    def about(value: float) -> bool:
-        return abs(value) / 2 < abs(given) < abs(value) * 2
-
     if abs(share - means[0]) <= 4 * slack * abs(share) and not any(map(equal, twice)):
         return Evidence()  # nothing could be told apart
-    near = about(means[0]) and not about(share)
-    return Evidence(1, int(any(map(equal, means))), int(any(map(equal, twice))), int(near))
+    apart = abs(means[0]) > 1.5 * abs(share)
+    near = apart and 1 / 1.25 < given / means[0] < 1.25
+    return Evidence(1, int(any(map(equal, means))), int(any(map(equal, twice))), int(apart), int(near))
 
 
 def token_mean(losses: torch.Tensor, labels: torch.Tensor, place: MicroBatchMark | None) -> torch.Tensor:
@@ -118,7 +117,7 @@ def settle(found: Evidence, mesh: Mesh, last: bool) -> None:
             "the loss given to engine.backward compares logits[:, :-1] with labels[:, 1:], but the labels of "
             f"engine.shard are shifted already (on whole rows, before they were cut). {RIGHT}"
         )
-    if last and found.near == found.judged and mesh.rank == 0:
+    if last and found.apart and found.near == found.apart and mesh.rank == 0:
         logger.warning(
             "the loss given to engine.backward is about as large as a mean over one rank's own tokens, and not as this "
             "rank's share of the mean over all of them. If it is such a mean, it is too large by the number of ranks. "
