@@ -90,10 +90,13 @@ class Trace:
             self.first = label
 
     def _unequal(self, x: Any) -> bool:
-        """Tell whether the tokens of a (B, T, …) floating tensor differ, or those of one in a tuple."""
+        """Tell whether the tokens of a (B, T, …) or (T, D) floating tensor differ, or those of one in a tuple."""
         if isinstance(x, tuple | list):
             return any(self._unequal(part) for part in x)
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() < 3 or x.shape[1] != self.tokens:
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() < 2:
+            return False
+        x = x[None] if x.dim() == 2 else x
+        if x.shape[1] != self.tokens:
             return False
         return float((x - x[:, :1]).abs().max()) > 1e-2 * float(x.abs().max())
 

@@ -10,7 +10,7 @@ import torch
 
 VOCABULARY = 64
 _LAYERS = 2
-_LARGEST = 3_000_000  # parameters
+_LARGEST = 8_000_000  # parameters
 
 # Sizes by the names that transformers' configs give them; a config takes those that it declares.
 _SMALL: dict[str, Any] = {
@@ -72,6 +72,9 @@ def _shrunk(kind: Any, more: dict[str, Any]) -> Any:
     for key in list(arguments):  # a name and the one that it stands for
         if key in mapped and mapped[key] in arguments:
             del arguments[key]
+    for key, nested in getattr(kind, "sub_configs", {}).items():
+        if key not in more and dataclasses.is_dataclass(nested) and nested.__name__ != "AutoConfig":
+            arguments[key] = _shrunk(nested, {})
     return kind(**{**arguments, **more})
 
 
@@ -95,6 +98,7 @@ _MORE: dict[str, dict[str, Any]] = {
         "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
     },
+    "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "Dots3NoteForCausalLM": {"num_key_value_heads": 4},
     "EsmcForMaskedLM": {"num_key_value_heads": 4},
     "FalconH1ForCausalLM": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
@@ -108,6 +112,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "KimiLinearForCausalLM": {
         "linear_head_dim": 8, "linear_num_heads": 4, "layer_types": ["linear_attention", "full_attention"]
     },
+    "LukeForMaskedLM": {"entity_vocab_size": 16, "entity_emb_size": 16},
     "Lfm2MoeForCausalLM": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "MusicgenForCausalLM": {"num_codebooks": 1},
@@ -139,4 +144,7 @@ def small_model(name: str, seed: int = 0, config: Any = None) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
     return model.double()
