@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -160,7 +161,8 @@ def init(
         raise ConfigError(f"{output} exists already and is left alone; give another name") from None
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}; give another name") from None
-    typer.echo(f"wrote {output}; next: longctx check {output} && longctx train {output}")
+    name = shlex.quote(str(output))
+    typer.echo(f"wrote {output}; next: longctx check {name} && longctx train {name}")
 
 
 @data_app.command("build")
@@ -228,11 +230,11 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
 def _checked(config: Path, overrides: list[str], starting: bool = True) -> tuple[Loaded, Derived]:
     """Load, cross-check, and look at the machine; raises with everything that is wrong."""
     from longctx.config.derived import derive, world_size
-    from longctx.config.load import load_with_sources, require_machine
+    from longctx.config.load import load_for_machine
     from longctx.launch.hosts import default_world
 
-    loaded = load_with_sources(config, overrides, default_world=default_world)
-    for note in require_machine(loaded, starting):
+    loaded, notes = load_for_machine(config, overrides, default_world=default_world, starting=starting)
+    for note in notes:
         typer.echo(f"note: {note}", err=True)
     return loaded, derive(loaded.config, world_size(loaded.config, default_world(loaded.config)))
 

@@ -20,10 +20,14 @@ class Data(Section):
         "text", min_length=1, description="the key that holds the text in a JSONL line or a dataset row"
     )
     tokenizer: str = environment_field(
-        "bpe",
+        "auto",
         min_length=1,
-        description="bpe: train a byte-level BPE of `vocab_size`; bytes: a token a byte; else a tokenizer.json or its "
-        "folder",
+        description="auto: that of `model.pretrained`, else bpe; bpe: train a byte-level BPE of `vocab_size`; bytes: "
+        "one token per byte; else a tokenizer.json or its folder",
+    )
+    foreign_tokenizer: bool = Field(
+        False,
+        description="allow a tokenizer whose ids are not those that `model.pretrained` was trained with",
     )
     vocab_size: HumanInt = Field(
         8192, ge=257, le=2**20, description="size of the BPE to train (only for `tokenizer: bpe`)"
