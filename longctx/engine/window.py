@@ -22,12 +22,12 @@ from longctx.engine.rows import IGNORED, PADDING, Batch, explicit_rows
 from longctx.errors import EngineError
 from longctx.layout import Layout
 from longctx.mesh import Mesh
-from longctx.sharding import shard
+from longctx.sameness import checksum
+from longctx.sharding import cut
 
 Window = list[Batch]
 _PAD = {"shift_labels": IGNORED, "document_ids": PADDING}
 _LABELS = frozenset(("label", "labels", "target", "targets"))  # words of keys that are padded with -100
-_PRIME = 1_000_003
 _REFUSED, _FINE = 1, 0
 
 
@@ -172,7 +172,7 @@ def _cut(rows: Batch, mesh: Mesh, layout: str | Layout) -> Batch:
     local: Batch = {}
     for key, value in rows.items():
         if isinstance(value, torch.Tensor) and value.shape[:2] == shape:
-            value = shard(value, mesh, 1, layout, _pad_value(key, value))
+            value = cut(value, mesh, 1, layout, _pad_value(key, value))
         local[key] = value
     if "shift_labels" in local:
         local["labels"] = local["shift_labels"]
@@ -208,15 +208,8 @@ def _checksum(rows: Batch, seed: int) -> int:
     total = seed
     for key in sorted(rows):
         value = rows[key]
-        if not isinstance(value, torch.Tensor):
-            continue
-        flat = value.detach().reshape(-1)
-        if flat.is_floating_point():
-            flat = flat.double().view(torch.int64)
-        index = torch.arange(1, flat.numel() + 1, device=flat.device) * _PRIME
-        mixed = (flat.to(torch.int64) + 7) * (index ^ (index >> 7))  # wraps around: a checksum, not arithmetic
-        shape = sum((place + 2) * size for place, size in enumerate(value.shape))
-        total = (total * 31 + int(mixed.sum()) + shape + sum(key.encode())) % (2**62)
+        if isinstance(value, torch.Tensor):
+            total = (total * 31 + int(checksum(value)) + sum(key.encode())) % (2**62)
     return total
 
 
