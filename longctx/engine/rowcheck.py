@@ -54,10 +54,10 @@ def compare_cut(mesh: Mesh) -> None:
     found = torch.stack(parts).tolist()
     if len({count for count, _ in found}) == 1 and len({total for _, total in found}) > 1:
         raise EngineError(
-            f"ranks {list(mesh.sequence_ranks)} share one sequence but gave longctx.shard different rows: every "
-            "rank of a sequence group must cut the same full rows. A loader that gives each rank rows of its own does "
-            "not fit: sample with DistributedSampler(dataset, num_replicas=mesh.data_size, rank=mesh.data_rank) and the same "
-            "seed, and switch off what another trainer puts around the loader"
+            f"ranks {list(mesh.sequence_ranks)} share one sequence but gave longctx.shard different rows: every rank "
+            "of a sequence group must cut the same full rows. A loader that gives each rank rows of its own does not "
+            "fit: sample with DistributedSampler(dataset, num_replicas=mesh.data_size, rank=mesh.data_rank) and the "
+            "same seed, and switch off what another trainer puts around the loader"
         )
 
 
