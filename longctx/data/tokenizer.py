@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from longctx.data.tokenizer_file import read_tokenizer_file, tokenizer_file
 from longctx.data.tokenwriter import disk_errors, publish_bytes
 from longctx.data.words import Tokens, WordTable, applies
 from longctx.errors import DataError, MissingPackageError
@@ -171,17 +172,9 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """
     if str(source) == "bytes":
         return ByteTokenizer()
-    path = Path(source)
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = tokenizer_file(source)
+    content = read_tokenizer_file(path)
     try:
-        raw = path.read_bytes()
-    except OSError:
-        raise DataError(
-            f"{path}: no tokenizer there; give 'bytes', a tokenizer.json, or a folder with one (transformers' "
-            "`save_pretrained` writes it for fast tokenizers)"
-        ) from None
-    try:
-        content = json.loads(raw)
         model_type = content["model"]["type"] if content["model"].get("type") else "BPE"
         ends = _end_of_document(content, path.parent)
         if tokenizer_hash(content, ends) == ByteTokenizer().hash:
@@ -190,7 +183,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         raise DataError(f"{path}: not a tokenizer.json ({type(error).__name__}: {error})") from None
     library = _library()
     try:
-        backend = library.Tokenizer.from_str(raw.decode())
+        backend = library.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the package raises plain Exception
         raise DataError(f"{path}: `tokenizers` cannot read this {model_type} tokenizer: {error}") from None
     return LibraryTokenizer(backend, ends)

@@ -20,13 +20,17 @@ from longctx.engine import guard
 from longctx.engine.accumulation import Accumulation, find_mark
 from longctx.engine.dropout import add_seeds
 from longctx.engine.evaluate import Evaluation, evaluate
-from longctx.engine.loss import check_model_loss
+from longctx.engine.loss import check_model_loss, check_nothing_added
 from longctx.engine.lossmean import Evidence, judge, settle, token_mean
 from longctx.engine.stock import StockEngine
 from longctx.engine.window import Window, shard_window, weigh_window
 from longctx.errors import EngineError, NonFiniteError
 from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
+from longctx.models.binding import binding_of
+from longctx.models.positions import PLAIN, PositionRule
+from longctx.models.probe import position_rule
+from longctx.models.verify import named, refuse_added_loss
 from longctx.sharding import unshard
 
 logger = logging.getLogger(__name__)
@@ -93,14 +97,15 @@ class Engine(StockEngine):
         Raises:
             EngineError: on every rank, when the windows of the ranks do not fit together.
         """
-        return shard_window(window, self.mesh, self.layout, **self._window_facts(window, last))
+        facts = self._window_facts(window, last)
+        return shard_window(window, self.mesh, self.layout, rule=self.position_rule, **facts)
 
     def weigh(self, window: Any, *, last: bool = False) -> Any:
         """Return a window of micro-batches that are already this rank's parts, with ``num_items_in_batch`` added.
 
         For loaders that read only their shard; see ``window.weigh_window``. ``last`` as in ``shard``.
         """
-        return weigh_window(window, self.mesh, **self._window_facts(window, last))
+        return weigh_window(window, self.mesh, rule=self.position_rule, **self._window_facts(window, last))
 
     def unshard(self, x: torch.Tensor, dim: int = 1, *, length: int | None = None) -> torch.Tensor:
         """Return the whole sequence (…, S, …) from this rank's part (…, T, …); see ``longctx.unshard``."""
@@ -129,11 +134,19 @@ class Engine(StockEngine):
             self._accumulation.forward(place)
         number = self._accumulation.backwards if place is None else place.index
         kwargs = add_seeds(self.module, kwargs, self.mesh, self._seed, self.global_steps, number)
+        weighted = "num_items_in_batch" in kwargs and (
+            self.mesh.world_size > 1 or self.gradient_accumulation_steps() > 1
+        )
+        name, binding = type(self.module).__name__, binding_of(self.module)
+        if weighted and binding is not None:
+            refuse_added_loss(name, named(self.module, inputs, kwargs), binding.configs)
         output = super().forward(*inputs, **kwargs)
+        if weighted:
+            check_nothing_added(output, name)
         if trained and self._careful > 0:
             self._output = output
             if self._check_loss and "num_items_in_batch" in kwargs:
-                self._check_loss = not check_model_loss(output, kwargs, self.mesh, type(self.module).__name__)
+                self._check_loss = not check_model_loss(output, kwargs, self.mesh, name)
         return output
 
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -258,6 +271,16 @@ class Engine(StockEngine):
         guard.clip_plain(self, self._true_norm)
 
     # -- what came out ---------------------------------------------------------------------------------------------
+
+    @property
+    def position_rule(self) -> PositionRule:
+        """How the model counts positions where rows have none. Under ZeRO-3 the first call is collective.
+
+        Raises:
+            ModelError: the sequence is sharded, and the model would get its shards wrong (see ``models.probe``).
+        """
+        binding = binding_of(self.module)
+        return PLAIN if binding is None else position_rule(self.module, binding)
 
     @property
     def global_loss(self) -> float:

@@ -88,7 +88,7 @@ def _check_groups(found: list[tuple[bool, int]], engine: Engine) -> None:
 
 def _prepared(batch: Batch, engine: Engine, sharded: bool) -> Batch:
     if not sharded:
-        batch = cut_rows(batch, engine.mesh, engine.layout)
+        batch = cut_rows(batch, engine.mesh, engine.layout, engine.position_rule)
     labels = batch.get("shift_labels", batch.get("labels"))
     if labels is None:
         raise EngineError(f"an evaluation batch needs labels; it has {sorted(map(str, batch))}")
