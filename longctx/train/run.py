@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,11 +13,11 @@ from longctx.config.schema import RunConfig
 from longctx.config.write import dump
 from longctx.errors import CheckpointError, MissingPackageError
 from longctx.mesh import Mesh
-from longctx.train import durable, metrics, store
+from longctx.train import durable, folder, metrics, store
 from longctx.train.agree import ranks, together
 from longctx.train.environment import environment, git_commit
 from longctx.train.export import export_model
-from longctx.train.job import Job, set_up, sizes_of
+from longctx.train.job import Job, find_checkpoint, set_up, sizes_of
 from longctx.train.lock import FolderLock
 from longctx.train.loop import Loop, Outcome
 from longctx.train.metrics import Metrics
@@ -51,12 +51,14 @@ def run(config: RunConfig, console: TextIO | None = None, columns: int = 0) -> i
         stack.enter_context(_folder(output))
         display = Display(console if mesh.rank == 0 else None, config.train.steps, config.train.log_every, columns)
         stack.callback(display.close)
-        _describe(config, mesh, output)
+        sizes = sizes_of(config)
+        checkpoints, found = find_checkpoint(config, sizes, display.say)
+        _describe(config, mesh, output)  # a refused resume leaves the folder as it was
         stack.enter_context(swap_folder(config))
-        job = set_up(config, mesh, sizes_of(config), display.say)
+        job = set_up(config, mesh, sizes, display.say, checkpoints, found)
         stack.callback(job.loader.close)
         stack.callback(job.engine.destroy)
-        writer = _metrics(job)
+        writer = _metrics(job, display.say)
         if writer is not None:
             stack.callback(writer.close)
         outcome = Loop(job, stop, display, writer).run()
@@ -83,7 +85,8 @@ def _folder(output: Path) -> Iterator[None]:
         with together():
             if ranks()[0] == 0:
                 stack.enter_context(lock)
-                store.clean(output / "checkpoints")
+                folder.require_usable(output)
+                store.clean(output / folder.CHECKPOINTS)
         yield
 
 
@@ -96,15 +99,17 @@ def _describe(config: RunConfig, mesh: Mesh, output: Path) -> None:
             try:
                 durable.write_atomically(output / "config.yaml", dump(config))
                 durable.write_json(output / "environment.json", facts)
+                if folder.saved_step(output) is None:
+                    folder.note_saved(output, 0)
             except OSError as error:
                 raise CheckpointError(f"{output} cannot be written: {error.strerror}") from None
 
 
-def _metrics(job: Job) -> Metrics | None:
+def _metrics(job: Job, say: Callable[[str], None]) -> Metrics | None:
     writer = None
     with together():
         if job.mesh.rank == 0:
-            writer = Metrics(job.output, job.start.step, job.config.output.tensorboard)
+            writer = Metrics(job.output, job.start.step, job.config.output.tensorboard, say)
     return writer
 
 
@@ -139,17 +144,17 @@ def _summary(job: Job, outcome: Outcome, wall: float) -> dict[str, Any]:
 
 def _finish(job: Job, summary: dict[str, Any], display: Display) -> None:
     """Leave what people look at: the model as a transformers folder, loss.png, a sample, summary.json."""
-    folder = export_model(job.engine, Path(job.corpus.tokenizer), job.output)
+    model = export_model(job.engine, Path(job.corpus.tokenizer), job.output)
     sample = None
     with together():
         if job.mesh.rank == 0:
             settings = job.config.output
             if job.corpus.held_out and settings.sample_tokens:
                 held_out = Path(job.corpus.held_out)
-                sample = draw_sample(folder, held_out, settings.sample_prompt, settings.sample_tokens)
+                sample = draw_sample(model, held_out, settings.sample_prompt, settings.sample_tokens)
             plot = _plot(job, display)
             summary |= {
-                "model": str(folder),
+                "model": str(model),
                 "plot": plot,
                 "sample": None if sample is None else vars(sample),
             }
