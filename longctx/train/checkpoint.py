@@ -140,7 +140,8 @@ class Checkpoints:
             path, _ = engine.load_checkpoint(str(self.root), tag=name, load_lr_scheduler_states=False)
         if path is None:
             raise CheckpointError(f"{self.root / name}: DeepSpeed found nothing to load in it")
-        rng.load(self.root / name, ranks()[0])
+        with together():
+            rng.load(self.root / name, ranks()[0])
         return Progress(found.step, found.samples, found.tokens)
 
     def _require_same_swapping(self, engine: Any, name: str, found: Manifest) -> None:
