@@ -112,12 +112,17 @@ class Mesh:
 
         Starts torch.distributed if nothing else has: environment variables (torchrun, deepspeed), then OpenMPI, PMI
         and SLURM variables, then mpi4py, else one process. ``deepspeed.init_distributed`` afterwards adopts it.
+
+        Raises:
+            MeshError: on every rank, when the ranks ask for different grids.
         """
         if self._groups is not None:
             return self
         from longctx import rendezvous
+        from longctx.sameness import compare_grids
 
         rendezvous.start(self.world_size, self.rank)
+        compare_grids(self)
         self._groups = rendezvous.make_groups(self)
         return self
 
