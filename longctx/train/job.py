@@ -19,6 +19,7 @@ from longctx.engine.initialize import initialize
 from longctx.errors import ConfigError
 from longctx.mesh import Mesh
 from longctx.models.binding import binding_of
+from longctx.sameness import compare_ranks, flatten
 from longctx.train import folder
 from longctx.train.agree import broadcast_json, gather_json, ranks, together
 from longctx.train.checkpoint import Checkpoints, Progress
@@ -86,6 +87,7 @@ def set_up(
         f"{config.data.sequence_length:,} tokens, {sizes.local_length:,} on each rank"
     )
     content = {"model": hash_of_model(config, description), "data": loader.rows.identity}
+    compare_ranks({"data": content["data"], **flatten(description.to_dict(), "model")}, mesh)
     checkpoints.facts = replace(checkpoints.facts, run=checkpoints.facts.run | content)
     if found is not None:
         checkpoints.require_content(found)

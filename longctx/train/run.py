@@ -24,18 +24,20 @@ from longctx.train.metrics import Metrics
 from longctx.train.plot import plot_loss
 from longctx.train.progress import Progress as Display
 from longctx.train.progress import duration
+from longctx.train.same_start import compare_start
 from longctx.train.sample import draw_sample
 from longctx.train.signals import PREEMPTED, StopFlag
 from longctx.train.swap import swap_folder
 
 
-def run(config: RunConfig, console: TextIO | None = None, columns: int = 0) -> int:
+def run(config: RunConfig, console: TextIO | None = None, columns: int = 0, stop: StopFlag | None = None) -> int:
     """Train ``config`` as this rank of the world that was started.
 
     Args:
         config: the same on every rank.
         console: where rank 0 talks to the user; None to be silent.
         columns: width of the terminal at the far end of ``console``; 0 where that is none, or is found out here.
+        stop: what catches signals already; None to catch them from here on.
 
     Returns:
         0 when the last step is done, 75 when stopped by a signal after saving a checkpoint.
@@ -45,7 +47,8 @@ def run(config: RunConfig, console: TextIO | None = None, columns: int = 0) -> i
     """
     started = time.monotonic()
     with ExitStack() as stack:
-        stop = stack.enter_context(StopFlag())
+        stop = stack.enter_context(StopFlag()) if stop is None else stop
+        compare_start(config)
         mesh = _connect(config)
         output = Path(config.output.folder).absolute()
         stack.enter_context(_folder(output))
@@ -61,6 +64,7 @@ def run(config: RunConfig, console: TextIO | None = None, columns: int = 0) -> i
         writer = _metrics(job, display.say)
         if writer is not None:
             stack.callback(writer.close)
+        stop.training()
         outcome = Loop(job, stop, display, writer).run()
         display.close()
         summary = _summary(job, outcome, time.monotonic() - started)

@@ -178,10 +178,10 @@ def test_a_manifest_of_another_step_is_not_used(tmp_path: Path) -> None:
 
 
 def verified(rank: int, world: int, root: str) -> list[int | None]:
-    """Flip a bit in each of four ranks' files, one after another; return the step that is found each time."""
+    """Alter each of six ranks' files, one after another; return the step that is found each time."""
     where = Path(root) / store.name_of(8)
     steps = []
-    for index in range(4):
+    for index in range(6):
         path = where / f"rank-{index}.pt"
         torch.distributed.barrier()
         if rank == 0:
@@ -203,9 +203,9 @@ def test_files_of_ranks_that_are_not_there_any_more_are_hashed_too(tmp_path: Pat
     where = tmp_path / store.name_of(8)
     where.mkdir()
     entries = []
-    for index in range(4):
+    for index in range(6):
         (where / f"rank-{index}.pt").write_bytes(b"a" * 50)
         entries.append(manifest.FileEntry(f"rank-{index}.pt", 50, durable.sha256_of(where / f"rank-{index}.pt"), index))
-    facts = Manifest(8, 8, 0, 8, {"size": 4}, "zigzag", 1, "", None, {}, {"optimizer": "adamw"}, tuple(entries))
+    facts = Manifest(8, 8, 0, 8, {"size": 6}, "zigzag", 1, "", None, {}, {"optimizer": "adamw"}, tuple(entries))
     manifest.write_manifest(where, facts)
-    assert run_ranks(2, verified, str(tmp_path)) == [[-1] * 4] * 2
+    assert run_ranks(2, verified, str(tmp_path)) == [[-1] * 6] * 2
