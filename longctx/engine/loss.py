@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from longctx.engine.exchange import exchange
 from longctx.engine.rows import IGNORED
-from longctx.engine.window import exchange
 from longctx.errors import EngineError
 from longctx.mesh import Mesh
 
@@ -63,7 +63,7 @@ def check_model_loss(output: Any, batch: dict[str, Any], mesh: Mesh, name: str) 
             "loss (set output_router_logits=False). Compute the loss from the logits instead: "
             "longctx.engine.loss.token_loss(output.logits, batch['shift_labels'], batch['num_items_in_batch'])"
         )
-    everyone = exchange([int(wrong), int(told)], mesh)
+    everyone = exchange([int(wrong), int(told)], mesh, "the check of the model's loss")
     if any(rank[0] for rank in everyone):
         bad = [rank for rank, numbers in enumerate(everyone) if numbers[0]]
         raise EngineError(message if wrong else f"the model's loss is not its rank's share on ranks {bad}")
