@@ -44,6 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
 
 
+def _give_up(rank: int, text: str) -> None:
+    """End this process: another rank is frozen, and the main thread may wait for it in a library."""
+    error = LaunchError(text)
+    if not report.leave(rank, error):
+        print(f"longctx: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def show_stacks() -> None:
     """Have a crash, and SIGUSR2 at any time, write every thread's stack to stderr: this rank's log."""
     stream = getattr(sys.stderr, "stream", sys.stderr)
@@ -103,7 +111,7 @@ def _train(path: Path, overrides: list[str], rank: int, stop: StopFlag) -> int:
     from longctx.train.run import run
 
     columns = int(os.environ.get("LONGCTX_COLUMNS", "0"))
-    code = run(config, console=_console(rank), columns=columns, stop=stop)
+    code = run(config, console=_console(rank), columns=columns, stop=stop, give_up=lambda text: _give_up(rank, text))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return code

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from longctx.config.schema import RunConfig
 from longctx.config.write import dump
+from longctx.engine.heartbeat import watch
 from longctx.errors import CheckpointError, MissingPackageError
 from longctx.mesh import Mesh
 from longctx.train import durable, folder, metrics, store
@@ -30,7 +31,13 @@ from longctx.train.signals import PREEMPTED, StopFlag
 from longctx.train.swap import swap_folder
 
 
-def run(config: RunConfig, console: TextIO | None = None, columns: int = 0, stop: StopFlag | None = None) -> int:
+def run(
+    config: RunConfig,
+    console: TextIO | None = None,
+    columns: int = 0,
+    stop: StopFlag | None = None,
+    give_up: Callable[[str], None] | None = None,
+) -> int:
     """Train ``config`` as this rank of the world that was started.
 
     Args:
@@ -38,6 +45,7 @@ def run(config: RunConfig, console: TextIO | None = None, columns: int = 0, stop
         console: where rank 0 talks to the user; None to be silent.
         columns: width of the terminal at the far end of ``console``; 0 where that is none, or is found out here.
         stop: what catches signals already; None to catch them from here on.
+        give_up: ends this process with a message when another rank's is frozen; None to write it to stderr.
 
     Returns:
         0 when the last step is done, 75 when stopped by a signal after saving a checkpoint.
@@ -50,6 +58,9 @@ def run(config: RunConfig, console: TextIO | None = None, columns: int = 0, stop
         stop = stack.enter_context(StopFlag()) if stop is None else stop
         compare_start(config)
         mesh = _connect(config)
+        heartbeat = watch(mesh, config.launch.frozen_seconds, give_up)
+        if heartbeat is not None:
+            stack.callback(heartbeat.stop)
         output = Path(config.output.folder).absolute()
         stack.enter_context(_folder(output))
         display = Display(console if mesh.rank == 0 else None, config.train.steps, config.train.log_every, columns)
