@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longctx.errors import ConfigError, LaunchError, LongctxError
+from longctx.launch.early import StoppedEarly
 from longctx.launch.generate import generate
 from longctx.launch.rehearse import rehearse
 from longctx.plan.command import plan
+from longctx.train.signals import code_of, sentence_of
 
 if TYPE_CHECKING:
     from longctx.config.derived import Derived
@@ -44,22 +46,31 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train: on this machine, or on the hosts of the `launch` section."""
-    from longctx.mesh import _discover as launched_world
+    from longctx.launch.early import stopping_early
 
-    if launched_world()[0] is not None:
+    with stopping_early():
+        raise typer.Exit(_train(config, overrides or []))
+
+
+def _train(config: Path, overrides: list[str]) -> int:
+    from longctx.mesh import launched_by
+    from longctx.train.console import guard_standard_streams
+
+    variables = launched_by()
+    if variables is not None:
         raise LaunchError(
-            "`longctx train` starts its own ranks, but this shell is inside a launched job (WORLD_SIZE is set); "
-            f"run launch/train.py --config {config} under that launcher, or unset WORLD_SIZE and RANK"
+            f"`longctx train` starts its own ranks, but this shell is inside a launched job ({variables}); run "
+            f"launch/train.py --config {config} under that launcher, or unset both variables"
         )
-    loaded, derived = _checked(config, overrides or [])
+    loaded, derived = _checked(config, overrides)
+    guard_standard_streams()  # losing the console must not end the run
     if loaded.config.launch.launcher != "local":
         from longctx.launch import cluster
 
-        raise typer.Exit(cluster.train(loaded.config, derived))
+        return cluster.train(loaded.config, derived)
     from longctx.launch import local
 
-    folder = Path(loaded.config.output.folder)
-    raise typer.Exit(local.train(config, overrides or [], world=derived.world, folder=folder))
+    return local.train(loaded.config, config, overrides, world=derived.world)
 
 
 @app.command()
@@ -272,6 +283,9 @@ def main(arguments: list[str] | None = None) -> None:
     except LongctxError as error:
         typer.echo(f"longctx: {error}", err=True)
         sys.exit(1)
+    except StoppedEarly as stop:
+        typer.echo(f"longctx: {sentence_of(stop.number)}", err=True)
+        sys.exit(code_of(stop.number))
     except KeyboardInterrupt:
         sys.exit(130)
 
