@@ -169,6 +169,7 @@ def data_build(config: Config, overrides: Overrides = None) -> None:
     loaded, _ = _checked(config, overrides or [])
     from longctx.config.machine import token_folder
     from longctx.data.build import build_tokens
+    from longctx.data.special import note
 
     data = loaded.config.data
     built = build_tokens(
@@ -180,10 +181,13 @@ def data_build(config: Config, overrides: Overrides = None) -> None:
         seed=data.seed,
         text_field=data.text_field,
         sample_bytes=data.sample_bytes,
+        special_tokens=data.special_tokens,
     )
     counts = {name: value for name, value in built.report.items() if isinstance(value, int | float)}
     typer.echo(f"{built.folder}: {'unchanged since the last build' if built.reused else 'built'}")
     typer.echo("  " + ", ".join(f"{name} {value:,}" for name, value in counts.items()))
+    if said := note(built.report, data.special_tokens):
+        typer.echo(f"  {said}")
 
 
 @data_app.command("inspect")

@@ -57,7 +57,7 @@ def set_up(config: RunConfig, mesh: Mesh, sizes: Derived, say: Say) -> Job:
     corpus = _prepare(config, say)
     with together():
         loader, held_out = _loaders(config, sizes, mesh, corpus)
-        description = model_config(config, corpus.vocabulary_size, corpus.end_of_document)
+        description = model_config(config, corpus.vocabulary_size, corpus.end_of_document, corpus.beginning)
     say(
         f"mesh: {sizes.world} ranks = data {sizes.data} x ring {sizes.ring} x ulysses {sizes.ulysses}; rows of "
         f"{config.data.sequence_length:,} tokens, {sizes.local_length:,} on each rank"
