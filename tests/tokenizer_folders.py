@@ -34,7 +34,7 @@ def make_tokenizer(family: str) -> Any:
             made.add_bos_token = True
             made.update_post_processor()
     made.chat_template = TEMPLATE
-    made.padding_side, made.model_max_length = "left", 777
+    made.model_max_length = 777
     return made
 
 
@@ -47,6 +47,28 @@ def write_tokenizer(folder: Path, family: str, **changed: Any) -> Path:
     make_tokenizer(family).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama" if family == "llama3" else family}))
     settings = folder / "tokenizer_config.json"
-    content = json.loads(settings.read_text()) | changed
+    content = json.loads(settings.read_text()) | {"padding_side": "left"} | changed
     settings.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return folder
+
+
+def write_folder(folder: Path, family: str, dtype: str = "float32", generation: dict[str, Any] | None = None) -> Path:
+    """Write a whole model folder of a family, with weights of ``dtype``, and return it.
+
+    Args:
+        generation: content of generation_config.json; None removes the file.
+    """
+    import torch
+    from models.zoo import tiny_config, tiny_model
+
+    write_tokenizer(folder, family)
+    tokenizer = make_tokenizer(family)
+    tied = {} if family in ("llama", "llama3") else {"tie_word_embeddings": True}
+    config = tiny_config({"llama3": "llama"}.get(family, family), **tied)
+    config.vocab_size = len(tokenizer)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tiny_model(config, "sdpa").to(getattr(torch, dtype)).save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder

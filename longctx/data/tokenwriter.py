@@ -174,11 +174,22 @@ class TokenWriter:
 def publish(stream: Any, aside: Path, path: Path) -> None:
     """Make ``aside``, open as ``stream``, appear as ``path``: flush, fsync, rename, fsync of the folder."""
     stream.flush()
-    os.fchmod(stream.fileno(), 0o644)
+    os.fchmod(stream.fileno(), file_mode())
     os.fsync(stream.fileno())
     stream.close()
     os.replace(aside, path)
     sync_folder(path.parent)
+
+
+def file_mode() -> int:
+    """Return the permissions that an ordinary new file gets under this process's umask."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        mask = int(status.partition("Umask:")[2].split()[0], 8)
+    except (OSError, IndexError, ValueError):  # not Linux: ask by setting it, which other threads might notice
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return 0o666 & ~mask
 
 
 def publish_bytes(data: bytes, path: Path) -> None:

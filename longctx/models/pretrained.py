@@ -93,6 +93,26 @@ def weight_files(folder: str | Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def stored_dtype(folder: str | Path, config: Any) -> Any:
+    """Return the torch dtype of a folder's weights: what its config says, else that of the first in its first file.
+
+    Raises:
+        ModelError: see ``weight_files``.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    try:
+        with safe_open(weight_files(folder)[0], framework="pt") as file:
+            kinds = (file.get_slice(name).get_dtype() for name in sorted(file.keys()))
+            known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+            return next((known[kind] for kind in kinds if kind in known), torch.float32)
+    except (OSError, SafetensorError) as problem:
+        raise ModelError(f"{folder} cannot be loaded: {problem}") from problem
+
+
 def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None) -> Any:
     """Return the causal language model of a local folder, with longctx's attention and its weights.
 
@@ -104,7 +124,6 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
     Raises:
         ModelError: see ``read_config`` and ``weight_files``; or a weight is missing or has another shape.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -117,7 +136,7 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
     config = read_config(folder) if config is None else config
     weight_files(folder)
     if dtype is None:
-        dtype = config.dtype or torch.float32
+        dtype = stored_dtype(folder, config)
     try:
         model, report = loader.from_pretrained(
             str(folder), config=config, dtype=dtype, attn_implementation=NAME, local_files_only=True,

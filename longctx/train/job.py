@@ -23,6 +23,7 @@ from longctx.train.agree import broadcast_json, gather_json, ranks, together
 from longctx.train.checkpoint import Checkpoints, Progress
 from longctx.train.corpus import Corpus, Say, prepare_corpus
 from longctx.train.environment import git_commit, versions
+from longctx.train.export import Source, read_source
 from longctx.train.manifest import Manifest
 from longctx.train.model import build_model, hash_of_model, memory_of, model_config
 from longctx.train.optimizer import make_optimizer
@@ -44,6 +45,7 @@ class Job:
     start: Progress
     parameters: int
     description: Any  # the transformers config
+    source: Source | None  # of the export, where the model was pretrained
 
 
 def set_up(config: RunConfig, mesh: Mesh, sizes: Derived, say: Say) -> Job:
@@ -58,6 +60,7 @@ def set_up(config: RunConfig, mesh: Mesh, sizes: Derived, say: Say) -> Job:
     with together():
         loader, held_out = _loaders(config, sizes, mesh, corpus)
         description = model_config(config, corpus.vocabulary_size, corpus.end_of_document, corpus.beginning)
+        source = read_source(config.model.pretrained)
     say(
         f"mesh: {sizes.world} ranks = data {sizes.data} x ring {sizes.ring} x ulysses {sizes.ulysses}; rows of "
         f"{config.data.sequence_length:,} tokens, {sizes.local_length:,} on each rank"
@@ -75,8 +78,9 @@ def set_up(config: RunConfig, mesh: Mesh, sizes: Derived, say: Say) -> Job:
     kind = config.model.architecture or config.model.pretrained
     say(f"model: {kind}, {parameters:,} parameters, {config.model.dtype}, ZeRO-{config.zero.stage}")
     return Job(
-        config, sizes, mesh, output, corpus, loader, held_out, engine, checkpoints, start, parameters, description
-    )
+        config, sizes, mesh, output, corpus, loader, held_out, engine, checkpoints, start, parameters, description,
+        source,
+    )  # fmt: skip
 
 
 def agree_on_group(sizes: Derived) -> None:

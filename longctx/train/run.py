@@ -139,7 +139,7 @@ def _summary(job: Job, outcome: Outcome, wall: float) -> dict[str, Any]:
 
 def _finish(job: Job, summary: dict[str, Any], display: Display) -> None:
     """Leave what people look at: the model as a transformers folder, loss.png, a sample, summary.json."""
-    folder = export_model(job.engine, Path(job.corpus.tokenizer), job.output)
+    folder = export_model(job.engine, Path(job.corpus.tokenizer), job.output, job.source)
     sample = None
     with together():
         if job.mesh.rank == 0:
