@@ -55,13 +55,21 @@ def copy(source: Path, target: Path) -> None:
 
 
 def copy_model_type(source: Path, target: Path) -> None:
-    """Write those keys of ``source/config.json`` by which transformers chooses a tokenizer class, if there are any."""
+    """Write those keys of ``source/config.json`` by which transformers chooses a tokenizer class, if there are any.
+
+    The config.json of a model in ``target`` stays.
+    """
+    forget_model_type(target)
     content = read_json(source / CONFIG)
     kept = {key: content[key] for key in _OF_THE_MODEL if key in content}
-    if kept:
+    if kept and not (target / CONFIG).exists():
         publish_bytes(json.dumps(kept, indent=1).encode(), target / CONFIG)
-    else:
-        (target / CONFIG).unlink(missing_ok=True)
+
+
+def forget_model_type(folder: Path) -> None:
+    """Remove what ``copy_model_type`` wrote into a folder, and no other config.json."""
+    if set(read_json(folder / CONFIG)) <= set(_OF_THE_MODEL):
+        (folder / CONFIG).unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

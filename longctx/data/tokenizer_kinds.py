@@ -31,11 +31,13 @@ class Tokenizer(ABC):
         hash: 64 hex digits that name what the tokenizer does.
         json: the content of its tokenizer.json.
         folder: the transformers folder that it was loaded from, or None.
+        transformers: what transformers made of that folder, or None.
     """
 
     vocabulary_size: int
     json: dict[str, Any]
     folder: Path | None = None
+    transformers: Any = None
 
     def __init__(
         self,
@@ -90,7 +92,8 @@ class Tokenizer(ABC):
             settings |= {"bos_token": name, "eos_token": name, "pad_token": name}
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for left in [Path(tokenizer_folder.CONFIG), *tokenizer_folder.files(folder)]:  # of another tokenizer
+            tokenizer_folder.forget_model_type(folder)
+            for left in tokenizer_folder.files(folder):  # of another tokenizer
                 (folder / left).unlink(missing_ok=True)
         publish_bytes(json.dumps(self.json, ensure_ascii=False, indent=1).encode(), folder / "tokenizer.json")
         publish_bytes(json.dumps(settings, indent=1).encode(), folder / tokenizer_folder.SETTINGS)
@@ -149,7 +152,7 @@ class LibraryTokenizer(Tokenizer):
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # "<|endoftext|>" inside a text is text, it cannot end a document
-        self.backend, self._theirs = backend, theirs
+        self.backend, self.transformers = backend, theirs
         beginning = end_of_document if theirs is None else theirs.bos_token_id
         super().__init__(json.loads(backend.to_str()), end_of_document, beginning, _frame(backend))
         self._words = WordTable(self._encode_batch) if applies(self.json) else None
@@ -171,15 +174,15 @@ class LibraryTokenizer(Tokenizer):
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def prompt(self, text: str) -> Tokens:
-        if self._theirs is None:
+        if self.transformers is None:
             return super().prompt(text)
-        return np.array(self._theirs(text, verbose=False)["input_ids"], dtype=np.uint32)
+        return np.array(self.transformers(text, verbose=False)["input_ids"], dtype=np.uint32)
 
     def decode(self, ids: npt.ArrayLike) -> str:
         listed = np.asarray(ids).tolist()
-        if self._theirs is None:
+        if self.transformers is None:
             return str(self.backend.decode(listed, skip_special_tokens=True))
-        return str(self._theirs.decode(listed, skip_special_tokens=True))
+        return str(self.transformers.decode(listed, skip_special_tokens=True))
 
     def token(self, index: int) -> str:
         return str(self.backend.id_to_token(index))

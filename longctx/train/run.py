@@ -146,7 +146,10 @@ def _finish(job: Job, summary: dict[str, Any], display: Display) -> None:
             settings = job.config.output
             if job.corpus.held_out and settings.sample_tokens:
                 held_out = Path(job.corpus.held_out)
-                sample = draw_sample(folder, held_out, settings.sample_prompt, settings.sample_tokens)
+                try:
+                    sample = draw_sample(folder, held_out, settings.sample_prompt, settings.sample_tokens)
+                except ValueError as error:  # transformers refuses the folder's generation config; the model is saved
+                    display.say(f"no sample: {error}")
             plot = _plot(job, display)
             summary |= {
                 "model": str(folder),

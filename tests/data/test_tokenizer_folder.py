@@ -37,6 +37,16 @@ def test_a_prompt_and_a_name_are_those_of_transformers(tmp_path: Path, family: s
         assert (tmp_path / "copy" / name).read_bytes() == (source / name).read_bytes()
 
 
+def test_a_models_config_stays(tmp_path: Path) -> None:
+    """A tokenizer may be saved into a model's folder."""
+    config = write_tokenizer(tmp_path, "gpt2") / "config.json"
+    config.write_text(json.dumps({"model_type": "gpt2", "n_embd": 8}))
+    before = config.read_bytes()
+    ByteTokenizer().save(tmp_path)
+    load_tokenizer(write_tokenizer(tmp_path / "other", "llama3")).save(tmp_path)
+    assert config.read_bytes() == before
+
+
 def test_what_is_put_around_a_text_is_part_of_the_name(tmp_path: Path) -> None:
     with_bos = load_tokenizer(write_tokenizer(tmp_path / "a", "llama3"))
     folder = write_tokenizer(tmp_path / "b", "llama3")
