@@ -64,7 +64,10 @@ def run(config: RunConfig, console: TextIO | None = None, columns: int = 0) -> i
         summary = _summary(job, outcome, time.monotonic() - started)
         if outcome.stopped:
             _write(output, summary | {"status": "stopped"})
-            display.say(f"stopped on request after step {outcome.progress.step}; start again to resume")
+            display.say(
+                f"stopped on request after step {outcome.progress.step}; start again to resume, or "
+                f"`longctx export {job.config.output.folder}` writes its model"
+            )
             return PREEMPTED
         _finish(job, summary, display)
     return 0

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from tokenizer_folders import write_folder
 
+from longctx.train.export_run import export_run
 from longctx.train.run import run
 
 from distributed import run_ranks
@@ -87,6 +88,53 @@ def test_others_may_read_what_the_umask_lets_them(trained: Path) -> None:
         for path in (trained / folder).iterdir():
             if path.is_file() and path.name != ".lock":
                 assert path.stat().st_mode & 0o777 == 0o640, path
+
+
+@pytest.mark.parametrize("family", RUNS)
+def test_a_checkpoint_is_exported_as_its_run_would_have(trained: Path, tmp_path: Path, family: str) -> None:
+    """The last step's gives the run's own export, byte for byte; the one before gives other weights."""
+    made = export_run(trained / family, tmp_path / "last")
+    for path in (trained / family / "model").iterdir():
+        assert (made / path.name).read_bytes() == path.read_bytes(), path.name
+    before = export_run(trained / family, tmp_path / "before", step=1)
+    assert tensors(before) == tensors(made)
+    assert (before / "model.safetensors").read_bytes() != (made / "model.safetensors").read_bytes()
+
+
+def test_export_as_a_user_types_it(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run_folder, output = trained / "llama", tmp_path / "out"
+    main_exits(["export", str(run_folder), "--output", str(output), "--dtype", "fp32"], 0)
+    assert capsys.readouterr().out.strip() == str(output)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.dtype == model.config.dtype == torch.float32
+    mistakes = {
+        ("--output", str(output)): "exists already", ("--step", "7"): "no checkpoint of step 7",
+        ("--dtype", "int8"): "choose one of fp32, bf16, fp16",
+    }  # fmt: skip
+    for arguments, message in mistakes.items():
+        main_exits(["export", str(run_folder), *arguments], 1 if "--step" in arguments else 2)
+        assert message in capsys.readouterr().err
+    main_exits(["export", str(tmp_path)], 2)
+    assert "no config.yaml there" in capsys.readouterr().err
+    damaged = next((run_folder / "checkpoints").glob("step-*2/*model_states.pt"))
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1])
+    try:
+        main_exits(["export", str(run_folder), "--step", "2", "--output", str(tmp_path / "none")], 1)
+        assert "no checkpoint in" in capsys.readouterr().err and not (tmp_path / "none").exists()
+        assert export_run(run_folder, tmp_path / "older").is_dir(), "the one before is whole"
+    finally:
+        damaged.write_bytes(content)
+
+
+def main_exits(arguments: list[str], code: int) -> None:
+    from longctx.cli import main
+
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert (end.value.code or 0) == code
 
 
 def test_a_model_from_scratch_has_a_cache_and_its_own_stop_token(tmp_path: Path) -> None:
