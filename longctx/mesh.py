@@ -37,6 +37,8 @@ class Mesh:
         data: replicas; inferred from the world when None.
         world_size: ranks in all; torch.distributed's, else ``WORLD_SIZE``, else 1.
         rank: this process; torch.distributed's, else ``RANK``, else 0. Give it only to look at another rank's view.
+        patience: seconds that a rank waits for the others at the start of a window, an evaluation or a checkpoint of an
+            engine before it stops and names those that are missing.
 
     Raises:
         MeshError: a size is not a positive integer, or the grid does not fill the world.
@@ -50,10 +52,14 @@ class Mesh:
         *,
         world_size: int | None = None,
         rank: int | None = None,
+        patience: float = 600.0,
     ) -> None:
         for name, size in (("ring", ring), ("ulysses", ulysses), ("data", data), ("world_size", world_size)):
             if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
                 raise MeshError(f"Mesh({name}={size!r}): sizes are positive integers")
+        if not patience > 0:
+            raise MeshError(f"Mesh(patience={patience!r}): a positive number of seconds is needed")
+        self.patience = patience
         found_world, found_rank = _discover()
         if world_size is None:
             world_size = found_world or 1
@@ -112,12 +118,17 @@ class Mesh:
 
         Starts torch.distributed if nothing else has: environment variables (torchrun, deepspeed), then OpenMPI, PMI
         and SLURM variables, then mpi4py, else one process. ``deepspeed.init_distributed`` afterwards adopts it.
+
+        Raises:
+            MeshError: on every rank, when the ranks ask for different grids.
         """
         if self._groups is not None:
             return self
         from longctx import rendezvous
+        from longctx.sameness import compare_grids
 
         rendezvous.start(self.world_size, self.rank)
+        compare_grids(self)
         self._groups = rendezvous.make_groups(self)
         return self
 

@@ -7,12 +7,12 @@ other versions does not change the name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from longctx.data import tokenizer_folder
+from longctx.data.tokenizer_file import read_tokenizer_file, tokenizer_file
 from longctx.data.tokenizer_hash import tokenizer_hash
 from longctx.data.tokenizer_kinds import END_OF_DOCUMENT, ByteTokenizer, LibraryTokenizer, Tokenizer, byte_alphabet
 from longctx.errors import DataError, MissingPackageError
@@ -66,17 +66,9 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """
     if str(source) == "bytes":
         return ByteTokenizer()
-    path = Path(source)
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = tokenizer_file(source)
+    content = read_tokenizer_file(path)
     try:
-        raw = path.read_bytes()
-    except OSError:
-        raise DataError(
-            f"{path}: no tokenizer there; give 'bytes', a tokenizer.json, or a folder with one (transformers' "
-            "`save_pretrained` writes it for fast tokenizers)"
-        ) from None
-    try:
-        content = json.loads(raw)
         model_type = content["model"]["type"] if content["model"].get("type") else "BPE"
         end = _end_of_document(content)
         is_bytes = tokenizer_hash(content, end) == ByteTokenizer().hash and not content.get("post_processor")
@@ -89,16 +81,16 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     elif described and path.name == "tokenizer.json":
         loaded = _from_transformers(path.parent, end)
     else:
-        loaded = _bare(path, raw, model_type, end)
+        loaded = _bare(path, model_type, end)
     if described:
         loaded.folder = path.parent
     return loaded
 
 
-def _bare(path: Path, raw: bytes, model_type: str, end: int | None) -> LibraryTokenizer:
+def _bare(path: Path, model_type: str, end: int | None) -> LibraryTokenizer:
     """Return the tokenizer of a tokenizer.json that no transformers folder describes."""
     try:
-        backend = _library().Tokenizer.from_str(raw.decode())
+        backend = _library().Tokenizer.from_str(path.read_text(encoding="utf-8"))
         if end is not None:  # text must not encode to it
             backend.add_special_tokens([backend.id_to_token(end)])
     except MissingPackageError:

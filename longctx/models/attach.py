@@ -16,7 +16,7 @@ from longctx.models.binding import Binding, binding_of
 from longctx.models.dropout import drops_attention
 from longctx.models.register import NAME, register
 from longctx.models.rope import attach_rope
-from longctx.models.verify import watch
+from longctx.models.verify import refuse_added_loss, watch
 
 # Heads that pick or compare tokens of the whole sequence: on a shard each rank would pick among its own.
 _GLOBAL_HEADS = re.compile(
@@ -43,11 +43,13 @@ def attach_attention(model: torch.nn.Module, mesh: Mesh, layout: str = "zigzag")
     configs = _configs(model)
     if not configs:
         raise ModelError(f"{type(model).__name__} holds no module with a transformers config; give it such a model")
-    binding = Binding(mesh, layout, drops=any(drops_attention(config) for config in configs))
+    binding = Binding(mesh, layout, drops=any(drops_attention(config) for config in configs), configs=configs)
     for config in configs:
         if binding.sharded:
             _refuse(type(model).__name__, config)
         config._attn_implementation = NAME
+    if binding.sharded:
+        refuse_added_loss(type(model).__name__, {}, configs)
     detach_attention(model)
     binding.bind(model)
     _keep_no_cache(model, binding)
@@ -109,8 +111,3 @@ def _refuse(name: str, config: Any) -> None:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder; longctx shards decoders and encoders only")
-    if getattr(config, "output_router_logits", False):
-        raise ModelError(
-            f"{name}: output_router_logits adds a load-balancing loss over the local tokens only, which is not that "
-            "of the whole sequence; set output_router_logits=False"
-        )

@@ -34,6 +34,23 @@ def evaluated(rank: int, world: int, stage: int, counts: list[int]) -> Any:
     return whole, str(error.value)
 
 
+def different(rank: int, world: int) -> list[str]:
+    """Rank 1 of the ring passes other rows, or one batch more."""
+    engine = make_engine(2, 1)
+    messages = []
+    for batches in ([ragged_rows(5, rank, 0)], [ragged_rows(5, 0, 0)] * (1 + rank)):
+        with pytest.raises(EngineError) as error:
+            engine.evaluate(batches)
+        messages.append(str(error.value))
+    engine.destroy()
+    return messages
+
+
+def test_a_ring_evaluates_the_same_rows() -> None:
+    for rows, numbers in run_ranks(2, different):
+        assert "different rows in evaluation batches" in rows and "different numbers of evaluation" in numbers
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("counts", [[3, 1], [0, 2]])
 def test_evaluation_with_unequal_numbers_of_batches(stage: int, counts: list[int]) -> None:
