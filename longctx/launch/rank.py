@@ -164,7 +164,7 @@ def _console(rank: int) -> TextIO | None:
     if rank != 0:
         return None
     handed = os.environ.get("LONGCTX_CONSOLE")
-    return os.fdopen(int(handed), "w", buffering=1) if handed else sys.stdout
+    return os.fdopen(int(handed), "w", buffering=1, errors="backslashreplace") if handed else sys.stdout
 
 
 def _print_once(rank: int, error: BaseException) -> None:
