@@ -244,18 +244,32 @@ _SCHEDULERS = (  # (world size, rank) as set by torchrun and deepspeed, OpenMPI,
 
 
 def _discover() -> tuple[int | None, int]:
-    """Return (world size or None, rank) of this process without starting anything."""
+    """Return (world size or None, rank) of this process without starting anything; a world of one is no job."""
     import sys
 
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size(), distributed.get_rank()
+    found = _scheduled()
+    return (None, 0) if found is None else (found[2], found[3])
+
+
+def launched_by() -> str | None:
+    """Return the environment variables by which a launcher says that this is one of several ranks; None without."""
+    found = _scheduled()
+    return None if found is None else f"{found[0]}={found[2]}, {found[1]}={found[3]}"
+
+
+def _scheduled() -> tuple[str, str, int, int] | None:
+    """Return (variable of the world size, of the rank, world size, rank) of the first launcher of several ranks."""
     for world, rank in _SCHEDULERS:
         if world in os.environ and rank in os.environ:
             try:
-                return int(os.environ[world]), int(os.environ[rank])
+                size, number = int(os.environ[world]), int(os.environ[rank])
             except ValueError:
                 raise MeshError(
                     f"{world}={os.environ[world]!r}, {rank}={os.environ[rank]!r}: both must be integers"
                 ) from None
-    return None, 0
+            if size > 1:
+                return world, rank, size, number
+    return None

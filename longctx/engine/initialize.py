@@ -8,6 +8,7 @@ from typing import Any
 from longctx.engine.description import describe
 from longctx.engine.engine import Engine
 from longctx.engine.exchange import control_group
+from longctx.engine.heartbeat import watch
 from longctx.engine.hpz import check_model, own_group
 from longctx.engine.loader import RowLoader
 from longctx.engine.memory import Memory, read_memory, save_memory
@@ -59,6 +60,7 @@ def initialize(
         ModelError: the model uses something that a sharded sequence would get wrong.
     """
     mesh = (Mesh() if mesh is None else mesh).connect()
+    watch(mesh)
     control_group(mesh)
     given = getattr(args, "deepspeed_config", None) if config is None else config
     facts: dict[str, str] = {}

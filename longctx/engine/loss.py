@@ -86,7 +86,7 @@ def check_nothing_added(output: Any, name: str) -> None:
         if type(node).__name__.startswith(("Add", "Sub")):
             raise EngineError(
                 f"{name} added something to its loss (a load-balancing or another auxiliary loss), which would be that "
-                "of one rank's tokens in one micro-batch and not of the whole batch. Turn it off in the model's config, "
+                "of one rank's tokens in one micro-batch, not of the whole batch. Turn it off in the model's config, "
                 "or compute the loss from the logits: longctx.engine.loss.token_loss(output.logits, "
                 "batch['shift_labels'], batch['num_items_in_batch'])"
             )

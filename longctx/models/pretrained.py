@@ -12,7 +12,7 @@ from typing import Any
 
 from longctx.errors import ModelError
 from longctx.models.classes import require_causal
-from longctx.models.headers import weight_files
+from longctx.models.headers import read_weights, weight_files
 from longctx.models.read_keys import accepted_keys
 from longctx.models.scratch import REFUSALS
 from longctx.models.settings import read_settings
@@ -33,19 +33,36 @@ def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> An
 
     register()  # converted models have types of their own
     path = Path(folder) / "config.json"
-    raw = _floats(read_settings(folder)) | (changes or {})
+    raw = _floats(read_settings(folder))
+    if changes:
+        raw = _changed(raw, changes)
     kind = raw.pop("model_type", None)
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ModelError(f"{path}: model_type {kind!r} is no architecture of the installed transformers")
     if kind == "mistral" and "layer_types" in raw:
         kind = "ministral"  # as AutoConfig does: Mistral's own class has one kind of layer
-    config_class = CONFIG_MAPPING[kind]
+    config_class: Any = CONFIG_MAPPING[kind]
     known = accepted_keys(config_class)
     try:
         config = config_class.from_dict({key: value for key, value in raw.items() if key in known})
     except (*REFUSALS, ImportError) as problem:
         raise ModelError(f"{path}: transformers refuses this {kind} config: {problem}") from problem
     return config
+
+
+def stored_dtype(folder: str | Path, config: Any) -> Any:
+    """Return the torch dtype of a folder's weights: what its config says, else that of the first one.
+
+    Raises:
+        ModelError: see ``read_weights``.
+    """
+    import torch
+
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+    kinds = (weight.dtype for _, weight in sorted(read_weights(folder).items()))
+    return next((known[kind] for kind in kinds if kind in known), torch.float32)
 
 
 def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None) -> Any:
@@ -59,7 +76,6 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
     Raises:
         ModelError: see ``read_config`` and ``weight_files``; or a weight is missing or has another shape.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -73,7 +89,7 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
     require_causal(read_settings(folder), str(folder))
     weight_files(folder)
     if dtype is None:
-        dtype = config.dtype or torch.float32
+        dtype = stored_dtype(folder, config)
     try:
         model, report = loader.from_pretrained(
             str(folder), config=config, dtype=dtype, attn_implementation=NAME, local_files_only=True,
@@ -99,6 +115,20 @@ def make_model(config: Any, *, dtype: Any = None) -> Any:
 
     register()
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME, trust_remote_code=False)
+
+
+def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return ``raw`` with other values; new RoPE parameters replace all of the old ones, but for its base."""
+    new = {**raw, **changes}
+    if "rope_parameters" in changes:
+        new.pop("rope_scaling", None)
+        base = new.pop("rope_theta", None)
+        for key in ("rope_scaling", "rope_parameters"):
+            block = raw.get(key)
+            base = block.get("rope_theta", base) if isinstance(block, dict) else base
+        if base is not None:
+            new["rope_parameters"] = {"rope_theta": base, **changes["rope_parameters"]}
+    return new
 
 
 def _floats(value: Any) -> Any:

@@ -127,8 +127,8 @@ def _refuse_counting(model: torch.nn.Module, binding: Binding) -> None:
         return
     raise ModelError(
         f"{name} cannot run on a shard: {trace.first or name} gives equal tokens at equal position_ids different "
-        "values, so it counts the tokens that it is given, or mixes them outside of attention. On a shard both would be "
-        "local and silently wrong; use a model that takes its positions from position_ids (docs/models.md)"
+        "values, so it counts the tokens that it is given, or mixes them outside of attention. On a shard both would "
+        "be local and silently wrong; use a model that takes its positions from position_ids (docs/models.md)"
     )
 
 
@@ -154,8 +154,8 @@ def _find_rule(model: torch.nn.Module, binding: Binding) -> PositionRule:
     except Exception as problem:
         if binding.sharded:
             raise ModelError(
-                f"{type(model).__name__} does not run on input_ids alone ({type(problem).__name__}: {problem}), so how it "
-                "counts positions is not known; it cannot be sharded (docs/models.md)"
+                f"{type(model).__name__} does not run on input_ids alone ({type(problem).__name__}: {problem}), so how "
+                "it counts positions is not known; it cannot be sharded (docs/models.md)"
             ) from problem
         return PLAIN  # one device runs what a shard does not; the model's own forward says what it lacks
     slack = _slack(model)

@@ -10,6 +10,7 @@ from pathlib import Path
 from longctx.config.machine import token_folder
 from longctx.config.schema import RunConfig
 from longctx.data.build import RECORD, TokenBuild, build_tokens, open_build
+from longctx.data.special import note
 from longctx.data.tokenfile import TokenFile
 from longctx.data.tokenizer import load_tokenizer
 from longctx.errors import DataError
@@ -28,6 +29,7 @@ class Corpus:
     vocabulary_size: int
     tokenizer_hash: str
     end_of_document: int | None
+    beginning: int | None  # the tokenizer's bos_token_id
 
 
 def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
@@ -55,6 +57,7 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
         seed=data.seed,
         text_field=data.text_field,
         sample_bytes=data.sample_bytes,
+        special_tokens=data.special_tokens,
         progress=_Stages(say),
     )
     report = build.report
@@ -63,6 +66,8 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
         f"data: {report['documents']:,} documents, {report['tokens']:,} tokens to train on, "
         f"{report['held_out_tokens']:,} held out ({how} {build.folder})"
     )
+    if said := note(report, data.special_tokens):
+        say(f"data: {said}")
     return _corpus(build)
 
 
@@ -93,11 +98,13 @@ class _Stages:
 
 
 def _corpus(build: TokenBuild) -> Corpus:
+    tokenizer = load_tokenizer(build.tokenizer)
     return Corpus(
         str(build.train),
         str(build.held_out) if build.held_out else None,
         str(build.tokenizer),
         build.vocabulary_size,
         build.tokenizer_hash,
-        load_tokenizer(build.tokenizer).end_of_document,
+        tokenizer.end_of_document,
+        tokenizer.beginning,
     )

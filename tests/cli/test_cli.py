@@ -115,6 +115,16 @@ def test_init_writes_a_file_that_passes_check_and_spares_an_existing_one(tmp_pat
 def test_train_inside_a_launched_job_is_refused(good: Path):
     done = run("train", good, WORLD_SIZE="2", RANK="0")
     assert done.returncode == 1 and "launch/train.py" in done.stderr and "Traceback" not in done.stderr
+    assert "WORLD_SIZE=2, RANK=0" in done.stderr
+    done = run("train", good, SLURM_STEP_NUM_TASKS="3", SLURM_PROCID="1")
+    assert done.returncode == 1 and "SLURM_STEP_NUM_TASKS=3, SLURM_PROCID=1" in done.stderr
+    done = run("generate", good.parent, "--prompt", "x", PMI_SIZE="3", PMI_RANK="1")
+    assert done.returncode == 1 and "PMI_SIZE=3, PMI_RANK=1" in done.stderr
+
+
+def test_a_shell_in_a_world_of_one_is_no_launched_job(good: Path):
+    done = run("train", good, "checkpoint.resume=must", SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0", RANK="1")
+    assert done.returncode == 2 and "holds no checkpoint" in done.stderr  # it got as far as the run directory
 
 
 def test_doctor_names_what_it_saw():
