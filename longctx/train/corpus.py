@@ -16,7 +16,7 @@ from longctx.data.tokenizer import load_tokenizer
 from longctx.errors import DataError
 
 Say = Callable[[str], None]
-TOKENIZER_TO_TRAIN = "bpe"  # the default of data.tokenizer: no tokenizer is asked for
+TOKENIZER_TO_TRAIN = "bpe"  # what data.tokenizer: auto is without a pretrained model: no tokenizer is asked for
 
 
 @dataclass(frozen=True)
