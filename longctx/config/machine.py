@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from longctx.config import nvme
 from longctx.config.architecture import parameter_count
-from longctx.config.hosts import parse_hostfile
+from longctx.config.hosts import parse_hostfile, require_users
 from longctx.config.rules import Finding
 from longctx.config.schema import RunConfig
 from longctx.errors import LaunchError
@@ -155,7 +155,8 @@ def _hostfile(config: RunConfig) -> Iterator[Finding]:
     if name is None:
         return
     try:
-        parse_hostfile(Path(name).read_text())
+        hosts = parse_hostfile(Path(name).read_text(encoding="utf-8"))
+        require_users(hosts, config.launch.launcher)
     except (OSError, UnicodeDecodeError):
         yield Finding("launch.hostfile", f"{name!r} cannot be read; a line is `name slots=4`", "no-file")
     except LaunchError as error:
