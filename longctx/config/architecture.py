@@ -81,7 +81,7 @@ def intermediate_size(model: Model) -> int | None:
 
 
 def transformers_keywords(
-    config: RunConfig, vocabulary_size: int, end_of_document: int | None = None
+    config: RunConfig, vocabulary_size: int, end_of_document: int | None = None, beginning: int | None = None
 ) -> dict[str, Any]:
     """Return the keywords of ``AutoConfig.for_model(config.model.architecture, **keywords)``.
 
@@ -89,6 +89,7 @@ def transformers_keywords(
         config: with ``model.architecture`` given.
         vocabulary_size: the tokenizer's; ``model.vocab_size`` wins if it is given.
         end_of_document: the tokenizer's id for it, or None.
+        beginning: the tokenizer's ``bos_token_id``, or None.
     """
     model, window = config.model, config.attention.window
     keywords: dict[str, Any] = {
@@ -99,10 +100,9 @@ def transformers_keywords(
         "intermediate_size": intermediate_size(model),
         "max_position_embeddings": model.max_positions or config.data.sequence_length,
         "tie_word_embeddings": model.tie_embeddings,
-        "bos_token_id": end_of_document,
+        "bos_token_id": beginning,
         "eos_token_id": end_of_document,
         "pad_token_id": None,  # a padding id would freeze that row of the embedding
-        "use_cache": False,
     }
     if model.architecture in GROUPED:
         keywords["num_key_value_heads"] = model.kv_heads or model.heads

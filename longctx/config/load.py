@@ -94,13 +94,15 @@ def _finish(document: Document, name: str, overrides: Iterable[str], default_wor
     return loaded
 
 
-def load_for_rank(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+def load_for_rank(
+    path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS
+) -> RunConfig:
     """Like ``load`` for a rank that another launcher has started, where no command has looked at the model's folder.
 
     Raises:
         InvalidConfig: as ``load``, and if the pretrained folder or the tokenizer does not fit.
     """
-    loaded = load_with_sources(path, overrides)
+    loaded = load_with_sources(path, overrides, default_world=default_world)
     config = loaded.config
     if config.model.pretrained is not None:
         findings = [*tokenizer_findings(config), *pretrained_findings(config), *built_findings(config)]

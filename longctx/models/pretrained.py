@@ -12,7 +12,7 @@ from typing import Any
 
 from longctx.errors import ModelError
 from longctx.models.classes import require_causal
-from longctx.models.headers import weight_files
+from longctx.models.headers import read_weights, weight_files
 from longctx.models.read_keys import accepted_keys
 from longctx.models.scratch import REFUSALS
 from longctx.models.settings import read_settings
@@ -50,6 +50,21 @@ def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> An
     return config
 
 
+def stored_dtype(folder: str | Path, config: Any) -> Any:
+    """Return the torch dtype of a folder's weights: what its config says, else that of the first one.
+
+    Raises:
+        ModelError: see ``read_weights``.
+    """
+    import torch
+
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+    kinds = (weight.dtype for _, weight in sorted(read_weights(folder).items()))
+    return next((known[kind] for kind in kinds if kind in known), torch.float32)
+
+
 def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None) -> Any:
     """Return the causal language model of a local folder, with longctx's attention and its weights.
 
@@ -61,7 +76,6 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
     Raises:
         ModelError: see ``read_config`` and ``weight_files``; or a weight is missing or has another shape.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -75,7 +89,7 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
     require_causal(read_settings(folder), str(folder))
     weight_files(folder)
     if dtype is None:
-        dtype = config.dtype or torch.float32
+        dtype = stored_dtype(folder, config)
     try:
         model, report = loader.from_pretrained(
             str(folder), config=config, dtype=dtype, attn_implementation=NAME, local_files_only=True,

@@ -19,12 +19,15 @@ from longctx.models.pretrained import read_config
 from longctx.models.scratch import make_config
 
 
-def model_config(config: RunConfig, vocabulary_size: int, end_of_document: int | None) -> Any:
+def model_config(
+    config: RunConfig, vocabulary_size: int, end_of_document: int | None, beginning: int | None = None
+) -> Any:
     """Return the transformers config of the run's model.
 
     Args:
         vocabulary_size: of the tokenizer; the embedding has as many rows unless `model.vocab_size` asks for more.
         end_of_document: the tokenizer's id for it, at which generation stops.
+        beginning: the tokenizer's id for the beginning of a text, where it has one.
 
     Raises:
         ModelError: the embedding is smaller than the tokenizer, or transformers refuses the sizes.
@@ -38,7 +41,7 @@ def model_config(config: RunConfig, vocabulary_size: int, end_of_document: int |
     assert model.architecture is not None
     rows = model.vocab_size or vocabulary_size
     _require_rows(rows, vocabulary_size, "model.vocab_size gives", "raise it, or remove the key")
-    keywords = transformers_keywords(config, vocabulary_size, end_of_document)
+    keywords = transformers_keywords(config, vocabulary_size, end_of_document, beginning)
     return _mixed(make_config(model.architecture, tie_embeddings=model.tie_embeddings, extra=keywords), config)
 
 

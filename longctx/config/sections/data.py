@@ -35,6 +35,10 @@ class Data(Section):
     sample_bytes: HumanInt = Field(
         10_000_000, ge=1000, le=2**40, description="how much text the BPE learns from (only for `tokenizer: bpe`)"
     )
+    special_tokens: Literal["spell", "parse"] = Field(
+        "spell",
+        description="what a string like <|eot|> in a document is; spell: text like any other; parse: its special token",
+    )
     sequence_length: HumanInt = Field(ge=2, le=2**32, description="tokens of one row, before it is split over the ring")
     packing: Literal["concat", "best_fit"] = Field(
         "concat",
