@@ -137,7 +137,8 @@ def parse(content: bytes | str, name: str) -> Document:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         column = error.position - (text.rfind("\n", 0, error.position) + 1) + 1
-        message = f"character U+{ord(str(error.character)[:1]):04X} is not allowed in YAML"
+        found: Any = error.character  # PyYAML gives the number of the code point for text, a character for bytes
+        message = f"character U+{found if isinstance(found, int) else ord(found):04X} is not allowed in YAML"
         raise InvalidConfig([Problem(Place(name, line, column), "", message, "not-text")]) from None
     except (ValueError, OverflowError):  # PyYAML lets chr() and int() fail on escapes and directives out of range
         raise InvalidConfig([Problem(Place(name), "", "has an escape or directive out of range", "syntax")]) from None

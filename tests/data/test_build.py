@@ -16,10 +16,11 @@ import longctx
 from longctx.data.build import build_tokens, open_build
 from longctx.data.survey import Survey
 from longctx.data.tokenfile import TokenFile
-from longctx.data.tokenise import _pieces
 from longctx.data.tokenizer import load_tokenizer
 from longctx.data.tokenwriter import TokenWriter
 from longctx.errors import DataError
+
+FILES = [".lock", "build.json", "held_out.tokens", "tokenizer", "train.tokens"]
 
 
 @pytest.fixture
@@ -118,13 +119,11 @@ def test_held_out_file_goes_when_it_is_no_longer_asked_for(corpus: Path, tmp_pat
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:
-    folder = tmp_path / "binary"
+    folder = tmp_path / "blank"
     folder.mkdir()
-    (folder / "a.bin").write_bytes(b"\0\1\2")
+    (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0")
     (folder / "b.txt").write_bytes(b"  \n")
-    with pytest.raises(
-        DataError, match=r"no text in .*binary \(2 files left out; the first: .*a.bin: offset 0: binary"
-    ):
+    with pytest.raises(DataError, match=r"no text in .*blank \(2 files left out; the first: a.png is left out: image"):
         build_tokens(folder, "bytes", tmp_path / "out")
     with pytest.raises(DataError, match="no source of text"):
         build_tokens([], "bytes", tmp_path / "out")
@@ -165,9 +164,8 @@ def test_full_disk_leaves_nothing_that_looks_complete(
     monkeypatch.setattr(TokenWriter, "_write", full)
     with pytest.raises(DataError, match="the disk is full"):
         build_tokens(corpus, "bytes", tmp_path / "out", seed=1)
-    with pytest.raises(DataError, match="no complete token files"):
-        open_build(tmp_path / "out")
-    assert not [name for name in os.listdir(tmp_path / "out") if name.startswith(".") and name != ".lock"]
+    open_build(tmp_path / "out")  # what was there before is still there
+    assert sorted(os.listdir(tmp_path / "out")) == FILES
 
 
 KILLED = """
@@ -198,7 +196,7 @@ def test_killed_builds_leave_all_or_nothing(corpus: Path, tmp_path: Path) -> Non
             open_build(out)
     assert not build_tokens(corpus, "bytes", out, reuse=False).reused
     open_build(out)
-    assert sorted(os.listdir(out)) == [".lock", "build.json", "held_out.tokens", "tokenizer", "train.tokens"]
+    assert sorted(os.listdir(out)) == FILES
 
 
 def test_building_needs_neither_torch_nor_transformers(corpus: Path, tmp_path: Path) -> None:
@@ -214,13 +212,3 @@ inspect(build_tokens(sys.argv[1], "bytes", sys.argv[2]).train, sequence_length=6
         [sys.executable, "-c", code, corpus, tmp_path / "out"], cwd=root, capture_output=True, text=True
     )
     assert done.returncode == 0 and "best_fit" in done.stdout, done.stderr
-
-
-def test_long_texts_are_cut_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longctx.data.tokenise._PIECE_CHARACTERS", 50)
-    for text in ("word \n\n  next\n" * 30, "x" * 333, "\n" * 333, " ", "a\n" * 100):
-        pieces = _pieces(text)
-        assert "".join(pieces) == text and all(pieces) and max(map(len, pieces)) <= 50
-    assert all(
-        piece[0] == " " or piece[0] == "\n" or n == 0 for n, piece in enumerate(_pieces("word \n\n  next\n" * 30))
-    )
