@@ -91,17 +91,18 @@ def left_out(head: bytes) -> str | None:
     return next((what for place, mark, what in _NOT_TEXT if head.startswith(mark, place)), None)
 
 
-def refuse_unreadable(head: bytes, file: PurePath) -> None:
+def refuse_unreadable(head: bytes, file: PurePath, suffix: str) -> None:
     """Raise DataError, with what the file is and the fix, unless its text can be read here.
 
     Args:
         head: the first bytes of the file, decompressed.
-        file: its path, without the suffix of a compression.
+        file: its path, for messages.
+        suffix: of its name, without that of a compression.
     """
     for mark, what, fix, suffixes in _UNREADABLE:
         if head.startswith(mark) and (not mark.isalnum() or not _is_text(head)):
             raise DataError(f"{file}: offset 0: this is {what}, which is not read here; {fix}")
-        if file.suffix in suffixes:
+        if suffix in suffixes:
             raise DataError(f"{file}: its name says that it is {what}, its first bytes do not; copy it again")
     if head[257:262] == b"ustar":
         raise DataError(f"{file}: offset 257: this is a tar archive, which is not read here; {_UNPACK}")
@@ -127,22 +128,27 @@ def require_promise(head: bytes, file: PurePath) -> None:
         )
 
 
-def recognise(head: bytes, whole: bool, file: PurePath, field: str) -> tuple[str, str]:
+def is_parquet(head: bytes) -> bool:
+    """Say whether a file with these first bytes is a parquet file."""
+    return head.startswith(b"PAR1") and not _is_text(head)
+
+
+def recognise(head: bytes, whole: bool, file: PurePath, suffix: str, field: str) -> tuple[str, str]:
     """Return how a file that can be read is to be read.
 
     Args:
         head: the first bytes of the file, decompressed; ``whole`` says that there are no others.
-        file: its path, without the suffix of a compression.
+        file, suffix: as for ``refuse_unreadable``.
         field: the key or column of the text.
 
     Returns:
         ``TEXT``, ``JSON_LINES``, ``JSON`` (an array of objects, or objects one after another), ``TABLE`` or
         ``PARQUET``; and the delimiter of a table.
     """
-    if head.startswith(b"PAR1") and not _is_text(head):
+    if is_parquet(head):
         return PARQUET, ""
     text = head.decode(errors="ignore").removeprefix("\ufeff").lstrip()
-    if file.suffix in _LINE_SUFFIXES:
+    if suffix in _LINE_SUFFIXES:
         pretty = not _first_line_is_object(text, whole) and (
             _ARRAY.match(text) or re.match(r'\{\s*\n\s*"', text) is not None
         )
@@ -150,11 +156,11 @@ def recognise(head: bytes, whole: bool, file: PurePath, field: str) -> tuple[str
     if text[:1] in ("{", "["):
         if _first_line_is_object(text, whole):
             return JSON_LINES, ""
-        if file.suffix in _JSON_SUFFIXES or _OBJECT.match(text) or _ARRAY.match(text):
+        if suffix in _JSON_SUFFIXES or _OBJECT.match(text) or _ARRAY.match(text):
             return JSON, ""
-    elif file.suffix in _JSON_SUFFIXES and text:
+    delimiter = _delimiter(text, whole, suffix, field)
+    if suffix in _JSON_SUFFIXES and not delimiter:
         raise DataError(f"{file}: offset 0: its name says JSON, but it begins with {text[:20]!r}; repair or rename it")
-    delimiter = _delimiter(text, whole, file.suffix, field)
     return (TABLE, delimiter) if delimiter else (TEXT, "")
 
 

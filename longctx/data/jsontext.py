@@ -19,6 +19,7 @@ from longctx.errors import DataError
 MAX_BYTES = 2**30  # of one line, or one object
 _LARGE = 2**22
 _LONG_STRING = 2**16
+_PART_BYTES = 2**19
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _STRINGS = re.compile(_STRING, re.DOTALL)
 _TOKENS = re.compile(_STRING + rb'|[\[\]{}]|"', re.DOTALL)
@@ -104,7 +105,7 @@ def _field(value: Any, field: str, where: str, what: str) -> str:
 def _unescaped(raw: bytes | bytearray, begin: int, end: int) -> Iterator[str]:
     """Decode the inside of a JSON string, in parts."""
     while begin < end:
-        place = min(begin + _LONG_STRING * 8, end)
+        place = min(begin + _PART_BYTES, end)
         if place < end:
             found = _UNITS.match(raw, begin, place)
             place = found.end() if found and found.end() > begin else place

@@ -2,7 +2,7 @@
 
 A piece ends before a space between two words, where byte-level BPEs (GPT-2, Llama 3, Qwen …) and SentencePiece begin a
 token anyway, so that the tokens of the pieces are those of the whole text. Where a text has no such place, it ends
-before a line end; where it has neither, anywhere.
+before another space or a line end; where it has none of them, anywhere.
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ def pieces(chunks: Iterable[str], longest: int = 0) -> Iterator[str]:
 
 def _end(text: str, begin: int, limit: int) -> int:
     """Return where a piece that begins at ``begin`` ends, at most at ``limit``; ``text`` goes on behind that."""
-    first = max(begin, limit - _SEARCHED) + 1
+    first, fair = max(begin, limit - _SEARCHED) + 1, 0
     place = text.rfind(" ", first, limit)
     while place > begin:
-        if text[place - 1].isalnum() and text[place + 1].isalnum():
+        before, after = text[place - 1], text[place + 1]
+        if before.isalnum() and after.isalnum():
             return place
+        if not (fair or before.isspace() or after.isspace()):
+            fair = place
         place = text.rfind(" ", first, place)
     end = text.rfind("\n", begin + 1, limit)
     while end > begin and text[end - 1].isspace():  # a run of white space stays whole
         end -= 1
-    return end if end > begin else limit
+    return fair or (end if end > begin else limit)

@@ -21,6 +21,7 @@ _COMPRESSIONS: dict[bytes, Callable[..., Any]] = {
     b"\xfd7zXZ\0": lzma.open,
     **{b"BZh" + bytes([level]) + b"1AY&SY": bz2.open for level in b"123456789"},
 }
+_SUFFIXES = (".gz", ".xz", ".bz2")
 
 
 class Stream:
@@ -28,13 +29,13 @@ class Stream:
 
     Attributes:
         file: the path.
-        inner: the path without the suffix of a compression, for what its name says.
+        suffix: of its name, without that of a compression.
         head: the first bytes (at most ``HEAD_BYTES``); ``whole`` says that there are no others.
     """
 
     def __init__(self, file: Path, raw: Any, compressed: bool) -> None:
         self.file, self._raw = file, raw
-        self.inner = file.with_suffix("") if compressed else file
+        self.suffix = file.with_suffix("").suffix if compressed and file.suffix in _SUFFIXES else file.suffix
         self.head = self._head()
         self.whole = len(self.head) < HEAD_BYTES
 

@@ -77,10 +77,10 @@ class Files:
         return EMPTY if stream.blank() else formats.left_out(stream.head)
 
     def _read(self, stream: Stream, name: str) -> Iterator[Document]:
-        formats.refuse_unreadable(stream.head, stream.inner)
-        kind, delimiter = formats.recognise(stream.head, stream.whole, stream.inner, self.field)
-        if self.plain and kind != formats.PARQUET:
-            kind = formats.TEXT
+        formats.refuse_unreadable(stream.head, stream.file, stream.suffix)
+        kind, delimiter = formats.TEXT, ""
+        if not self.plain or formats.is_parquet(stream.head):
+            kind, delimiter = formats.recognise(stream.head, stream.whole, stream.file, stream.suffix, self.field)
         self.formats[kind] += 1
         if kind == formats.TEXT:
             yield Document(name, pieces(stream.text()))
