@@ -21,11 +21,12 @@ from longctx.data.document import Source
 from longctx.data.folder import would_read
 from longctx.data.lock import locked
 from longctx.data.record import HELD_OUT, RECORD, TOKENIZER, TRAIN, Settings, recorded, require_settings, require_text
+from longctx.data.special import CHOICES, COUNT, Special
 from longctx.data.survey import Progress, Survey
 from longctx.data.text import AUTO, open_source, summarise
 from longctx.data.tokenfile import TokenFile
 from longctx.data.tokenise import tokenise
-from longctx.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from longctx.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longctx.data.tokenwriter import TokenWriter, disk_errors, publish_bytes, sync_folder
 from longctx.errors import DataError
 
@@ -42,8 +43,9 @@ class TokenBuild:
     Attributes:
         folder, train, held_out, tokenizer: paths; ``held_out`` is None if no share was asked for.
         vocabulary_size, tokenizer_hash: what the model and the loader must agree with.
-        report: counts (documents, bytes, tokens, held_out_documents, held_out_tokens, empty, without_tokens, seconds),
-            ``formats`` (files read in each), and ``skipped_files``, ``skipped_bytes`` and ``skipped`` (by reason).
+        report: counts (documents, bytes, tokens, held_out_documents, held_out_tokens, empty, without_tokens,
+            special_strings, seconds), ``formats`` (files read in each), and ``skipped_files``, ``skipped_bytes`` and
+            ``skipped`` (by reason).
         record: key and settings of the build and hashes of its files, to go on with the same data later.
         reused: nothing had to be done.
     """
@@ -69,6 +71,7 @@ def build_tokens(
     seed: int = 0,
     text_field: str = "text",
     sample_bytes: int = 10_000_000,
+    special_tokens: Special = "spell",
     format: str = AUTO,
     exclude: Sequence[str] = (),
     reuse: bool = True,
@@ -87,6 +90,8 @@ def build_tokens(
         seed: of the choice of held-out documents and of the sample the BPE learns from.
         text_field: key or column of the text in JSON, tables and datasets.
         sample_bytes: how much text the BPE learns from.
+        special_tokens: "spell" encodes a string such as ``<|eot|>`` in a document like any other text, "parse" makes it
+            the special token that it names.
         format: "auto" (JSON, tables and parquet are recognised by content), or "text" (every file is one document as
             it is, whatever markup it holds).
         exclude: patterns of files in folders to leave out.
@@ -103,6 +108,8 @@ def build_tokens(
     folder = Path(out_folder)
     given = [sources] if isinstance(sources, (str, Path)) else list(sources)
     _check(given, held_out, sample_bytes, folder, exclude)
+    if special_tokens not in CHOICES:
+        raise DataError(f"special_tokens {special_tokens!r}: choose one of {', '.join(CHOICES)}")
     fixed = _resolve(tokenizer)
     settings = Settings(
         fixed.hash if fixed else "bpe",
@@ -110,6 +117,7 @@ def build_tokens(
         held_out,
         seed,
         None if fixed else sample_bytes,
+        special_tokens,
         [str(source) for source in given],
         text_field,
         format,
@@ -125,7 +133,7 @@ def build_tokens(
             if continues is not None:
                 require_text(continues, settings, found["key"])
             return _opened(folder, found, reused=True)
-        survey = Survey(opened, seed, progress or _silent)
+        survey = Survey(opened, seed, progress or (lambda *_: None))
         key = settings.key(survey.content)
         if continues is not None:
             require_text(continues, settings, key)
@@ -205,13 +213,14 @@ def _write(folder: Path, survey: Survey, fixed: Tokenizer | None, settings: Sett
         "end_of_document": tokenizer.end_of_document,
     }
     metadata = {"sources": settings.sources, "seed": settings.seed, "content": survey.content}
+    parse = settings.special_tokens == "parse"
     wants_both = bool(held_out.any()) or cut > 0
     with TokenWriter(folder / TRAIN, **common, metadata={**metadata, "part": "train"}) as train:
         if wants_both:
             with TokenWriter(folder / HELD_OUT, **common, metadata={**metadata, "part": "held_out"}) as other:
-                without = tokenise(survey, tokenizer, held_out, cut, train, other)
+                special, without = tokenise(survey, tokenizer, held_out, cut, train, other, parse)
         else:
-            without = tokenise(survey, tokenizer, held_out, cut, train, train)
+            special, without = tokenise(survey, tokenizer, held_out, cut, train, train, parse)
     report = {
         "documents": survey.split.size,
         "bytes": survey.bytes,
@@ -219,6 +228,7 @@ def _write(folder: Path, survey: Survey, fixed: Tokenizer | None, settings: Sett
         "held_out_documents": other.document_count if wants_both else 0,
         "held_out_tokens": other.token_count if wants_both else 0,
         "empty": survey.empty,
+        COUNT: special,
         "without_tokens": without,
         "skipped_files": sum(left.files for _, left in survey.skipped),
         "skipped_bytes": sum(left.bytes for _, left in survey.skipped),
@@ -248,11 +258,17 @@ def _return_freed_memory() -> None:
 
 def _resolve(tokenizer: str | Path | Tokenizer) -> Tokenizer | None:
     """Return a given tokenizer, or None if one is to be trained."""
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    if str(tokenizer) == "bpe":
-        return None
-    return ByteTokenizer() if str(tokenizer) == "bytes" else load_tokenizer(tokenizer)
+    if not isinstance(tokenizer, Tokenizer):
+        if str(tokenizer) == "bpe":
+            return None
+        tokenizer = load_tokenizer(tokenizer)
+    if tokenizer.end_of_document is None and not (tokenizer.prefix or tokenizer.suffix):
+        raise DataError(
+            f"data.tokenizer {str(tokenizer.folder or 'without a folder')!r} has no token between documents: it names "
+            "no eos_token, and its post-processor adds none around a text, so packed documents would run into each "
+            'other. Name one of its tokens as "eos_token" in its tokenizer_config.json'
+        )
+    return tokenizer
 
 
 def _stamp(sources: list[Source]) -> list[Any] | None:
@@ -279,7 +295,3 @@ def _opened(folder: Path, found: dict[str, Any], reused: bool) -> TokenBuild:
         {name: found[name] for name in ("key", "settings", "files")},
         reused,
     )
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass

@@ -15,11 +15,21 @@ from longctx.errors import DataError
 
 RECORD = "build.json"
 TRAIN, HELD_OUT, TOKENIZER = "train.tokens", "held_out.tokens", "tokenizer"
-_RECIPE = 2  # raise when the same text and settings would give other files
-_TEXT_SETTINGS = {"sources": "data.sources", "text_field": "data.text_field", "format": "data.format",
-                  "exclude": "data.exclude"}  # fmt: skip
-_OTHER_SETTINGS = {"seed": "data.seed", "tokenizer": "data.tokenizer", "vocabulary_size": "data.vocab_size",
-                   "held_out": "data.held_out", "sample_bytes": "data.sample_bytes"}  # fmt: skip
+_RECIPE = 3  # raise when the same text and settings would give other files
+_TEXT_SETTINGS = {
+    "sources": "data.sources",
+    "text_field": "data.text_field",
+    "format": "data.format",
+    "exclude": "data.exclude",
+}
+_OTHER_SETTINGS = {
+    "seed": "data.seed",
+    "tokenizer": "data.tokenizer",
+    "vocabulary_size": "data.vocab_size",
+    "held_out": "data.held_out",
+    "sample_bytes": "data.sample_bytes",
+    "special_tokens": "data.special_tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class Settings:
     held_out: float
     seed: int
     sample_bytes: int | None
+    special_tokens: str
     sources: list[str]
     text_field: str
     format: str

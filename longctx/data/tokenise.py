@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
+from longctx.data.special import surround
 from longctx.data.survey import Survey
 from longctx.data.tokenizer import Tokenizer
 from longctx.data.tokenwriter import TokenWriter
+from longctx.data.words import Tokens
 
 _BATCH_CHARACTERS = 2**20
 
@@ -21,27 +23,40 @@ def tokenise(
     cut: float,
     train: TokenWriter,
     other: TokenWriter,
-) -> int:
-    """Write every document of a survey; memory does not depend on how long they are.
+    parse: bool = False,
+) -> tuple[int, int]:
+    """Write every document of a survey, with the tokenizer's special tokens around it.
+
+    Memory does not depend on how long documents are.
 
     Args:
         held_out: (documents,) bool: goes to ``other``, the rest to ``train``.
         cut: if above 0 there is one document, and this share at its end goes to ``other``.
+        parse: special-token strings in the text become special tokens.
 
     Returns:
-        The number of documents for which the tokenizer has no token at all; they are in neither file.
+        How many special-token strings the text holds, and the number of documents for which the tokenizer has no token
+        at all: they are in neither file.
     """
     batch: list[tuple[TokenWriter, str, str]] = []  # a piece without text ends a document
-    size = done = without = 0
+    held: Tokens | None = None  # the last tokens of the document being written: it may end with them
+    size = done = special = without = 0
 
     def flush() -> None:
-        nonlocal size, done, without
-        encoded = iter(tokenizer.encode_batch([piece for _, _, piece in batch if piece]))
+        nonlocal size, done, special, without, held
+        encoded = iter(tokenizer.encode_batch([piece for _, _, piece in batch if piece], parse=parse))
         for writer, name, piece in batch:
             if piece:
-                writer.append(next(encoded), name)
-                done += len(piece.encode())
+                ids, special, done = next(encoded), special + tokenizer.special.count(piece), done + len(piece.encode())
+                if held is not None and held.size:
+                    writer.append(held, name)
+                    held = ids
+                else:
+                    held = surround(ids, tokenizer.prefix, ()) if ids.size else None
             else:
+                if held is not None:
+                    writer.append(surround(held, (), tokenizer.suffix), name)
+                held = None
                 without += not writer.end_document(name)
         size = 0
         batch.clear()
@@ -61,7 +76,7 @@ def tokenise(
         batch.append((writer, document.name, ""))
         size += 100  # what a document takes besides its text
     flush()
-    return without
+    return special, without
 
 
 def _cut(pieces: Iterable[str], characters: int, share: float) -> Iterator[tuple[bool, str]]:

@@ -33,7 +33,7 @@ class TokenWriter:
         path: final name; replaced atomically if it exists.
         vocabulary_size: tokens must be below it; up to 65,536 they are stored as uint16, else as uint32.
         tokenizer_hash: 64 hex digits.
-        end_of_document: id appended to every document, or None.
+        end_of_document: id appended to every document that does not end with it, or None.
         metadata: JSON object kept in the file.
     """
 
@@ -53,7 +53,7 @@ class TokenWriter:
         self.path = Path(path)
         self.vocabulary_size, self.end_of_document = vocabulary_size, end_of_document
         self.metadata = dict(metadata or {})
-        self.token_count = 0
+        self.token_count, self._last = 0, -1
         self._tokenizer_hash = bytes.fromhex(tokenizer_hash)
         self._dtype = np.dtype("<u2" if vocabulary_size <= 2**16 else "<u4")
         self._offsets, self._name_offsets, self._names = array("Q", [0]), array("Q", [0]), bytearray()
@@ -72,7 +72,7 @@ class TokenWriter:
         return self
 
     def add(self, tokens: npt.ArrayLike, name: str = "") -> None:
-        """Append one document (1-D integers, at least one, ``end_of_document`` is added). Raises: DataError."""
+        """Append one document (1-D integers, at least one); ``end_of_document`` ends it. Raises: DataError."""
         if np.size(tokens) == 0:
             raise DataError(f"{self._where(name)}: a document is a non-empty row of integers")
         self.append(tokens, name)
@@ -91,12 +91,13 @@ class TokenWriter:
             )
         self._write(ids.astype(self._dtype).tobytes())
         self.token_count += ids.size
+        self._last = int(ids[-1]) if ids.size else self._last
 
     def end_document(self, name: str = "") -> bool:
         """End the document whose tokens were appended; return False, and do nothing, if there were none."""
         if not self._open_tokens:
             return False
-        if self.end_of_document is not None:
+        if self.end_of_document is not None and self._last != self.end_of_document:
             self.append([self.end_of_document], name)
         self._offsets.append(self.token_count)
         self._names += name.encode(errors="replace")
@@ -202,6 +203,17 @@ def publish(stream: BinaryIO, aside: Path, path: Path) -> None:
     stream.close()
     os.replace(aside, path)
     sync_folder(path.parent)
+
+
+def file_mode() -> int:
+    """Return the permissions that an ordinary new file gets under this process's umask."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        mask = int(status.partition("Umask:")[2].split()[0], 8)
+    except (OSError, IndexError, ValueError):  # not Linux: ask by setting it, which other threads might notice
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return 0o666 & ~mask
 
 
 def publish_bytes(data: bytes, path: Path) -> None:

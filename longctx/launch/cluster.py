@@ -25,7 +25,8 @@ from longctx.launch.hosts import hosts_of, with_slots
 from longctx.launch.placement import Placement, place
 from longctx.launch.supervise import Outcome, Supervisor
 from longctx.network import address_of, address_towards
-from longctx.train.lock import FolderLock
+from longctx.train.folder import require_usable
+from longctx.train.lock import FolderLock, require_free
 
 
 class Plan(NamedTuple):
@@ -67,6 +68,9 @@ def train(config: RunConfig, sizes: Derived, *, only_check: bool = False) -> int
     """
     job = plan(config, sizes)
     require_tools(config.launch)
+    if not only_check:
+        require_usable(job.ticket.parent.parent)
+        require_free(job.ticket.parent.parent)
     private = job.ticket.parent
     ticket.make_private(private)
     with FolderLock(private):

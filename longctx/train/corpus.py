@@ -14,6 +14,7 @@ from longctx.config.schema import RunConfig
 from longctx.data.build import TokenBuild, build_tokens, open_build
 from longctx.data.folder import would_read
 from longctx.data.record import RECORD
+from longctx.data.special import note
 from longctx.data.tokenfile import TokenFile
 from longctx.data.tokenizer import load_tokenizer
 from longctx.errors import DataError
@@ -35,6 +36,7 @@ class Corpus:
     vocabulary_size: int
     tokenizer_hash: str
     end_of_document: int | None
+    beginning: int | None  # the tokenizer's bos_token_id
     report: dict[str, Any]
 
 
@@ -49,13 +51,15 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
     output = Path(config.output.folder)
     if output.is_dir():
         durable.write_json(output / USED, build.record)
+    tokenizer = load_tokenizer(build.tokenizer)
     return Corpus(
         str(build.train),
         str(build.held_out) if build.held_out else None,
         str(build.tokenizer),
         build.vocabulary_size,
         build.tokenizer_hash,
-        load_tokenizer(build.tokenizer).end_of_document,
+        tokenizer.end_of_document,
+        tokenizer.beginning,
         build.report,
     )
 
@@ -101,6 +105,7 @@ def build_corpus(config: RunConfig, say: Say) -> TokenBuild:
         sample_bytes=data.sample_bytes,
         format=data.format,
         exclude=data.exclude,
+        special_tokens=data.special_tokens,
         continues=continues,
         progress=_Stages(say),
     )
@@ -146,6 +151,8 @@ def _tell(build: TokenBuild, how: str, say: Say) -> None:
     for left in report.get("skipped", []):
         first = ", ".join(left["first"][:3]) + (", …" if len(left["first"]) > 3 else "")
         say(f"data: left out, {left['why']}: {left['files']:,} files, {left['bytes']:,} bytes ({first})")
+    if said := note(report, build.record["settings"].get("special_tokens", "spell")):
+        say(f"data: {said}")
     for name, what in (("empty", "documents are blank"), ("without_tokens", "documents have no token")):
         if report.get(name):
             say(f"data: left out: {report[name]:,} {what}")

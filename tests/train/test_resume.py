@@ -106,7 +106,7 @@ def test_a_finished_run_has_everything_and_is_not_trained_again(tmp_path: Path) 
     output = tmp_path / "run"
     expected = {
         "config.yaml", "environment.json", "metrics.jsonl", "loss.png", "checkpoints", "summary.json", "model",
-        "tokens", "tensorboard", ".lock",
+        "tokens", "tensorboard", ".lock", "saved.json",
     }  # fmt: skip
     assert {path.name for path in output.iterdir()} == expected
     first = losses(output)
