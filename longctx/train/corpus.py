@@ -145,9 +145,9 @@ def _tell(build: TokenBuild, how: str, say: Say) -> None:
         f"data: {report['documents']:,} documents, {report['tokens']:,} tokens to train on, "
         f"{report['held_out_tokens']:,} held out ({how} in {build.folder})"
     )
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in report.get("formats", {}).items())
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in report.get("formats", {}).items())
     if kinds:
-        say(f"data: read as {kinds}")
+        say(f"data: files read: {kinds}")
     for left in report.get("skipped", []):
         first = ", ".join(left["first"][:3]) + (", …" if len(left["first"]) > 3 else "")
         say(f"data: left out, {left['why']}: {left['files']:,} files, {left['bytes']:,} bytes ({first})")
