@@ -57,7 +57,7 @@ def parquet_rows(file: Path, field: str) -> Iterator[tuple[str, str]]:
             "to JSON lines"
         ) from None
     try:
-        with ParquetFile(file) as table:
+        with ParquetFile(file, page_checksum_verification=True) as table:
             names = list(table.schema_arrow.names)
             if field not in names:
                 raise DataError(

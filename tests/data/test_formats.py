@@ -131,7 +131,8 @@ def test_what_cannot_be_read_is_an_error_in_a_folder_too(tmp_path: Path, name: s
 class FakeParquet:
     """Stands in for ``pyarrow.parquet.ParquetFile``: what we ask of it is the schema's names and batches of columns."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, page_checksum_verification: bool) -> None:
+        assert page_checksum_verification
         raw = Path(path).read_bytes()
         if raw[-4:] != b"PAR1":
             raise OSError("Parquet magic bytes not found in footer")
