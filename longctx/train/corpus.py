@@ -21,7 +21,7 @@ from longctx.errors import DataError
 from longctx.train import durable, store
 
 Say = Callable[[str], None]
-TOKENIZER_TO_TRAIN = "bpe"  # the default of data.tokenizer: no tokenizer is asked for
+TOKENIZER_TO_TRAIN = "bpe"  # what data.tokenizer: auto is without a pretrained model: no tokenizer is asked for
 USED = "data.json"  # in the output folder: the record of the data that the run's checkpoints count
 _SECONDS_BETWEEN_LINES = 10.0
 
