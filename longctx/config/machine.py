@@ -79,6 +79,8 @@ def _sources(config: RunConfig) -> Iterator[Finding]:
 def _own_files(config: RunConfig) -> Iterator[Finding]:
     """Find what longctx itself writes below a source: it would become text."""
     for source in config.data.sources:
+        if _exists(Path(source) / "build.json"):  # token files are taken as they are
+            continue
         for key, folder in (("output.folder", config.output.folder), ("data.folder", str(token_folder(config)))):
             if _is_dir(Path(source)) and would_read(source, Path(folder), config.data.exclude):
                 message = (
