@@ -181,27 +181,12 @@ def init(
 def data_build(config: Config, overrides: Overrides = None) -> None:
     """Turn the text of a configuration's `data` section into token files (training does it by itself)."""
     loaded, _ = _checked(config, overrides or [])
-    from longctx.config.machine import token_folder
-    from longctx.data.build import build_tokens
-    from longctx.data.special import note
+    from longctx.train.corpus import build_corpus
 
-    data = loaded.config.data
-    built = build_tokens(
-        data.sources,
-        data.tokenizer,
-        token_folder(loaded.config),
-        vocabulary_size=data.vocab_size,
-        held_out=data.held_out,
-        seed=data.seed,
-        text_field=data.text_field,
-        sample_bytes=data.sample_bytes,
-        special_tokens=data.special_tokens,
-    )
+    built = build_corpus(loaded.config, lambda line: typer.echo(line, err=True))
     counts = {name: value for name, value in built.report.items() if isinstance(value, int | float)}
     typer.echo(f"{built.folder}: {'unchanged since the last build' if built.reused else 'built'}")
     typer.echo("  " + ", ".join(f"{name} {value:,}" for name, value in counts.items()))
-    if said := note(built.report, data.special_tokens):
-        typer.echo(f"  {said}")
 
 
 @data_app.command("inspect")
