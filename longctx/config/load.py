@@ -14,6 +14,7 @@ from longctx.config.derived import CPU_RANKS, world_size
 from longctx.config.keys import expected, leaves, sections
 from longctx.config.machine import inspect
 from longctx.config.partial import partial_config, told_of
+from longctx.config.pretrained import built_findings, pretrained_findings, tokenizer_findings
 from longctx.config.problems import InvalidConfig, Place, Problem, show
 from longctx.config.rules import Finding, broken
 from longctx.config.schema import RunConfig
@@ -91,6 +92,23 @@ def _finish(document: Document, name: str, overrides: Iterable[str], default_wor
     if problems:
         raise InvalidConfig(problems, loaded._replace(unknown=unknown | {problem.key for problem in problems}))
     return loaded
+
+
+def load_for_rank(
+    path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS
+) -> RunConfig:
+    """Like ``load`` for a rank that another launcher has started, where no command has looked at the model's folder.
+
+    Raises:
+        InvalidConfig: as ``load``, and if the pretrained folder or the tokenizer does not fit.
+    """
+    loaded = load_with_sources(path, overrides, default_world=default_world)
+    config = loaded.config
+    if config.model.pretrained is not None:
+        findings = [*tokenizer_findings(config), *pretrained_findings(config), *built_findings(config)]
+        if findings:
+            raise InvalidConfig(map(loaded.problem, findings))
+    return config
 
 
 def load_for_machine(

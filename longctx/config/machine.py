@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from longctx.config import nvme
 from longctx.config.architecture import parameter_count
-from longctx.config.hosts import parse_hostfile
+from longctx.config.hosts import parse_hostfile, require_users
 from longctx.config.pretrained import built_findings, pretrained_findings, tokenizer_findings
 from longctx.config.rules import Finding
 from longctx.config.schema import RunConfig
@@ -118,7 +118,8 @@ def _hostfile(config: RunConfig) -> Iterator[Finding]:
     if name is None:
         return
     try:
-        parse_hostfile(Path(name).read_text())
+        hosts = parse_hostfile(Path(name).read_text(encoding="utf-8"))
+        require_users(hosts, config.launch.launcher)
     except (OSError, UnicodeDecodeError):
         yield Finding("launch.hostfile", f"{name!r} cannot be read; a line is `name slots=4`", "no-file")
     except LaunchError as error:

@@ -7,6 +7,8 @@ other versions does not change the name.
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from longctx.errors import DataError, MissingPackageError
 
 __all__ = [
     "END_OF_DOCUMENT", "ByteTokenizer", "LibraryTokenizer", "Tokenizer", "byte_alphabet", "load_tokenizer",
-    "tokenizer_hash", "train_bpe",
+    "require_kept", "tokenizer_hash", "train_bpe",
 ]  # fmt: skip
 
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
@@ -123,6 +125,31 @@ def _from_transformers(folder: Path, end: int | None) -> LibraryTokenizer:
         ) from None
     eos = theirs.eos_token_id
     return LibraryTokenizer(backend, end if eos is None else int(eos), theirs)
+
+
+def require_kept(tokenizer: Tokenizer, architecture: str) -> None:
+    """Refuse a tokenizer that transformers reads as another one beside a model of ``architecture``.
+
+    For some model types transformers builds a class of its own from the vocabulary of any tokenizer.json, with its own
+    way to split text. An exported model would then be given other ids than it was trained on.
+
+    Args:
+        architecture: a transformers model type.
+
+    Raises:
+        DataError: it would be.
+    """
+    with tempfile.TemporaryDirectory(prefix="longctx-tokenizer-") as name:
+        folder = Path(name)
+        tokenizer.save(folder)
+        (folder / tokenizer_folder.CONFIG).write_text(json.dumps({"model_type": architecture}), encoding="utf-8")
+        read = _from_transformers(folder, tokenizer.end_of_document)
+    if read.hash != tokenizer.hash:
+        raise DataError(
+            f"model.architecture {architecture}: beside such a model transformers reads this run's tokenizer as a "
+            f"{type(read.transformers).__name__}, which encodes text to other ids than the run would train on; give "
+            f"data.tokenizer a folder of that class, or choose another architecture"
+        )
 
 
 def _end_of_document(content: dict[str, Any]) -> int | None:

@@ -21,7 +21,7 @@ from longctx.engine.accumulation import Accumulation, find_mark, size_problem
 from longctx.engine.dropout import add_seeds
 from longctx.engine.evaluate import Evaluation, evaluate
 from longctx.engine.exchange import reached
-from longctx.engine.loss import check_model_loss, check_nothing_added
+from longctx.engine.loss import check_model_loss, check_nothing_added, refuse_additions
 from longctx.engine.lossmean import Evidence, judge, settle, token_mean
 from longctx.engine.stock import StockEngine
 from longctx.engine.window import shard_window, weigh_window
@@ -31,7 +31,6 @@ from longctx.mesh import Mesh
 from longctx.models.binding import binding_of
 from longctx.models.positions import PLAIN, PositionRule
 from longctx.models.probe import position_rule
-from longctx.models.verify import named, refuse_added_loss
 from longctx.sharding import unshard
 
 logger = logging.getLogger(__name__)
@@ -127,15 +126,10 @@ class Engine(StockEngine):
             self._accumulation.forward(place)
         number = self._accumulation.backwards if place is None else place.index
         kwargs = add_seeds(self.module, kwargs, self.mesh, self._seed, self.global_steps, number)
-        weighted = "num_items_in_batch" in kwargs and (
-            self.mesh.world_size > 1 or self.gradient_accumulation_steps() > 1
-        )
-        name, binding = type(self.module).__name__, binding_of(self.module)
-        if weighted and binding is not None:
-            refuse_added_loss(name, named(self.module, inputs, kwargs), binding.configs)
+        name, parts = type(self.module).__name__, self.mesh.world_size * self.gradient_accumulation_steps()
+        refuse_additions(self.module, inputs, kwargs, parts)
         output = super().forward(*inputs, **kwargs)
-        if weighted:
-            check_nothing_added(output, name)
+        check_nothing_added(output, kwargs, parts, name)
         if trained and self._careful > 0:
             self._output = output
             if self._check_loss and "num_items_in_batch" in kwargs:
@@ -262,11 +256,7 @@ class Engine(StockEngine):
 
     @property
     def position_rule(self) -> PositionRule:
-        """How the model counts positions where rows have none. Under ZeRO-3 the first call is collective.
-
-        Raises:
-            ModelError: the sequence is sharded, and the model would get its shards wrong (see ``models.probe``).
-        """
+        """How the model counts positions where rows have none; see ``models.probe``, which may raise ModelError."""
         binding = binding_of(self.module)
         return PLAIN if binding is None else position_rule(self.module, binding)
 

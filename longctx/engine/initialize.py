@@ -8,6 +8,7 @@ from typing import Any
 from longctx.engine.description import describe
 from longctx.engine.engine import Engine
 from longctx.engine.exchange import control_group
+from longctx.engine.extension import load_extension
 from longctx.engine.heartbeat import watch
 from longctx.engine.hpz import check_model, own_group
 from longctx.engine.loader import RowLoader
@@ -112,6 +113,8 @@ def _prepare(
     attach_attention(model, mesh, layout)
     save_memory(model, read_memory(memory), announce=mesh.rank == 0)
     check_model(model, settings)
+    if mesh.device.type == "cpu":
+        load_extension()  # else DeepSpeed does, and waits for ever for a lock that a killed build left
     return settings, layout
 
 

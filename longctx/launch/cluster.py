@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from longctx import slurm
 from longctx.config.derived import Derived
+from longctx.config.hosts import bare
 from longctx.config.schema import RunConfig
 from longctx.config.write import dump
 from longctx.errors import LaunchError
@@ -146,7 +147,7 @@ def _address(job: Plan) -> str:
             return found
     for name, _ in reversed(job.placement.hosts):  # the last host is the likeliest not to be this one
         try:
-            return address_towards(slurm.address(name) if job.config.launch.launcher == "slurm" else name)
+            return address_towards(slurm.address(name) if job.config.launch.launcher == "slurm" else bare(name))
         except OSError:
             continue
     names = ", ".join(name for name, _ in job.placement.hosts[:8])

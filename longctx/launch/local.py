@@ -245,4 +245,18 @@ def _listen() -> socket.socket:
         raise LaunchError(
             f"MASTER_PORT={wanted} cannot be used on 127.0.0.1 ({reason}); unset it, and a free port is taken"
         ) from None
+    _require_loopback(listener)
     return listener
+
+
+def _require_loopback(listener: socket.socket) -> None:
+    """Raise LaunchError where 127.0.0.1 cannot be reached: torch would try to for minutes."""
+    try:
+        with socket.create_connection(listener.getsockname(), timeout=5):
+            listener.accept()[0].close()
+    except OSError as error:
+        listener.close()
+        raise LaunchError(
+            f"this machine cannot reach itself at 127.0.0.1 ({error}), where ranks meet; is the loopback interface up? "
+            "(ip link set lo up)"
+        ) from None

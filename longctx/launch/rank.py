@@ -93,7 +93,7 @@ def _train(path: Path, overrides: list[str], rank: int, stop: StopFlag) -> int:
     threads = hardware.threads_per_rank(_local_ranks())
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if hardware.gpus() == 0:
-        from longctx.launch.prepare import load_extension
+        from longctx.engine.extension import load_extension
 
         os.environ["DS_ACCELERATOR"] = "cpu"
         load_extension()
@@ -119,11 +119,11 @@ def _train(path: Path, overrides: list[str], rank: int, stop: StopFlag) -> int:
 
 def _load(path: Path, overrides: list[str]) -> tuple[RunConfig | None, ConfigError | None]:
     """Return the configuration, or what is wrong with it. Our own launcher has resolved it once for all ranks."""
-    from longctx.config.load import load
+    from longctx.config.load import load, load_for_rank
 
     resolved = os.environ.get(RESOLVED) if "LONGCTX_PARENT" in os.environ else None
     try:
-        return (load(resolved) if resolved else load(path, overrides, default_world=_world())), None
+        return (load(resolved) if resolved else load_for_rank(path, overrides, default_world=_world())), None
     except ConfigError as error:
         return None, error
 

@@ -12,11 +12,11 @@ from longctx.config.schema import RunConfig
 from longctx.data.build import RECORD, TokenBuild, build_tokens, open_build
 from longctx.data.special import note
 from longctx.data.tokenfile import TokenFile
-from longctx.data.tokenizer import load_tokenizer
+from longctx.data.tokenizer import ByteTokenizer, load_tokenizer, require_kept
 from longctx.errors import DataError
 
 Say = Callable[[str], None]
-TOKENIZER_TO_TRAIN = "bpe"  # the default of data.tokenizer: no tokenizer is asked for
+TOKENIZER_TO_TRAIN = "bpe"  # what data.tokenizer: auto is without a pretrained model: no tokenizer is asked for
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
     """Return the run's token files, made now if need be. For one process; it may take minutes on much text.
 
     Raises:
-        DataError: nothing to read, damaged token files, or a tokenizer that does not match them.
+        DataError: nothing to read, damaged token files, or a tokenizer that does not match them or the architecture.
     """
     data = config.data
     folders = [Path(source) for source in data.sources if (Path(source) / RECORD).is_file()]
@@ -46,7 +46,10 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
                 f"data.sources mixes {folders[0]}, which `longctx data build` made, with other sources; give it alone, "
                 "or build all sources together"
             )
-        return _corpus(_opened(folders[0], data.tokenizer))
+        opened = _opened(folders[0], data.tokenizer)
+        _require_kept(config, str(opened.tokenizer))
+        return _corpus(opened)
+    _require_kept(config, data.tokenizer)
     started = time.monotonic()
     build = build_tokens(
         list(data.sources),
@@ -69,6 +72,13 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
     if said := note(report, data.special_tokens):
         say(f"data: {said}")
     return _corpus(build)
+
+
+def _require_kept(config: RunConfig, tokenizer: str) -> None:
+    """Refuse a tokenizer that transformers would read as another one in the folder of the run's exported model."""
+    if config.model.architecture is not None:
+        alike = ByteTokenizer() if tokenizer == TOKENIZER_TO_TRAIN else load_tokenizer(tokenizer)
+        require_kept(alike, config.model.architecture)
 
 
 def _opened(folder: Path, tokenizer: str) -> TokenBuild:

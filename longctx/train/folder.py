@@ -14,6 +14,16 @@ from longctx.train import durable, manifest, metrics, store
 
 CHECKPOINTS = "checkpoints"
 SAVED = "saved.json"
+FOLDERS = (CHECKPOINTS, "model", "tokens", "logs", "tensorboard")
+FILES = (
+    metrics.NAME,
+    SAVED,
+    "config.yaml",
+    "environment.json",
+    "summary.json",
+    "loss.png",
+    f"{CHECKPOINTS}/{store.POINTER}",
+)
 START_OVER = "choose another output.folder to start over"
 
 
@@ -35,11 +45,11 @@ def require_usable(output: Path) -> None:
     """Refuse a run directory in which a run could not go on, or would start over unasked. Nothing is changed.
 
     Raises:
-        CheckpointError: `checkpoints` or `latest` is of the wrong kind, a step folder has no manifest, or the folder
-            has numbers of steps whose checkpoints are gone.
+        CheckpointError: something is in the way of what a run writes, a step folder has no manifest, or there are
+            numbers of steps whose checkpoints are gone.
     """
     root = output / CHECKPOINTS
-    _require_kinds(root)
+    _require_kinds(output)
     bare = [path for path in store.steps(root) if not (path / manifest.NAME).is_file()]
     if bare:
         listed = ", ".join(path.name for path in bare[:8])
@@ -59,18 +69,19 @@ def lost(output: Path) -> str | None:
     return f"checkpoint {store.name_of(saved)} was saved and is gone; the newest that is left is {names[0].name}"
 
 
-def _require_kinds(root: Path) -> None:
-    if root.is_symlink() and not root.exists():
-        raise CheckpointError(
-            f"{root} is a link to {root.readlink()}, which does not exist; make it, or remove the link"
-        )
-    if root.exists() and not root.is_dir():
-        raise CheckpointError(f"{root} is not a folder, and checkpoints are written there; move it away")
-    pointer = root / store.POINTER
-    if pointer.is_dir():
-        raise CheckpointError(
-            f"{pointer} is a folder; it must be the file that names the newest checkpoint: move it away"
-        )
+def _require_kinds(output: Path) -> None:
+    """Refuse what is in the way of something that is written later, much of it only after the last step."""
+    for name in FOLDERS:
+        path = output / name
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(
+                f"{path} is a link to {path.readlink()}, which does not exist; make that folder, or remove the link"
+            )
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"{path} is a file where a run needs a folder; move it away")
+    for name in FILES:
+        if (output / name).is_dir():
+            raise CheckpointError(f"{output / name} is a folder where a run writes a file; move it away")
 
 
 def _require_new(output: Path, root: Path) -> None:

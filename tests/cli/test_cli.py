@@ -110,6 +110,8 @@ def test_init_writes_a_file_that_passes_check_and_spares_an_existing_one(tmp_pat
     assert done.returncode == 2 and "left alone" in done.stderr and path.read_text() == before
     assert run("init", tmp_path / "none" / "x.yaml").returncode == 2
     assert run("init").stdout == before
+    spaced = run("init", tmp_path / "my runs.yaml")
+    assert spaced.stdout.count(f"'{tmp_path / 'my runs.yaml'}'") == 2  # ready to be pasted into a shell
 
 
 def test_train_inside_a_launched_job_is_refused(good: Path):

@@ -9,7 +9,7 @@ import pytest
 from tokenizer_folders import FAMILIES, write_tokenizer
 
 from longctx.data import tokenizer_folder
-from longctx.data.tokenizer import ByteTokenizer, load_tokenizer
+from longctx.data.tokenizer import ByteTokenizer, load_tokenizer, require_kept
 from longctx.errors import DataError
 
 TEXT = "It was a <|endoftext|> bright\n\n  day in April </s> naïve <eos>"
@@ -45,6 +45,17 @@ def test_a_models_config_stays(tmp_path: Path) -> None:
     ByteTokenizer().save(tmp_path)
     load_tokenizer(write_tokenizer(tmp_path / "other", "llama3")).save(tmp_path)
     assert config.read_bytes() == before
+
+
+@pytest.mark.parametrize("own", ["bytes", "llama3"])
+def test_a_tokenizer_that_a_model_type_replaces_is_refused(tmp_path: Path, own: str) -> None:
+    """Beside a Qwen 2 model, transformers builds Qwen's own splitting around any vocabulary."""
+    given = ByteTokenizer() if own == "bytes" else load_tokenizer(write_tokenizer(tmp_path / "a", own))
+    for architecture in ("llama", "qwen3", "gpt2", "mistral", "gemma3_text"):
+        require_kept(given, architecture)
+    with pytest.raises(DataError, match="model.architecture qwen2: .* as a Qwen2Tokenizer"):
+        require_kept(given, "qwen2")
+    require_kept(load_tokenizer(write_tokenizer(tmp_path / "b", "qwen3")), "qwen2")
 
 
 def test_what_is_put_around_a_text_is_part_of_the_name(tmp_path: Path) -> None:

@@ -10,11 +10,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_run import write
 
-from longctx.errors import LaunchError
+from longctx.config.load import load
+from longctx.errors import CheckpointError, LaunchError
 from longctx.launch import hardware, local
+from longctx.launch import rank as entry
+from longctx.train import folder
+from longctx.train.lock import FolderLock
 
 SCRIPT = Path(__file__).with_name("ranks_for_tests.py")
 JOB = (
@@ -195,6 +201,53 @@ def test_a_port_in_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MASTER_PORT", "99999999")
     with pytest.raises(LaunchError, match="cannot be used"):
         run("note", tmp_path)
+
+
+def test_a_machine_without_loopback_is_named_before_ranks_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*address: object, **options: object) -> None:
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    with pytest.raises(LaunchError, match="Network is unreachable.*ip link set lo up"):
+        run("note", tmp_path)
+    assert not list((tmp_path / "logs").iterdir())
+
+
+def test_ranks_get_the_configuration_as_it_was_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path)
+    config = load(path, ["train.lr=0.5"])
+    path.write_text("changed meanwhile")
+    seen = []
+
+    def watched(command: list[str], **options: Any) -> int:
+        for name, value in options["environment"].items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("LONGCTX_PARENT", "1")
+        seen.append(entry._load(path, []))
+        return 0
+
+    monkeypatch.setattr(local, "run", watched)
+    monkeypatch.setattr(local, "prepare", lambda: None)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert local.train(config, path, ["train.lr=0.5"], world=2) == 0
+    assert seen == [(config, None)]
+    monkeypatch.delenv("LONGCTX_PARENT")  # torchrun, say: every rank reads the YAML
+    assert entry._load(path, [])[0] is None
+
+
+def test_a_folder_in_use_or_without_its_checkpoints_is_refused_before_ranks_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "run", lambda *_, **__: pytest.fail("ranks were started"))
+    monkeypatch.setattr(local, "prepare", lambda: None)
+    path = write(tmp_path)
+    with FolderLock(tmp_path / "run"), pytest.raises(CheckpointError, match=f"in use by another run .*{os.getpid()}"):
+        local.train(load(path), path, [], world=2)
+    folder.note_saved(tmp_path / "run", 7)
+    with pytest.raises(CheckpointError, match="saved step 7, but .* holds no checkpoint"):
+        local.train(load(path), path, [], world=2)
 
 
 def test_a_log_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

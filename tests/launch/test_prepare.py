@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from longctx.engine import extension
 from longctx.errors import LaunchError, MissingPackageError
 from longctx.launch import hardware, prepare
 
@@ -21,10 +22,17 @@ def extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_lock_nobody_holds_is_named_with_its_remedy(extensions: Path) -> None:
-    (extensions / "lock").touch()
-    with pytest.raises(LaunchError, match=f"rm {extensions / 'lock'}"):
-        prepare.prepare()
+def test_a_lock_nobody_holds_is_removed(extensions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (extensions / f"{prepare.EXTENSION}.so").touch()
+    other = extensions.parent / "cpu_adam" / "lock"  # another extension's: a start would wait for it as well
+    other.parent.mkdir()
+    for lock in (extensions / "lock", other):
+        lock.touch()
+    with pytest.raises(LaunchError, match="rm "):
+        prepare.ready()  # only looks
+    prepare.prepare()
+    assert not (extensions / "lock").exists() and not other.exists()
+    assert capsys.readouterr().err.count("left by a compilation that was killed") == 2
 
 
 def test_a_lock_that_a_build_holds_is_left_alone(extensions: Path) -> None:
@@ -50,7 +58,7 @@ def test_no_compiler(extensions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_headers(extensions: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(prepare.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(extension.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(MissingPackageError, match=r"headers are missing.*python3\.\d+-dev"):
         prepare.prepare()
 

@@ -58,7 +58,10 @@ def small_config(name: str) -> Any:
     """Return a small config of the class called ``name``."""
     import transformers
 
-    return _shrunk(getattr(transformers, name).config_class, _MORE.get(name, {}))
+    kind = getattr(transformers, name).config_class
+    known = {field.name for field in dataclasses.fields(kind)}
+    decoder = {"is_decoder": True} if "is_decoder" in known and not name.endswith("ForMaskedLM") else {}
+    return _shrunk(kind, {**decoder, **_MORE.get(name, {})})
 
 
 def _shrunk(kind: Any, more: dict[str, Any]) -> Any:

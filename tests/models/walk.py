@@ -179,7 +179,7 @@ def verdict(name: str, mesh: Any, kinds: tuple[str, ...] = KINDS) -> dict[str, s
     for kind in kinds:
         try:
             loss, gradient, where = pair.errors(kind)
-            good = loss <= tolerance("model") and gradient <= tolerance("model")
+            good = loss <= tolerance("model") and gradient <= tolerance("any model")
             result[kind] = "right" if good else f"wrong: loss {loss:.1e}, gradient of {where} {gradient:.1e}"
         except (ModelError, EngineError) as problem:
             result[kind] = f"refused: {problem}"

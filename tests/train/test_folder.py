@@ -62,6 +62,19 @@ def test_checkpoints_that_are_gone_stop_the_run(tmp_path: Path) -> None:
         ), name
 
 
+@pytest.mark.parametrize("name", folder.FOLDERS + folder.FILES)
+def test_what_is_in_the_way_of_the_run_is_named_before_it_starts(tmp_path: Path, name: str) -> None:
+    (tmp_path / folder.CHECKPOINTS).mkdir()
+    folder.require_usable(tmp_path)
+    if name in folder.FOLDERS:
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        (tmp_path / name).write_text("")
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=f"{tmp_path / name} is a .*; move it away"):
+        folder.require_usable(tmp_path)
+
+
 def test_steps_without_a_checkpoint_stop_the_run_unless_it_is_known_that_none_was_saved(tmp_path: Path) -> None:
     root = make(tmp_path, saved=())
     (tmp_path / folder.SAVED).unlink()
