@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longctx.errors import ConfigError, LaunchError, LongctxError
+from longctx.launch.early import StoppedEarly
 from longctx.launch.export import export
 from longctx.launch.generate import generate
 from longctx.launch.rehearse import rehearse
 from longctx.launch.surroundings import settle
 from longctx.plan.command import plan
+from longctx.train.signals import code_of, sentence_of
 
 if TYPE_CHECKING:
     from longctx.config.derived import Derived
@@ -46,22 +49,31 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train: on this machine, or on the hosts of the `launch` section."""
-    from longctx.mesh import _discover as launched_world
+    from longctx.launch.early import stopping_early
 
-    if launched_world()[0] is not None:
+    with stopping_early():
+        raise typer.Exit(_train(config, overrides or []))
+
+
+def _train(config: Path, overrides: list[str]) -> int:
+    from longctx.mesh import launched_by
+    from longctx.train.console import guard_standard_streams
+
+    variables = launched_by()
+    if variables is not None:
         raise LaunchError(
-            "`longctx train` starts its own ranks, but this shell is inside a launched job (WORLD_SIZE is set); "
-            f"run launch/train.py --config {config} under that launcher, or unset WORLD_SIZE and RANK"
+            f"`longctx train` starts its own ranks, but this shell is inside a launched job ({variables}); run "
+            f"launch/train.py --config {config} under that launcher, or unset both variables"
         )
-    loaded, derived = _checked(config, overrides or [])
+    loaded, derived = _checked(config, overrides)
+    guard_standard_streams()  # losing the console must not end the run
     if loaded.config.launch.launcher != "local":
         from longctx.launch import cluster
 
-        raise typer.Exit(cluster.train(loaded.config, derived))
+        return cluster.train(loaded.config, derived)
     from longctx.launch import local
 
-    folder = Path(loaded.config.output.folder)
-    raise typer.Exit(local.train(config, overrides or [], world=derived.world, folder=folder))
+    return local.train(loaded.config, config, overrides, world=derived.world)
 
 
 @app.command()
@@ -163,34 +175,20 @@ def init(
         raise ConfigError(f"{output} exists already and is left alone; give another name") from None
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}; give another name") from None
-    typer.echo(f"wrote {output}; next: longctx check {output} && longctx train {output}")
+    name = shlex.quote(str(output))
+    typer.echo(f"wrote {output}; next: longctx check {name} && longctx train {name}")
 
 
 @data_app.command("build")
 def data_build(config: Config, overrides: Overrides = None) -> None:
     """Turn the text of a configuration's `data` section into token files (training does it by itself)."""
     loaded, _ = _checked(config, overrides or [])
-    from longctx.config.machine import token_folder
-    from longctx.data.build import build_tokens
-    from longctx.data.special import note
+    from longctx.train.corpus import build_corpus
 
-    data = loaded.config.data
-    built = build_tokens(
-        data.sources,
-        data.tokenizer,
-        token_folder(loaded.config),
-        vocabulary_size=data.vocab_size,
-        held_out=data.held_out,
-        seed=data.seed,
-        text_field=data.text_field,
-        sample_bytes=data.sample_bytes,
-        special_tokens=data.special_tokens,
-    )
+    built = build_corpus(loaded.config, lambda line: typer.echo(line, err=True))
     counts = {name: value for name, value in built.report.items() if isinstance(value, int | float)}
     typer.echo(f"{built.folder}: {'unchanged since the last build' if built.reused else 'built'}")
     typer.echo("  " + ", ".join(f"{name} {value:,}" for name, value in counts.items()))
-    if said := note(built.report, data.special_tokens):
-        typer.echo(f"  {said}")
 
 
 @data_app.command("inspect")
@@ -235,11 +233,11 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
 def _checked(config: Path, overrides: list[str], starting: bool = True) -> tuple[Loaded, Derived]:
     """Load, cross-check, and look at the machine; raises with everything that is wrong."""
     from longctx.config.derived import derive, world_size
-    from longctx.config.load import load_with_sources, require_machine
+    from longctx.config.load import load_for_machine
     from longctx.launch.hosts import default_world
 
-    loaded = load_with_sources(config, overrides, default_world=default_world)
-    for note in require_machine(loaded, starting):
+    loaded, notes = load_for_machine(config, overrides, default_world=default_world, starting=starting)
+    for note in notes:
         typer.echo(f"note: {note}", err=True)
     return loaded, derive(loaded.config, world_size(loaded.config, default_world(loaded.config)))
 
@@ -278,6 +276,9 @@ def main(arguments: list[str] | None = None) -> None:
     except LongctxError as error:
         typer.echo(f"longctx: {error}", err=True)
         sys.exit(1)
+    except StoppedEarly as stop:
+        typer.echo(f"longctx: {sentence_of(stop.number)}", err=True)
+        sys.exit(code_of(stop.number))
     except OSError as error:  # a missing folder, a full disk, no permission: the user's to mend, wherever it came up
         if error.strerror is None:
             raise

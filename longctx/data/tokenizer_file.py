@@ -31,11 +31,10 @@ def tokenizer_file(source: str | Path) -> Path:
         DataError: there is none; a tokenizer of another format is named, with how to convert it.
     """
     path = Path(source)
+    folder: Path | None = path.parent if path.name in _SLOW_FILES else None
     try:
         if path.is_dir():
             folder, path = path, path / NAME
-        else:
-            folder = path.parent if path.name in _SLOW_FILES else None
         other = [name for name in _SLOW_FILES if folder is not None and (folder / name).is_file()]
         if path.is_file() and path.name not in _SLOW_FILES:
             return path
@@ -155,7 +154,7 @@ def _behind_class(pattern: str, index: int) -> int:
             index += 1
         elif pattern[index] == "[":
             depth += 1
-        elif pattern[index] == "]" and pattern[start : index] not in ("[", "[^"):
+        elif pattern[index] == "]" and pattern[start:index] not in ("[", "[^"):
             depth -= 1
         index += 1
         if depth == 0:

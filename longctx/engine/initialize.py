@@ -8,6 +8,8 @@ from typing import Any
 from longctx.engine.description import describe
 from longctx.engine.engine import Engine
 from longctx.engine.exchange import control_group
+from longctx.engine.extension import load_extension
+from longctx.engine.heartbeat import watch
 from longctx.engine.hpz import check_model, own_group
 from longctx.engine.loader import RowLoader
 from longctx.engine.memory import Memory, read_memory, save_memory
@@ -59,6 +61,7 @@ def initialize(
         ModelError: the model uses something that a sharded sequence would get wrong.
     """
     mesh = (Mesh() if mesh is None else mesh).connect()
+    watch(mesh)
     control_group(mesh)
     given = getattr(args, "deepspeed_config", None) if config is None else config
     facts: dict[str, str] = {}
@@ -110,6 +113,8 @@ def _prepare(
     attach_attention(model, mesh, layout)
     save_memory(model, read_memory(memory), announce=mesh.rank == 0)
     check_model(model, settings)
+    if mesh.device.type == "cpu":
+        load_extension()  # else DeepSpeed does, and waits for ever for a lock that a killed build left
     return settings, layout
 
 
@@ -133,6 +138,8 @@ def default_clipping() -> float:
 def attach_attention(model: Any, mesh: Mesh, layout: Layout) -> None:
     """Have a transformers model's attention run over ``mesh``; leave other modules alone."""
     if hasattr(getattr(model, "config", None), "_attn_implementation"):
+        from longctx.engine.rowcheck import watch_rows
         from longctx.models.attach import attach_attention as attach
 
         attach(model, mesh, layout.name)
+        watch_rows(model, mesh)

@@ -134,11 +134,12 @@ def fill_padding(x: torch.Tensor, document_ids: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: (B, S) or (B, S, D).
-        document_ids: (B, S), negative for padding. Rows that are padding from end to end stay as they are.
+        document_ids: (B, S), negative for padding. A row that is padding from end to end takes a token of another row.
     """
     padding = document_ids < 0
-    first = (~padding).int().argmax(1)
-    filler = x[torch.arange(x.shape[0], device=x.device), first].detach()[:, None]
+    first, full = (~padding).int().argmax(1), padding.all(1)
+    row = torch.where(full, full.int().argmin(), torch.arange(x.shape[0], device=x.device))
+    filler = x[row, first[row]].detach()[:, None]
     padding = padding if x.dim() == 2 else padding[..., None]
     return torch.where(padding, filler, x)
 

@@ -23,12 +23,12 @@ from longctx.errors import EngineError
 from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
 from longctx.models.positions import PLAIN, PositionRule, check_positions
-from longctx.sharding import shard
+from longctx.sameness import checksum
+from longctx.sharding import cut
 
 Window = list[Batch]
 _PAD = {"shift_labels": IGNORED, "document_ids": PADDING}
 _LABELS = frozenset(("label", "labels", "target", "targets"))  # words of keys that are padded with -100
-_PRIME = 1_000_003
 _REFUSED, _FINE = 1, 0
 
 
@@ -187,7 +187,7 @@ def _cut(rows: Batch, mesh: Mesh, layout: str | Layout) -> Batch:
         if isinstance(value, torch.Tensor) and value.shape[:2] == shape:
             if key in ("input_ids", "inputs_embeds"):
                 value = _lengthened(value, mesh, layout)
-            value = shard(value, mesh, 1, layout, _pad_value(key, value))
+            value = cut(value, mesh, 1, layout, _pad_value(key, value))
         local[key] = value
     if "shift_labels" in local:
         local["labels"] = local["shift_labels"]
@@ -230,15 +230,8 @@ def _checksum(rows: Batch, seed: int) -> int:
     total = seed
     for key in sorted(rows):
         value = rows[key]
-        if not isinstance(value, torch.Tensor):
-            continue
-        flat = value.detach().reshape(-1)
-        if flat.is_floating_point():
-            flat = flat.double().view(torch.int64)
-        index = torch.arange(1, flat.numel() + 1, device=flat.device) * _PRIME
-        mixed = (flat.to(torch.int64) + 7) * (index ^ (index >> 7))  # wraps around: a checksum, not arithmetic
-        shape = sum((place + 2) * size for place, size in enumerate(value.shape))
-        total = (total * 31 + int(mixed.sum()) + shape + sum(key.encode())) % (2**62)
+        if isinstance(value, torch.Tensor):
+            total = (total * 31 + int(checksum(value)) + sum(key.encode())) % (2**62)
     return total
 
 

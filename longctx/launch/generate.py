@@ -13,6 +13,7 @@ import typer
 from longctx.errors import ConfigError, LaunchError
 from longctx.generation.request import FIGURES, Request, model_folder
 from longctx.launch import hardware, local
+from longctx.mesh import launched_by
 
 
 def generate(
@@ -30,6 +31,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
 ) -> None:
     """Continue a text with a trained model; the text goes to stdout as it is made, tokens/s to stderr."""
+    _require_own_shell()
     if sum((prompt is not None, prompt_file is not None, interactive)) != 1:
         raise ConfigError("generate: give one of --prompt, --prompt-file and --interactive")
     if prompt_file is not None:
@@ -43,6 +45,16 @@ def generate(
         top_k=top_k, top_p=top_p, beams=beams, seed=seed, attention=attention,
     )  # fmt: skip
     raise typer.Exit(_run(request, ring, interactive))
+
+
+def _require_own_shell() -> None:
+    """Raise LaunchError inside a job of several ranks, each of which would answer by itself."""
+    variables = launched_by()
+    if variables is not None:
+        raise LaunchError(
+            f"`longctx generate` starts its own ranks, but this shell is inside a launched job ({variables}); unset "
+            "both variables, and give --ring"
+        )
 
 
 def _run(request: Request, ring: int, interactive: bool) -> int:

@@ -41,6 +41,18 @@ def tied(settings: dict[str, Any]) -> bool:
     return bool(given) if isinstance(given, bool) else kind in _TIED
 
 
+def count_parameters(settings: dict[str, Any], weights: dict[str, Weight]) -> int:
+    """Return the parameters of a folder's model: without layers beyond its own, which only guess further tokens, and
+    without a second copy of a tied embedding."""
+    settings = text_settings(settings)
+    count, total = whole_number(settings, "num_hidden_layers", "n_layer", "n_layers", "num_layers"), 0
+    for name, weight in weights.items():
+        layer = _LAYER.search(name)
+        if not (layer and count and int(layer[1]) >= count) and not (tied(settings) and _HEADS.search(name)):
+            total += weight.numbers
+    return total
+
+
 def mismatches(settings: dict[str, Any], weights: dict[str, Weight]) -> Iterator[str]:
     """Yield what is wrong with ``weights`` for the model that ``settings`` describe, a sentence each, the worst first.
 

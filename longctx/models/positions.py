@@ -57,7 +57,9 @@ def count_positions(
     begin = _beginnings(document_ids) if restart else torch.zeros_like(index)
     if rule.counts == "index" or (rule.counts == "tokens" and tokens is None):
         return index - begin + rule.first
-    counted = document_ids >= 0 if rule.counts == "mask" else tokens != rule.pad_token  # type: ignore[operator]
+    counted = document_ids >= 0
+    if rule.counts == "tokens" and tokens is not None:
+        counted = tokens.ne(-1 if rule.pad_token is None else rule.pad_token)
     before = counted.cumsum(1) - counted.long()  # counted tokens to the left
     place = before - before.gather(1, begin)
     return torch.where(counted, place + rule.first, max(rule.first - 1, 0))

@@ -33,13 +33,15 @@ def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> An
 
     register()  # converted models have types of their own
     path = Path(folder) / "config.json"
-    raw = _floats(read_settings(folder)) | (changes or {})
+    raw = _floats(read_settings(folder))
+    if changes:
+        raw = _changed(raw, changes)
     kind = raw.pop("model_type", None)
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ModelError(f"{path}: model_type {kind!r} is no architecture of the installed transformers")
     if kind == "mistral" and "layer_types" in raw:
         kind = "ministral"  # as AutoConfig does: Mistral's own class has one kind of layer
-    config_class = CONFIG_MAPPING[kind]
+    config_class: Any = CONFIG_MAPPING[kind]
     known = accepted_keys(config_class)
     try:
         config = config_class.from_dict({key: value for key, value in raw.items() if key in known})
@@ -113,6 +115,20 @@ def make_model(config: Any, *, dtype: Any = None) -> Any:
 
     register()
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME, trust_remote_code=False)
+
+
+def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return ``raw`` with other values; new RoPE parameters replace all of the old ones, but for its base."""
+    new = {**raw, **changes}
+    if "rope_parameters" in changes:
+        new.pop("rope_scaling", None)
+        base = new.pop("rope_theta", None)
+        for key in ("rope_scaling", "rope_parameters"):
+            block = raw.get(key)
+            base = block.get("rope_theta", base) if isinstance(block, dict) else base
+        if base is not None:
+            new["rope_parameters"] = {"rope_theta": base, **changes["rope_parameters"]}
+    return new
 
 
 def _floats(value: Any) -> Any:

@@ -60,8 +60,11 @@ def position_rule(model: torch.nn.Module, binding: Binding) -> PositionRule:
                 if binding.sharded:
                     _refuse_counting(model, binding)
                 binding.rule = _find_rule(model, binding)
-        except BaseException:
+        except BaseException as problem:
             binding.rule = None
+            name = type(model).__name__
+            if isinstance(problem, ModelError) and name not in str(problem):  # a mask does not know its model
+                raise ModelError(f"{name}: {problem}") from problem
             raise
     return binding.rule
 
@@ -127,8 +130,8 @@ def _refuse_counting(model: torch.nn.Module, binding: Binding) -> None:
         return
     raise ModelError(
         f"{name} cannot run on a shard: {trace.first or name} gives equal tokens at equal position_ids different "
-        "values, so it counts the tokens that it is given, or mixes them outside of attention. On a shard both would be "
-        "local and silently wrong; use a model that takes its positions from position_ids (docs/models.md)"
+        "values, so it counts the tokens that it is given, or mixes them outside of attention. On a shard both would "
+        "be local and silently wrong; use a model that takes its positions from position_ids (docs/models.md)"
     )
 
 
@@ -154,8 +157,8 @@ def _find_rule(model: torch.nn.Module, binding: Binding) -> PositionRule:
     except Exception as problem:
         if binding.sharded:
             raise ModelError(
-                f"{type(model).__name__} does not run on input_ids alone ({type(problem).__name__}: {problem}), so how it "
-                "counts positions is not known; it cannot be sharded (docs/models.md)"
+                f"{type(model).__name__} does not run on input_ids alone ({type(problem).__name__}: {problem}), so how "
+                "it counts positions is not known; it cannot be sharded (docs/models.md)"
             ) from problem
         return PLAIN  # one device runs what a shard does not; the model's own forward says what it lacks
     slack = _slack(model)

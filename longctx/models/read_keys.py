@@ -29,8 +29,8 @@ def accepted_keys(config_class: type) -> frozenset[str]:
 
 def _parts(config_class: type) -> list[type]:
     """Return the config classes that a composite one is put together from, as far as it names them."""
-    parts = getattr(config_class, "sub_configs", {}).values()
-    return [part for part in parts if dataclasses.is_dataclass(part) and part is not config_class]
+    parts: list[type] = list(getattr(config_class, "sub_configs", {}).values())
+    return [part for part in parts if part is not config_class and dataclasses.is_dataclass(part)]
 
 
 def _own_bases(config_class: type) -> list[type]:

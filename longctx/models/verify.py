@@ -90,10 +90,13 @@ class Trace:
             self.first = label
 
     def _unequal(self, x: Any) -> bool:
-        """Tell whether the tokens of a (B, T, …) floating tensor differ, or those of one in a tuple."""
+        """Tell whether the tokens of a (B, T, …) or (T, D) floating tensor differ, or those of one in a tuple."""
         if isinstance(x, tuple | list):
             return any(self._unequal(part) for part in x)
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() < 3 or x.shape[1] != self.tokens:
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() < 2:
+            return False
+        x = x[None] if x.dim() == 2 else x
+        if x.shape[1] != self.tokens:
             return False
         return float((x - x[:, :1]).abs().max()) > 1e-2 * float(x.abs().max())
 
@@ -150,8 +153,8 @@ def check_attention(model: torch.nn.Module, binding: Binding) -> None:
         chosen = getattr(config, "_attn_implementation", NAME)
         if binding.sharded and chosen != NAME:
             raise ModelError(
-                f"{type(model).__name__} was attached to a mesh, and its attn_implementation has been set to {chosen!r} "
-                f"since: a shard would attend to itself only. Set it to {NAME!r} again, or attach the model again"
+                f"{type(model).__name__} was attached to a mesh, and its attn_implementation has been set to "
+                f"{chosen!r} since: a shard would attend to itself only. Set it to {NAME!r} again, or attach it again"
             )
 
 

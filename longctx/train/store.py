@@ -30,10 +30,19 @@ def name_of(step: int) -> str:
 
 def published(root: Path) -> list[Path]:
     """Return the checkpoints in ``root`` that have a manifest file, newest first. Their contents are not checked."""
+    return [path for path in steps(root) if (path / manifest.NAME).is_file()]
+
+
+def steps(root: Path) -> list[Path]:
+    """Return everything in ``root`` that has the name of a checkpoint, newest first, with a manifest or without."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if _STEP.fullmatch(path.name) and (path / manifest.NAME).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted((path for path in root.iterdir() if _STEP.fullmatch(path.name)), key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step that a checkpoint's name says."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def begin(root: Path, step: int) -> Path:

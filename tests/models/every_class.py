@@ -10,7 +10,7 @@ import torch
 
 VOCABULARY = 64
 _LAYERS = 2
-_LARGEST = 3_000_000  # parameters
+_LARGEST = 8_000_000  # parameters
 
 # Sizes by the names that transformers' configs give them; a config takes those that it declares.
 _SMALL: dict[str, Any] = {
@@ -58,7 +58,10 @@ def small_config(name: str) -> Any:
     """Return a small config of the class called ``name``."""
     import transformers
 
-    return _shrunk(getattr(transformers, name).config_class, _MORE.get(name, {}))
+    kind = getattr(transformers, name).config_class
+    known = {field.name for field in dataclasses.fields(kind)}
+    decoder = {"is_decoder": True} if "is_decoder" in known and not name.endswith("ForMaskedLM") else {}
+    return _shrunk(kind, {**decoder, **_MORE.get(name, {})})
 
 
 def _shrunk(kind: Any, more: dict[str, Any]) -> Any:
@@ -72,6 +75,9 @@ def _shrunk(kind: Any, more: dict[str, Any]) -> Any:
     for key in list(arguments):  # a name and the one that it stands for
         if key in mapped and mapped[key] in arguments:
             del arguments[key]
+    for key, nested in getattr(kind, "sub_configs", {}).items():
+        if key not in more and dataclasses.is_dataclass(nested) and nested.__name__ != "AutoConfig":
+            arguments[key] = _shrunk(nested, {})
     return kind(**{**arguments, **more})
 
 
@@ -80,57 +86,50 @@ def _is_float(kind: Any, key: str) -> bool:
 
 
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
+_NARROW = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16}
+_BAGS = {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 16), "attention_head_size": 8}
+_SPOKEN = {"pronunciation_vocab_size": 64, "shape_vocab_size": 64, "pronunciation_embed_dim": 16, "shape_embed_dim": 16}
 # What else a class needs to be built small.
 _MORE: dict[str, dict[str, Any]] = {
-    "CohereCompassForCausalLM": _SLIDING,
+    "CohereCompassForCausalLM": {
+        "layer_types": ["full_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+        },
+    },
+    "DeepseekV4ForCausalLM": {
+        "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    },
+    "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "Dots3NoteForCausalLM": {"num_key_value_heads": 4},
     "EsmcForMaskedLM": {"num_key_value_heads": 4},
+    "FalconH1ForCausalLM": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "window_size": 10},
     "Gemma3nForCausalLM": {
-        "num_kv_shared_layers": 0,
-        "vocab_size_per_layer_input": 64,
-        "hidden_size_per_layer_input": 16,
-        "altup_num_inputs": 2,
-        "laurel_rank": 8,
-        "activation_sparsity_pattern": 0.0,
-        **_SLIDING,
+        **_SLIDING, **_NARROW, "num_kv_shared_layers": 0, "altup_num_inputs": 2, "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.5, 0.0],
     },
+    "Gemma4ForCausalLM": {**_SLIDING, **_NARROW},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["attention", "attention"]},
+    "KimiLinearForCausalLM": {
+        "linear_head_dim": 8, "linear_num_heads": 4, "layer_types": ["linear_attention", "full_attention"]
+    },
+    "LukeForMaskedLM": {"entity_vocab_size": 16, "entity_emb_size": 16},
     "Lfm2MoeForCausalLM": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "MusicgenForCausalLM": {"num_codebooks": 1},
     "MusicgenMelodyForCausalLM": {"num_codebooks": 1},
     "NeoMMEForMaskedLM": {"head_dim": 16},
-    "RoCBertForCausalLM": {
-        "pronunciation_vocab_size": 64,
-        "shape_vocab_size": 64,
-        "pronunciation_embed_dim": 16,
-        "shape_embed_dim": 16,
-    },
-    "RoCBertForMaskedLM": {
-        "pronunciation_vocab_size": 64,
-        "shape_vocab_size": 64,
-        "pronunciation_embed_dim": 16,
-        "shape_embed_dim": 16,
-    },
-    "ReformerForMaskedLM": {
-        "axial_pos_embds_dim": (16, 16),
-        "axial_pos_shape": (8, 16),
-        "is_decoder": False,
-        "attn_layers": ["local", "lsh"],
-        "attention_head_size": 8,
-    },
-    "ReformerModelWithLMHead": {
-        "axial_pos_embds_dim": (16, 16),
-        "axial_pos_shape": (8, 16),
-        "is_decoder": True,
-        "attn_layers": ["local", "lsh"],
-        "attention_head_size": 8,
-    },
+    "RoCBertForCausalLM": _SPOKEN,
+    "RoCBertForMaskedLM": _SPOKEN,
+    "ReformerForMaskedLM": {**_BAGS, "is_decoder": False, "attn_layers": ["local", "lsh"]},
+    "ReformerModelWithLMHead": {**_BAGS, "is_decoder": True, "attn_layers": ["local", "lsh"]},
     "XmodForCausalLM": {"default_language": "en_XX"},
     "XmodForMaskedLM": {"default_language": "en_XX"},
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
-}
+    "Zamba2ForCausalLM": {"layers_block_type": ["mamba", "hybrid"], "mamba_ngroups": 1, "n_mamba_heads": 4},
+}  # fmt: skip
 
 
 def small_model(name: str, seed: int = 0, config: Any = None) -> Any:
@@ -148,4 +147,7 @@ def small_model(name: str, seed: int = 0, config: Any = None) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
     return model.double()
