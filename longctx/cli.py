@@ -1,12 +1,14 @@
-"""The command line: `longctx train|launch|check|plan|rehearse|explain|schema|init|data|generate|plot|doctor`.
+"""The command line: `longctx train|launch|check|plan|rehearse|explain|schema|init|data|generate|export|plot|doctor`.
 
 Nothing heavy is imported up here, so that whatever only reads a configuration answers at once.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -171,7 +173,8 @@ def init(
         raise ConfigError(f"{output} exists already and is left alone; give another name") from None
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}; give another name") from None
-    typer.echo(f"wrote {output}; next: longctx check {output} && longctx train {output}")
+    name = shlex.quote(str(output))
+    typer.echo(f"wrote {output}; next: longctx check {name} && longctx train {name}")
 
 
 @data_app.command("build")
@@ -180,6 +183,7 @@ def data_build(config: Config, overrides: Overrides = None) -> None:
     loaded, _ = _checked(config, overrides or [])
     from longctx.config.machine import token_folder
     from longctx.data.build import build_tokens
+    from longctx.data.special import note
 
     data = loaded.config.data
     built = build_tokens(
@@ -191,10 +195,13 @@ def data_build(config: Config, overrides: Overrides = None) -> None:
         seed=data.seed,
         text_field=data.text_field,
         sample_bytes=data.sample_bytes,
+        special_tokens=data.special_tokens,
     )
     counts = {name: value for name, value in built.report.items() if isinstance(value, int | float)}
     typer.echo(f"{built.folder}: {'unchanged since the last build' if built.reused else 'built'}")
     typer.echo("  " + ", ".join(f"{name} {value:,}" for name, value in counts.items()))
+    if said := note(built.report, data.special_tokens):
+        typer.echo(f"  {said}")
 
 
 @data_app.command("inspect")
@@ -211,6 +218,19 @@ def data_inspect(
 
     path = file / "train.tokens" if file.is_dir() else file
     inspect(path, row, sequence_length=sequence_length, packing=packing, ring=ring, layout=layout)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, whose training may have been stopped")],
+    output: Annotated[Path | None, typer.Option(help="folder to write; default: model in the run directory")] = None,
+    step: Annotated[int | None, typer.Option(help="of the checkpoint; default: the newest whole one", min=0)] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the source's, or training's")] = None,
+) -> None:
+    """Write a checkpoint's weights as a folder that plain transformers loads."""
+    from longctx.train.export_run import export_run
+
+    typer.echo(str(export_run(run, output, step, dtype)))
 
 
 @app.command()
@@ -239,11 +259,11 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
 def _checked(config: Path, overrides: list[str], starting: bool = True) -> tuple[Loaded, Derived]:
     """Load, cross-check, and look at the machine; raises with everything that is wrong."""
     from longctx.config.derived import derive, world_size
-    from longctx.config.load import load_with_sources, require_machine
+    from longctx.config.load import load_for_machine
     from longctx.launch.hosts import default_world
 
-    loaded = load_with_sources(config, overrides, default_world=default_world)
-    for note in require_machine(loaded, starting):
+    loaded, notes = load_for_machine(config, overrides, default_world=default_world, starting=starting)
+    for note in notes:
         typer.echo(f"note: {note}", err=True)
     return loaded, derive(loaded.config, world_size(loaded.config, default_world(loaded.config)))
 
@@ -273,7 +293,11 @@ def _print_rows(rows: list, long: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. A user's mistake is one message on stderr and exit code 2 (configuration) or 1."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some reads every package's metadata
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot write a character gets \x…, and nothing fails
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        _require_folder()
         app(args=arguments)
     except ConfigError as error:
         typer.echo(str(error), err=True)
@@ -284,8 +308,22 @@ def main(arguments: list[str] | None = None) -> None:
     except StoppedEarly as stop:
         typer.echo(f"longctx: {sentence_of(stop.number)}", err=True)
         sys.exit(code_of(stop.number))
+    except OSError as error:  # a missing folder, a full disk, no permission: the user's to mend, wherever it came up
+        if error.strerror is None:
+            raise
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        typer.echo(f"longctx: {where}{error.strerror}; make it available, or name another file or folder", err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _require_folder() -> None:
+    """Refuse to run in a folder that was deleted: no relative path means anything there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the folder in which this command runs was deleted; change to one that exists") from None
 
 
 if __name__ == "__main__":

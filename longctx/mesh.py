@@ -25,6 +25,21 @@ def from_key(key: str) -> Mesh:
     return _registered[key]
 
 
+class Cut:
+    """The integers that ``longctx.shard`` has cut over one mesh so far: how many tensors, and a checksum of all."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.checksum: torch.Tensor | int = 0  # () int64, on the tensors' device
+
+    def add(self, x: torch.Tensor) -> None:
+        """Count a whole tensor."""
+        from longctx.sameness import checksum
+
+        self.count += 1
+        self.checksum = self.checksum * 31 + checksum(x)
+
+
 class Mesh:
     """A grid of ``data × ring × ulysses`` ranks.
 
@@ -82,6 +97,7 @@ class Mesh:
         self.sequence_rank = self.rank % self.sequence_size
         self.key = f"mesh-{len(_registered)}-data{data}-ring{ring}-ulysses{ulysses}"
         _registered[self.key] = self
+        self.cut = Cut()
         self._groups: dict[str, dist.ProcessGroup] | None = None
 
     # -- who shares what with this rank, as global ranks ---------------------------------------------------------

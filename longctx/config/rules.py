@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from longctx.config import architecture
 from longctx.config.deepspeed import conflicts, to_deepspeed
 from longctx.config.derived import derive
-from longctx.config.fields import Section
+from longctx.config.fields import Section, environment_ok
+from longctx.config.keys import leaves
 from longctx.config.launch_rules import broken_launch
 from longctx.config.layer_rules import broken_layers
 from longctx.config.problems import redact, show
@@ -46,7 +47,7 @@ def _model_source(config: RunConfig) -> Iterator[Finding]:
     if model.pretrained is None and model.architecture is None:
         yield Finding("model", "give architecture and sizes (from scratch), or pretrained (a folder)", "model-source")
     elif model.pretrained is not None:
-        own = {"pretrained", "dtype"}
+        own = {"pretrained", "dtype", "max_positions", "extra"}
         for name in _changed(model):
             if name not in own:
                 message = "the pretrained folder decides this; remove the key, or remove model.pretrained"
@@ -90,7 +91,10 @@ def _heads(config: RunConfig) -> Iterator[Finding]:
 
 def _extra(config: RunConfig) -> Iterator[Finding]:
     for key in config.model.extra:
-        if key in architecture.OWNED_KEYWORDS:
+        if config.model.pretrained is not None and key != "rope_parameters":
+            message = "the pretrained folder decides this; only rope_parameters can be given with model.pretrained"
+            yield Finding(f"model.extra.{key}", message, "model-source")
+        elif key in architecture.OWNED_KEYWORDS:
             owner = architecture.OWNED_KEYWORDS[key]
             yield Finding(f"model.extra.{key}", f"belongs to {owner}; remove it here and set {owner}", "conflict")
         elif key in architecture.REFUSED_KEYWORDS or key.startswith("_"):
@@ -134,6 +138,17 @@ def _mesh(config: RunConfig) -> Iterator[Finding]:
         yield Finding("mesh.ulysses", message, "layers")
 
 
+def _addresses(config: RunConfig) -> Iterator[Finding]:
+    """Paths that are addresses of other machines, which may hold keys."""
+    for leaf in leaves().values():
+        value: Any = config
+        for part in leaf.path:
+            value = getattr(value, part)
+        if environment_ok(leaf.field) and isinstance(value, str) and "://" in value:
+            message = f"got {redact(value)!r}; nothing is downloaded: give a path of this machine"
+            yield Finding(leaf.key, message, "url")
+
+
 def _data(config: RunConfig) -> Iterator[Finding]:
     data, model = config.data, config.model
     for source in data.sources:
@@ -142,6 +157,14 @@ def _data(config: RunConfig) -> Iterator[Finding]:
             yield Finding("data.sources", message, "url")
         elif not source.strip():
             yield Finding("data.sources", "got an empty name; give a file, a folder or python-stdlib", "empty-name")
+    if model.pretrained is None and data.foreign_tokenizer:
+        yield Finding("data.foreign_tokenizer", "means nothing without model.pretrained; remove the key", "idle-key")
+    elif model.pretrained is not None and data.tokenizer == "bpe" and not data.foreign_tokenizer:
+        message = (
+            "got 'bpe', which makes new ids, but model.pretrained was trained with those of its own tokenizer; remove "
+            "the key to use that one, or set data.foreign_tokenizer: true to train its embedding for other ids"
+        )
+        yield Finding("data.tokenizer", message, "tokenizer")
     if data.tokenizer != "bpe":
         for name in sorted({"vocab_size", "sample_bytes"} & _changed(data)):
             message = f"is only for tokenizer: bpe, but tokenizer is {show(data.tokenizer)}; remove one of them"
@@ -250,6 +273,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _attention,
     _layers,
     _mesh,
+    _addresses,
     _data,
     _train,
     _memory,

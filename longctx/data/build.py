@@ -18,16 +18,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from longctx.data.special import CHOICES, COUNT, Special
 from longctx.data.survey import Progress, Survey
 from longctx.data.text import Source, open_source
 from longctx.data.tokenfile import TokenFile
 from longctx.data.tokenise import tokenise
-from longctx.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from longctx.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longctx.data.tokenwriter import TokenWriter, disk_errors, publish_bytes
 from longctx.errors import DataError
 
 RECORD = "build.json"
-_RECIPE = 1  # raise when the same text and settings would give other files
+_RECIPE = 2  # raise when the same text and settings would give other files
 _CLOCK_NS = 2 * 10**9  # a file changed less than this before the survey may change again unnoticed
 
 Sources = str | Path | Sequence[str | Path]
@@ -40,7 +41,8 @@ class TokenBuild:
     Attributes:
         folder, train, held_out, tokenizer: paths; ``held_out`` is None if no share was asked for.
         vocabulary_size, tokenizer_hash: what the model and the loader must agree with.
-        report: counts (documents, bytes, tokens, held_out_documents, held_out_tokens, empty, skipped, seconds).
+        report: counts (documents, bytes, tokens, held_out_documents, held_out_tokens, empty, special_strings, skipped,
+            seconds).
         reused: nothing had to be done.
     """
 
@@ -63,6 +65,7 @@ class _Settings:
     text_field: str
     sample_bytes: int
     sources: list[str]
+    special_tokens: str
     recipe: int = _RECIPE
 
 
@@ -76,6 +79,7 @@ def build_tokens(
     seed: int = 0,
     text_field: str = "text",
     sample_bytes: int = 10_000_000,
+    special_tokens: Special = "spell",
     reuse: bool = True,
     progress: Progress | None = None,
 ) -> TokenBuild:
@@ -89,6 +93,8 @@ def build_tokens(
         seed: of the choice of held-out documents and of the sample the BPE learns from.
         text_field: key of the text in JSONL objects and dataset rows.
         sample_bytes: how much text the BPE learns from.
+        special_tokens: "spell" encodes a string such as ``<|eot|>`` in a document like any other text, "parse" makes it
+            the special token that it names.
         reuse: return what is in the folder if it was made from the same documents and settings.
         progress: called with (stage, bytes done, bytes in all).
 
@@ -104,6 +110,8 @@ def build_tokens(
     given = [sources] if isinstance(sources, (str, Path)) else list(sources)
     if not given:
         raise DataError("no source of text was given; give text files, JSONL files, folders or 'python-stdlib'")
+    if special_tokens not in CHOICES:
+        raise DataError(f"special_tokens {special_tokens!r}: choose one of {', '.join(CHOICES)}")
     fixed = _resolve(tokenizer)
     settings = _Settings(
         fixed.hash if fixed else "bpe",
@@ -113,6 +121,7 @@ def build_tokens(
         text_field,
         sample_bytes,
         [str(source) for source in given],
+        special_tokens,
     )
     opened = [open_source(source, text_field) for source in given]
     folder = Path(out_folder)
@@ -162,14 +171,15 @@ def _write(
         "end_of_document": tokenizer.end_of_document,
     }
     metadata = {"sources": settings.sources, "seed": settings.seed, "content": survey.content}
+    parse = settings.special_tokens == "parse"
     wants_both = bool(held_out.any()) or cut > 0
     with TokenWriter(folder / "train.tokens", **common, metadata={**metadata, "part": "train"}) as train:
         if wants_both:
             with TokenWriter(folder / "held_out.tokens", **common, metadata={**metadata, "part": "held_out"}) as other:
-                tokenise(survey, tokenizer, held_out, cut, train, other)
+                special = tokenise(survey, tokenizer, held_out, cut, train, other, parse)
         else:
             (folder / "held_out.tokens").unlink(missing_ok=True)
-            tokenise(survey, tokenizer, held_out, cut, train, train)
+            special = tokenise(survey, tokenizer, held_out, cut, train, train, parse)
     report = {
         "documents": survey.split.size,
         "bytes": survey.bytes,
@@ -177,6 +187,7 @@ def _write(
         "held_out_documents": other.document_count if wants_both else 0,
         "held_out_tokens": other.token_count if wants_both else 0,
         "empty": survey.empty,
+        COUNT: special,
         "skipped": len(survey.skipped),
         "skipped_first": dict(list(survey.skipped.items())[:5]),
         "seconds": round(seconds + time.monotonic() - started, 2),
@@ -197,11 +208,17 @@ def _write(
 
 def _resolve(tokenizer: str | Path | Tokenizer) -> Tokenizer | None:
     """Return a given tokenizer, or None if one is to be trained."""
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    if str(tokenizer) == "bpe":
-        return None
-    return ByteTokenizer() if str(tokenizer) == "bytes" else load_tokenizer(tokenizer)
+    if not isinstance(tokenizer, Tokenizer):
+        if str(tokenizer) == "bpe":
+            return None
+        tokenizer = load_tokenizer(tokenizer)
+    if tokenizer.end_of_document is None and not (tokenizer.prefix or tokenizer.suffix):
+        raise DataError(
+            f"data.tokenizer {str(tokenizer.folder or 'without a folder')!r} has no token between documents: it names "
+            "no eos_token, and its post-processor adds none around a text, so packed documents would run into each "
+            'other. Name one of its tokens as "eos_token" in its tokenizer_config.json'
+        )
+    return tokenizer
 
 
 def _stamp(sources: list[Source]) -> list[Any] | None:

@@ -20,24 +20,31 @@ def tokenise(
     cut: float,
     train: TokenWriter,
     other: TokenWriter,
-) -> None:
-    """Write every document of a survey.
+    parse: bool = False,
+) -> int:
+    """Write every document of a survey, with the tokenizer's special tokens around it.
 
     Args:
         held_out: (documents,) bool: goes to ``other``, the rest to ``train``.
         cut: if above 0 there is one document, and this share at its end goes to ``other``.
+        parse: special-token strings in the text become special tokens.
+
+    Returns:
+        how many special-token strings the text holds.
     """
+    special = 0
     batch: list[tuple[TokenWriter, str, list[str]]] = []
     size = done = 0
 
     def flush() -> None:
-        nonlocal size, done
+        nonlocal size, done, special
         pieces = [piece for _, _, texts in batch for piece in texts]
-        encoded = iter(tokenizer.encode_batch(pieces))
+        special += sum(map(tokenizer.special.count, pieces))
+        encoded = iter(tokenizer.encode_batch(pieces, parse=parse))
         for writer, name, texts in batch:
             ids = np.concatenate([next(encoded) for _ in texts])
             if ids.size:
-                writer.add(ids, name)
+                writer.add(tokenizer.document(ids), name)
         done += size
         size = 0
         batch.clear()
@@ -54,6 +61,7 @@ def tokenise(
         if size >= _BATCH_BYTES:
             flush()
     flush()
+    return special
 
 
 def _pieces(text: str) -> list[str]:

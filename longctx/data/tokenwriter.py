@@ -33,7 +33,7 @@ class TokenWriter:
         path: final name; replaced atomically if it exists.
         vocabulary_size: tokens must be below it; up to 65,536 they are stored as uint16, else as uint32.
         tokenizer_hash: 64 hex digits.
-        end_of_document: id appended to every document, or None.
+        end_of_document: id appended to every document that does not end with it, or None.
         metadata: JSON object kept in the file.
     """
 
@@ -74,7 +74,7 @@ class TokenWriter:
         return self
 
     def add(self, tokens: npt.ArrayLike, name: str = "") -> None:
-        """Append one document (1-D integers, at least one, ``end_of_document`` is added). Raises: DataError."""
+        """Append one document (1-D integers, at least one); ``end_of_document`` ends it. Raises: DataError."""
         ids = np.asarray(tokens)
         where = f"{name or f'document {self.document_count}'}"
         if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
@@ -85,7 +85,7 @@ class TokenWriter:
                 f"{where}: token {bad} is {int(ids[bad])}, outside the vocabulary of {self.vocabulary_size}: "
                 "state the vocabulary size of the tokenizer that made it"
             )
-        if self.end_of_document is not None:
+        if self.end_of_document is not None and int(ids[-1]) != self.end_of_document:
             ids = np.append(ids, self.end_of_document)
         self._write(ids.astype(self._dtype).tobytes())
         self.token_count += ids.size
@@ -174,11 +174,22 @@ class TokenWriter:
 def publish(stream: Any, aside: Path, path: Path) -> None:
     """Make ``aside``, open as ``stream``, appear as ``path``: flush, fsync, rename, fsync of the folder."""
     stream.flush()
-    os.fchmod(stream.fileno(), 0o644)
+    os.fchmod(stream.fileno(), file_mode())
     os.fsync(stream.fileno())
     stream.close()
     os.replace(aside, path)
     sync_folder(path.parent)
+
+
+def file_mode() -> int:
+    """Return the permissions that an ordinary new file gets under this process's umask."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        mask = int(status.partition("Umask:")[2].split()[0], 8)
+    except (OSError, IndexError, ValueError):  # not Linux: ask by setting it, which other threads might notice
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return 0o666 & ~mask
 
 
 def publish_bytes(data: bytes, path: Path) -> None:

@@ -37,6 +37,26 @@ class MicroBatchMark:
     divisor: torch.Tensor | None = None  # ()
 
 
+def size_problem(window: Any, wanted: int, last: bool) -> EngineError | None:
+    """Return what is wrong with the number of micro-batches of a window that is to be trained, or None.
+
+    Args:
+        window: a list of micro-batches, or one as a dictionary.
+        wanted: ``gradient_accumulation_steps``.
+        last: it is the last of an epoch, and may be shorter.
+    """
+    if not isinstance(window, (dict, list, tuple)):
+        return None  # refused by name where it is read
+    size = 1 if isinstance(window, dict) else len(window)
+    if size == wanted or last and 0 < size < wanted:
+        return None
+    return EngineError(
+        f"a window of {size} micro-batches, but gradient_accumulation_steps is {wanted}: pass all micro-batches of one "
+        "optimizer step at once (a dict, if that is one): only then can their tokens be weighed. The last window of an "
+        "epoch may be shorter with last=True; rows that are not trained go under torch.no_grad()"
+    )
+
+
 def mark(batches: list[dict[str, Any]], *, trained: bool = True) -> None:
     """Write each micro-batch's place onto its tensors. They are views: the caller's own tensors are not marked."""
     window = WindowMark(len(batches), trained)

@@ -26,6 +26,7 @@ def build(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     layers: dict[Any, Any] | None = None,
+    changes: dict[str, Any] | None = None,
 ) -> Any:
     """Return a causal language model of transformers with longctx's attention.
 
@@ -37,6 +38,7 @@ def build(
         dtype: of the weights; None follows ``config`` (bf16, fp16, else fp32).
         seed: of the random weights, the same on any number of ranks and any stage.
         layers: how chosen layers attend instead of as they did, as ``longctx.convert`` takes it.
+        changes: keys of a folder's config.json that get another value, such as ``max_position_embeddings``.
 
     Raises:
         EngineError: the configuration contradicts the mesh.
@@ -54,7 +56,7 @@ def build(
 
         deepspeed.init_distributed()  # adopts the mesh's; zero.Init would count one rank without it
     folder = isinstance(model, (str, Path))
-    description = pretrained.read_config(model) if folder else model
+    description = pretrained.read_config(model, changes) if folder else model
     if layers:
         description = convert(description, layers)
     with own_group(settings, mesh), zero3.partitioned_by(settings) if partitioned else contextlib.nullcontext():

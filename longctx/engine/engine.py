@@ -17,16 +17,20 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from longctx.engine import guard
-from longctx.engine.accumulation import Accumulation, find_mark
+from longctx.engine.accumulation import Accumulation, find_mark, size_problem
 from longctx.engine.dropout import add_seeds
 from longctx.engine.evaluate import Evaluation, evaluate
-from longctx.engine.loss import check_model_loss
+from longctx.engine.exchange import reached
+from longctx.engine.loss import check_model_loss, check_nothing_added, refuse_additions
 from longctx.engine.lossmean import Evidence, judge, settle, token_mean
 from longctx.engine.stock import StockEngine
-from longctx.engine.window import Window, shard_window, weigh_window
+from longctx.engine.window import shard_window, weigh_window
 from longctx.errors import EngineError, NonFiniteError
 from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
+from longctx.models.binding import binding_of
+from longctx.models.positions import PLAIN, PositionRule
+from longctx.models.probe import position_rule
 from longctx.sharding import unshard
 
 logger = logging.getLogger(__name__)
@@ -106,18 +110,11 @@ class Engine(StockEngine):
         """Return the whole sequence (…, S, …) from this rank's part (…, T, …); see ``longctx.unshard``."""
         return unshard(x, self.mesh, dim, length=length, layout=self.layout)
 
-    def _window_facts(self, window: Window | dict[str, Any], last: bool) -> dict[str, Any]:
+    def _window_facts(self, window: Any, last: bool) -> dict[str, Any]:
         """Return where this rank stands, and what is wrong with the window's size."""
-        size, wanted = 1 if isinstance(window, dict) else len(window), self.gradient_accumulation_steps()
-        trained, problem = torch.is_grad_enabled(), None
-        if trained and (size > wanted or size < wanted and not last):
-            problem = EngineError(
-                f"a window of {size} micro-batches, but gradient_accumulation_steps is {wanted}: pass all micro-"
-                "batches of one optimizer step at once (a dict, if that is one): only then can their tokens be weighed."
-                " The last window of an epoch may be shorter with last=True; rows that are not trained go under "
-                "torch.no_grad()"
-            )
-        return {"step": self.global_steps, "trained": trained, "problem": problem}
+        trained = torch.is_grad_enabled()
+        problem = size_problem(window, self.gradient_accumulation_steps(), last) if trained else None
+        return {"rule": self.position_rule, "step": self.global_steps, "trained": trained, "problem": problem}
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -129,11 +126,14 @@ class Engine(StockEngine):
             self._accumulation.forward(place)
         number = self._accumulation.backwards if place is None else place.index
         kwargs = add_seeds(self.module, kwargs, self.mesh, self._seed, self.global_steps, number)
+        name, parts = type(self.module).__name__, self.mesh.world_size * self.gradient_accumulation_steps()
+        refuse_additions(self.module, inputs, kwargs, parts)
         output = super().forward(*inputs, **kwargs)
+        check_nothing_added(output, kwargs, parts, name)
         if trained and self._careful > 0:
             self._output = output
             if self._check_loss and "num_items_in_batch" in kwargs:
-                self._check_loss = not check_model_loss(output, kwargs, self.mesh, type(self.module).__name__)
+                self._check_loss = not check_model_loss(output, kwargs, self.mesh, name)
         return output
 
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -219,7 +219,7 @@ class Engine(StockEngine):
         else:
             super().step(lr_kwargs)
             self._begin_window()
-            self._log_monitors()
+            self._log_monitors({"train_loss": self._mean_loss, "grad_norm": self.grad_norm})
             if self.was_step_applied() or (self.fp16_enabled() and math.isfinite(self._mean_loss)):
                 return
             guard.uncount_step(self)
@@ -239,7 +239,8 @@ class Engine(StockEngine):
         found = torch.stack([self._share, *(self._share.new_tensor(float(number)) for number in self._evidence)])
         self._share = torch.zeros_like(self._share)
         if self.mesh.world_size > 1:
-            dist.all_reduce(found, group=self.mesh.world_group)
+            with reached(f"engine.step after {self.global_steps} steps", self.mesh):
+                dist.all_reduce(found, group=self.mesh.world_group)
         share, *evidence = found.tolist()
         settle(Evidence(*map(round, evidence)), self.mesh, last=self._careful == 1)
         return share / self.mesh.data_size
@@ -247,17 +248,17 @@ class Engine(StockEngine):
     def _window_is_open(self) -> bool:
         return self._accumulation.backwards > 0
 
-    def _log_monitors(self) -> None:
-        """Send loss and gradient norm where DeepSpeed sends the learning rate."""
-        if self.monitor.enabled and self.mesh.rank == 0:
-            values = {"train_loss": self._mean_loss, "grad_norm": self.grad_norm}
-            self.monitor.write_events([(f"Train/Samples/{k}", v, self.global_samples) for k, v in values.items()])
-
     def clip_fp32_gradients(self) -> None:
         """Clip by the norm that is reported (DeepSpeed calls this for ZeRO 0 in fp32 only)."""
         guard.clip_plain(self, self._true_norm)
 
     # -- what came out ---------------------------------------------------------------------------------------------
+
+    @property
+    def position_rule(self) -> PositionRule:
+        """How the model counts positions where rows have none; see ``models.probe``, which may raise ModelError."""
+        binding = binding_of(self.module)
+        return PLAIN if binding is None else position_rule(self.module, binding)
 
     @property
     def global_loss(self) -> float:

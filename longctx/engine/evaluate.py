@@ -16,6 +16,7 @@ from longctx.engine.loss import token_loss
 from longctx.engine.rows import IGNORED, Batch
 from longctx.engine.window import cut_rows, row_checksum
 from longctx.errors import EngineError
+from longctx.models.modes import evaluating
 
 if TYPE_CHECKING:
     from longctx.engine.engine import Engine
@@ -29,21 +30,16 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(engine: Engine, batches: Iterable[Batch], *, sharded: bool) -> Evaluation:
-    """Run ``batches`` in eval mode without gradients; the mode is restored. Collective over the world.
+    """Run ``batches`` in eval mode without gradients; every module gets its mode back. Collective over the world.
 
     Raises:
         EngineError: on every rank, when a batch of any rank has no labels or is refused.
     """
-    training = engine.module.training
-    engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=engine.mesh.device)
     iterator = iter(batches)
-    try:
-        with torch.no_grad():
-            while (batch := _next(iterator, engine, sharded)) is not None:
-                total += _sums(engine, batch)
-    finally:
-        engine.train(training)
+    with evaluating(engine.module), torch.no_grad():
+        while (batch := _next(iterator, engine, sharded)) is not None:
+            total += _sums(engine, batch)
     if engine.mesh.world_size > 1:
         torch.distributed.all_reduce(total, group=engine.mesh.world_group)
     loss, tokens = total.tolist()
@@ -88,7 +84,7 @@ def _check_groups(found: list[tuple[bool, int]], engine: Engine) -> None:
 
 def _prepared(batch: Batch, engine: Engine, sharded: bool) -> Batch:
     if not sharded:
-        batch = cut_rows(batch, engine.mesh, engine.layout)
+        batch = cut_rows(batch, engine.mesh, engine.layout, engine.position_rule)
     labels = batch.get("shift_labels", batch.get("labels"))
     if labels is None:
         raise EngineError(f"an evaluation batch needs labels; it has {sorted(map(str, batch))}")

@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from longctx.errors import EngineError
+from longctx.errors import EngineError, LongctxError
 from longctx.mesh import Mesh
 from longctx.sameness import ranks_text
 
@@ -36,6 +38,7 @@ PLACES = (  # append only at the end: ranks compare the index
 _WIDTH = 8  # integers in a message; one size for all, so that no two messages fail on their lengths
 _FIRST_WORD = 60.0  # seconds of waiting after which missing ranks are named in the log
 _LOOKUP = 10.0  # seconds that the store may take to say who is missing
+_BROKEN = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL", "c10d")
 _groups: dict[str, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
 
 
@@ -53,6 +56,8 @@ def exchange(numbers: list[int], mesh: Mesh, at: str = "start-up", step: int = 0
     """
     if mesh.world_size == 1:
         return [numbers]
+    if dist.get_backend() == "fake":  # a rehearsal: one rank of a world that is not there
+        return [numbers] * mesh.world_size
     group = control_group(mesh)
     padding = [0] * (_WIDTH - 2 - len(numbers))
     mine = torch.tensor([PLACES.index(at), step, *numbers, *padding], dtype=torch.int64, device=_device(group, mesh))
@@ -63,6 +68,28 @@ def exchange(numbers: list[int], mesh: Mesh, at: str = "start-up", step: int = 0
     rows = torch.stack(everyone).tolist()
     _check_places([(PLACES[row[0]], row[1]) for row in rows])
     return [row[2 : 2 + len(numbers)] for row in rows]
+
+
+@contextmanager
+def reached(here: str, mesh: Mesh) -> Iterator[None]:
+    """Run a block that sends messages of its own; if a message fails, name the ranks that are elsewhere.
+
+    Raises:
+        EngineError: on this rank, when a connection broke or torch's own limit passed.
+    """
+    if mesh.world_size == 1 or dist.get_backend() == "fake":
+        yield
+        return
+    _note(here, mesh)
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, LongctxError) or not any(word in str(error) for word in _BROKEN):
+            raise
+        raise EngineError(
+            f"{here}: a message between ranks failed. {_missing(mesh, here)} A rank ended, hangs, or skipped a call "
+            f"that all must make. torch says: {_first_line(error)}"
+        ) from error
 
 
 def control_group(mesh: Mesh) -> dist.ProcessGroup:
@@ -144,7 +171,7 @@ def _missing(mesh: Mesh, here: str) -> str:
         return "The store of the job (in the first rank, or the launcher) does not answer."
     absent = [(rank, place) for rank, place in seen.items() if place != here]
     if not absent:
-        return "All ranks have come, but a connection between them is broken."
+        return "All ranks were here last, so one of them ended or stands still here."
     return "Not here: " + "; ".join(f"rank {rank}, last seen in {place}" for rank, place in absent[:8]) + "."
 
 

@@ -138,6 +138,8 @@ def default_clipping() -> float:
 def attach_attention(model: Any, mesh: Mesh, layout: Layout) -> None:
     """Have a transformers model's attention run over ``mesh``; leave other modules alone."""
     if hasattr(getattr(model, "config", None), "_attn_implementation"):
+        from longctx.engine.rowcheck import watch_rows
         from longctx.models.attach import attach_attention as attach
 
         attach(model, mesh, layout.name)
+        watch_rows(model, mesh)

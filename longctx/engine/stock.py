@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from longctx.engine.exchange import exchange
+from longctx.engine.exchange import exchange, reached
 from longctx.engine.hpz import drop_copies
 from longctx.errors import EngineError
 from longctx.mesh import Mesh
+
+logger = logging.getLogger(__name__)
 
 
 class StockEngine(DeepSpeedEngine):
     """What ``Engine`` changes about DeepSpeed's engine beside training itself."""
 
     mesh: Mesh
+    _in_training = False  # the newest forward pass with gradients was in training mode
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        """As DeepSpeed's; a rank that is missed in it is named, and so is a mode that something has changed."""
+        self._watch_mode()
+        with reached(f"engine.forward after {self.global_steps} steps", self.mesh):
+            return super().forward(*inputs, **keywords)
+
+    def backward(self, *arguments: Any, **keywords: Any) -> Any:
+        """As DeepSpeed's; a rank that is missed in it is named."""
+        with reached(f"engine.backward after {self.global_steps} steps", self.mesh):
+            return super().backward(*arguments, **keywords)
+
+    def step(self, *arguments: Any, **keywords: Any) -> Any:
+        """As DeepSpeed's; a rank that is missed in it is named."""
+        with reached(f"engine.step after {self.global_steps} steps", self.mesh):
+            return super().step(*arguments, **keywords)
+
+    def _watch_mode(self) -> None:
+        """Say once when training goes on in eval mode, as an evaluation or a generation in between may leave it."""
+        if not torch.is_grad_enabled():
+            return
+        if self._in_training and not self.module.training and self.mesh.rank == 0:
+            logger.warning(
+                "the model was trained in training mode and is now in eval mode: dropout is off. Call engine.train() "
+                "after your own evaluation or generation (engine.evaluate and longctx.generate restore the mode)"
+            )
+        self._in_training = self.module.training
 
     def save_checkpoint(self, *arguments: Any, **keywords: Any) -> Any:
         """As DeepSpeed's; ranks that are elsewhere (``if rank == 0``, a loop that ended early) are named.
@@ -65,6 +97,11 @@ class StockEngine(DeepSpeedEngine):
         """
         _check_count("train_micro_batch_size_per_gpu", micro_batch_size)
         self._change_batch(micro_batch_size, self.gradient_accumulation_steps())
+
+    def _log_monitors(self, values: dict[str, float]) -> None:
+        """Send values where DeepSpeed sends the learning rate."""
+        if self.monitor.enabled and self.mesh.rank == 0:
+            self.monitor.write_events([(f"Train/Samples/{k}", v, self.global_samples) for k, v in values.items()])
 
     def _change_batch(self, micro: int, steps: int) -> None:
         if self._window_is_open():

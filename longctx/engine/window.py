@@ -18,16 +18,17 @@ import torch
 
 from longctx.engine.accumulation import mark
 from longctx.engine.exchange import exchange
-from longctx.engine.rows import IGNORED, PADDING, Batch, explicit_rows
+from longctx.engine.rows import IGNORED, PADDING, Batch, explicit_rows, fill_padding
 from longctx.errors import EngineError
-from longctx.layout import Layout
+from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
-from longctx.sharding import shard
+from longctx.models.positions import PLAIN, PositionRule, check_positions
+from longctx.sameness import checksum
+from longctx.sharding import cut
 
 Window = list[Batch]
 _PAD = {"shift_labels": IGNORED, "document_ids": PADDING}
 _LABELS = frozenset(("label", "labels", "target", "targets"))  # words of keys that are padded with -100
-_PRIME = 1_000_003
 _REFUSED, _FINE = 1, 0
 
 
@@ -36,6 +37,7 @@ def shard_window(
     mesh: Mesh,
     layout: str | Layout = "zigzag",
     *,
+    rule: PositionRule = PLAIN,
     step: int = 0,
     trained: bool = True,
     problem: Exception | None = None,
@@ -48,6 +50,7 @@ def shard_window(
     Args:
         window: the micro-batches of one optimizer step (a dict, if that is one); see ``rows.explicit_rows`` for what
             a batch may hold. Rows are not changed.
+        rule: how the model counts positions where a batch has none.
         step: optimizer steps that this rank has made; the same on all.
         trained: False for a window that is only looked at (see ``accumulation.WindowMark``).
         problem: what this rank has found wrong already; it is raised here, and the other ranks hear of it.
@@ -66,7 +69,7 @@ def shard_window(
     checksum = 0
     try:
         for batch in _listed(window) if problem is None else ():
-            rows = explicit_rows(_moved(batch, mesh.device))
+            rows = explicit_rows(_moved(batch, mesh.device), rule)
             checksum = row_checksum(rows, mesh, checksum)
             batches.append(_cut(rows, mesh, layout))
     except Exception as error:  # whatever it is, the other ranks must hear of it: they wait in the exchange
@@ -77,7 +80,13 @@ def shard_window(
 
 
 def weigh_window(
-    window: Window | Batch, mesh: Mesh, *, step: int = 0, trained: bool = True, problem: Exception | None = None
+    window: Window | Batch,
+    mesh: Mesh,
+    *,
+    rule: PositionRule = PLAIN,
+    step: int = 0,
+    trained: bool = True,
+    problem: Exception | None = None,
 ) -> Any:
     """Return a window that is already cut (each rank read its own part) with ``num_items_in_batch`` added.
 
@@ -100,6 +109,10 @@ def weigh_window(
                     f"a sharded batch needs position_ids and document_ids; it has {sorted(map(str, batch))}. Full rows "
                     "go through engine.shard"
                 )
+            check_positions(batch["position_ids"], batch["document_ids"], rule)
+            for key in ("input_ids", "inputs_embeds"):
+                if key in batch:
+                    batch[key] = fill_padding(batch[key], batch["document_ids"])
             labels = batch.get("shift_labels", batch.get("labels"))
             if labels is not None:
                 batch["labels"] = batch["shift_labels"] = labels
@@ -111,9 +124,9 @@ def weigh_window(
     return batches[0] if isinstance(window, dict) else batches
 
 
-def cut_rows(batch: Batch, mesh: Mesh, layout: str | Layout = "zigzag") -> Batch:
+def cut_rows(batch: Batch, mesh: Mesh, layout: str | Layout = "zigzag", rule: PositionRule = PLAIN) -> Batch:
     """Return this rank's part of one batch of full rows, unweighted. No communication."""
-    return _cut(explicit_rows(_moved(batch, mesh.device)), mesh, layout)
+    return _cut(explicit_rows(_moved(batch, mesh.device), rule), mesh, layout)
 
 
 def tokens_to_divide_by(global_count: int, data_size: int) -> float:
@@ -172,11 +185,20 @@ def _cut(rows: Batch, mesh: Mesh, layout: str | Layout) -> Batch:
     local: Batch = {}
     for key, value in rows.items():
         if isinstance(value, torch.Tensor) and value.shape[:2] == shape:
-            value = shard(value, mesh, 1, layout, _pad_value(key, value))
+            if key in ("input_ids", "inputs_embeds"):
+                value = _lengthened(value, mesh, layout)
+            value = cut(value, mesh, 1, layout, _pad_value(key, value))
         local[key] = value
     if "shift_labels" in local:
         local["labels"] = local["shift_labels"]
     return {**local, "use_cache": False}
+
+
+def _lengthened(x: torch.Tensor, mesh: Mesh, layout: str | Layout) -> torch.Tensor:
+    """Return tokens or embeddings with the layout's padding: each row's first, for a row of zeros may have no norm."""
+    missing = get_layout(layout).padded_length(x.shape[1], mesh.ring_size, mesh.ulysses_size) - x.shape[1]
+    filler = x[:, :1].detach().expand(-1, missing, *x.shape[2:])
+    return torch.cat([x, filler], 1) if missing else x
 
 
 def _pad_value(key: str, value: torch.Tensor) -> int:
@@ -208,15 +230,8 @@ def _checksum(rows: Batch, seed: int) -> int:
     total = seed
     for key in sorted(rows):
         value = rows[key]
-        if not isinstance(value, torch.Tensor):
-            continue
-        flat = value.detach().reshape(-1)
-        if flat.is_floating_point():
-            flat = flat.double().view(torch.int64)
-        index = torch.arange(1, flat.numel() + 1, device=flat.device) * _PRIME
-        mixed = (flat.to(torch.int64) + 7) * (index ^ (index >> 7))  # wraps around: a checksum, not arithmetic
-        shape = sum((place + 2) * size for place, size in enumerate(value.shape))
-        total = (total * 31 + int(mixed.sum()) + shape + sum(key.encode())) % (2**62)
+        if isinstance(value, torch.Tensor):
+            total = (total * 31 + int(checksum(value)) + sum(key.encode())) % (2**62)
     return total
 
 

@@ -21,7 +21,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="a file with the text; - is standard input")] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="ask for one prompt after another")] = False,
-    ring: Annotated[int, typer.Option(help="ranks of this machine that share the context", min=1)] = 1,
+    ring: Annotated[int, typer.Option(help="ranks of this machine that share the context", min=1, max=4096)] = 1,
     attention: Annotated[str, typer.Option(help="auto, el (hidden states) or kv (keys and values)")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="stop after so many")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
@@ -36,7 +36,8 @@ def generate(
         raise ConfigError("generate: give one of --prompt, --prompt-file and --interactive")
     if prompt_file is not None:
         try:
-            prompt = sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text(encoding="utf-8")
+            raw = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
+            prompt = raw.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"generate --prompt-file {prompt_file}: cannot be read as UTF-8 text: {error}") from None
     request = Request(
@@ -93,10 +94,14 @@ def _here(request: Request, interactive: bool) -> int:
             except EOFError:
                 print()
                 return 0
+            except UnicodeDecodeError as error:
+                print(f"generate: the prompt is not UTF-8 text ({error.reason})", file=sys.stderr)
+                continue
             if not prompt.strip():
                 continue
-            request = Request(**(vars(request) | {"prompt": prompt}))
         try:
+            if interactive:
+                request = Request(**(vars(request) | {"prompt": prompt}))
             done = generator.answer(request, lambda text: print(text, end="", flush=True))
         except ConfigError as error:
             if not interactive:

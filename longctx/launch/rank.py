@@ -119,11 +119,11 @@ def _train(path: Path, overrides: list[str], rank: int, stop: StopFlag) -> int:
 
 def _load(path: Path, overrides: list[str]) -> tuple[RunConfig | None, ConfigError | None]:
     """Return the configuration, or what is wrong with it. Our own launcher has resolved it once for all ranks."""
-    from longctx.config.load import load
+    from longctx.config.load import load, load_for_rank
 
     resolved = os.environ.get(RESOLVED) if "LONGCTX_PARENT" in os.environ else None
     try:
-        return (load(resolved) if resolved else load(path, overrides, default_world=_world())), None
+        return (load(resolved) if resolved else load_for_rank(path, overrides, default_world=_world())), None
     except ConfigError as error:
         return None, error
 
@@ -164,7 +164,7 @@ def _console(rank: int) -> TextIO | None:
     if rank != 0:
         return None
     handed = os.environ.get("LONGCTX_CONSOLE")
-    return os.fdopen(int(handed), "w", buffering=1) if handed else sys.stdout
+    return os.fdopen(int(handed), "w", buffering=1, errors="backslashreplace") if handed else sys.stdout
 
 
 def _print_once(rank: int, error: BaseException) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from longctx.config.machine import token_folder
 from longctx.config.schema import RunConfig
 from longctx.data.build import RECORD, TokenBuild, build_tokens, open_build
+from longctx.data.special import note
 from longctx.data.tokenfile import TokenFile
-from longctx.data.tokenizer import load_tokenizer
+from longctx.data.tokenizer import ByteTokenizer, load_tokenizer, require_kept
 from longctx.errors import DataError
 
 Say = Callable[[str], None]
-TOKENIZER_TO_TRAIN = "bpe"  # the default of data.tokenizer: no tokenizer is asked for
+TOKENIZER_TO_TRAIN = "bpe"  # what data.tokenizer: auto is without a pretrained model: no tokenizer is asked for
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,14 @@ class Corpus:
     vocabulary_size: int
     tokenizer_hash: str
     end_of_document: int | None
+    beginning: int | None  # the tokenizer's bos_token_id
 
 
 def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
     """Return the run's token files, made now if need be. For one process; it may take minutes on much text.
 
     Raises:
-        DataError: nothing to read, damaged token files, or a tokenizer that does not match them.
+        DataError: nothing to read, damaged token files, or a tokenizer that does not match them or the architecture.
     """
     data = config.data
     folders = [Path(source) for source in data.sources if (Path(source) / RECORD).is_file()]
@@ -44,7 +46,10 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
                 f"data.sources mixes {folders[0]}, which `longctx data build` made, with other sources; give it alone, "
                 "or build all sources together"
             )
-        return _corpus(_opened(folders[0], data.tokenizer))
+        opened = _opened(folders[0], data.tokenizer)
+        _require_kept(config, str(opened.tokenizer))
+        return _corpus(opened)
+    _require_kept(config, data.tokenizer)
     started = time.monotonic()
     build = build_tokens(
         list(data.sources),
@@ -55,6 +60,7 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
         seed=data.seed,
         text_field=data.text_field,
         sample_bytes=data.sample_bytes,
+        special_tokens=data.special_tokens,
         progress=_Stages(say),
     )
     report = build.report
@@ -63,7 +69,16 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
         f"data: {report['documents']:,} documents, {report['tokens']:,} tokens to train on, "
         f"{report['held_out_tokens']:,} held out ({how} {build.folder})"
     )
+    if said := note(report, data.special_tokens):
+        say(f"data: {said}")
     return _corpus(build)
+
+
+def _require_kept(config: RunConfig, tokenizer: str) -> None:
+    """Refuse a tokenizer that transformers would read as another one in the folder of the run's exported model."""
+    if config.model.architecture is not None:
+        alike = ByteTokenizer() if tokenizer == TOKENIZER_TO_TRAIN else load_tokenizer(tokenizer)
+        require_kept(alike, config.model.architecture)
 
 
 def _opened(folder: Path, tokenizer: str) -> TokenBuild:
@@ -93,11 +108,13 @@ class _Stages:
 
 
 def _corpus(build: TokenBuild) -> Corpus:
+    tokenizer = load_tokenizer(build.tokenizer)
     return Corpus(
         str(build.train),
         str(build.held_out) if build.held_out else None,
         str(build.tokenizer),
         build.vocabulary_size,
         build.tokenizer_hash,
-        load_tokenizer(build.tokenizer).end_of_document,
+        tokenizer.end_of_document,
+        tokenizer.beginning,
     )

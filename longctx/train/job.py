@@ -25,6 +25,7 @@ from longctx.train.agree import broadcast_json, gather_json, ranks, together
 from longctx.train.checkpoint import Checkpoints, Progress
 from longctx.train.corpus import Corpus, Say, prepare_corpus
 from longctx.train.environment import git_commit, versions
+from longctx.train.export import Source, read_source
 from longctx.train.manifest import Manifest
 from longctx.train.model import build_model, hash_of_model, memory_of, model_config
 from longctx.train.optimizer import make_optimizer
@@ -47,6 +48,7 @@ class Job:
     start: Progress
     parameters: int
     description: Any  # the transformers config
+    source: Source | None  # of the export, where the model was pretrained
 
 
 def find_checkpoint(config: RunConfig, sizes: Derived, say: Say) -> tuple[Checkpoints, Manifest | None]:
@@ -81,7 +83,8 @@ def set_up(
     corpus = _prepare(config, say)
     with together():
         loader, held_out = _loaders(config, sizes, mesh, corpus)
-        description = model_config(config, corpus.vocabulary_size, corpus.end_of_document)
+        description = model_config(config, corpus.vocabulary_size, corpus.end_of_document, corpus.beginning)
+        source = read_source(config.model.pretrained)
     say(
         f"mesh: {sizes.world} ranks = data {sizes.data} x ring {sizes.ring} x ulysses {sizes.ulysses}; rows of "
         f"{config.data.sequence_length:,} tokens, {sizes.local_length:,} on each rank"
@@ -101,8 +104,9 @@ def set_up(
     kind = config.model.architecture or config.model.pretrained
     say(f"model: {kind}, {parameters:,} parameters, {config.model.dtype}, ZeRO-{config.zero.stage}")
     return Job(
-        config, sizes, mesh, output, corpus, loader, held_out, engine, checkpoints, start, parameters, description
-    )
+        config, sizes, mesh, output, corpus, loader, held_out, engine, checkpoints, start, parameters, description,
+        source,
+    )  # fmt: skip
 
 
 def agree_on_group(sizes: Derived) -> None:

@@ -81,7 +81,10 @@ def run(
         summary = _summary(job, outcome, time.monotonic() - started)
         if outcome.stopped:
             _write(output, summary | {"status": "stopped"})
-            display.say(f"stopped on request after step {outcome.progress.step}; start again to resume")
+            display.say(
+                f"stopped on request after step {outcome.progress.step}; start again to resume, or "
+                f"`longctx export {job.config.output.folder}` writes its model"
+            )
             return PREEMPTED
         _finish(job, summary, display)
     return 0
@@ -159,14 +162,17 @@ def _summary(job: Job, outcome: Outcome, wall: float) -> dict[str, Any]:
 
 def _finish(job: Job, summary: dict[str, Any], display: Display) -> None:
     """Leave what people look at: the model as a transformers folder, loss.png, a sample, summary.json."""
-    model = export_model(job.engine, Path(job.corpus.tokenizer), job.output)
+    model = export_model(job.engine, Path(job.corpus.tokenizer), job.output, job.source)
     sample = None
     with together():
         if job.mesh.rank == 0:
             settings = job.config.output
             if job.corpus.held_out and settings.sample_tokens:
                 held_out = Path(job.corpus.held_out)
-                sample = draw_sample(model, held_out, settings.sample_prompt, settings.sample_tokens)
+                try:
+                    sample = draw_sample(model, held_out, settings.sample_prompt, settings.sample_tokens)
+                except ValueError as error:  # transformers refuses the folder's generation config; the model is saved
+                    display.say(f"no sample: {error}")
             plot = _plot(job, display)
             summary |= {
                 "model": str(model),

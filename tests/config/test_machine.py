@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,8 +11,6 @@ from config_samples import BASE, text_of, variant
 from longctx.config import machine
 from longctx.config.load import loads, require_machine
 from longctx.config.problems import InvalidConfig
-
-FROM_FOLDER = {f"model__{key}": ... for key in BASE["model"] if key != "dtype"}
 
 
 def refused(starting: bool = True, **changes: Any) -> tuple[str, str]:
@@ -75,36 +71,3 @@ def test_missing_packages(monkeypatch):
     assert refused(data__sources=["hf:name"]) == ("data.sources", "missing-package")
     notes = require_machine(loads(text_of(BASE)))
     assert any("matplotlib" in note for note in notes)
-
-
-def pretrained(folder: Path, settings: object, weights: str = "model.safetensors") -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(settings if isinstance(settings, str) else json.dumps(settings))
-    (folder / weights).touch()
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("settings", "weights", "code"),
-    [
-        ({"model_type": "llama"}, "pytorch_model.bin", "no-file"),
-        ({"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}, "model.safetensors", "refused"),
-        (
-            {"model_type": "llama", "_attn_implementation_internal": "kernels-community/x"},
-            "model.safetensors",
-            "refused",
-        ),
-        ("not json", "model.safetensors", "no-file"),
-        ("[" * 100_000, "model.safetensors", "no-file"),
-        ([1], "model.safetensors", "no-file"),
-    ],
-)
-def test_foreign_models(tmp_path, settings: object, weights: str, code: str):
-    folder = pretrained(tmp_path / "model", settings, weights)
-    assert refused(**FROM_FOLDER, model__pretrained=str(folder)) == ("model.pretrained", code)
-
-
-def test_a_pretrained_folder(tmp_path):
-    folder = pretrained(tmp_path / "model", {"model_type": "llama"})
-    require_machine(loads(text_of(variant(**FROM_FOLDER, model__pretrained=str(folder)))))
-    assert refused(**FROM_FOLDER, model__pretrained=str(tmp_path / "none")) == ("model.pretrained", "no-file")

@@ -235,3 +235,9 @@ def test_largest_texts_take_less_than_a_second_of_cpu():
 def test_a_float_stays_the_same_float():
     for value in (3e-4, 1e-8, 0.1, 1 / 3, 123456.789, 5e300):
         assert parse(repr(value), "").value == value and math.isfinite(value)
+
+
+@pytest.mark.parametrize("character", ["\x07", "\x1b", "\x00", "\x9f", "\ufffe"])
+def test_a_refused_character_is_named_by_its_own_code_point(character: str):
+    (problem,) = problems_of(f"a: {character}").problems
+    assert f"U+{ord(character):04X}" in problem.message and problem.place[1:] == (1, 4)

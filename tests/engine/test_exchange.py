@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +66,47 @@ def test_a_rank_that_does_not_come_is_named_within_the_meshs_patience() -> None:
     assert "Not here: rank 1, last seen in engine.shard after 5 steps" in message
     assert 3 <= waited < 30
     assert said and "rank 1, last seen in engine.shard after 5 steps" in said[0]
+
+
+JOB = """
+import os, sys
+import torch
+import longctx
+from engine_tiny import make_engine, ragged_rows
+mesh = longctx.Mesh(ring=2)
+engine = make_engine(2, 1)
+for step in range(3):
+    for batch in engine.shard([ragged_rows(step, 0, 0)]):
+        if step == 1 and mesh.rank == 1:
+            os._exit(0)  # a loop that ends, or a process that is killed
+        engine.backward(engine(**batch).loss)
+        engine.step()
+"""
+
+
+def test_a_rank_that_is_gone_is_named_by_those_that_wait_for_its_messages(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
+    shared |= {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "LOCAL_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = ranks[0].communicate(timeout=480)[1]
+    ranks[1].communicate(timeout=480)
+    assert ranks[0].returncode == 1
+    assert "EngineError: engine.forward after 1 steps: a message between ranks failed" in said, said[-2000:]
+    assert "rank 1, last seen in engine.shard after 1 steps" in said
 
 
 def test_patience_is_a_time() -> None:

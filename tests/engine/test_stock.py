@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from engine_tiny import make_engine, ragged_rows, run_ranks, run_window
 
+from longctx.engine import stock
 from longctx.errors import EngineError
 
 from tolerances import tolerance
@@ -73,6 +75,26 @@ def test_the_batch_size_changes_between_windows(stage: int, offload: bool) -> No
     truth = run_ranks(2, resized, stage, offload, False)
     found = run_ranks(2, resized, stage, offload, True)
     torch.testing.assert_close(found, truth, rtol=tolerance("training norm"), atol=0)
+
+
+def left_in_eval(rank: int, world: int) -> list[str]:
+    engine = make_engine(1, 0)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(stock.__name__).addHandler(handler)
+    for mode in (False, True, False, False):  # tuning in eval mode from the start is the caller's choice
+        engine.train(mode)
+        run_window(engine, [ragged_rows(0, 0, 0)])
+    engine.evaluate([ragged_rows(0, 0, 0)])
+    logging.getLogger(stock.__name__).removeHandler(handler)
+    engine.destroy()
+    return said
+
+
+def test_a_model_left_in_eval_mode_is_said_once() -> None:
+    (said,) = run_ranks(1, left_in_eval)
+    assert len(said) == 1 and "engine.train()" in said[0]
 
 
 def monitored(rank: int, world: int, folder: str) -> list[Any]:

@@ -20,16 +20,24 @@ class Data(Section):
         "text", min_length=1, description="the key that holds the text in a JSONL line or a dataset row"
     )
     tokenizer: str = environment_field(
-        "bpe",
+        "auto",
         min_length=1,
-        description="bpe: train a byte-level BPE of `vocab_size`; bytes: a token a byte; else a tokenizer.json or its "
-        "folder",
+        description="auto: that of `model.pretrained`, else bpe; bpe: train a byte-level BPE of `vocab_size`; bytes: "
+        "one token per byte; else a tokenizer.json or its folder",
+    )
+    foreign_tokenizer: bool = Field(
+        False,
+        description="allow a tokenizer whose ids are not those that `model.pretrained` was trained with",
     )
     vocab_size: HumanInt = Field(
         8192, ge=257, le=2**20, description="size of the BPE to train (only for `tokenizer: bpe`)"
     )
     sample_bytes: HumanInt = Field(
         10_000_000, ge=1000, le=2**40, description="how much text the BPE learns from (only for `tokenizer: bpe`)"
+    )
+    special_tokens: Literal["spell", "parse"] = Field(
+        "spell",
+        description="what a string like <|eot|> in a document is; spell: text like any other; parse: its special token",
     )
     sequence_length: HumanInt = Field(ge=2, le=2**32, description="tokens of one row, before it is split over the ring")
     packing: Literal["concat", "best_fit"] = Field(
