@@ -48,30 +48,12 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train: on this machine, or on the hosts of the `launch` section."""
     from longctx.launch.early import stopping_early
+    from longctx.launch.start import require_own_shell, start
 
     with stopping_early():
-        raise typer.Exit(_train(config, overrides or []))
-
-
-def _train(config: Path, overrides: list[str]) -> int:
-    from longctx.mesh import launched_by
-    from longctx.train.console import guard_standard_streams
-
-    variables = launched_by()
-    if variables is not None:
-        raise LaunchError(
-            f"`longctx train` starts its own ranks, but this shell is inside a launched job ({variables}); run "
-            f"launch/train.py --config {config} under that launcher, or unset both variables"
-        )
-    loaded, derived = _checked(config, overrides)
-    guard_standard_streams()  # losing the console must not end the run
-    if loaded.config.launch.launcher != "local":
-        from longctx.launch import cluster
-
-        return cluster.train(loaded.config, derived)
-    from longctx.launch import local
-
-    return local.train(loaded.config, config, overrides, world=derived.world)
+        require_own_shell(config)
+        loaded, derived = _checked(config, overrides or [])
+        raise typer.Exit(start(loaded.config, derived, config, overrides or []))
 
 
 @app.command()
@@ -126,6 +108,7 @@ def explain(
     """Say what keys mean, their values in CONFIG (if given), and where each value came from."""
     from longctx.config.derived import CPU_RANKS
     from longctx.config.explain import explain as rows_of
+    from longctx.config.explain import print_rows
     from longctx.config.load import load_with_sources
     from longctx.launch.hosts import default_world
 
@@ -137,7 +120,7 @@ def explain(
         raise ConfigError("explain: overrides change a configuration; give its file first")
     loaded = load_with_sources(given, overrides, default_world=default_world) if given else None
     world = default_world(loaded.config) if loaded else CPU_RANKS
-    _print_rows(rows_of(loaded, keys, default_world=world), long=bool(keys))
+    print_rows(rows_of(loaded, keys, default_world=world), long=bool(keys))
 
 
 @app.command()
@@ -270,24 +253,6 @@ def _checked(config: Path, overrides: list[str], starting: bool = True) -> tuple
 
 def _names_a_file(word: str) -> bool:
     return word.endswith((".yaml", ".yml")) or os.sep in word or ("=" not in word and Path(word).is_file())
-
-
-def _print_rows(rows: list, long: bool) -> None:
-    if long:
-        for row in rows:
-            value = f" = {row.value}" if row.value else ""
-            typer.echo(f"{row.key}{value}  ({row.source})\n    {row.meaning}\n    {row.expected}")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("key", no_wrap=True)
-    for name in ("value", "source", "meaning"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(row.key, row.value, row.source, row.meaning)
-    Console(width=None if sys.stdout.isatty() else 2000, markup=False, highlight=False).print(table)
 
 
 def main(arguments: list[str] | None = None) -> None:
