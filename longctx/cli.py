@@ -52,30 +52,12 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train: on this machine, or on the hosts of the `launch` section."""
     from longctx.launch.early import stopping_early
+    from longctx.launch.start import require_own_shell, start
 
     with stopping_early():
-        raise typer.Exit(_train(config, overrides or []))
-
-
-def _train(config: Path, overrides: list[str]) -> int:
-    from longctx.mesh import launched_by
-    from longctx.train.console import guard_standard_streams
-
-    variables = launched_by()
-    if variables is not None:
-        raise LaunchError(
-            f"`longctx train` starts its own ranks, but this shell is inside a launched job ({variables}); run "
-            f"launch/train.py --config {config} under that launcher, or unset both variables"
-        )
-    loaded, derived = _checked(config, overrides)
-    guard_standard_streams()  # losing the console must not end the run
-    if loaded.config.launch.launcher != "local":
-        from longctx.launch import cluster
-
-        return cluster.train(loaded.config, derived)
-    from longctx.launch import local
-
-    return local.train(loaded.config, config, overrides, world=derived.world)
+        require_own_shell(config)
+        loaded, derived = _checked(config, overrides or [])
+        raise typer.Exit(start(loaded.config, derived, config, overrides or []))
 
 
 @app.command()
