@@ -20,6 +20,7 @@ from longctx.engine.dropout import add_seeds
 from longctx.engine.evaluate import Evaluation, evaluate
 from longctx.engine.hpz import drop_copies
 from longctx.engine.loss import check_model_loss
+from longctx.engine.order import ReductionOrder, check_order
 from longctx.engine.window import Window, shard_window, weigh_window
 from longctx.errors import EngineError, NonFiniteError
 from longctx.layout import Layout, get_layout
@@ -45,6 +46,7 @@ class Engine(DeepSpeedEngine):
     _careful: int
     _check_loss: bool
     _seed: int  # of attention dropout
+    _order: ReductionOrder
 
     @classmethod
     def adopt(cls, engine: DeepSpeedEngine, mesh: Mesh, layout: str | Layout, factor: float, seed: int = 0) -> Engine:
@@ -63,6 +65,7 @@ class Engine(DeepSpeedEngine):
         engine._true_norm = None
         engine._careful = _CAREFUL_WINDOWS
         guard.close_doors(engine)
+        engine._order = ReductionOrder(engine.optimizer)
         engine._check_loss = mesh.world_size > 1 or engine.gradient_accumulation_steps() > 1
         return engine
 
@@ -174,11 +177,14 @@ class Engine(DeepSpeedEngine):
 
     def _reduce_loss(self) -> float:
         """Return the window's loss, the mean over all valid tokens. Collective over the world."""
+        numbers = torch.tensor([0.0, *self._order.take()], dtype=torch.float64, device=self.mesh.device)
+        numbers[0] = self._share
         if self.mesh.world_size > 1:
-            dist.all_reduce(self._share, group=self.mesh.world_group)
-        mean = float(self._share) / self.mesh.data_size
+            dist.all_reduce(numbers, group=self.mesh.world_group)
         self._share.zero_()
-        return mean
+        total, *order = numbers.tolist()
+        check_order(*order, self.mesh.world_size)
+        return total / self.mesh.data_size
 
     def clip_fp32_gradients(self) -> None:
         """Clip by the norm that is reported (DeepSpeed calls this for ZeRO 0 in fp32 only)."""

@@ -84,7 +84,7 @@ def save_memory(model: Any, memory: Memory, *, announce: bool = True) -> None:
         logger.warning("recompute_norms does nothing: %s has no RMSNorm", type(model).__name__)
     recompute_layers(model, memory.recompute, HostStore() if memory.offload_checkpoints else None)
     if memory.recompute == "mlp":
-        _make_leaves(tile_mlps(model, _WHOLE if memory.mlp_tile is None else memory.mlp_tile, always=True))
+        _make_leaves(tile_mlps(model, _WHOLE if memory.mlp_tile is None else memory.mlp_tile))
     elif memory.mlp_tile is not None:
         if memory.mlp_tile != "auto" or find_mlps(model)[0]:
             _make_leaves(tile_mlps(model, memory.mlp_tile))

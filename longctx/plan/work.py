@@ -83,7 +83,7 @@ def flops_of(shape: ModelShape, setup: Setup) -> Flops:
     layer = shape.attention_weights + shape.mlp_weights
     policy = setup.recompute
     again = {"none": 0, "mlp": shape.mlp_weights}.get(policy, layer)
-    if policy == "none" and setup.mlp_tile is not None and setup.n > setup.mlp_tile:
+    if policy == "none" and setup.mlp_tile is not None:
         again = shape.mlp_weights
     return Flops(
         products=6.0 * shape.matrix_weights * setup.n,
