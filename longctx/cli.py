@@ -55,8 +55,9 @@ def train(config: Config, overrides: Overrides = None) -> None:
         from longctx.launch import cluster
 
         raise typer.Exit(cluster.train(loaded.config, derived))
-    from longctx.launch import local
+    from longctx.launch import hardware, local
 
+    hardware.require_dtype(loaded.config.model.dtype)
     folder = Path(loaded.config.output.folder)
     raise typer.Exit(local.train(config, overrides or [], world=derived.world, folder=folder))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from longctx.engine.fp16 import require_supported
 from longctx.engine.hpz import own_group
 from longctx.engine.settings import Settings, load_settings
 from longctx.mesh import Mesh
@@ -47,6 +48,7 @@ def build(
 
     mesh = (Mesh() if mesh is None else mesh).connect()
     settings = load_settings({} if config is None else config, mesh)
+    require_supported(settings)
     dtype = _dtype(settings) if dtype is None else dtype
     partitioned = (settings.get("zero_optimization") or {}).get("stage", 0) == 3
     if partitioned:

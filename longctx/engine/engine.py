@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from longctx.engine import guard
+from longctx.engine import fp16, guard
 from longctx.engine.dropout import add_seeds
 from longctx.engine.evaluate import Evaluation, evaluate
 from longctx.engine.hpz import drop_copies
@@ -65,6 +65,7 @@ class Engine(DeepSpeedEngine):
         engine._true_norm = None
         engine._careful = _CAREFUL_WINDOWS
         guard.close_doors(engine)
+        fp16.hold_scale(engine)
         engine._order = ReductionOrder(engine.optimizer)
         engine._check_loss = mesh.world_size > 1 or engine.gradient_accumulation_steps() > 1
         return engine
@@ -146,8 +147,22 @@ class Engine(DeepSpeedEngine):
             )
         share = loss.detach()
         self._share += share.double() / (self.mesh.sequence_size if replicated else 1)
-        super().backward(guard.scaled(loss, self._gradient_factor), retain_graph=retain_graph, scale_wrt_gas=False)
+        super().backward(self._objective(loss), retain_graph=retain_graph, scale_wrt_gas=False)
         return share
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """Refused: DeepSpeed divides gradients of ``engine.scale(loss).backward()`` by the number of micro-batches.
+
+        Raises:
+            EngineError: always.
+        """
+        raise EngineError(
+            "engine.scale(loss).backward() divides by the number of micro-batches a loss that is weighted over them "
+            "already, and the reported loss would not know it: call engine.backward(loss)"
+        )
+
+    def _objective(self, loss: torch.Tensor) -> torch.Tensor:
+        return guard.scaled(loss, self._gradient_factor * fp16.scale_left_to_us(self))
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Update the weights at the end of a window (every call before that only counts micro-batches).
@@ -166,6 +181,8 @@ class Engine(DeepSpeedEngine):
             guard.drop_plain(self)
         else:
             super().step(lr_kwargs)
+            if self.fp16_enabled():
+                self._true_norm = fp16.finish_step(self)
             if self.was_step_applied() or (self.fp16_enabled() and math.isfinite(self._mean_loss)):
                 return
             guard.uncount_step(self)
@@ -182,8 +199,8 @@ class Engine(DeepSpeedEngine):
         if self.mesh.world_size > 1:
             dist.all_reduce(numbers, group=self.mesh.world_group)
         self._share.zero_()
-        total, *order = numbers.tolist()
-        check_order(*order, self.mesh.world_size)
+        total, order, squares = numbers.tolist()
+        check_order(order, squares, self.mesh.world_size)
         return total / self.mesh.data_size
 
     def clip_fp32_gradients(self) -> None:
@@ -191,8 +208,11 @@ class Engine(DeepSpeedEngine):
         guard.clip_plain(self, self._true_norm)
 
     def load_checkpoint(self, *arguments: Any, **keywords: Any) -> Any:
-        """As DeepSpeed's, and no weight is computed with as it was before."""
+        """As DeepSpeed's; no weight is computed with as it was before, and fp16's loss scale goes on by this run's
+        settings."""
+        settings = fp16.scaler_settings(self)
         loaded = super().load_checkpoint(*arguments, **keywords)
+        fp16.restore_settings(self, settings)
         drop_copies(self.module)
         return loaded
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from longctx.engine.engine import Engine
+from longctx.engine.fp16 import require_supported
 from longctx.engine.hpz import check_model, own_group
 from longctx.engine.loader import RowLoader
 from longctx.engine.memory import Memory, read_memory, save_memory
@@ -59,6 +60,7 @@ def initialize(
     layout = get_layout(layout)
     mesh = (Mesh() if mesh is None else mesh).connect()
     settings = load_settings(getattr(args, "deepspeed_config", None) if config is None else config, mesh)
+    require_supported(settings)
     attach_attention(model, mesh, layout)
     save_memory(model, read_memory(memory), announce=mesh.rank == 0)
     check_model(model, settings)
