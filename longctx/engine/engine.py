@@ -9,6 +9,7 @@ are true ones on every stage; the reported loss never contains that factor.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from longctx.engine.evaluate import Evaluation, evaluate
 from longctx.engine.hpz import drop_copies
 from longctx.engine.loss import check_model_loss
 from longctx.engine.order import ReductionOrder, check_order
+from longctx.engine.save import refuse_empty, save_pretrained
 from longctx.engine.window import Window, shard_window, weigh_window
 from longctx.errors import EngineError, NonFiniteError
 from longctx.layout import Layout, get_layout
@@ -66,6 +68,7 @@ class Engine(DeepSpeedEngine):
         engine._careful = _CAREFUL_WINDOWS
         guard.close_doors(engine)
         fp16.hold_scale(engine)
+        refuse_empty(engine.module)
         engine._order = ReductionOrder(engine.optimizer)
         engine._check_loss = mesh.world_size > 1 or engine.gradient_accumulation_steps() > 1
         return engine
@@ -215,6 +218,20 @@ class Engine(DeepSpeedEngine):
         fp16.restore_settings(self, settings)
         drop_copies(self.module)
         return loaded
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Write the model, or its PEFT adapters, as a folder that plain transformers or PEFT loads; return it.
+
+        Collective over the world, on every ZeRO stage: rank 0 writes the weights of all ranks, in the dtype of forward.
+
+        Args:
+            folder: on storage that rank 0 sees.
+            options: of the model's own ``save_pretrained``: ``max_shard_size``, or PEFT's ``selected_adapters``.
+
+        Raises:
+            EngineError: on every rank, when the model has no ``save_pretrained`` or rank 0 could not write.
+        """
+        return save_pretrained(self, folder, options)
 
     # -- what came out ---------------------------------------------------------------------------------------------
 
