@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from longctx.engine.engine import Engine
 from longctx.engine.fp16 import require_supported
 from longctx.engine.hpz import check_model, own_group
@@ -90,8 +92,9 @@ def initialize(
 
 
 def attach_attention(model: Any, mesh: Mesh, layout: Layout) -> None:
-    """Have a transformers model's attention run over ``mesh``; leave other modules alone."""
-    if hasattr(getattr(model, "config", None), "_attn_implementation"):
+    """Have the attention of transformers models run over ``mesh``, wrapped ones too; leave other modules alone."""
+    parts = model.modules() if isinstance(model, torch.nn.Module) else (model,)
+    if any(hasattr(getattr(part, "config", None), "_attn_implementation") for part in parts):
         from longctx.models.attach import attach_attention as attach
 
         attach(model, mesh, layout.name)

@@ -15,6 +15,7 @@ import torch
 
 from longctx.errors import ModelError
 from longctx.models.binding import Binding
+from longctx.models.wrapped import adapter_parts, inner_models
 
 _LAYER = re.compile(r"(Layer|Block)$")
 _ATTENTION = re.compile(r"Attention|Attn")
@@ -34,6 +35,9 @@ def watch(model: torch.nn.Module, binding: Binding) -> None:
     watcher = _Watcher(binding)
     binding.handles.append(model.register_forward_pre_hook(watcher.before, with_kwargs=True))
     binding.handles.append(model.register_forward_hook(watcher.after, always_call=True))
+    for inner in inner_models(model) if binding.sharded else ():
+        if inner is not model:  # what a wrapper passes on is what counts
+            binding.handles.append(inner.register_forward_pre_hook(watcher.inner, with_kwargs=True))
 
 
 class _Watcher:
@@ -55,6 +59,9 @@ class _Watcher:
             for module in model.modules():
                 if module is not model:
                     self.handles.append(module.register_forward_hook(self._note))
+
+    def inner(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check_keywords(model, kwargs, self.binding.cache)
 
     def after(self, model: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.binding.checked:
@@ -109,10 +116,11 @@ def judge(model: torch.nn.Module, ran: dict[int, torch.nn.Module], called: set[i
     """
     reached = {id(module) for module in model.modules() if any(id(child) in called for child in module.modules())}
     used = reached | {id(child) for module in model.modules() if id(module) in called for child in module.modules()}
+    adapters = adapter_parts(model)
     suspects: list[tuple[str, str, str]] = []
     for path, module in model.named_modules():
         name = type(module).__name__
-        if id(module) not in ran or id(module) in called or _PER_TOKEN.search(name):
+        if id(module) not in ran or id(module) in called | adapters or _PER_TOKEN.search(name):
             continue
         if _MIXER.search(name) or _convolves(module):
             suspects.append((path, name, "mixes tokens in a way that longctx does not shard"))
@@ -122,7 +130,7 @@ def judge(model: torch.nn.Module, ran: dict[int, torch.nn.Module], called: set[i
         if not any(other.startswith(path + ".") for other, _, _ in suspects):  # the innermost says it best
             _raise(model, path, name, what)
     for path, layer in _layers(model):
-        if id(layer) in ran and id(layer) not in reached:
+        if id(layer) in ran and id(layer) not in reached | adapters:
             inner = sorted({type(child).__name__ for child in layer.children()})
             _raise(model, path, type(layer).__name__, f"never called longctx's attention (it holds {', '.join(inner)})")
     if not called:
