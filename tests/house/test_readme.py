@@ -88,7 +88,7 @@ def custom_trainers(rank: int, world_size: int, folder: str) -> dict[str, float]
     x = names["full_x"]
     dense = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
     return {
-        "first": losses[0], "replicated": losses[2], "tokens": names["result"].tokens,
+        "first": losses[0], "replicated": losses[3], "tokens": names["result"].tokens,
         "theirs": names["theirs"].global_loss,
         "attention": float((names["whole"] - dense).abs().max()), "preference": float(names["loss"].detach()),
     }
