@@ -15,6 +15,7 @@ import torch
 
 from longctx.engine.fp16 import require_supported
 from longctx.engine.hpz import own_group
+from longctx.engine.save import refuse_empty
 from longctx.engine.settings import Settings, load_settings
 from longctx.mesh import Mesh
 
@@ -62,10 +63,15 @@ def build(
     with own_group(settings, mesh), zero3.partitioned_by(settings) if partitioned else contextlib.nullcontext():
         if folder:
             with seeded(seed):  # weights that only the converted layers have
-                return pretrained.load_pretrained(model, dtype=dtype, config=description)
-        built = pretrained.make_model(description, dtype=dtype)
-    with seeded(seed):  # whatever constructing it has drawn
-        zero3.draw_weights(built, partitioned)
+                built = pretrained.load_pretrained(model, dtype=dtype, config=description)
+        else:
+            built = pretrained.make_model(description, dtype=dtype)
+    if not folder:
+        with seeded(seed):  # whatever constructing it has drawn
+            zero3.draw_weights(built, partitioned)
+    if partitioned:
+        zero3.allow_resizing(built, settings)
+        refuse_empty(built)
     return built
 
 

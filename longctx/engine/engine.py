@@ -33,7 +33,8 @@ _CAREFUL_WINDOWS = 3  # windows in which rows are compared between ranks and the
 
 
 class Engine(DeepSpeedEngine):
-    """DeepSpeedEngine with ``shard``, ``weigh``, ``unshard``, ``evaluate``, ``save_pretrained``, ``global_loss``, ``grad_norm``.
+    """DeepSpeedEngine with ``shard``, ``weigh``, ``unshard``, ``evaluate``, ``save_pretrained``, ``global_loss`` and
+    ``grad_norm``.
 
     Made by ``longctx.initialize`` (or ``longctx.attach``), never directly: DeepSpeed builds its engine as always and
     the object's class is changed afterwards, which works for ZeRO 0 to 3.
