@@ -17,6 +17,8 @@ from longctx.engine.fp16 import require_supported
 from longctx.engine.hpz import own_group
 from longctx.engine.save import refuse_empty
 from longctx.engine.settings import Settings, load_settings
+from longctx.engine.window import exchange
+from longctx.errors import ModelError
 from longctx.mesh import Mesh
 
 
@@ -57,12 +59,15 @@ def build(
 
         deepspeed.init_distributed()  # adopts the mesh's; zero.Init would count one rank without it
     folder = isinstance(model, (str, Path))
-    description = pretrained.read_config(model) if folder else model
-    if layers:
-        description = convert(description, layers)
+    with _agreed(mesh, partitioned):
+        description = pretrained.read_config(model) if folder else model
+        if folder:
+            pretrained.weight_files(model)
+        if layers:
+            description = convert(description, layers)
     with own_group(settings, mesh), zero3.partitioned_by(settings) if partitioned else contextlib.nullcontext():
         if folder:
-            with seeded(seed):  # weights that only the converted layers have
+            with _agreed(mesh, partitioned), seeded(seed):  # weights that only the converted layers have
                 built = pretrained.load_pretrained(model, dtype=dtype, config=description)
         else:
             built = pretrained.make_model(description, dtype=dtype)
@@ -73,6 +78,28 @@ def build(
         zero3.allow_resizing(built, settings)
         refuse_empty(built)
     return built
+
+
+@contextlib.contextmanager
+def _agreed(mesh: Mesh, together: bool) -> Iterator[None]:
+    """Raise on all ranks what any rank raises within: under ZeRO-3 one rank reads the weights, and the others would go
+    on with what they have.
+
+    Args:
+        together: all ranks are here; else each is for itself.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        if not together:
+            raise
+        problem = error
+    failed = [rank for rank, (bad,) in enumerate(exchange([int(problem is not None)], mesh)) if bad] if together else []
+    if problem is not None:
+        raise problem
+    if failed:
+        raise ModelError(f"longctx.build: ranks {failed} could not read the model; their own messages say why")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Norms, clipping and the last door before an update, for the stages on which DeepSpeed leaves them open.
 
 ZeRO 1 to 3 and the half-precision optimizers measure the norm themselves and skip an update that is not finite; ZeRO 0
-in fp32 does neither. Apart from ``engine`` because only these functions know DeepSpeed's optimizers.
+in fp32 does neither. Apart from ``engine`` because only these functions, ``order`` and ``fp16`` know DeepSpeed's
+optimizers.
 """
 
 from __future__ import annotations

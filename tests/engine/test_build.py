@@ -138,7 +138,10 @@ def adapted(model: Any, what: str) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
 
 
-@pytest.mark.parametrize("what", ["resize", "dora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("tokens", "pissa"))])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("tokens", "pissa")]
+
+
+@pytest.mark.parametrize("what", ["resize", "dora", *SLOW])
 def test_weights_touched_after_they_were_partitioned(what: str, tmp_path: Path) -> None:
     (whole,) = run_ranks(1, touched, what, str(tmp_path))
     for result in run_ranks(2, touched, what, str(tmp_path)):
@@ -149,3 +152,28 @@ def test_weights_touched_after_they_were_partitioned(what: str, tmp_path: Path) 
             assert (result["weights"][name] - weight).norm() <= tolerance("training weight") * weight.norm(), name
         stock, gathered = result["messages"]
         assert "engine.save_pretrained(folder)" in stock and "outside of deepspeed.zero.GatheredParameters" in gathered
+
+
+def broken(rank: int, world: int, folder: str, elsewhere: bool) -> str:
+    import longctx
+    from longctx.errors import ModelError
+
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    mine = folder + "-not-there" if elsewhere and rank == 1 else folder
+    with pytest.raises(ModelError) as error:
+        longctx.build(mine, longctx.Mesh(ring=world), config=settings)
+    return str(error.value)
+
+
+def test_what_one_rank_cannot_read_stops_every_rank(tmp_path: Path) -> None:
+    """Under ZeRO-3 rank 0 alone sees a weight of another shape, and one rank alone may lack the folder."""
+    from safetensors.torch import load_file, save_file
+
+    tiny_llama().save_pretrained(tmp_path)
+    there, absent = run_ranks(2, broken, str(tmp_path), True)
+    assert "ranks [1] could not read" in there and "config.json" in absent
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"] = torch.zeros(40)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    reader, other = run_ranks(2, broken, str(tmp_path), False)
+    assert "size mismatch for model.norm.weight" in reader and "ranks [0] could not read" in other
