@@ -41,8 +41,8 @@ test-multinode: $(INSTALLED)  ## the launcher on hosts of its own: ssh, MPI, SLU
 bench: $(INSTALLED) $(PEERS)  ## ring attention and a training step beside other libraries, in one run
 	$(BIN)/python -m benchmarks.run
 
-bench-gpu: $(INSTALLED)  ## the attention kernels beside torch's on one GPU, under 8 minutes
-	$(BIN)/python -m benchmarks.gpu.run
+bench-gpu:  ## the attention kernels beside torch's on one GPU, under 8 minutes; installs nothing
+	$(or $(wildcard $(BIN)/python),python3) -m benchmarks.gpu.run
 
 bench-gpu-longest: $(INSTALLED)  ## what a token costs in memory at Llama-3-8B's widths on one GPU, rung by rung, beside ALST
 	$(BIN)/python -m benchmarks.gpu.longest

@@ -1,4 +1,4 @@
-"""The command line: `longctx train|launch|check|plan|rehearse|explain|schema|init|data|generate|plot|doctor`.
+"""The command line: `longctx train|launch|check|plan|rehearse|explain|schema|init|data|generate|export|plot|doctor`.
 
 Nothing heavy is imported up here, so that whatever only reads a configuration answers at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,9 +15,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longctx.errors import ConfigError, LaunchError, LongctxError
+from longctx.launch.early import StoppedEarly
+from longctx.launch.explain import explain
+from longctx.launch.export import export
 from longctx.launch.generate import generate
 from longctx.launch.rehearse import rehearse
+from longctx.launch.surroundings import settle
 from longctx.plan.command import plan
+from longctx.train.signals import code_of, sentence_of
 
 if TYPE_CHECKING:
     from longctx.config.derived import Derived
@@ -32,7 +38,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make token files from text, and look into them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command()(explain)
 app.command()(generate)
+app.command()(export)
 app.command()(plan)
 app.command()(rehearse)
 
@@ -43,23 +51,13 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train: on this machine, or on the hosts of the `launch` section."""
-    from longctx.mesh import _discover as launched_world
+    from longctx.launch.early import stopping_early
+    from longctx.launch.start import require_own_shell, start
 
-    if launched_world()[0] is not None:
-        raise LaunchError(
-            "`longctx train` starts its own ranks, but this shell is inside a launched job (WORLD_SIZE is set); "
-            f"run launch/train.py --config {config} under that launcher, or unset WORLD_SIZE and RANK"
-        )
-    loaded, derived = _checked(config, overrides or [])
-    if loaded.config.launch.launcher != "local":
-        from longctx.launch import cluster
-
-        raise typer.Exit(cluster.train(loaded.config, derived))
-    from longctx.launch import hardware, local
-
-    hardware.require_dtype(loaded.config.model.dtype)
-    folder = Path(loaded.config.output.folder)
-    raise typer.Exit(local.train(config, overrides or [], world=derived.world, folder=folder))
+    with stopping_early():
+        require_own_shell(config)
+        loaded, derived = _checked(config, overrides or [])
+        raise typer.Exit(start(loaded.config, derived, config, overrides or []))
 
 
 @app.command()
@@ -108,27 +106,6 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def explain(
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [KEY|KEY=VALUE]...")] = None,
-) -> None:
-    """Say what keys mean, their values in CONFIG (if given), and where each value came from."""
-    from longctx.config.derived import CPU_RANKS
-    from longctx.config.explain import explain as rows_of
-    from longctx.config.load import load_with_sources
-    from longctx.launch.hosts import default_world
-
-    words = list(arguments or [])
-    given = words.pop(0) if words and _names_a_file(words[0]) else None
-    overrides = [word for word in words if "=" in word]
-    keys = [word for word in words if "=" not in word]
-    if overrides and given is None:
-        raise ConfigError("explain: overrides change a configuration; give its file first")
-    loaded = load_with_sources(given, overrides, default_world=default_world) if given else None
-    world = default_world(loaded.config) if loaded else CPU_RANKS
-    _print_rows(rows_of(loaded, keys, default_world=world), long=bool(keys))
-
-
-@app.command()
 def schema() -> None:
     """Print the JSON schema of a configuration, for editors."""
     from longctx.config.schema import RunConfig
@@ -161,27 +138,17 @@ def init(
         raise ConfigError(f"{output} exists already and is left alone; give another name") from None
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}; give another name") from None
-    typer.echo(f"wrote {output}; next: longctx check {output} && longctx train {output}")
+    name = shlex.quote(str(output))
+    typer.echo(f"wrote {output}; next: longctx check {name} && longctx train {name}")
 
 
 @data_app.command("build")
 def data_build(config: Config, overrides: Overrides = None) -> None:
     """Turn the text of a configuration's `data` section into token files (training does it by itself)."""
     loaded, _ = _checked(config, overrides or [])
-    from longctx.config.machine import token_folder
-    from longctx.data.build import build_tokens
+    from longctx.train.corpus import build_corpus
 
-    data = loaded.config.data
-    built = build_tokens(
-        data.sources,
-        data.tokenizer,
-        token_folder(loaded.config),
-        vocabulary_size=data.vocab_size,
-        held_out=data.held_out,
-        seed=data.seed,
-        text_field=data.text_field,
-        sample_bytes=data.sample_bytes,
-    )
+    built = build_corpus(loaded.config, lambda line: typer.echo(line, err=True))
     counts = {name: value for name, value in built.report.items() if isinstance(value, int | float)}
     typer.echo(f"{built.folder}: {'unchanged since the last build' if built.reused else 'built'}")
     typer.echo("  " + ", ".join(f"{name} {value:,}" for name, value in counts.items()))
@@ -229,47 +196,35 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
 def _checked(config: Path, overrides: list[str], starting: bool = True) -> tuple[Loaded, Derived]:
     """Load, cross-check, and look at the machine; raises with everything that is wrong."""
     from longctx.config.derived import derive, world_size
-    from longctx.config.load import load_with_sources, require_machine
+    from longctx.config.load import load_for_machine
     from longctx.launch.hosts import default_world
 
-    loaded = load_with_sources(config, overrides, default_world=default_world)
-    for note in require_machine(loaded, starting):
+    loaded, notes = load_for_machine(config, overrides, default_world=default_world, starting=starting)
+    for note in notes:
         typer.echo(f"note: {note}", err=True)
     return loaded, derive(loaded.config, world_size(loaded.config, default_world(loaded.config)))
-
-
-def _names_a_file(word: str) -> bool:
-    return word.endswith((".yaml", ".yml")) or os.sep in word or ("=" not in word and Path(word).is_file())
-
-
-def _print_rows(rows: list, long: bool) -> None:
-    if long:
-        for row in rows:
-            value = f" = {row.value}" if row.value else ""
-            typer.echo(f"{row.key}{value}  ({row.source})\n    {row.meaning}\n    {row.expected}")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("key", no_wrap=True)
-    for name in ("value", "source", "meaning"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(row.key, row.value, row.source, row.meaning)
-    Console(width=None if sys.stdout.isatty() else 2000, markup=False, highlight=False).print(table)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. A user's mistake is one message on stderr and exit code 2 (configuration) or 1."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some reads every package's metadata
     try:
+        settle()
         app(args=arguments)
     except ConfigError as error:
         typer.echo(str(error), err=True)
         sys.exit(2)
     except LongctxError as error:
         typer.echo(f"longctx: {error}", err=True)
+        sys.exit(1)
+    except StoppedEarly as stop:
+        typer.echo(f"longctx: {sentence_of(stop.number)}", err=True)
+        sys.exit(code_of(stop.number))
+    except OSError as error:  # a missing folder, a full disk, no permission: the user's to mend, wherever it came up
+        if error.strerror is None:
+            raise
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        typer.echo(f"longctx: {where}{error.strerror}; make it available, or name another file or folder", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -25,6 +25,21 @@ def from_key(key: str) -> Mesh:
     return _registered[key]
 
 
+class Cut:
+    """The integers that ``longctx.shard`` has cut over one mesh so far: how many tensors, and a checksum of all."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.checksum: torch.Tensor | int = 0  # () int64, on the tensors' device
+
+    def add(self, x: torch.Tensor) -> None:
+        """Count a whole tensor."""
+        from longctx.sameness import checksum
+
+        self.count += 1
+        self.checksum = self.checksum * 31 + checksum(x)
+
+
 class Mesh:
     """A grid of ``data × ring × ulysses`` ranks.
 
@@ -37,6 +52,8 @@ class Mesh:
         data: replicas; inferred from the world when None.
         world_size: ranks in all; torch.distributed's, else ``WORLD_SIZE``, else 1.
         rank: this process; torch.distributed's, else ``RANK``, else 0. Give it only to look at another rank's view.
+        patience: seconds that a rank waits for the others at the start of a window, an evaluation or a checkpoint of an
+            engine before it stops and names those that are missing.
 
     Raises:
         MeshError: a size is not a positive integer, or the grid does not fill the world.
@@ -50,10 +67,14 @@ class Mesh:
         *,
         world_size: int | None = None,
         rank: int | None = None,
+        patience: float = 600.0,
     ) -> None:
         for name, size in (("ring", ring), ("ulysses", ulysses), ("data", data), ("world_size", world_size)):
             if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
                 raise MeshError(f"Mesh({name}={size!r}): sizes are positive integers")
+        if not patience > 0:
+            raise MeshError(f"Mesh(patience={patience!r}): a positive number of seconds is needed")
+        self.patience = patience
         found_world, found_rank = _discover()
         if world_size is None:
             world_size = found_world or 1
@@ -76,6 +97,7 @@ class Mesh:
         self.sequence_rank = self.rank % self.sequence_size
         self.key = f"mesh-{len(_registered)}-data{data}-ring{ring}-ulysses{ulysses}"
         _registered[self.key] = self
+        self.cut = Cut()
         self._groups: dict[str, dist.ProcessGroup] | None = None
 
     # -- who shares what with this rank, as global ranks ---------------------------------------------------------
@@ -112,12 +134,17 @@ class Mesh:
 
         Starts torch.distributed if nothing else has: environment variables (torchrun, deepspeed), then OpenMPI, PMI
         and SLURM variables, then mpi4py, else one process. ``deepspeed.init_distributed`` afterwards adopts it.
+
+        Raises:
+            MeshError: on every rank, when the ranks ask for different grids.
         """
         if self._groups is not None:
             return self
         from longctx import rendezvous
+        from longctx.sameness import compare_grids
 
         rendezvous.start(self.world_size, self.rank)
+        compare_grids(self)
         self._groups = rendezvous.make_groups(self)
         return self
 
@@ -217,18 +244,32 @@ _SCHEDULERS = (  # (world size, rank) as set by torchrun and deepspeed, OpenMPI,
 
 
 def _discover() -> tuple[int | None, int]:
-    """Return (world size or None, rank) of this process without starting anything."""
+    """Return (world size or None, rank) of this process without starting anything; a world of one is no job."""
     import sys
 
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size(), distributed.get_rank()
+    found = _scheduled()
+    return (None, 0) if found is None else (found[2], found[3])
+
+
+def launched_by() -> str | None:
+    """Return the environment variables by which a launcher says that this is one of several ranks; None without."""
+    found = _scheduled()
+    return None if found is None else f"{found[0]}={found[2]}, {found[1]}={found[3]}"
+
+
+def _scheduled() -> tuple[str, str, int, int] | None:
+    """Return (variable of the world size, of the rank, world size, rank) of the first launcher of several ranks."""
     for world, rank in _SCHEDULERS:
         if world in os.environ and rank in os.environ:
             try:
-                return int(os.environ[world]), int(os.environ[rank])
+                size, number = int(os.environ[world]), int(os.environ[rank])
             except ValueError:
                 raise MeshError(
                     f"{world}={os.environ[world]!r}, {rank}={os.environ[rank]!r}: both must be integers"
                 ) from None
-    return None, 0
+            if size > 1:
+                return world, rank, size, number
+    return None

@@ -32,15 +32,22 @@ def positions(length: int, mesh: Mesh, layout: str | Layout = "zigzag") -> torch
 
 
 def shard(
-    x: torch.Tensor, mesh: Mesh, dim: int = 1, layout: str | Layout = "zigzag", pad_value: float | int | bool = 0
+    x: torch.Tensor,
+    mesh: Mesh,
+    dim: int = 1,
+    layout: str | Layout = "zigzag",
+    pad_value: float | int | bool | None = None,
 ) -> torch.Tensor:
     """Return this rank's part of ``x``, which every rank of the sequence group holds whole.
 
     The sequence is padded on the right with ``pad_value`` to a multiple of 2·ring·ulysses (zigzag) or ring·ulysses,
-    so every rank gets the same T. No communication. Differentiable: the gradient lands at the tokens kept.
+    so every rank gets the same T. No communication: a model that ``attach`` has bound to the mesh compares in its
+    forward passes whether all ranks of the group did hold the same integers. Differentiable: the gradient lands at the
+    tokens kept.
 
     Args:
         x: any shape; ``x.shape[dim]`` is the global length S.
+        pad_value: by default 0; −100 for int64 that holds a −100, which are labels.
 
     Returns:
         ``x``'s shape with S replaced by T = padded(S) / (ring·ulysses), contiguous.
@@ -49,9 +56,25 @@ def shard(
         LayoutError: ``dim`` does not exist or the sequence is empty.
     """
     _check_dim(x, dim)
+    if mesh.sequence_size > 1 and x.dim() > 1 and x.dtype in (torch.int64, torch.int32):
+        mesh.cut.add(x)
+    return cut(x, mesh, dim, layout, pad_value)
+
+
+def cut(
+    x: torch.Tensor,
+    mesh: Mesh,
+    dim: int = 1,
+    layout: str | Layout = "zigzag",
+    pad_value: float | int | bool | None = None,
+) -> torch.Tensor:
+    """Return what ``shard`` returns, for rows that are compared elsewhere or need not be."""
     dim %= x.dim()
     length = x.shape[dim]
-    pieces = []
+    pieces: list[torch.Tensor] = []
+    padded = mesh.sequence_size > 1 and length % get_layout(layout).multiple(mesh.ring_size, mesh.ulysses_size)
+    if pad_value is None:
+        pad_value = -100 if padded and x.dtype == torch.int64 and bool((x == -100).any()) else 0
     for span in local_spans(length, mesh, layout):
         count = min(max(-(-(length - span.start) // span.stride), 0), span.count)  # tokens before the padding
         if count:
@@ -122,7 +145,7 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         mesh, dim, layout = ctx.arguments
-        return shard(gradient, mesh, dim, layout), None, None, None, None
+        return cut(gradient, mesh, dim, layout, 0), None, None, None, None
 
 
 def _indices(spans: tuple[Span, ...]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,9 +32,21 @@ settings.register_profile(
 settings.load_profile("longctx")
 
 
+def only_gpu(config: pytest.Config) -> bool:
+    """Whether this is `pytest -m gpu`, which must start where a GPU is and little else: without DeepSpeed."""
+    return bool(config.option.markexpr == "gpu")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m gpu` imports only files that have such tests: others may need what the machine lacks."""
+    if only_gpu(config) and collection_path.name.startswith("test_"):
+        return "mark.gpu" not in collection_path.read_text() or None
+    return None
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Compile DeepSpeed's extension once, before ranks could race for it, and outside any test's time limit."""
-    if not session.config.option.collectonly:
+    if not (session.config.option.collectonly or only_gpu(session.config)):
         from longctx.launch.prepare import prepare
 
         prepare()

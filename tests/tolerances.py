@@ -18,6 +18,7 @@ _TABLE: dict[str, tuple[float, str]] = {
     "fp16 training": (2e-2, "fp16 weights, activations and gradients (2^-11 each) of six steps, of their whole change"),
     "float32 divisor": (1e-7, "one fp32 rounding (6e-8): the token count divided by is held in fp32"),
     "model": (1e-5, "whole models: norms, softmax and rotary angles of transformers are fp32 inside, even in fp64"),
+    "any model": (3e-5, "gradients of any class: a dozen fp32 norms a layer; a wrong position or mask makes 1e-3"),
 }
 
 

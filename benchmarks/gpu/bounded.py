@@ -6,7 +6,6 @@ the inputs and results have: what no kernel can be faster than.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 import longctx
-from benchmarks import hardware
 from benchmarks.bounded.contestants import truth
 from benchmarks.gpu import measure
+from benchmarks.gpu.results import Results, milliseconds
 from benchmarks.measure import relative_error
 from benchmarks.peers import NotMeasured
 
@@ -215,32 +214,27 @@ def verdicts(figures: list[Figure], rate: float) -> Iterator[tuple[str, bool]]:
             yield f"{name}: {share:.2f} of the bandwidth floor, required {FLOOR}", share >= FLOOR
 
 
-def run(wanted: list[Row], device: torch.device, folder: Path | None) -> list[Figure]:
-    """Measure the rows, print a line each and every verdict, and append to bounded_gpu.csv in `folder`."""
+def run(wanted: list[Row], device: torch.device, folder: Path | None, chip: str, resume: bool) -> list[Figure]:
+    """Measure the rows, print a line each and every verdict, and append each figure to bounded_gpu.csv in `folder`."""
     figures: list[Figure] = []
+    results = Results(folder / "bounded_gpu.csv" if folder else None, ("forward_ms", "backward_ms"), chip, resume)
     for row in wanted:
-        own = [run_row(row, name, device) for name in CONTESTANTS[row.operator]]
+        own = [_kept(row, name, device, results) for name in CONTESTANTS[row.operator]]
         parts = [f"{f.contestant} {1e3 * f.forward:.3g}/{1e3 * (f.backward or 0):.3g}" for f in own if f.forward]
         print(f"{row.name}: ms forward/backward: {', '.join(parts)}", flush=True)
         figures += own
-    if folder and figures:
-        _append(folder / "bounded_gpu.csv", figures)
     if figures and device.type == "cuda":
         for text, holds in verdicts(figures, copy_rate(device)):
             print(("ok      " if holds else "MISSED  ") + text)
     return figures
 
 
-def _append(path: Path, figures: list[Figure]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            columns = ("row", "dtype", "contestant", "forward_ms", "backward_ms", "note", "commit", "torch", "chip")
-            writer.writerow(columns)
-        chip = torch.cuda.get_device_name() if torch.cuda.is_available() else "triton's interpreter"
-        for f in figures:
-            times = [f"{x * 1e3:.4f}" if x else "not measured" for x in (f.forward, f.backward)]
-            origin = (hardware.commit(), torch.__version__, chip)
-            writer.writerow((f.row.name, f.row.dtype, f.contestant, *times, f.note, *origin))
+def _kept(row: Row, name: str, device: torch.device, results: Results) -> Figure:
+    """A figure of an earlier run, or a new one, which is on the disk when this returns."""
+    known = results.seconds(row.name, name, "forward_ms", "backward_ms")
+    if known is not None:
+        return Figure(row, name, *known)
+    figure = run_row(row, name, device)
+    times = (milliseconds(figure.forward), milliseconds(figure.backward))
+    results.add(row.name, row.dtype, name, times, figure.note)
+    return figure

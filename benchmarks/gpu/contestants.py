@@ -82,6 +82,8 @@ def flex(row: Row, x: Inputs) -> Call:
         raise NotMeasured("needs a GPU")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    fresh_compiler()
+
     def visible(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         allowed = i >= j if row.causal else i >= 0
         if row.window is not None:
@@ -97,8 +99,17 @@ def flex(row: Row, x: Inputs) -> Call:
         if plain
         else create_block_mask(visible, batch, None, row.length, row.length, device=x.q.device, _compile=True)
     )
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return lambda: compiled(x.q, x.k, x.v, block_mask=mask, enable_gqa=x.k.shape[1] != x.q.shape[1])
+
+
+def fresh_compiler() -> None:
+    """Forget what torch.compile has made: a function of more than eight shapes runs unfused, and would be measured so.
+
+    Whoever meets that limit all the same raises an error.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 def tutorial(row: Row, x: Inputs) -> Call:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from benchmarks.gpu import figures, measure
 from benchmarks.gpu.figures import OURS, Figure
+from benchmarks.gpu.results import Results
 from benchmarks.measure import relative_error
 from benchmarks.peers import NotMeasured
 from longctx.decode.attend import decode_attention
@@ -140,13 +141,13 @@ CONTESTANTS: dict[str, Callable[[Row, Inputs], Call]] = {
 }  # fmt: skip
 
 
-def run(device: torch.device, wanted: Callable[[str], bool], folder: Path | None, chip: str) -> list[str]:
-    """Measure every wanted row, print it, append all to decode_gpu.csv; returns what is wrong."""
+def run(
+    device: torch.device, wanted: Callable[[str], bool], folder: Path | None, chip: str, resume: bool
+) -> list[str]:
+    """Measure every wanted row, print it, append its figures to decode_gpu.csv; returns what is wrong."""
     rows = [row for row in (ROWS if device.type == "cuda" else TINY) if wanted(row.name)]
-    made = figures.run(rows, CONTESTANTS, partial(_measure, device), _line)
-    if folder and made:
-        figures.append(folder / "decode_gpu.csv", made, "cache_bytes", chip)
-    return figures.wrong(made)
+    results = Results(folder / "decode_gpu.csv" if folder else None, ("ms", "cache_bytes"), chip, resume)
+    return figures.wrong(figures.run(rows, CONTESTANTS, partial(_measure, device), _line, results))
 
 
 def _measure(device: torch.device, figure: Figure) -> None:

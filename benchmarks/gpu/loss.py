@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from benchmarks.gpu import figures, measure
 from benchmarks.gpu.figures import OURS, Figure
+from benchmarks.gpu.results import Results
 from benchmarks.measure import relative_error
 from benchmarks.peers import NotMeasured
 from longctx.nn.loss import tiled_loss
@@ -95,13 +96,13 @@ CONTESTANTS: dict[str, Callable[[Inputs], torch.Tensor]] = {
 }  # fmt: skip
 
 
-def run(device: torch.device, wanted: Callable[[str], bool], folder: Path | None, chip: str) -> list[str]:
-    """Measure every wanted row, print it, append all to loss_gpu.csv; returns what is wrong."""
+def run(
+    device: torch.device, wanted: Callable[[str], bool], folder: Path | None, chip: str, resume: bool
+) -> list[str]:
+    """Measure every wanted row, print it, append its figures to loss_gpu.csv; returns what is wrong."""
     rows = [row for row in (ROWS if device.type == "cuda" else TINY) if wanted(row.name)]
-    made = figures.run(rows, CONTESTANTS, partial(_measure, device), _line)
-    if folder and made:
-        figures.append(folder / "loss_gpu.csv", made, "peak_bytes", chip)
-    return figures.wrong(made)
+    results = Results(folder / "loss_gpu.csv" if folder else None, ("ms", "peak_bytes"), chip, resume)
+    return figures.wrong(figures.run(rows, CONTESTANTS, partial(_measure, device), _line, results))
 
 
 def _measure(device: torch.device, figure: Figure) -> None:

@@ -1,11 +1,11 @@
 """`python -m benchmarks.gpu.run`: checks everyone, measures the rows of rows.py, decode.py, loss.py, bounded.py on one
-GPU, appends them to results/*_gpu.csv and prints short tables. `--interpret` runs the same code at tiny sizes without.
+GPU, appends each figure to results/*_gpu.csv as it is measured and prints short tables. `--resume` goes on with what a
+run that was stopped has left; `--interpret` runs the same code at tiny sizes without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 import time
@@ -21,10 +21,12 @@ import torch
 from benchmarks import hardware
 from benchmarks.gpu import bounded, decode, loss, measure, rows
 from benchmarks.gpu.contestants import CONTESTANTS, OURS, RING, TMA
+from benchmarks.gpu.results import Results, milliseconds
 from benchmarks.gpu.rows import Row
 from benchmarks.peers import NotMeasured
 
 RESULTS = Path(__file__).parents[1] / "results"
+COLUMNS = ("forward_ms", "backward_ms", "forward_tflops", "backward_tflops", "matmul_tflops")
 
 
 @dataclass
@@ -49,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--interpret", action="store_true", help="tiny rows in triton's interpreter; nothing is kept")
     parser.add_argument("--minutes", type=float, default=7.5, help="rows not begun by then are left out, by name")
     parser.add_argument("--rows", nargs="+", help="only rows whose name contains one of these")
-    parser.add_argument("--output", type=Path, help="folder for the CSV file (default: benchmarks/results)")
+    parser.add_argument("--output", type=Path, help="folder for the CSV files (default: benchmarks/results)")
+    parser.add_argument("--resume", action="store_true", help="leave out what the files have of this commit and chip")
     chosen = parser.parse_args(arguments)
     if not chosen.interpret and not torch.cuda.is_available():
         print("no GPU here: nothing measured. --interpret exercises the script without one.")
@@ -66,47 +69,51 @@ def main(arguments: list[str] | None = None) -> int:
         f"{chip}; torch {torch.__version__}; commit {hardware.commit()}"
         + (f"; 8192^3 bf16 product {roof / 1e12:.0f} TFLOP/s" if roof else "")
     )
+    folder = chosen.output or (None if chosen.interpret else RESULTS)
+    results = Results(folder / "attention_gpu.csv" if folder else None, COLUMNS, chip, chosen.resume)
     deadline, figures, wrong = time.monotonic() + 60 * chosen.minutes, [], {}
     for row in wanted:
         if time.monotonic() > deadline:
             print(f"{row.name}: not measured, the time is up", flush=True)
             continue
-        figures += [_measure(row, name, device, wrong) for name in CONTESTANTS]
+        for name in CONTESTANTS:
+            known = results.seconds(row.name, name, "forward_ms", "backward_ms")
+            figure = _measure(row, name, device, wrong) if known is None else Figure(row, name, *known)
+            if known is None:
+                _keep(figure, results, roof)
+            figures.append(figure)
         print(_line(row, figures), flush=True)
-    folder = chosen.output or (None if chosen.interpret else RESULTS)
-    bad = [*filter(None, wrong.values()), *decode.run(device, chosen_row, folder, chip)]
-    bad += loss.run(device, chosen_row, folder, chip)
-    if folder:
-        _append(folder / "attention_gpu.csv", figures, chip, roof)
+    bad = [*filter(None, wrong.values()), *decode.run(device, chosen_row, folder, chip, chosen.resume)]
+    bad += loss.run(device, chosen_row, folder, chip, chosen.resume)
     print()
     said = list(_verdicts(figures))
     for text, holds in said:
         print(("ok      " if holds else "MISSED  ") + text)
     memories = [r for r in (bounded.TINY if chosen.interpret else bounded.ROWS) if chosen_row(r.name)]
-    bad += [figure.note for figure in bounded.run(memories, device, folder) if figure.wrong]
+    bad += [figure.note for figure in bounded.run(memories, device, folder, chip, chosen.resume) if figure.wrong]
     print("\n".join(f"WRONG   {what}" for what in bad) or "every result within its limit of fp64")
     return int(bool(bad))
 
 
 def _measure(row: Row, name: str, device: torch.device, wrong: dict[tuple[Row, str], str]) -> Figure:
     """Check a small row of this kind once, then time the row."""
-    figure, small = Figure(row, name), _small(row)
+    figure, kind = Figure(row, name), small(row)
     try:
-        if (small, name) not in wrong:
-            wrong[small, name] = _check(small, name, device)
+        if (kind, name) not in wrong:
+            wrong[kind, name] = check(kind, name, device)
         inputs = measure.make_inputs(row, device)
         figure.forward, figure.backward = measure.times(CONTESTANTS[name](row, inputs), inputs)
-        figure.note = wrong[small, name]
+        figure.note = wrong[kind, name]
     except NotMeasured as error:
         figure.note = str(error)
     except Exception as error:  # a peer that fails must not end the run; ours is named all the same
         figure.note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if name in (OURS, TMA, RING):
-            wrong[small, name] = f"{name} {row.name}: {figure.note}"
+            wrong[kind, name] = f"{name} {row.name}: {figure.note}"
     return figure
 
 
-def _small(row: Row) -> Row:
+def small(row: Row) -> Row:
     """The row's kind at a size that fp64 can check."""
     length, group = min(row.length, measure.LONGEST_CHECK), row.heads // row.kv_heads
     window = None if row.window is None else max(1, row.window * length // row.length)
@@ -115,7 +122,7 @@ def _small(row: Row) -> Row:
     )
 
 
-def _check(row: Row, name: str, device: torch.device) -> str:
+def check(row: Row, name: str, device: torch.device) -> str:
     """What is wrong with a contestant's results; empty if nothing is."""
     inputs = measure.make_inputs(row, device)
     call, order = CONTESTANTS[name](row, inputs), None
@@ -156,20 +163,11 @@ def _verdicts(figures: list[Figure]) -> Any:
             yield f"{row.name}: one call ÷ {row.ring} steps = {share:.3f}, required {rows.SPLIT}", share >= rows.SPLIT
 
 
-def _append(path: Path, figures: list[Figure], chip: str, roof: float | None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        columns = ("row", "dtype", "contestant", "forward_ms", "backward_ms", "forward_tflops", "backward_tflops",
-                   "matmul_tflops", "note", "commit", "torch", "chip")  # fmt: skip
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(columns)
-        for f in figures:
-            times = [f"{x * 1e3:.4f}" if x else "not measured" for x in (f.forward, f.backward)]
-            rates = [f"{(f.rate(d) or 0) / 1e12:.1f}" if f.forward else "" for d in ("forward", "backward")]
-            origin = (f"{roof / 1e12:.1f}" if roof else "", f.note, hardware.commit(), torch.__version__, chip)
-            writer.writerow((f.row.name, f.row.dtype, f.contestant, *times, *rates, *origin))
+def _keep(figure: Figure, results: Results, roof: float | None) -> None:
+    times = [milliseconds(x) for x in (figure.forward, figure.backward)]
+    rates = [f"{(figure.rate(d) or 0) / 1e12:.1f}" if figure.forward else "" for d in ("forward", "backward")]
+    values = (*times, *rates, f"{roof / 1e12:.1f}" if roof else "")
+    results.add(figure.row.name, figure.row.dtype, figure.contestant, values, figure.note)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def write_kernel(
     tl.store(place, total, mask=(column_a < DA)[:, None] & (column_x < DX)[None, :])
 
 
-@triton.jit
+# One chunk is no constant: triton would make the number 1 a Python int, which has no dtype to convert.
+@triton.jit(do_not_specialize=["chunks"])
 def scan_kernel(
     states, start, factors, fb, fh, fc, fr, head_count, chunks,
     TILE: tl.constexpr, NUMBERS: tl.constexpr, WIDTH: tl.constexpr, DOWN: tl.constexpr, FACTORS: tl.constexpr,

@@ -98,7 +98,9 @@ def wrapped(x: int) -> int:
 
 
 def resolve_scale(scale: float | None, q: torch.Tensor) -> float:
-    """The logits' factor: 1 / sqrt(D) unless given."""
+    """The logits' factor: 1 / sqrt(D) unless given; any finite number, 0 and negative ones included."""
     if scale is None:
         return 1.0 / math.sqrt(q.shape[-1])
+    if not math.isfinite(scale):
+        raise AttentionError(f"scale={scale}: give a finite number, or None for 1 / sqrt(D)")
     return float(scale)

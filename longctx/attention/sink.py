@@ -25,7 +25,9 @@ def begin(q: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None) -> tuple[
 def gradient(rows: Rows, sink: torch.Tensor) -> torch.Tensor:
     """(H,) in the accumulator's dtype: this rank's queries' part of the sink's gradient.
 
-    The sink's probability is exp(sink - lse) and its value 0, so dS = P * (0 - delta), summed over rows.
+    The sink's probability is exp(sink - lse) and its value 0, so dS = P * (0 - delta), summed over rows. A row that
+    sees nothing has lse -inf beside a sink of -inf, and gives it nothing.
     """
-    share = torch.exp(sink[:, None].to(rows.lse.dtype) - rows.lse)
+    logits = sink[:, None].to(rows.lse.dtype)
+    share = torch.exp(logits - rows.lse.masked_fill(rows.lse == -torch.inf, torch.inf))
     return -(share * delta_of(rows)).sum((0, 2))

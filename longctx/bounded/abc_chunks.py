@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from longctx.attention.backends.base import accumulator_dtype
 from longctx.bounded import weights
 from longctx.bounded.abc_block import Memory, Pass
 from longctx.bounded.chunks import Block, Runs, Sight, blocks, causal_sight, fold, unfold
+from longctx.derivative import first_only
 
 CHUNK = 64
 BLOCK_ROWS = 4096
@@ -23,6 +23,7 @@ BLOCK_ROWS = 4096
 Optional = torch.Tensor | None
 
 
+@first_only
 class Chunked(torch.autograd.Function):
     """(q, k, v, key and value control, state before) -> (out, state after); see `abc_attention` for the shapes.
 
@@ -62,7 +63,6 @@ class Chunked(torch.autograd.Function):
         return (out, *(None if x is None else x.clone() for x in state))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Optional, dz_k: Optional, dz_v: Optional, dkeys: Optional, dvalues: Optional) -> Any:
         q, k, v, s_k, s_v, ids, document, z_k, z_v, keys, values, last_keys, last_values = ctx.saved_tensors
         walk = _Walk(q, k, v, s_k, s_v, ids, document, *ctx.walk_settings)

@@ -143,11 +143,11 @@ def _ids(place: Place, here: slice) -> torch.Tensor | None:
 
 
 def _tail(x: Inputs, ids: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(which tokens are of the stretch's last document (B, T) or None, that document (B,))."""
+    """(which tokens are of the stretch's last document (B, T) or None, that document (B,) as monoid.py names it)."""
     if ids is None:
         return None, torch.zeros(x.k.shape[0], dtype=torch.int64, device=x.k.device)
     runs = Runs(ids, None)
-    return runs.tail(), runs.document
+    return runs.tail(), runs.ending
 
 
 def _element(x: Inputs, tokens: torch.Tensor | None, document: torch.Tensor) -> Value:
@@ -195,7 +195,7 @@ def _starts(x: Inputs, place: Place, state: ABCState | None, total: bool) -> lis
     if state is not None:
         first = _as_value(state, _document(state, place))
         before = [op(first, value) for value in before]
-    return [_as_state(value, x, None if place.ids is None else value[-1]) for value in before]
+    return [_as_state(value, x, None if place.ids is None else monoid.name(value[-1])) for value in before]
 
 
 def _document(state: ABCState, place: Place) -> torch.Tensor:
@@ -221,7 +221,7 @@ def _running_starts(x: Inputs, place: Place, state: ABCState | None, total: bool
     starts: list[ABCState] = []
     empty = x.empty()
     for mass in before:
-        named = None if place.ids is None else mass[-1]
+        named = None if place.ids is None else monoid.name(mass[-1])
         starts.append(ABCState(mass[0], empty.keys, empty.values, named, mass[1] if len(mass) > 2 else None))
     sums: list[Value] = []
     for part, here, start, (_, document) in zip(parts, place.parts, starts, tails, strict=False):

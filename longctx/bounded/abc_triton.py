@@ -12,11 +12,13 @@ import torch
 
 from longctx.attention.backends.triton import arch, dense, on_device
 from longctx.bounded.cosine_triton import documents_of
+from longctx.derivative import first_only
 from longctx.kernels.abc.fused import Causal, Masses
 
 Optional = torch.Tensor | None
 
 
+@first_only
 class Fused(torch.autograd.Function):
     """(q, k, v, s, z, K, V before) -> (out, z, K, V after): one control for keys and values, logits of any size."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from longctx.attention.backends.base import accumulator_dtype
+from longctx.derivative import first_only
 
 _TOKENS = 2048
 """Tokens whose weights exist at one time."""
@@ -35,6 +36,7 @@ def memory_of(
     return _Write.apply(s, normalized, tokens, *xs)
 
 
+@first_only
 class _Write(torch.autograd.Function):
     @staticmethod
     def forward(

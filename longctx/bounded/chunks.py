@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from longctx.bounded import monoid
+
 
 class Block(NamedTuple):
     """`chunks` chunks of `size` tokens, from local token `start` on."""
@@ -108,10 +110,13 @@ def times(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
 
 
 class Runs:
-    """The documents of a row of tokens, each a run of one id; -1 is padding.
+    """The documents of a row of tokens, each a run of one id; -1 is padding, which ends no run.
+
+    An id that comes back after another one is a new document. So runs are numbered, and numbers are compared:
+    `ids` (B, T) are 0 for tokens that go on with the state's document, then 1, 2, ...; -1 at padding.
 
     Args:
-        ids: (B, T) int64.
+        ids: (B, T) int64, as users name documents.
         document: (B,) int64, what the state before the first token belongs to; None: to nothing.
     """
 
@@ -120,15 +125,29 @@ class Runs:
         known = torch.cat([first, ids], 1)
         place = torch.arange(known.shape[1], device=ids.device)
         latest = torch.where(known >= 0, place, 0).cummax(1).values
-        self.ids, self._latest = ids, known.gather(1, latest)  # _latest[:, t]: of the last valid token before t
+        names = known.gather(1, latest)  # names[:, t]: the document of the last valid token before t
+        self._begins = (ids >= 0) & (ids != names[:, :-1])
+        numbers = self._begins.cumsum(1)
+        self.ids, self._names = numbers.masked_fill(ids < 0, -1), names
+        self._latest = torch.cat([torch.zeros_like(numbers[:, :1]), numbers], 1)  # the run of that token
 
     @property
     def document(self) -> torch.Tensor:
-        """(B,) the document of the last valid token."""
-        return self._latest[:, -1]
+        """(B,) the document of the last valid token, by the user's name."""
+        return self._names[:, -1]
+
+    @property
+    def single(self) -> torch.Tensor:
+        """(B,) whether all tokens are of one document."""
+        return self._latest[:, -1] <= 1
+
+    @property
+    def ending(self) -> torch.Tensor:
+        """(B,) the last document as the states of stretches name it (monoid.py)."""
+        return torch.where(self.single, self.document, monoid.begun(self.document))
 
     def edges(self, size: int) -> torch.Tensor:
-        """(B, chunks + 1): the document of the state before each chunk of `size` tokens, and after the last."""
+        """(B, chunks + 1): the run of the state before each chunk of `size` tokens, and after the last."""
         ends = torch.arange(0, self._latest.shape[1] + size - 1, size, device=self.ids.device)
         return self._latest[:, ends.clamp_max(self.ids.shape[1])].contiguous()
 
@@ -146,14 +165,22 @@ class Runs:
         """(B, T) int64: valid tokens of the token's own document up to and with it; `count` (B,) came before."""
         valid = self.ids >= 0
         total = valid.cumsum(1)
-        starts = valid & (self.ids != self._latest[:, :-1])
+        starts = self._begins
         base = torch.where(starts, total - 1, 0).cummax(1).values  # what earlier documents have counted
         carried = torch.zeros_like(base[:, 0]) if count is None else count.to(base)
         return total - base + torch.where(starts.cumsum(1) > 0, 0, carried[:, None])
 
     def tail(self) -> torch.Tensor:
         """(B, T) whether a token is of the last document."""
-        return (self.ids == self.document[:, None]) & (self.ids >= 0)
+        return (self.ids == self._latest[:, -1:]) & (self.ids >= 0)
+
+    def head(self) -> torch.Tensor:
+        """(B, T) whether a token is of the first document that is not the state's."""
+        return self.ids == 1
+
+    def before(self) -> torch.Tensor:
+        """(B, T) whether a token goes on with the document of the state before the first."""
+        return self.ids == 0
 
 
 def causal_sight(size: int, dtype: torch.dtype, device: torch.device) -> Sight:

@@ -77,6 +77,7 @@ def causal(x: Inputs, place: Place, state: CosineState | None, total: bool) -> t
         ahead = slice(0, min(AHEAD, parts[0].stop // 4))
         join = _ahead(x, size, ids, ahead)  # while the states are on their way
         starts = arriving() if state is None else [_after(state, place, start) for start in arriving()]
+        starts = [(memory, monoid.name(before)) for memory, before in starts]
         if join is not None:
             out, start = join(starts[0])
             parts[0], starts = slice(ahead.stop, parts[0].stop), [start, *starts[1:]]
@@ -110,7 +111,7 @@ def _begin(x: Inputs, size: torch.Tensor, place: Place, total: bool) -> Callable
         tokens, document = None, torch.zeros(x.k.shape[0], dtype=torch.int64, device=x.k.device)
         if place.ids is not None:
             runs = Runs(place.ids[:, here], None)
-            tokens, document = runs.tail(), runs.document
+            tokens, document = runs.tail(), runs.ending
         scale = None if x.on_query else size[:, :, here]
         elements.append((memory_of(x.k[:, :, here], x.v[:, :, here], scale, tokens), document))
     nothing = (x.empty(), torch.full_like(elements[0][1], -1))
@@ -134,15 +135,16 @@ def _ahead(
     part = replace(part, q=part.q.to(x.dtype), k=part.k.to(x.dtype), v=part.v.to(x.dtype))
     own = None if ids is None else ids[:, here]
     out, memory = _continue(part, scale, x.empty(), own, None)
-    document = torch.zeros_like(size[:, 0, 0], dtype=torch.int64) if own is None else Runs(own, None).document
+    document = torch.zeros_like(size[:, 0, 0], dtype=torch.int64) if own is None else Runs(own, None).ending
 
     def join(start: Value) -> tuple[torch.Tensor, Value]:
         q, groups = part.q, part.k.shape[1]
         if own is not None:
-            q = q.masked_fill(~((own == start[1][:, None]) & (own >= 0))[:, None, :, None], 0.0)
+            q = q.masked_fill(~Runs(own, start[1]).before()[:, None, :, None], 0.0)
         past = (unit(q).unflatten(1, (groups, -1)).flatten(2, 3) @ start[0]).unflatten(2, (-1, here.stop)).flatten(1, 2)
         past = past * scale[..., None] if x.on_query else past
-        return (out + past).to(x.q.dtype), monoid.add(start, (memory, document))
+        after, document_after = monoid.add(start, (memory, document))
+        return (out + past).to(x.q.dtype), (after, monoid.name(document_after))
 
     return join
 

@@ -12,11 +12,13 @@ import torch
 
 from longctx.attention.backends.triton import arch, dense, on_device
 from longctx.bounded.chunks import Runs
+from longctx.derivative import first_only
 from longctx.kernels.cosine.fused import Causal, Documents
 
 Optional = torch.Tensor | None
 
 
+@first_only
 class Fused(torch.autograd.Function):
     """(q, k, v, size, S) -> (out, S after); as `cosine_chunks.chunked`, in bf16, fp16 or fp32, the state in fp32."""
 
@@ -77,8 +79,9 @@ def _call(
 
 def documents_of(ids: torch.Tensor, document: Optional, chunk: int) -> Documents:
     """What the kernels need to know of packed documents: ids (B, T), and the one before them (B,) or None."""
-    edges = Runs(ids, document).edges(chunk)
-    return Documents(ids.contiguous(), edges, (edges[:, 1:] == edges[:, :-1]).float())
+    runs = Runs(ids, document)
+    edges = runs.edges(chunk)
+    return Documents(runs.ids.contiguous(), edges, (edges[:, 1:] == edges[:, :-1]).float())
 
 
 def _states(call: Causal, start: torch.Tensor) -> Any:

@@ -11,6 +11,7 @@ import torch
 
 from longctx.attention.backends.base import accumulator_dtype
 from longctx.bounded.cosine_chunks import through_unit, unit
+from longctx.derivative import first_only
 
 _TOKENS = 2048
 """Tokens that are normalised at one time."""
@@ -26,6 +27,7 @@ def memory_of(k: torch.Tensor, v: torch.Tensor, size: torch.Tensor | None, token
     return _Write.apply(k, v, size, tokens)
 
 
+@first_only
 class _Write(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from longctx.attention.comm import STATE, Link, Message, Packet
+from longctx.derivative import first_only
 
 Value = tuple[torch.Tensor, ...]
 Operation = Callable[[Value, Value], Value]
@@ -128,6 +129,7 @@ class Trade:
         return {message.peer: [x for x in message.packet.parts if x is not None] for message in self._receives}
 
 
+@first_only
 class _Send(torch.autograd.Function):
     """Forward sends states; backward awaits their gradients."""
 
@@ -155,6 +157,7 @@ class _Send(torch.autograd.Function):
         return None, None, None, *totals
 
 
+@first_only
 class _Receive(torch.autograd.Function):
     """Forward awaits states; backward sends their gradients."""
 
@@ -180,6 +183,7 @@ class _Receive(torch.autograd.Function):
         return None, None, torch.zeros((), device=trip.like[0].device)
 
 
+@first_only
 class _Shift(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, link: Link, by: int, per: int, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -2,6 +2,9 @@
 
 Such a memory is no sum, so no scan joins it: what a token sees lies within `reach` tokens before it, and those are what
 the state holds and what a rank gets from the ranks before it, the halo. Their number does not depend on the length.
+
+Padding takes no place in a queue. Where it stands behind a token, tokens are moved together (padding first) before the
+queue is read, and the halo reaches back until it holds `reach` tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from longctx.attention.arguments import resolve_scale
 from longctx.attention.block import block_attention
 from longctx.attention.comm import Link
 from longctx.bounded.arguments import check_state
+from longctx.bounded.chunks import Runs
 from longctx.bounded.control import Fifo
 from longctx.bounded.exchange import Value, collect
 from longctx.bounded.sequence import Place, locate
@@ -37,6 +41,10 @@ class Tokens(NamedTuple):
 
     def last(self, count: int) -> Tokens:
         return Tokens(*(x[:, :, -count:] if x.dim() == 4 else x[:, -count:] for x in self))
+
+    def numbered(self) -> Tokens:
+        """The same tokens with documents numbered in their order: an id that comes back is another document."""
+        return self._replace(document=Runs(self.document, None).ids)
 
     def then(self, later: Tokens) -> Tokens:
         return Tokens(*(torch.cat(pair, 2 if pair[0].dim() == 4 else 1) for pair in zip(self, later, strict=True)))
@@ -111,11 +119,20 @@ def _last(local: Tokens, before: Tokens | None, count: int) -> Tokens:
     missing = max(count - whole.keys.shape[2], 0)
     if missing:
         whole = _nothing(local, missing).then(whole)
-    order = (whole.document >= 0).long().argsort(dim=1, stable=True)[:, -count:]  # padding first
-    keys, values = (
-        x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (whole.keys, whole.values)
-    )
-    return Tokens(keys, values, whole.document.gather(1, order), whole.index.gather(1, order))
+    order = _order(whole.document)[:, -count:]
+    return Tokens(*(_reordered(x, order) for x in whole))
+
+
+def _order(document: torch.Tensor) -> torch.Tensor:
+    """(B, T): padding first, then the tokens, both in their order."""
+    return (document >= 0).long().argsort(dim=1, stable=True)
+
+
+def _reordered(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """x (B, G, T, D) or (B, T) with tokens in `order` (B, N)."""
+    if x.dim() == 2:
+        return x.gather(1, order)
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _nothing(like: Tokens, count: int) -> Tokens:
@@ -129,30 +146,58 @@ def _around(
 ) -> tuple[list[Tokens | None], Tokens]:
     """(the `count` tokens before each stretch of this rank, `before` those before the sequence; if `total` the last
     valid tokens of all stretches in order, from every rank, since padding may fill any number of the last ones)."""
-    size = place.parts[0].stop - place.parts[0].start
-    sent = min(count, size)
-    chunks = -(-count // size)  # as many stretches before it are needed
-    tails: list[Value] = []
-    for part in place.parts:
-        here = Tokens(*(_cut(x, part) for x in local))
-        tails.append((*here.last(sent), *(_last(here, None, sent) if total else ())))
+    sent = min(count, place.parts[0].stop - place.parts[0].start)
+    stretches = [Tokens(*(_cut(x, part) for x in local)) for part in place.parts]
+    tails: list[Value] = [here.last(sent) if place.ids is None else _last(here, None, sent) for here in stretches]
+    filled = _filled(place)
+
+    def needed(source: int, chunk: int) -> bool:
+        """Whether the stretches between them leave some row of the chunk's halo short of tokens."""
+        return source < chunk and bool((filled[source + 1 : chunk].sum(0) < count).any())
+
     known, token = collect(
-        tails, place.link, place.chain, lambda source, here: total or any(c - chunks <= source < c for c in here)
+        tails, place.link, place.chain, lambda source, here: total or any(needed(source, chunk) for chunk in here)
     )
     halos: list[Tokens | None] = []
     for chunk in place.chain.chunks[place.link.rank]:
         halo = _nothing(local, count) if before is None else before
         halo = halo._replace(keys=halo.keys + token.to(halo.keys.dtype))  # ties the first stretch to the exchange
-        for source in range(max(chunk - chunks, 0), chunk):
-            halo = halo.then(Tokens(*known[source][:4]))
-        halos.append(halo.last(count))
+        for source in range(chunk):
+            if needed(source, chunk):
+                halo = halo.then(Tokens(*known[source]))
+        halos.append(halo.last(count) if place.ids is None else _last(halo, None, count))
     if not total:
         return halos, local
-    return halos, reduce(Tokens.then, (Tokens(*known[chunk][4:]) for chunk in range(place.chain.total)))
+    return halos, reduce(Tokens.then, (Tokens(*known[chunk]) for chunk in range(place.chain.total)))
+
+
+def _filled(place: Place) -> torch.Tensor:
+    """(chunks, B or 1) on the host: the tokens of every stretch of the sequence, without padding."""
+    sizes = [part.stop - part.start for part in place.parts]
+    if place.valid is None:
+        return torch.full((place.chain.total, 1), sizes[0])
+    own: list[Value] = [(place.valid[:, part].sum(1),) for part in place.parts]
+    known, _ = collect(own, place.link, place.chain, lambda source, here: True)
+    return torch.stack([known[chunk][0] for chunk in range(place.chain.total)]).cpu()
 
 
 def _stretch(q: torch.Tensor, local: Tokens, halo: Tokens | None, control: Fifo, scale: float) -> torch.Tensor:
+    """The outputs of one stretch, whose tokens follow those of the halo."""
     seen = local if halo is None else halo.then(local)
+    absent = seen.document < 0
+    if not bool((absent[:, 1:] & ~absent[:, :-1]).any()):  # no padding behind a token
+        seen = seen.numbered()
+        return _queue(q, seen.last(q.shape[2]), seen, control, scale)
+    seen = Tokens(*(_reordered(x, _order(seen.document)) for x in seen)).numbered()
+    order, asking = _order(local.document), seen.last(q.shape[2])
+    missing = _reordered(local.document, order) < 0  # where this stretch's padding is, `seen` has the halo's tokens
+    asking = asking._replace(document=asking.document.masked_fill(missing, -1))
+    out = _queue(_reordered(q, order), asking, seen, control, scale)
+    return _reordered(out, order.argsort(1))
+
+
+def _queue(q: torch.Tensor, local: Tokens, seen: Tokens, control: Fifo, scale: float) -> torch.Tensor:
+    """Queries (B, H, T, D) of `local`, the last T tokens of `seen`; documents are numbered and padding is first."""
     if not control.strided:
         return block_attention(
             q, seen.keys, seen.values, window=control.recent, scale=scale,
@@ -165,7 +210,7 @@ def _stretch(q: torch.Tensor, local: Tokens, halo: Tokens | None, control: Fifo,
         rows = slice(start, min(start + step, q.shape[2]))
         first = max(rows.start + offset - far, 0)
         window = Tokens(*(_cut(x, slice(first, rows.stop + offset)) for x in seen))
-        asking = window.last(rows.stop - rows.start)
+        asking = Tokens(*(_cut(x, rows) for x in local))
         outs.append(_strided(q[:, :, rows], asking, window, control, scale))
     return torch.cat(outs, 2)
 

@@ -1,7 +1,9 @@
 """How the states of two stretches of a sequence combine; each is associative and has an identity.
 
 A state ends with `document` (B,) int64: what the memory belongs to, -1 before any token. The earlier state counts only
-where the later stretch wrote nothing or goes on with the same document. Without documents all ids are 0.
+where the later stretch wrote nothing or goes on with the same document. A document is a run of one id, so a stretch
+whose last document began within it goes on with nothing, though the same id may stand at its border: it is named
+-2 - id (`begun`). Without documents all ids are 0.
 """
 
 from __future__ import annotations
@@ -53,9 +55,20 @@ def latest(first: Value, second: Value) -> Value:
     return torch.where(keep, first[0], 0) + second[0], document
 
 
+def begun(document: torch.Tensor) -> torch.Tensor:
+    """Name a document (B,) that began behind another one of its stretch; -1 stays."""
+    return torch.where(document >= 0, -2 - document, document)
+
+
+def name(document: torch.Tensor) -> torch.Tensor:
+    """The id of a document (B,), wherever it began; -1 stays."""
+    return torch.where(document < -1, -2 - document, document)
+
+
 def _joined(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(whether the first state still counts (B,), the document of both)."""
-    return (second < 0) | (first == second), torch.where(second < 0, first, second)
+    keep = (second == -1) | ((second >= 0) & (name(first) == second))
+    return keep, torch.where(keep, first, torch.where(first == -1, second, begun(second)))
 
 
 def _like(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

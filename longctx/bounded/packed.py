@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from longctx.bounded import monoid
+from longctx.bounded.chunks import Runs
 from longctx.bounded.exchange import Operation, Value
 from longctx.bounded.scan import associative_exclusive_scan
 from longctx.bounded.sequence import Place
@@ -106,33 +108,30 @@ def each(
 
     if place.link.ring == 1:
         return within(slice(None), place.ids)
-    masks, heads, tails = [], [], []
-    for here in place.parts:
-        ids = place.ids[:, here]
-        first, last = _ends(ids)
-        masks.append([(ids == name[:, None]) & (ids >= 0) for name in (first, last)])
-        tails.append(element(here, masks[-1][1], last))
-        heads.append(tails[-1] if first.equal(last) else element(here, masks[-1][0], first))
+    stretches = [Runs(place.ids[:, here], None) for here in place.parts]
+    heads, tails = [], []
+    for here, runs in zip(place.parts, stretches, strict=True):
+        tails.append(element(here, runs.tail(), runs.ending))
+        whole = bool(runs.single.all())
+        heads.append(tails[-1] if whole else element(here, runs.head(), _heading(runs, place.ids[:, here])))
     before = associative_exclusive_scan(tails, op, nothing(tails[0]), place.link, place.chain)
     after = associative_exclusive_scan(
         heads, lambda first, second: op(second, first), nothing(heads[0]), place.link, place.chain, reverse=True
     )
     outs = []
-    for here, (of_first, of_last), head, tail, left, right in zip(
-        place.parts, masks, heads, tails, before, after, strict=True
-    ):
-        ids = place.ids[:, here]
-        out = within(here, ids.masked_fill(of_first | of_last, -1))
-        for mask, state in ((of_first, head), (of_last, tail)):
-            # op's first state counts if it is of the document of the second: so do both neighbours.
-            out = torch.where(mask[:, None, :, None], read(here, op(right, op(left, state))), out)
+    for here, runs, head, tail, left, right in zip(place.parts, stretches, heads, tails, before, after, strict=True):
+        of_first, of_last = runs.head(), runs.tail()
+        out = within(here, runs.ids.masked_fill(of_first | of_last, -1))
+        for mask, state, (near, far) in ((of_first, head, (left, right)), (of_last, tail, (right, left))):
+            # The neighbour at its own border goes on with the document; the other one only if there is no other.
+            joined = op(near, (*state[:-1], monoid.name(state[-1])))
+            joined = op(far, (*joined[:-1], state[-1]))
+            out = torch.where(mask[:, None, :, None], read(here, joined), out)
         outs.append(out)
     return torch.cat(outs, 2)
 
 
-def _ends(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the first document (B,) of each row, the last); -1 where there is only padding."""
-    valid = ids >= 0
-    first = valid.int().argmax(1, keepdim=True)
-    last = ids.shape[1] - 1 - valid.flip(1).int().argmax(1, keepdim=True)
-    return ids.gather(1, first)[:, 0], ids.gather(1, last)[:, 0]
+def _heading(runs: Runs, ids: torch.Tensor) -> torch.Tensor:
+    """(B,) the first document of each row as monoid.py names it; -1 where there is only padding."""
+    first = ids.gather(1, (ids >= 0).int().argmax(1, keepdim=True))[:, 0].clamp_min(-1)
+    return torch.where(runs.single, first, monoid.begun(first))

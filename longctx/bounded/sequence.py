@@ -51,13 +51,14 @@ class Place:
         here = [Runs(self.ids[:, part], None) for part in self.parts]
         starts = [(count, document)]
         if self.link.ring > 1:
-            ends = [(run.tail().sum(1), run.document) for run in here]
+            ends = [(run.tail().sum(1), run.ending) for run in here]
             zero = torch.zeros_like(ends[0][0])
             starts = associative_exclusive_scan(  # type: ignore[assignment]
                 ends, monoid.latest, (zero, zero - 1), self.link, self.chain, total=total
             )
             if count is not None and document is not None:
                 starts = [monoid.latest((count, document), start) for start in starts]  # type: ignore[misc,arg-type]
+            starts = [(done, monoid.name(before)) for done, before in starts]  # type: ignore[arg-type]
         pieces = [
             Runs(self.ids[:, part], before).counts(done)
             for part, (done, before) in zip(self.parts, starts, strict=False)

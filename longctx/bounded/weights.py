@@ -85,7 +85,9 @@ def make(s: torch.Tensor, mass: torch.Tensor, sight: Sight, normalizer: str) -> 
     over, seen = total.reciprocal(), None
     least = total if sight.before is not None else total[:, :, :, :1]  # within a document it only grows
     if not bool(least.amin() >= _SMALLEST[s.dtype]):
-        seen = (sight.visible @ (s > -torch.inf).to(s.dtype)) + times((d > 0).to(s.dtype), sight.before) > 0
+        # What was written, not what is left of it beside the chunk's largest mass: d may underflow to 0.
+        held = times((before > -torch.inf).to(s.dtype), sight.before)
+        seen = (sight.visible @ (s > -torch.inf).to(s.dtype)) + held > 0
         if bool((seen & (total < _SMALLEST[s.dtype])).any()):
             return None
         over = over.masked_fill_(~seen, 0.0)

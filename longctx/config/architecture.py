@@ -6,6 +6,10 @@ from typing import Any
 
 from longctx.config.schema import RunConfig
 from longctx.config.sections.model import Model
+from longctx.errors import ModelError
+from longctx.models.expected import count_parameters
+from longctx.models.headers import read_weights
+from longctx.models.settings import read_settings
 
 WINDOWED = frozenset({"mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"})
 """architectures whose attention can have a sliding window"""
@@ -16,7 +20,12 @@ GROUPED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "g
 ROTARY = GROUPED
 CONVERTIBLE = frozenset({"llama", "mistral", "qwen2", "qwen3", "gpt2"})
 """architectures whose layers can attend in other ways (attention.layers)"""
-UNGATED = frozenset({"gpt2", "phi"})
+UNGATED = frozenset(
+    "gpt2 phi apertus arcee bert bert-generation big_bird biogpt bloom camembert codegen data2vec-text electra ernie "
+    "falcon gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj jais2 megatron-bert mpt nanochat nemotron opt "
+    "persimmon rembert roberta roberta-prelayernorm roc_bert roformer starcoder2 xglm xlm-roberta xlm-roberta-xl "
+    "xmod".split()
+)
 """architectures whose MLP has two matrices, not three"""
 _GPT2_NAMES = {
     "hidden_size": "n_embd",
@@ -72,7 +81,7 @@ def intermediate_size(model: Model) -> int | None:
 
 
 def transformers_keywords(
-    config: RunConfig, vocabulary_size: int, end_of_document: int | None = None
+    config: RunConfig, vocabulary_size: int, end_of_document: int | None = None, beginning: int | None = None
 ) -> dict[str, Any]:
     """Return the keywords of ``AutoConfig.for_model(config.model.architecture, **keywords)``.
 
@@ -80,6 +89,7 @@ def transformers_keywords(
         config: with ``model.architecture`` given.
         vocabulary_size: the tokenizer's; ``model.vocab_size`` wins if it is given.
         end_of_document: the tokenizer's id for it, or None.
+        beginning: the tokenizer's ``bos_token_id``, or None.
     """
     model, window = config.model, config.attention.window
     keywords: dict[str, Any] = {
@@ -90,10 +100,9 @@ def transformers_keywords(
         "intermediate_size": intermediate_size(model),
         "max_position_embeddings": model.max_positions or config.data.sequence_length,
         "tie_word_embeddings": model.tie_embeddings,
-        "bos_token_id": end_of_document,
+        "bos_token_id": beginning,
         "eos_token_id": end_of_document,
         "pad_token_id": None,  # a padding id would freeze that row of the embedding
-        "use_cache": False,
     }
     if model.architecture in GROUPED:
         keywords["num_key_value_heads"] = model.kv_heads or model.heads
@@ -111,9 +120,24 @@ def transformers_keywords(
     return keywords | model.extra
 
 
-def parameter_count(config: RunConfig) -> int | None:
-    """Return about how many parameters the model has (norms and biases are left out), or None."""
+def pretrained_changes(config: RunConfig) -> dict[str, Any]:
+    """Return the keys of a pretrained folder's config.json that the run gives other values, by transformers' names."""
     model = config.model
+    changes: dict[str, Any] = dict(model.extra)
+    if model.max_positions is not None:
+        changes["max_position_embeddings"] = model.max_positions
+    return changes
+
+
+def parameter_count(config: RunConfig) -> int | None:
+    """Return how many parameters the model has, or None: of a pretrained folder what its weights have, from scratch
+    about (norms and biases are left out)."""
+    model = config.model
+    if model.pretrained is not None:
+        try:
+            return count_parameters(read_settings(model.pretrained), read_weights(model.pretrained))
+        except ModelError:
+            return None  # `machine.inspect` says what is wrong with the folder
     vocabulary = model.vocab_size or vocabulary_size(config)
     inner, size = intermediate_size(model), head_dim(model)
     if not (model.hidden_size and model.layers and model.heads and inner and size and vocabulary):

@@ -7,11 +7,13 @@ shell, to ssh or to pdsh.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from longctx.errors import LaunchError
 
-_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9_])?", re.ASCII)
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", re.ASCII)
 _SLOTS = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 _INTERFACE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,14})", re.ASCII)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\*?", re.ASCII)
@@ -27,34 +29,43 @@ SSH_OPTIONS = frozenset(
 
 
 class Host(NamedTuple):
-    """One machine, and how many ranks run there (None: not said)."""
+    """One machine, perhaps with the user to log in as, and how many ranks run there (None: not said)."""
 
     name: str
     slots: int | None = None
 
 
 def parse_host(text: str) -> Host:
-    """Return the host that ``name`` or ``name:ranks`` means.
+    """Return the host that ``name``, ``user@name`` or either with ``:ranks`` means.
 
     Raises:
         LaunchError: it is not a host name, or the number of ranks is none.
     """
     name, colon, slots = text.partition(":")
-    if not _NAME.fullmatch(name):
-        raise LaunchError(f"{text[:80]!r} is not a host; write a name of letters, digits, dots and dashes, or name:4")
+    user, at, _ = name.rpartition("@")
+    if not _NAME.fullmatch(bare(name)) or (at and not _USER.fullmatch(user)):
+        raise LaunchError(
+            f"{text[:80]!r} is not a host; write a name of letters, digits, dots, dashes and underscores, name:4, or "
+            "user@name:4"
+        )
     if colon and not _SLOTS.fullmatch(slots):
         raise LaunchError(f"{text[:80]!r}: {slots[:20]!r} is not a number of ranks; write {name}:4, say")
     return Host(name, int(slots) if colon else None)
 
 
+def bare(name: str) -> str:
+    """Return a host's name without the user to log in as."""
+    return name.rpartition("@")[2]
+
+
 def parse_hostfile(text: str) -> tuple[Host, ...]:
-    """Return the hosts of a hostfile: ``name`` or ``name slots=4`` a line, ``#`` starts a comment.
+    """Return the hosts of a hostfile: ``name`` or ``name slots=4`` a line, ``#`` starts a comment; a BOM is no text.
 
     Raises:
         LaunchError: a line says something else; it is named by its number.
     """
     hosts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
         words = line.partition("#")[0].split()
         if not words:
             continue
@@ -69,6 +80,16 @@ def parse_hostfile(text: str) -> tuple[Host, ...]:
     return once_each(hosts)
 
 
+def require_users(hosts: Iterable[Host], launcher: str) -> None:
+    """Raise LaunchError where a host names a user and the launcher has no way to log in as one host by host."""
+    named = next((host.name for host in hosts if "@" in host.name), None)
+    if named is not None and launcher not in ("deepspeed", "local"):
+        raise LaunchError(
+            f"{named} names a user, which only launcher deepspeed takes host by host; write {bare(named)}, and "
+            f"launch.ssh_options: [User={named.rpartition('@')[0]}] for all hosts (openmpi, mpich)"
+        )
+
+
 def once_each(hosts: list[Host]) -> tuple[Host, ...]:
     """Return the hosts; an empty list, too long a one, or a name that comes twice is an error."""
     if not hosts:
@@ -77,9 +98,9 @@ def once_each(hosts: list[Host]) -> tuple[Host, ...]:
         raise LaunchError(f"{len(hosts):,} hosts are more than {MOST_HOSTS:,}")
     seen: set[str] = set()
     for host in hosts:
-        if host.name.lower() in seen:
-            raise LaunchError(f"{host.name} is named twice; write it once, with all its ranks")
-        seen.add(host.name.lower())
+        if bare(host.name).lower() in seen:
+            raise LaunchError(f"{bare(host.name)} is named twice; write it once, with all its ranks")
+        seen.add(bare(host.name).lower())
     return tuple(hosts)
 
 

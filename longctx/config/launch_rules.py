@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from longctx.config.hosts import is_interface, is_variable, once_each, parse_host, ssh_option
+from longctx.config.hosts import is_interface, is_variable, once_each, parse_host, require_users, ssh_option
 from longctx.config.problems import show
 from longctx.config.sections.launch import Launch
 from longctx.errors import LaunchError
@@ -34,7 +34,7 @@ def broken_launch(launch: Launch, resume: str) -> Iterator[Broken]:
 def _hosts(launch: Launch) -> Iterator[Broken]:
     if launch.hosts:
         try:
-            once_each([parse_host(text) for text in launch.hosts])
+            require_users(once_each([parse_host(text) for text in launch.hosts]), launch.launcher)
         except LaunchError as error:
             yield "hosts", str(error), "name"
     if launch.hosts and launch.hostfile:

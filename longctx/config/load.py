@@ -13,6 +13,8 @@ from longctx.config import overrides as command_line
 from longctx.config.derived import CPU_RANKS, world_size
 from longctx.config.keys import expected, leaves, sections
 from longctx.config.machine import inspect
+from longctx.config.partial import partial_config, told_of
+from longctx.config.pretrained import built_findings, pretrained_findings, tokenizer_findings
 from longctx.config.problems import InvalidConfig, Place, Problem, show
 from longctx.config.rules import Finding, broken
 from longctx.config.schema import RunConfig
@@ -30,6 +32,8 @@ class Loaded(NamedTuple):
     """dotted key -> place; a key that is missing here has its default"""
     document: Document
     name: str
+    unknown: frozenset[str] = frozenset()
+    """keys whose value in ``config`` is a stand-in, because the given one is wrong or missing"""
 
     def problem(self, finding: Finding) -> Problem:
         """Return a finding about this configuration with its place."""
@@ -70,19 +74,71 @@ def _finish(document: Document, name: str, overrides: Iterable[str], default_wor
         raise InvalidConfig([Problem(Place(name, 1, 1), "", f"{what}; {hint}", "empty"), *document.problems])
     command_line.apply(document, overrides)
     tidy(document)
+    problems, unknown = list(document.problems), frozenset[str]()
+    config: RunConfig | None
     try:
         config = RunConfig.model_validate(document.value)
     except ValidationError as error:
-        raise InvalidConfig([*document.problems, *_translate(error, document, name)]) from None
-    if document.problems:
-        raise InvalidConfig(document.problems)
+        problems += _translate(error, document, name)
+        config, unknown = partial_config(document.value)
+    if config is None:
+        raise InvalidConfig(problems)
+    config = _with_tokenizer(config)
     sources = {key: document.values[path] for key in leaves() if (path := tuple(key.split("."))) in document.values}
-    loaded = Loaded(config, sources, document, name)
+    unknown |= {problem.key for problem in problems}
+    loaded = Loaded(config, sources, document, name, unknown)
     default = default_world if isinstance(default_world, int) else default_world(config)
-    findings = broken(config, world_size(config, default))
-    if findings:
-        raise InvalidConfig(map(loaded.problem, findings))
+    problems += map(loaded.problem, told_of(broken(config, world_size(config, default)), unknown))
+    if problems:
+        raise InvalidConfig(problems, loaded._replace(unknown=unknown | {problem.key for problem in problems}))
     return loaded
+
+
+def load_for_rank(
+    path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS
+) -> RunConfig:
+    """Like ``load`` for a rank that another launcher has started, where no command has looked at the model's folder.
+
+    Raises:
+        InvalidConfig: as ``load``, and if the pretrained folder or the tokenizer does not fit.
+    """
+    loaded = load_with_sources(path, overrides, default_world=default_world)
+    config = loaded.config
+    if config.model.pretrained is not None:
+        findings = [*tokenizer_findings(config), *pretrained_findings(config), *built_findings(config)]
+        if findings:
+            raise InvalidConfig(map(loaded.problem, findings))
+    return config
+
+
+def load_for_machine(
+    path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS, starting: bool = True
+) -> tuple[Loaded, list[str]]:
+    """Like ``load_with_sources`` and ``require_machine`` at once: (the configuration, what is worth knowing).
+
+    Raises:
+        InvalidConfig: with the mistakes of the file and what this machine lacks, all of them together.
+    """
+    problems: list[Problem] = []
+    try:
+        loaded = load_with_sources(path, overrides, default_world=default_world)
+    except InvalidConfig as error:
+        if error.partial is None:
+            raise
+        problems, loaded = list(error.problems), error.partial
+    report = inspect(loaded.config, starting)
+    problems += map(loaded.problem, told_of(report.findings, loaded.unknown))
+    if problems:
+        raise InvalidConfig(problems)
+    return loaded, report.notes
+
+
+def _with_tokenizer(config: RunConfig) -> RunConfig:
+    """Fill in `data.tokenizer: auto`, so that everything after this reads one name."""
+    if config.data.tokenizer != "auto":
+        return config
+    own = None if config.data.foreign_tokenizer else config.model.pretrained
+    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": own or "bpe"})})
 
 
 def require_machine(loaded: Loaded, starting: bool = True) -> list[str]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from longctx.config import nvme
 from longctx.config.architecture import parameter_count
-from longctx.config.hosts import parse_hostfile
+from longctx.config.hosts import parse_hostfile, require_users
+from longctx.config.pretrained import built_findings, pretrained_findings, tokenizer_findings
 from longctx.config.rules import Finding
 from longctx.config.schema import RunConfig
+from longctx.data.folder import would_read
 from longctx.errors import LaunchError
 
 _SPECIAL_SOURCES = ("python-stdlib",)
@@ -36,8 +37,8 @@ def inspect(config: RunConfig, starting: bool) -> Report:
             meant for another machine.
     """
     notes: list[str] = []
-    findings = [*_sources(config), *_tokenizer(config), *_pretrained(config), *_folder(config), *_resume(config)]
-    findings += _hostfile(config)
+    findings = [*_sources(config), *tokenizer_findings(config), *pretrained_findings(config), *built_findings(config)]
+    findings += [*_folder(config), *_resume(config), *_hostfile(config)]
     if config.launch.hostfile is None:  # otherwise the hosts look for themselves, when they start
         findings += [Finding(key, message, "nvme") for key, message in nvme.missing(config)]
     findings += _packages(config, notes)
@@ -56,6 +57,7 @@ def token_folder(config: RunConfig) -> Path:
 
 
 def _sources(config: RunConfig) -> Iterator[Finding]:
+    yield from _own_files(config)
     for source in config.data.sources:
         if source in _SPECIAL_SOURCES:
             continue
@@ -74,41 +76,19 @@ def _sources(config: RunConfig) -> Iterator[Finding]:
             yield Finding("data.sources", f"{source!r} is empty; give a file with text", "empty-file")
 
 
-def _tokenizer(config: RunConfig) -> Iterator[Finding]:
-    name = config.data.tokenizer
-    if name in ("bpe", "bytes"):
-        return
-    path = Path(name)
-    file = path / "tokenizer.json" if _is_dir(path) else path
-    if not _exists(file):
-        message = f"{name!r} is not there; give bpe, bytes, a tokenizer.json, or a folder that holds one"
-        yield Finding("data.tokenizer", message, "no-file")
-
-
-def _pretrained(config: RunConfig) -> Iterator[Finding]:
-    if config.model.pretrained is None:
-        return
-    folder = Path(config.model.pretrained)
-    key = "model.pretrained"
-    if not _is_dir(folder):
-        yield Finding(key, f"{str(folder)!r} is not a folder here; models are read from local folders only", "no-file")
-        return
-    try:
-        settings: Any = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
-        yield Finding(
-            key, f"{str(folder / 'config.json')!r} is missing or not JSON; give a transformers folder", "no-file"
-        )
-        return
-    foreign = [name for name in settings if name == "auto_map" or name.startswith("_attn_implementation")]
-    if foreign:
-        message = f"its config.json has {foreign[0]}, which would run foreign code; use a folder without remote code"
-        yield Finding(key, message, "refused")
-    if not any(folder.glob("*.safetensors")):
-        message = f"{str(folder)!r} holds no .safetensors; pickled weights are never read: convert them first"
-        yield Finding(key, message, "no-file")
+def _own_files(config: RunConfig) -> Iterator[Finding]:
+    """Find what longctx itself writes below a source: it would become text."""
+    for source in config.data.sources:
+        if _exists(Path(source) / "build.json"):  # token files are taken as they are
+            continue
+        for key, folder in (("output.folder", config.output.folder), ("data.folder", str(token_folder(config)))):
+            if _is_dir(Path(source)) and would_read(source, Path(folder), config.data.exclude):
+                message = (
+                    f"{folder!r} is inside data.sources {source!r}, so the run's own files would become text; give a "
+                    "folder outside, or name it in data.exclude"
+                )
+                yield Finding(key, message, "own-files")
+                break
 
 
 def _folder(config: RunConfig) -> Iterator[Finding]:
@@ -155,7 +135,8 @@ def _hostfile(config: RunConfig) -> Iterator[Finding]:
     if name is None:
         return
     try:
-        parse_hostfile(Path(name).read_text())
+        hosts = parse_hostfile(Path(name).read_text(encoding="utf-8"))
+        require_users(hosts, config.launch.launcher)
     except (OSError, UnicodeDecodeError):
         yield Finding("launch.hostfile", f"{name!r} cannot be read; a line is `name slots=4`", "no-file")
     except LaunchError as error:

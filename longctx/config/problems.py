@@ -42,7 +42,8 @@ class Problem(NamedTuple):
 class InvalidConfig(ConfigError):
     """Every problem of one configuration; ``str()`` gives one line each, in the order of the file."""
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    def __init__(self, problems: Iterable[Problem], partial: Any = None) -> None:
+        self.partial = partial  # what load.Loaded holds of the keys that are right, or None
         self.problems = tuple(sorted(problems, key=lambda problem: (problem.place.line == 0, problem.place[1:])))
         super().__init__("\n".join(map(str, self.problems)))
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from functools import reduce
 from math import gcd
-from pathlib import Path
 
 from longctx.config.schema import RunConfig
 from longctx.config.split import Room
 from longctx.errors import ModelError
+from longctx.models.settings import read_settings, text_settings, whole_number
 from longctx.nn.kinds import ABC, Cosine, read_layers
 
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_SIZE")
@@ -38,11 +37,11 @@ def heads(config: RunConfig) -> tuple[int | None, int | None]:
     if model.pretrained is None:
         return model.heads, model.kv_heads or model.heads
     try:
-        raw = json.loads((Path(model.pretrained) / "config.json").read_text(encoding="utf-8"))
-        queries = int(raw.get("num_attention_heads", raw.get("n_head")))
-        return queries, int(raw.get("num_key_value_heads") or queries)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return None, None  # whoever looks at the machine says what is wrong with the folder
+        settings = text_settings(read_settings(model.pretrained))
+    except ModelError:
+        return None, None  # `machine.inspect` says what is wrong with the folder
+    queries = whole_number(settings, "num_attention_heads", "n_head", "n_heads", "num_heads")
+    return queries, whole_number(settings, "num_key_value_heads", "num_kv_heads") or queries
 
 
 def weights_group(config: RunConfig, world: int, per_host: int | None = None) -> int | None:

@@ -137,7 +137,7 @@ def parse(content: bytes | str, name: str) -> Document:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         column = error.position - (text.rfind("\n", 0, error.position) + 1) + 1
-        message = f"character U+{ord(str(error.character)[:1]):04X} is not allowed in YAML"
+        message = f"character U+{_code(error.character):04X} is not allowed in YAML"
         raise InvalidConfig([Problem(Place(name, line, column), "", message, "not-text")]) from None
     except (ValueError, OverflowError):  # PyYAML lets chr() and int() fail on escapes and directives out of range
         raise InvalidConfig([Problem(Place(name), "", "has an escape or directive out of range", "syntax")]) from None
@@ -188,6 +188,11 @@ def _convert(node: Any, path: Key, document: Document, name: str) -> Any:
     if problem:
         document.problems.append(Problem(_place(node, name), show_key(path), *problem))
     return node.value
+
+
+def _code(character: Any) -> int:
+    """Return the code point that PyYAML names, as a number or as a character."""
+    return character if isinstance(character, int) else ord(str(character)[:1])
 
 
 def _convert_mapping(node: Any, path: Key, document: Document, name: str) -> dict[str, Any]:

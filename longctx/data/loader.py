@@ -86,7 +86,13 @@ class _Reader:
     def window(self, samples_consumed: int) -> Window:
         self.rows.check_unchanged()
         mine = self.sample_ids(samples_consumed)[:, self.mesh.data_rank]
-        return [micro_batch_of([self.rows.read(int(row), self.positions) for row in rows]) for rows in mine]
+        return [
+            {
+                **micro_batch_of([self.rows.read(int(row), self.positions) for row in rows]),
+                "row_ids": torch.from_numpy(rows.copy()),
+            }
+            for rows in mine
+        ]
 
     def windows(self, samples_consumed: int) -> Iterator[Window]:
         while True:
@@ -99,8 +105,9 @@ class ShardedLoader:
 
     A window is a list of ``accumulation`` local micro-batches, each a dict of ``input_ids``, ``position_ids`` (B, T)
     int64, ``document_ids`` (B, T) int32 (-1 at pads), ``labels`` and ``shift_labels`` (B, T) int64 (the same tensor:
-    the next token of the same document, -100 where there is none) and ``use_cache=False``; B is ``micro_batch``, T is
-    the padded sequence length over ring · ulysses, the same on every rank.
+    the next token of the same document, -100 where there is none), ``row_ids`` (B,) int64, by which ``engine.weigh``
+    tells whether the ranks of a ring read the same rows, and ``use_cache=False``; B is ``micro_batch``, T is the padded
+    sequence length over ring · ulysses, the same on every rank.
 
     Args:
         files: token file(s): paths or opened stores.

@@ -1,134 +1,30 @@
 """Tokenizers: a byte-level BPE trained here, any ``tokenizer.json``, or plain bytes, which need no package at all.
 
-All three are saved as a folder that transformers loads, and named by a hash of what decides their output, so that
-saving, loading and saving again with other versions does not change the name.
+A tokenizer that comes with a transformers folder does what transformers makes of that folder, and is saved by copying
+the folder's files. Each is named by a hash of what decides its output, so that saving, loading and saving again with
+other versions does not change the name.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from longctx.data.tokenwriter import disk_errors, publish_bytes
-from longctx.data.words import Tokens, WordTable, applies
+from longctx.data import tokenizer_folder
+from longctx.data.tokenizer_file import read_tokenizer_file, tokenizer_file
+from longctx.data.tokenizer_hash import tokenizer_hash
+from longctx.data.tokenizer_kinds import END_OF_DOCUMENT, ByteTokenizer, LibraryTokenizer, Tokenizer, byte_alphabet
 from longctx.errors import DataError, MissingPackageError
 
-END_OF_DOCUMENT = "<|endoftext|>"
+__all__ = [
+    "END_OF_DOCUMENT", "ByteTokenizer", "LibraryTokenizer", "Tokenizer", "byte_alphabet", "load_tokenizer",
+    "require_kept", "tokenizer_hash", "train_bpe",
+]  # fmt: skip
+
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-
-
-class Tokenizer(ABC):
-    """Text to token ids and back.
-
-    Attributes:
-        vocabulary_size: one above the largest id.
-        end_of_document: id that ends a document, or None; text never encodes to it.
-        hash: 64 hex digits that name what the tokenizer does.
-        json: the content of its tokenizer.json.
-    """
-
-    vocabulary_size: int
-    end_of_document: int | None
-    json: dict[str, Any]
-
-    def __init__(self, content: dict[str, Any], end_of_document: int | None) -> None:
-        self.json, self.end_of_document = content, end_of_document
-        self.hash = tokenizer_hash(content, end_of_document)
-
-    @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
-        """Return the (tokens,) uint32 ids of each text, without special tokens."""
-
-    def encode(self, text: str) -> Tokens:
-        """Return the (tokens,) uint32 ids of one text."""
-        return self.encode_batch([text])[0]
-
-    @abstractmethod
-    def decode(self, ids: npt.ArrayLike) -> str:
-        """Return the text of ids; special tokens are left out."""
-
-    def save(self, folder: str | Path) -> None:
-        """Write a folder that ``transformers.AutoTokenizer.from_pretrained`` and ``load_tokenizer`` read."""
-        folder = Path(folder)
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        if self.end_of_document is not None:
-            name = self.token(self.end_of_document)
-            settings |= {"bos_token": name, "eos_token": name, "pad_token": name}
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        publish_bytes(json.dumps(self.json, ensure_ascii=False, indent=1).encode(), folder / "tokenizer.json")
-        publish_bytes(json.dumps(settings, indent=1).encode(), folder / "tokenizer_config.json")
-
-    def token(self, index: int) -> str:
-        """Return how the tokenizer itself writes an id."""
-        for added in self.json.get("added_tokens") or []:
-            if added["id"] == index:
-                return str(added["content"])
-        return f"<{index}>"
-
-
-class ByteTokenizer(Tokenizer):
-    """Ids 0 to 255 are the bytes of the UTF-8 text, 256 ends a document. No training, no dependency."""
-
-    def __init__(self) -> None:
-        alphabet = byte_alphabet()
-        super().__init__(
-            {
-                "version": "1.0",
-                "truncation": None,
-                "padding": None,
-                "added_tokens": [_added(256, END_OF_DOCUMENT)],
-                "normalizer": None,
-                "pre_tokenizer": _byte_level(use_regex=False),
-                "post_processor": None,
-                "decoder": _byte_level(use_regex=False),
-                "model": {"type": "BPE", "vocab": {c: i for i, c in enumerate(alphabet)}, "merges": []},
-            },
-            256,
-        )
-        self.vocabulary_size = 257
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
-        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
-
-    def decode(self, ids: npt.ArrayLike) -> str:
-        ids = np.asarray(ids)
-        return ids[ids < 256].astype(np.uint8).tobytes().decode(errors="replace")
-
-
-class LibraryTokenizer(Tokenizer):
-    """A tokenizer run by the ``tokenizers`` package."""
-
-    def __init__(self, backend: Any, end_of_document: int | None) -> None:
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True  # "<|endoftext|>" inside a text is text, it cannot end a document
-        super().__init__(json.loads(backend.to_str()), end_of_document)
-        self.backend = backend
-        self._words = WordTable(self._encode_batch) if applies(self.json) else None
-        self.vocabulary_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
-        if self._words is None:
-            return self._encode_batch(texts)
-        return [self._words.encode(text) for text in texts]
-
-    def _encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
-
-    def decode(self, ids: npt.ArrayLike) -> str:
-        return str(self.backend.decode(np.asarray(ids).tolist(), skip_special_tokens=True))
-
-    def token(self, index: int) -> str:
-        return str(self.backend.id_to_token(index))
 
 
 def train_bpe(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
@@ -163,100 +59,104 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
-        source: "bytes", a ``tokenizer.json``, or a folder that holds one (a transformers model or tokenizer folder).
+        source: "bytes", a ``tokenizer.json``, or a folder that holds one. If a tokenizer_config.json or a model's
+            config.json lies beside it, the tokenizer is what transformers' AutoTokenizer loads from that folder.
 
     Raises:
-        DataError: missing or damaged.
+        DataError: missing or damaged, or refused by transformers.
         MissingPackageError: ``tokenizers`` is needed and not installed.
     """
     if str(source) == "bytes":
         return ByteTokenizer()
-    path = Path(source)
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = tokenizer_file(source)
+    content = read_tokenizer_file(path)
     try:
-        raw = path.read_bytes()
-    except OSError:
-        raise DataError(
-            f"{path}: no tokenizer there; give 'bytes', a tokenizer.json, or a folder with one (transformers' "
-            "`save_pretrained` writes it for fast tokenizers)"
-        ) from None
-    try:
-        content = json.loads(raw)
         model_type = content["model"]["type"] if content["model"].get("type") else "BPE"
-        ends = _end_of_document(content, path.parent)
-        if tokenizer_hash(content, ends) == ByteTokenizer().hash:
-            return ByteTokenizer()
+        end = _end_of_document(content)
+        is_bytes = tokenizer_hash(content, end) == ByteTokenizer().hash and not content.get("post_processor")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a tokenizer.json ({type(error).__name__}: {error})") from None
-    library = _library()
+    described = any((path.parent / name).is_file() for name in (tokenizer_folder.SETTINGS, tokenizer_folder.CONFIG))
+    loaded: Tokenizer
+    if is_bytes:
+        loaded = ByteTokenizer()
+    elif described and path.name == "tokenizer.json":
+        loaded = _from_transformers(path.parent, end)
+    else:
+        loaded = _bare(path, model_type, end)
+    if described:
+        loaded.folder = path.parent
+    return loaded
+
+
+def _bare(path: Path, model_type: str, end: int | None) -> LibraryTokenizer:
+    """Return the tokenizer of a tokenizer.json that no transformers folder describes."""
     try:
-        backend = library.Tokenizer.from_str(raw.decode())
+        backend = _library().Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        if end is not None:  # text must not encode to it
+            backend.add_special_tokens([backend.id_to_token(end)])
+    except MissingPackageError:
+        raise
     except Exception as error:  # the package raises plain Exception
         raise DataError(f"{path}: `tokenizers` cannot read this {model_type} tokenizer: {error}") from None
-    return LibraryTokenizer(backend, ends)
+    return LibraryTokenizer(backend, end)
 
 
-def tokenizer_hash(content: dict[str, Any], end_of_document: int | None) -> str:
-    """Return 64 hex digits that name a tokenizer.json by what decides the ids of a text.
+def _from_transformers(folder: Path, end: int | None) -> LibraryTokenizer:
+    """Return the tokenizer that transformers makes of a folder; nothing is downloaded, no code of the folder is run.
 
-    Left out: decoder, post-processor, truncation, padding, and defaults that some versions write and others do not.
+    Args:
+        end: id that ends a document where the folder names no ``eos_token``.
     """
-    model = dict(content["model"])
-    merges = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model.pop("merges", None) or []]
-    vocabulary = model.pop("vocab")
-    model["type"] = model.get("type") or "BPE"
-    added = [[t["id"], t["content"]] for t in content.get("added_tokens") or []]
-    named = {
-        "model": _essential(model),
-        "vocabulary": sorted(vocabulary.items()) if isinstance(vocabulary, dict) else vocabulary,
-        "merges": merges,
-        "added_tokens": sorted(added),
-        "normalizer": _essential(content.get("normalizer")),
-        "pre_tokenizer": _essential(content.get("pre_tokenizer")),
-        "end_of_document": end_of_document,
-    }
-    return hashlib.sha256(json.dumps(named, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    _library()
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    named = tokenizer_folder.read_json(folder / tokenizer_folder.SETTINGS).get("tokenizer_class")
+    known = named or (folder / tokenizer_folder.CONFIG).is_file()
+    loader: Any = AutoTokenizer if known else PreTrainedTokenizerFast
+    try:
+        theirs = loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        backend = _library().Tokenizer.from_str(theirs.backend_tokenizer.to_str())
+    except Exception as error:  # whatever a strange folder makes it raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{folder}: transformers cannot load this tokenizer ({reason}); save it again as a fast tokenizer of "
+            "transformers, or give its tokenizer.json alone, in a folder of its own"
+        ) from None
+    eos = theirs.eos_token_id
+    return LibraryTokenizer(backend, end if eos is None else int(eos), theirs)
 
 
-def byte_alphabet() -> list[str]:
-    """Return the printable character that byte-level tokenizers write for each of the 256 bytes (GPT-2's table)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+def require_kept(tokenizer: Tokenizer, architecture: str) -> None:
+    """Refuse a tokenizer that transformers reads as another one beside a model of ``architecture``.
+
+    For some model types transformers builds a class of its own from the vocabulary of any tokenizer.json, with its own
+    way to split text. An exported model would then be given other ids than it was trained on.
+
+    Args:
+        architecture: a transformers model type.
+
+    Raises:
+        DataError: it would be.
+    """
+    with tempfile.TemporaryDirectory(prefix="longctx-tokenizer-") as name:
+        folder = Path(name)
+        tokenizer.save(folder)
+        (folder / tokenizer_folder.CONFIG).write_text(json.dumps({"model_type": architecture}), encoding="utf-8")
+        read = _from_transformers(folder, tokenizer.end_of_document)
+    if read.hash != tokenizer.hash:
+        raise DataError(
+            f"model.architecture {architecture}: beside such a model transformers reads this run's tokenizer as a "
+            f"{type(read.transformers).__name__}, which encodes text to other ids than the run would train on; give "
+            f"data.tokenizer a folder of that class, or choose another architecture"
+        )
 
 
-def _end_of_document(content: dict[str, Any], folder: Path) -> int | None:
-    """Find the end-of-document id: the folder's ``eos_token``, else a name that is known to mean it."""
+def _end_of_document(content: dict[str, Any]) -> int | None:
+    """Find the end-of-document id of a tokenizer.json by the names that are known to mean it."""
     ids = dict(content["model"]["vocab"]) if isinstance(content["model"]["vocab"], dict) else {}
     ids |= {added["content"]: added["id"] for added in content.get("added_tokens") or []}
-    settings = folder / "tokenizer_config.json"
-    named: Any = None
-    if settings.is_file():
-        named = json.loads(settings.read_bytes()).get("eos_token")
-        named = named.get("content") if isinstance(named, dict) else named
-    for name in (named, *_KNOWN_ENDS):
-        if name in ids:
-            return int(ids[name])
-    return None
-
-
-def _essential(value: Any) -> Any:
-    """Drop keys whose value is None, False or empty: versions differ in whether they write them."""
-    if isinstance(value, dict):
-        kept = {key: _essential(inner) for key, inner in value.items() if key != "trim_offsets"}
-        return {key: inner for key, inner in kept.items() if inner not in (None, False, "", [], {})}
-    if isinstance(value, list):
-        return [_essential(inner) for inner in value]
-    return value
-
-
-def _added(index: int, content: str) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {"id": index, "content": content, **flags}
-
-
-def _byte_level(use_regex: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+    return next((int(ids[name]) for name in _KNOWN_ENDS if name in ids), None)
 
 
 def _library() -> Any:

@@ -23,7 +23,8 @@ def attach(model_or_engine: Any, mesh: Mesh, layout: str | Layout = "zigzag", *,
         seed: of attention dropout, where an engine trains with it.
 
     Raises:
-        EngineError: the engine splits its ranks in a way that contradicts the mesh, or its gradients are beyond repair.
+        EngineError: the engine splits its ranks in a way that contradicts the mesh, the ranks' engines, layouts, seeds
+            or versions differ, or gradients are beyond repair.
         ModelError: the model uses something that a sharded sequence would get wrong.
     """
     layout = get_layout(layout)
@@ -31,18 +32,37 @@ def attach(model_or_engine: Any, mesh: Mesh, layout: str | Layout = "zigzag", *,
         attach_attention(model_or_engine, mesh, layout)
         return model_or_engine
 
+    from longctx.engine.description import describe
     from longctx.engine.engine import Engine
+    from longctx.engine.exchange import control_group
     from longctx.engine.probe import gradient_factor
-    from longctx.engine.settings import load_settings
+    from longctx.sameness import compare_ranks
 
     engine = model_or_engine
+    mesh.connect()
+    control_group(mesh)
+    facts: dict[str, str] = {}
+    problem: Exception | None = None
+    try:
+        settings = _prepare(engine, mesh, layout)
+        facts = describe(engine.module, settings, layout.name, seed, optimizer=engine.optimizer)
+    except Exception as error:  # the other ranks wait in the comparison: they must hear of it
+        problem = error
+    compare_ranks(facts, mesh, problem)
+    return Engine.adopt(engine, mesh, layout, gradient_factor(settings, mesh, engine.mpu), seed)
+
+
+def _prepare(engine: Any, mesh: Mesh, layout: Layout) -> dict[str, Any]:
+    """Check an engine against the mesh, attach its model's attention and return its settings. No communication."""
+    from longctx.engine.initialize import announce_clipping
+    from longctx.engine.settings import load_settings
+
     if getattr(engine, "mesh_device", None) is not None:
         raise EngineError(
             "this engine was made with mesh_param (or with both data_parallel_size and sequence_parallel_size in its "
             "configuration), on which the ranks of one sequence keep different gradients: make it with mpu=mesh, or "
             "with longctx.initialize"
         )
-    mesh.connect()
     sequence = engine.sequence_parallel_size
     if sequence not in (1, mesh.sequence_size):
         raise EngineError(
@@ -50,9 +70,10 @@ def attach(model_or_engine: Any, mesh: Mesh, layout: str | Layout = "zigzag", *,
         )
     attach_attention(engine.module, mesh, layout)
     settings = load_settings(_own_settings(engine, mesh), mesh)
+    announce_clipping(settings, mesh)
     if engine.mpu is None:
         settings.update(_without_mpu(settings, mesh))
-    return Engine.adopt(engine, mesh, layout, gradient_factor(settings, mesh, engine.mpu), seed)
+    return settings
 
 
 def _is_engine(thing: Any) -> bool:

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
+from longctx.engine.description import describe_config
+from longctx.engine.exchange import exchange
 from longctx.engine.fp16 import require_supported
 from longctx.engine.hpz import own_group
 from longctx.engine.save import refuse_empty
 from longctx.engine.settings import Settings, load_settings
-from longctx.engine.window import exchange
 from longctx.errors import ModelError
 from longctx.mesh import Mesh
+from longctx.sameness import compare_ranks
 
 
 def build(
@@ -30,6 +32,7 @@ def build(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     layers: dict[Any, Any] | None = None,
+    changes: dict[str, Any] | None = None,
 ) -> Any:
     """Return a causal language model of transformers with longctx's attention.
 
@@ -41,9 +44,11 @@ def build(
         dtype: of the weights; None follows ``config`` (bf16, fp16, else fp32).
         seed: of the random weights, the same on any number of ranks and any stage.
         layers: how chosen layers attend instead of as they did, as ``longctx.convert`` takes it.
+        changes: keys of a folder's config.json that get another value, such as ``max_position_embeddings``.
 
     Raises:
-        EngineError: the configuration contradicts the mesh.
+        EngineError: the configuration contradicts the mesh; under ZeRO-3, on every rank, the ranks were given different
+            models, seeds or dtypes.
         ModelError: the folder is incomplete, unsafe or of an unknown architecture.
     """
     from longctx.models import pretrained, zero3
@@ -59,12 +64,20 @@ def build(
 
         deepspeed.init_distributed()  # adopts the mesh's; zero.Init would count one rank without it
     folder = isinstance(model, (str, Path))
-    with _agreed(mesh, partitioned):
-        description = pretrained.read_config(model) if folder else model
+    description: Any = None
+    problem: Exception | None = None
+    try:
+        description = pretrained.read_config(model, changes) if folder else model
         if folder:
             pretrained.weight_files(model)
         if layers:
             description = convert(description, layers)
+    except Exception as error:  # under ZeRO-3 the other ranks wait in the comparison: they must hear of it
+        problem = error
+    if partitioned:
+        compare_ranks({**describe_config(description), "seed": seed, "dtype": str(dtype)}, mesh, problem)
+    elif problem is not None:
+        raise problem
     with own_group(settings, mesh), zero3.partitioned_by(settings) if partitioned else contextlib.nullcontext():
         if folder:
             with _agreed(mesh, partitioned), seeded(seed):  # weights that only the converted layers have

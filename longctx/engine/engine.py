@@ -8,6 +8,7 @@ are true ones on every stage; the reported loss never contains that factor.
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,31 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from longctx.engine import fp16, guard
+from longctx.engine.accumulation import Accumulation, find_mark, size_problem
 from longctx.engine.dropout import add_seeds
 from longctx.engine.evaluate import Evaluation, evaluate
-from longctx.engine.hpz import drop_copies
-from longctx.engine.loss import check_model_loss
+from longctx.engine.exchange import reached
+from longctx.engine.loss import check_model_loss, check_nothing_added, refuse_additions
+from longctx.engine.lossmean import Evidence, judge, settle, token_mean
 from longctx.engine.order import ReductionOrder, check_order
 from longctx.engine.save import refuse_empty, save_pretrained
-from longctx.engine.window import Window, shard_window, weigh_window
+from longctx.engine.stock import StockEngine
+from longctx.engine.window import shard_window, weigh_window
 from longctx.errors import EngineError, NonFiniteError
 from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
+from longctx.models.binding import binding_of
+from longctx.models.positions import PLAIN, PositionRule
+from longctx.models.probe import position_rule
 from longctx.sharding import unshard
 
-_CAREFUL_WINDOWS = 3  # windows in which rows are compared between ranks and the model's loss is recomputed
+logger = logging.getLogger(__name__)
+_CAREFUL_WINDOWS = 3  # windows in which the model's loss and the loss given to backward are recomputed
 
 
-class Engine(DeepSpeedEngine):
-    """DeepSpeedEngine with ``shard``, ``weigh``, ``unshard``, ``evaluate``, ``save_pretrained``, ``global_loss`` and
+class Engine(StockEngine):
+    """DeepSpeedEngine with ``shard``, ``weigh``, ``unshard``, ``token_mean``, ``evaluate``, ``save_pretrained``,
+    ``global_loss``,
     ``grad_norm``.
 
     Made by ``longctx.initialize`` (or ``longctx.attach``), never directly: DeepSpeed builds its engine as always and
@@ -50,6 +59,9 @@ class Engine(DeepSpeedEngine):
     _check_loss: bool
     _seed: int  # of attention dropout
     _order: ReductionOrder
+    _accumulation: Accumulation
+    _output: Any  # of the newest forward pass, in the first windows
+    _evidence: Evidence
 
     @classmethod
     def adopt(cls, engine: DeepSpeedEngine, mesh: Mesh, layout: str | Layout, factor: float, seed: int = 0) -> Engine:
@@ -67,6 +79,7 @@ class Engine(DeepSpeedEngine):
         engine._mean_loss = math.nan
         engine._true_norm = None
         engine._careful = _CAREFUL_WINDOWS
+        engine._begin_window()
         guard.close_doors(engine)
         fp16.hold_scale(engine)
         refuse_empty(engine.module)
@@ -76,12 +89,15 @@ class Engine(DeepSpeedEngine):
 
     # -- rows in ---------------------------------------------------------------------------------------------------
 
-    def shard(self, window: Any) -> Any:
+    def shard(self, window: Any, *, last: bool = False) -> Any:
         """Return this rank's part of all micro-batches of one optimizer step, weighted; see ``window.shard_window``.
 
         Args:
             window: a list of ``gradient_accumulation_steps`` dictionaries of full rows (a dict, if that is one). Every
-                rank of a sequence group passes the same rows.
+                rank of a sequence group passes the same rows. Under ``torch.no_grad()``, for rows that are only looked
+                at, any number is taken.
+            last: the window is the last of an epoch and may have fewer micro-batches, the same number on all ranks; the
+                optimizer steps after them.
 
         Returns:
             a list for a list, a dict for a dict; pass each one as ``engine(**batch)``.
@@ -89,41 +105,69 @@ class Engine(DeepSpeedEngine):
         Raises:
             EngineError: on every rank, when the windows of the ranks do not fit together.
         """
-        self._check_size(window)
-        return shard_window(window, self.mesh, self.layout, compare_rows=self._careful > 0)
+        return shard_window(window, self.mesh, self.layout, **self._window_facts(window, last))
 
-    def weigh(self, window: Any) -> Any:
+    def weigh(self, window: Any, *, last: bool = False) -> Any:
         """Return a window of micro-batches that are already this rank's parts, with ``num_items_in_batch`` added.
 
-        For loaders that read only their shard; see ``window.weigh_window``.
+        For loaders that read only their shard; see ``window.weigh_window``. ``last`` as in ``shard``.
         """
-        self._check_size(window)
-        return weigh_window(window, self.mesh)
+        return weigh_window(window, self.mesh, **self._window_facts(window, last))
 
     def unshard(self, x: torch.Tensor, dim: int = 1, *, length: int | None = None) -> torch.Tensor:
         """Return the whole sequence (…, S, …) from this rank's part (…, T, …); see ``longctx.unshard``."""
         return unshard(x, self.mesh, dim, length=length, layout=self.layout)
 
-    def _check_size(self, window: Window | dict[str, Any]) -> None:
-        """Refuse a window that is not one optimizer step; the same on all ranks, or window's exchange says so."""
-        size, wanted = 1 if isinstance(window, dict) else len(window), self.gradient_accumulation_steps()
-        if self.module.training and size != wanted:
-            raise EngineError(
-                f"a window of {size} micro-batches, but gradient_accumulation_steps is {wanted}: pass all micro-"
-                "batches of one optimizer step at once (a dict, if that is one): only then can their tokens be weighed"
-            )
+    def _window_facts(self, window: Any, last: bool) -> dict[str, Any]:
+        """Return where this rank stands, and what is wrong with the window's size."""
+        trained = torch.is_grad_enabled()
+        problem = size_problem(window, self.gradient_accumulation_steps(), last) if trained else None
+        return {"rule": self.position_rule, "step": self.global_steps, "trained": trained, "problem": problem}
 
     # -- one step --------------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model, with seeds if it drops attention. In the first windows, check that its loss is this rank's
         share."""
-        micro_step = self.micro_steps % self.gradient_accumulation_steps()
-        kwargs = add_seeds(self.module, kwargs, self.mesh, self._seed, self.global_steps, micro_step)
+        place, trained = find_mark(kwargs), torch.is_grad_enabled()
+        if trained:
+            self._accumulation.forward(place)
+        number = self._accumulation.backwards if place is None else place.index
+        kwargs = add_seeds(self.module, kwargs, self.mesh, self._seed, self.global_steps, number)
+        name, parts = type(self.module).__name__, self.mesh.world_size * self.gradient_accumulation_steps()
+        refuse_additions(self.module, inputs, kwargs, parts)
         output = super().forward(*inputs, **kwargs)
-        if self._check_loss and self._careful > 0 and "num_items_in_batch" in kwargs and torch.is_grad_enabled():
-            self._check_loss = not check_model_loss(output, kwargs, self.mesh, type(self.module).__name__)
+        check_nothing_added(output, kwargs, parts, name)
+        if trained and self._careful > 0:
+            self._output = output
+            if self._check_loss and "num_items_in_batch" in kwargs:
+                self._check_loss = not check_model_loss(output, kwargs, self.mesh, name)
         return output
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Tell whether the optimizer step comes after the micro-batch of the newest forward pass.
+
+        As its window says, where the micro-batch comes from ``shard`` or ``weigh``; else by DeepSpeed's count of
+        ``step()``. ``set_gradient_accumulation_boundary`` goes before both.
+        """
+        last = self._accumulation.is_last() if self._is_gradient_accumulation_boundary is None else None
+        return super().is_gradient_accumulation_boundary() if last is None else last
+
+    def token_mean(self, losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return this rank's share of the mean of ``losses`` over all valid tokens of the window, for ``backward``.
+
+        Args:
+            losses: (B, T), floating, one per token of the newest forward pass (``reduction="none"``).
+            labels: (B, T) int64, ``shift_labels`` of the batch; tokens with −100 are left out.
+
+        Returns:
+            () in ``losses``' dtype (fp32 for half precision): the sum over this rank's valid tokens, divided by
+            ``num_items_in_batch``, the number of valid ``shift_labels`` of the whole window over data replicas.
+
+        Raises:
+            EngineError: shapes differ, or the newest forward pass had no batch of a window with labels.
+        """
+        return token_mean(losses, labels, self._accumulation.current)
 
     def backward(
         self,
@@ -150,6 +194,13 @@ class Engine(DeepSpeedEngine):
                 "number of micro-batches once more; leave the argument out"
             )
         share = loss.detach()
+        place = self._accumulation.current
+        if self._output is not None and place is not None and not replicated:
+            if loss is not getattr(self._output, "loss", None):
+                steps = self.gradient_accumulation_steps()
+                self._evidence += judge(share, self._output, place, self.mesh.sequence_size, steps)
+        self._output = None
+        self._accumulation.backward()
         self._share += share.double() / (self.mesh.sequence_size if replicated else 1)
         super().backward(self._objective(loss), retain_graph=retain_graph, scale_wrt_gas=False)
         return share
@@ -172,21 +223,27 @@ class Engine(DeepSpeedEngine):
         """Update the weights at the end of a window (every call before that only counts micro-batches).
 
         Raises:
+            EngineError: on every rank, when the window was not trained as it was cut and weighed: the loss was a mean
+                over one rank's tokens, or some micro-batches were left out.
             NonFiniteError: on every rank, when the loss or a gradient of any rank is not finite. Weights and optimizer
                 state are unchanged, the window's gradients dropped. (fp16 with loss scaling skips the step instead.)
         """
         if not self.is_gradient_accumulation_boundary():
             super().step(lr_kwargs)
             return
+        self._accumulation.check_complete()
         self._mean_loss = self._reduce_loss()
         self._careful = max(self._careful - 1, 0)
         self._true_norm = guard.plain_norm(self)
         if self._true_norm is not None and not math.isfinite(self._true_norm):
             guard.drop_plain(self)
+            self._begin_window()
         else:
             super().step(lr_kwargs)
             if self.fp16_enabled():
                 self._true_norm = fp16.finish_step(self)
+            self._begin_window()
+            self._log_monitors({"train_loss": self._mean_loss, "grad_norm": self.grad_norm})
             if self.was_step_applied() or (self.fp16_enabled() and math.isfinite(self._mean_loss)):
                 return
             guard.uncount_step(self)
@@ -196,29 +253,30 @@ class Engine(DeepSpeedEngine):
             "lower the learning rate or lengthen warm-up, or resume from the last checkpoint"
         )
 
+    def _begin_window(self) -> None:
+        """Forget the window that ended, and bring DeepSpeed's count of micro-batches to a multiple of a window's."""
+        self._accumulation, self._output, self._evidence = Accumulation(), None, Evidence()
+        self.micro_steps += -self.micro_steps % self.gradient_accumulation_steps()
+
     def _reduce_loss(self) -> float:
         """Return the window's loss, the mean over all valid tokens. Collective over the world."""
-        numbers = torch.tensor([0.0, *self._order.take()], dtype=torch.float64, device=self.mesh.device)
-        numbers[0] = self._share
+        numbers = [*map(float, self._evidence), *self._order.take()]
+        found = torch.stack([self._share, *(self._share.new_tensor(number) for number in numbers)])
+        self._share = torch.zeros_like(self._share)
         if self.mesh.world_size > 1:
-            dist.all_reduce(numbers, group=self.mesh.world_group)
-        self._share.zero_()
-        total, order, squares = numbers.tolist()
+            with reached(f"engine.step after {self.global_steps} steps", self.mesh):
+                dist.all_reduce(found, group=self.mesh.world_group)
+        share, *evidence, order, squares = found.tolist()
         check_order(order, squares, self.mesh.world_size)
-        return total / self.mesh.data_size
+        settle(Evidence(*map(round, evidence)), self.mesh, last=self._careful == 1)
+        return share / self.mesh.data_size
+
+    def _window_is_open(self) -> bool:
+        return self._accumulation.backwards > 0
 
     def clip_fp32_gradients(self) -> None:
         """Clip by the norm that is reported (DeepSpeed calls this for ZeRO 0 in fp32 only)."""
         guard.clip_plain(self, self._true_norm)
-
-    def load_checkpoint(self, *arguments: Any, **keywords: Any) -> Any:
-        """As DeepSpeed's; no weight is computed with as it was before, and fp16's loss scale goes on by this run's
-        settings."""
-        settings = fp16.scaler_settings(self)
-        loaded = super().load_checkpoint(*arguments, **keywords)
-        fp16.restore_settings(self, settings)
-        drop_copies(self.module)
-        return loaded
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
         """Write the model, or its PEFT adapters, as a folder that plain transformers or PEFT loads; return it.
@@ -235,6 +293,12 @@ class Engine(DeepSpeedEngine):
         return save_pretrained(self, folder, options)
 
     # -- what came out ---------------------------------------------------------------------------------------------
+
+    @property
+    def position_rule(self) -> PositionRule:
+        """How the model counts positions where rows have none; see ``models.probe``, which may raise ModelError."""
+        binding = binding_of(self.module)
+        return PLAIN if binding is None else position_rule(self.module, binding)
 
     @property
     def global_loss(self) -> float:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from longctx.engine.exchange import exchange
 from longctx.engine.loss import token_loss
 from longctx.engine.rows import IGNORED, Batch
-from longctx.engine.window import cut_rows, exchange
+from longctx.engine.window import cut_rows, row_checksum
 from longctx.errors import EngineError
+from longctx.models.modes import evaluating
 
 if TYPE_CHECKING:
     from longctx.engine.engine import Engine
@@ -28,21 +30,17 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(engine: Engine, batches: Iterable[Batch], *, sharded: bool) -> Evaluation:
-    """Run ``batches`` in eval mode without gradients; the mode is restored. Collective over the world.
+    """Run ``batches`` in eval mode without gradients; every module gets its mode back. Collective over the world.
 
     Raises:
         EngineError: on every rank, when a batch of any rank has no labels or is refused.
     """
-    training = engine.module.training
-    engine.eval()
     total = torch.zeros(2, dtype=torch.float64, device=engine.mesh.device)
+    _ = engine.position_rule  # found by all ranks together, also by those that have no batch
     iterator = iter(batches)
-    try:
-        with torch.no_grad():
-            while (batch := _next(iterator, engine, sharded)) is not None:
-                total += _sums(engine, batch)
-    finally:
-        engine.train(training)
+    with evaluating(engine.module), torch.no_grad():
+        while (batch := _next(iterator, engine, sharded)) is not None:
+            total += _sums(engine, batch)
     if engine.mesh.world_size > 1:
         torch.distributed.all_reduce(total, group=engine.mesh.world_group)
     loss, tokens = total.tolist()
@@ -51,38 +49,43 @@ def evaluate(engine: Engine, batches: Iterable[Batch], *, sharded: bool) -> Eval
 
 def _next(iterator: Any, engine: Engine, sharded: bool) -> Batch | None:
     """Return this rank's next part, padding if it has run out, None when all ranks have."""
-    batch, problem = None, None
+    batch, problem, rows = None, None, 0
     try:
         batch = next(iterator, None)
         if batch is not None:
+            rows = row_checksum(batch, engine.mesh, sharded=sharded)
             batch = _prepared(batch, engine, sharded)
     except Exception as error:  # the other ranks wait in the exchange: they must hear of it
         problem = error
-    everyone = exchange([int(problem is not None), int(batch is not None)], engine.mesh)
+    numbers = [int(problem is not None), int(batch is not None), rows]
+    everyone = exchange(numbers, engine.mesh, "engine.evaluate", engine.global_steps)
     if problem is not None:
         raise problem
     refused = [rank for rank, numbers in enumerate(everyone) if numbers[0]]
     if refused:
         raise EngineError(f"ranks {refused} refused an evaluation batch; their own messages say why")
-    _check_groups([bool(numbers[1]) for numbers in everyone], engine)
+    _check_groups([(bool(present), checksum) for _, present, checksum in everyone], engine)
     if not any(numbers[1] for numbers in everyone):
         return None
     return _padding(engine) if batch is None else batch
 
 
-def _check_groups(present: list[bool], engine: Engine) -> None:
+def _check_groups(found: list[tuple[bool, int]], engine: Engine) -> None:
+    """Raise on all ranks alike unless the ranks of each sequence group have equal (is there a batch, its checksum)."""
     size = engine.mesh.sequence_size
-    for first in range(0, len(present), size):
-        if len(set(present[first : first + size])) > 1:
+    for first in range(0, len(found), size):
+        group = found[first : first + size]
+        if len(set(group)) > 1:
+            what = "different rows in" if len({present for present, _ in group}) == 1 else "different numbers of"
             raise EngineError(
-                f"ranks {list(range(first, first + size))} share one sequence but have different numbers of evaluation "
-                "batches: every rank of a sequence group must pass the same ones"
+                f"ranks {list(range(first, first + size))} share one sequence but have {what} evaluation batches: "
+                "every rank of a sequence group must pass the same ones"
             )
 
 
 def _prepared(batch: Batch, engine: Engine, sharded: bool) -> Batch:
     if not sharded:
-        batch = cut_rows(batch, engine.mesh, engine.layout)
+        batch = cut_rows(batch, engine.mesh, engine.layout, engine.position_rule)
     labels = batch.get("shift_labels", batch.get("labels"))
     if labels is None:
         raise EngineError(f"an evaluation batch needs labels; it has {sorted(map(str, batch))}")
@@ -91,6 +94,7 @@ def _prepared(batch: Batch, engine: Engine, sharded: bool) -> Batch:
     labels = labels.to(device)
     # Divided by one, the model's loss is the sum over this rank's tokens.
     divisor = torch.ones((), device=device)
+    moved.pop("row_ids", None)
     return {**moved, "labels": labels, "shift_labels": labels, "num_items_in_batch": divisor, "use_cache": False}
 
 

@@ -7,11 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from longctx.engine.exchange import exchange
 from longctx.engine.rows import IGNORED
-from longctx.engine.window import exchange
 from longctx.errors import EngineError
 from longctx.mesh import Mesh
+from longctx.models.binding import binding_of
+from longctx.models.verify import named, refuse_added_loss
 
+# Autograd nodes between a model's last cross entropy and the loss that it returns.
+_ONE_INPUT = ("Div", "Mul", "ToCopy", "View", "Squeeze", "Clone", "Alias", "Reshape")
+DIVISOR = "num_items_in_batch"
 _CHUNK = 1024  # tokens whose logits are copied to fp32 at a time
 
 
@@ -63,8 +68,44 @@ def check_model_loss(output: Any, batch: dict[str, Any], mesh: Mesh, name: str) 
             "loss (set output_router_logits=False). Compute the loss from the logits instead: "
             "longctx.engine.loss.token_loss(output.logits, batch['shift_labels'], batch['num_items_in_batch'])"
         )
-    everyone = exchange([int(wrong), int(told)], mesh)
+    everyone = exchange([int(wrong), int(told)], mesh, "the check of the model's loss")
     if any(rank[0] for rank in everyone):
         bad = [rank for rank, numbers in enumerate(everyone) if numbers[0]]
         raise EngineError(message if wrong else f"the model's loss is not its rank's share on ranks {bad}")
     return any(rank[1] for rank in everyone)
+
+
+def refuse_additions(model: torch.nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], parts: int) -> None:
+    """Refuse a call that asks the model for an auxiliary loss, before anything is computed.
+
+    Args:
+        parts: ranks times micro-batches of an optimizer step; a loss over all its tokens at once is the model's affair.
+
+    Raises:
+        ModelError: see ``models.verify.refuse_added_loss``.
+    """
+    binding = binding_of(model)
+    if binding is not None and parts > 1 and DIVISOR in kwargs:
+        refuse_added_loss(type(model).__name__, named(model, inputs, kwargs), binding.configs)
+
+
+def check_nothing_added(output: Any, kwargs: dict[str, Any], parts: int, name: str) -> None:
+    """Refuse a loss that is a sum of several: what a model adds to its cross entropy is not weighted over the window.
+
+    Read off the end of the autograd graph, so it costs nothing and holds for every call, however small the addend.
+
+    Raises:
+        EngineError: the last operation on ``output.loss`` with more than one input is an addition.
+    """
+    loss = getattr(output, "loss", None) if parts > 1 and DIVISOR in kwargs else None
+    node = getattr(loss, "grad_fn", None)
+    while node is not None:
+        if type(node).__name__.startswith(("Add", "Sub")):
+            raise EngineError(
+                f"{name} added something to its loss (a load-balancing or another auxiliary loss), which would be that "
+                "of one rank's tokens in one micro-batch, not of the whole batch. Turn it off in the model's config, "
+                "or compute the loss from the logits: longctx.engine.loss.token_loss(output.logits, "
+                "batch['shift_labels'], batch['num_items_in_batch'])"
+            )
+        inputs = [following for following, _ in node.next_functions if following is not None]
+        node = inputs[0] if len(inputs) == 1 and type(node).__name__.startswith(_ONE_INPUT) else None

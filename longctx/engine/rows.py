@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from longctx.errors import EngineError
+from longctx.models.masks import documents_from_positions, separate_runs
+from longctx.models.positions import PLAIN, PositionRule, check_positions, count_positions
 
 IGNORED = -100  # label of a token that is not counted; torch's and transformers' default
 PADDING = -1  # document id of a token that nobody may see
@@ -23,18 +25,23 @@ _REFUSED = {
 }
 
 
-def explicit_rows(batch: Batch) -> Batch:
+def explicit_rows(batch: Batch, rule: PositionRule = PLAIN) -> Batch:
     """Return full rows with ``position_ids``, ``document_ids`` and (where there are labels) ``shift_labels``.
+
+    A document is a run of one id; a run of the same id that comes back after another id is another document, and gets
+    a number of its own. Padding does not end a document: tokens behind a masked stretch still see those before it.
 
     Args:
         batch: ``input_ids`` (B, S) or ``inputs_embeds`` (B, S, D); optionally ``labels`` (B, S), unshifted as
             transformers takes them, or ``shift_labels`` (B, S), already shifted (masked language models); at most
             one way to tell documents apart: ``document_ids`` (B, S), negative for padding, or ``position_ids`` (B, S)
-            that restart; ``attention_mask`` (B, S), 0 for padding on either side. Other keys are kept.
+            that restart; ``attention_mask`` (B, S), 0 for padding anywhere. Other keys are kept.
+        rule: how the model counts positions where the batch has none; see ``Engine.position_rule``.
 
     Returns:
         a new dictionary without ``labels`` and ``attention_mask``; ``document_ids`` (B, S) int32, −1 for padding;
-        ``position_ids`` (B, S) int64; ``shift_labels`` (B, S) int64, −100 where a token predicts nothing.
+        ``position_ids`` (B, S) int64; ``shift_labels`` (B, S) int64, −100 where a token predicts nothing. Padding holds
+        another token of its row, so that no model meets a row of zeros there.
 
     Raises:
         EngineError: shapes disagree, or a key means something that cannot be sharded.
@@ -56,12 +63,16 @@ def explicit_rows(batch: Batch) -> Batch:
             f"batch keys {', '.join(hints)} describe packed documents in a form that cannot be sharded: give "
             "position_ids that restart at every document, or document_ids"
         )
-    device = batch["input_ids" if "input_ids" in batch else "inputs_embeds"].device
+    key = "input_ids" if "input_ids" in batch else "inputs_embeds"
+    device = batch[key].device
     found = find_documents(rows, length, documents, positions, mask, device)
     batch["document_ids"] = found
     if positions is None:
-        positions = _positions(found, restart=documents is not None)
+        positions = count_positions(found, rule, batch.get("input_ids"), restart=documents is not None)
+    else:
+        check_positions(positions.to(device), found, rule)
     batch["position_ids"] = positions.to(device=device, dtype=torch.int64)
+    batch[key] = fill_padding(batch[key], found)
     if shifted is not None:
         batch["shift_labels"] = shifted.to(device=device, dtype=torch.int64).masked_fill(found < 0, IGNORED)
     elif labels is not None:
@@ -79,8 +90,9 @@ def find_documents(
 ) -> torch.Tensor:
     """Return (rows, length) int32 document ids, −1 for padding.
 
-    Given ids are kept (any negative one becomes −1). Otherwise a document begins where a position is not its
-    predecessor's plus one, and after padding; without positions a row is one document.
+    Given ids are kept (any negative one becomes −1), unless one comes back after another id in its row: then that row's
+    runs are numbered. Otherwise a document begins where a position is not its predecessor's plus one, which is looked
+    for among the tokens that are no padding; without positions a row is one document, with or without holes.
     """
     if attention_mask is not None and attention_mask.numel() and attention_mask.max() > 1:
         raise EngineError(
@@ -92,17 +104,10 @@ def find_documents(
         valid = attention_mask.to(device) > 0
     if document_ids is not None:
         documents = document_ids.to(device=device, dtype=torch.int32)
-        return documents.masked_fill(~valid | (documents < 0), PADDING)
-    begins = torch.zeros(rows, length, dtype=torch.bool, device=device)
-    if position_ids is not None:
-        positions = position_ids.to(device)
-        begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-    begins[:, 1:] |= ~valid[:, :-1]
-    begins &= valid
-    begins[:, 0] = False  # the first document is number 0
-    first_valid = valid.int().cumsum(1) == 1
-    begins &= ~(first_valid & valid)
-    return begins.int().cumsum(1, dtype=torch.int32).masked_fill(~valid, PADDING)
+        return separate_runs(documents.masked_fill(~valid | (documents < 0), PADDING))
+    if position_ids is None:
+        return torch.zeros(rows, length, dtype=torch.int32, device=device).masked_fill(~valid, PADDING)
+    return documents_from_positions(position_ids.to(device), valid).masked_fill(~valid, PADDING)
 
 
 def shift_labels(labels: torch.Tensor, document_ids: torch.Tensor) -> torch.Tensor:
@@ -121,14 +126,22 @@ def shift_labels(labels: torch.Tensor, document_ids: torch.Tensor) -> torch.Tens
     return shifted
 
 
-def _positions(document_ids: torch.Tensor, restart: bool) -> torch.Tensor:
-    """Return 0, 1, 2, … along each row (what transformers does by itself), restarting at every run of an id."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
-    if not restart:
-        return index.contiguous()
-    begins = torch.ones_like(document_ids, dtype=torch.bool)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return index - index.masked_fill(~begins, 0).cummax(1).values
+def fill_padding(x: torch.Tensor, document_ids: torch.Tensor) -> torch.Tensor:
+    """Return tokens or embeddings whose padding repeats the row's first token that is none.
+
+    Nobody sees padding and it has no loss, so its gradient is 0; but 0 times the derivative of a norm at a row of
+    zeros (the embedding of a pad token, as a rule) is NaN.
+
+    Args:
+        x: (B, S) or (B, S, D).
+        document_ids: (B, S), negative for padding. A row that is padding from end to end takes a token of another row.
+    """
+    padding = document_ids < 0
+    first, full = (~padding).int().argmax(1), padding.all(1)
+    row = torch.where(full, full.int().argmin(), torch.arange(x.shape[0], device=x.device))
+    filler = x[row, first[row]].detach()[:, None]
+    padding = padding if x.dim() == 2 else padding[..., None]
+    return torch.where(padding, filler, x)
 
 
 def _shape(batch: Batch) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from longctx.engine.window import exchange
+from longctx.engine.exchange import exchange
 from longctx.errors import EngineError
 
 if TYPE_CHECKING:
@@ -36,13 +36,14 @@ def save_pretrained(engine: Engine, folder: str | Path, options: dict[str, Any])
             f"engine.save_pretrained: {type(module).__name__} is no model of transformers or PEFT and has no "
             "save_pretrained; use engine.save_checkpoint, or gather with deepspeed.zero.GatheredParameters"
         )
+    exchange([], engine.mesh, "engine.save_pretrained", engine.global_steps)  # names ranks that are elsewhere
     weights = gather_weights(engine, adapters_only=hasattr(module, "peft_config"))
     if engine.mesh.rank == 0:
         try:
             module.save_pretrained(str(path), **{**options, "state_dict": weights})
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = error
-    everyone = exchange([int(problem is not None)], engine.mesh)
+    everyone = exchange([int(problem is not None)], engine.mesh, "engine.save_pretrained", engine.global_steps)
     if problem is not None:
         raise EngineError(f"engine.save_pretrained({str(path)!r}): {problem}") from problem
     if everyone[0][0]:

@@ -69,6 +69,19 @@ def load(engine: Any, folder: Path, reader: Reader) -> bool:
     return path is not None
 
 
+def whole_weights(folder: Path, reader: Reader) -> dict[str, torch.Tensor]:
+    """Return a model's whole fp32 state dict from a checkpoint folder of ZeRO 1 to 3. For one process.
+
+    Raises:
+        RuntimeError, AssertionError, KeyError, ValueError: DeepSpeed cannot read it.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with _safely(reader), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        found: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name)
+    return found
+
+
 def _groups(engine: Any) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = engine.optimizer.param_groups
     return found

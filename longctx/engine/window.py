@@ -15,22 +15,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from longctx.engine.rows import IGNORED, PADDING, Batch, explicit_rows
+from longctx.engine.accumulation import mark
+from longctx.engine.exchange import exchange
+from longctx.engine.rows import IGNORED, PADDING, Batch, explicit_rows, fill_padding
 from longctx.errors import EngineError
-from longctx.layout import Layout
+from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
-from longctx.sharding import shard
+from longctx.models.positions import PLAIN, PositionRule, check_positions
+from longctx.sameness import checksum
+from longctx.sharding import cut
 
 Window = list[Batch]
 _PAD = {"shift_labels": IGNORED, "document_ids": PADDING}
-_PRIME = 1_000_003
+_LABELS = frozenset(("label", "labels", "target", "targets"))  # words of keys that are padded with -100
 _REFUSED, _FINE = 1, 0
 
 
 def shard_window(
-    window: Window | Batch, mesh: Mesh, layout: str | Layout = "zigzag", *, compare_rows: bool = True
+    window: Window | Batch,
+    mesh: Mesh,
+    layout: str | Layout = "zigzag",
+    *,
+    rule: PositionRule = PLAIN,
+    step: int = 0,
+    trained: bool = True,
+    problem: Exception | None = None,
 ) -> Any:
     """Return this rank's part of every micro-batch of one optimizer step, ready for ``engine(**batch)``.
 
@@ -40,64 +50,83 @@ def shard_window(
     Args:
         window: the micro-batches of one optimizer step (a dict, if that is one); see ``rows.explicit_rows`` for what
             a batch may hold. Rows are not changed.
-        compare_rows: check by a checksum that the ranks of a sequence group did pass the same rows.
+        rule: how the model counts positions where a batch has none.
+        step: optimizer steps that this rank has made; the same on all.
+        trained: False for a window that is only looked at (see ``accumulation.WindowMark``).
+        problem: what this rank has found wrong already; it is raised here, and the other ranks hear of it.
 
     Returns:
         a list for a list, a dict for a dict. Each micro-batch has input_ids (B, T) or inputs_embeds (B, T, D),
         position_ids (B, T) int64, document_ids (B, T) int32, ``use_cache=False`` and, where labels were given,
         ``labels`` and ``shift_labels`` (B, T) int64 (both shifted: transformers returns no loss without ``labels``)
-        and ``num_items_in_batch``. Other tensors with the rows' (B, S) are cut alike, the rest is passed on.
+        and ``num_items_in_batch``. Other tensors with the rows' (B, S) are cut alike, the rest is passed on. Where the
+        layout pads, integer tensors with a word ``label(s)`` or ``target(s)`` in their key get −100, others 0.
 
     Raises:
         EngineError: on every rank, when any rank's window is refused or the ranks do not fit together.
     """
     batches: Window = []
-    problem: Exception | None = None
     checksum = 0
     try:
-        for batch in _listed(window):
-            rows = explicit_rows(_moved(batch, mesh.device))
-            if compare_rows and mesh.sequence_size > 1:
-                checksum = _checksum(rows, checksum)
+        for batch in _listed(window) if problem is None else ():
+            rows = explicit_rows(_moved(batch, mesh.device), rule)
+            checksum = row_checksum(rows, mesh, checksum)
             batches.append(_cut(rows, mesh, layout))
     except Exception as error:  # whatever it is, the other ranks must hear of it: they wait in the exchange
         problem = error
-    _weigh(batches, mesh, checksum, problem)
+    _weigh(batches, mesh, checksum, problem, "engine.shard", step)
+    mark(batches, trained=trained)
     return batches[0] if isinstance(window, dict) else batches
 
 
-def weigh_window(window: Window | Batch, mesh: Mesh) -> Any:
+def weigh_window(
+    window: Window | Batch,
+    mesh: Mesh,
+    *,
+    rule: PositionRule = PLAIN,
+    step: int = 0,
+    trained: bool = True,
+    problem: Exception | None = None,
+) -> Any:
     """Return a window that is already cut (each rank read its own part) with ``num_items_in_batch`` added.
 
     Collective, like ``shard_window``. ``labels`` and ``shift_labels`` may each stand for the other: both are the local
-    labels, shifted before they were cut.
+    labels, shifted before they were cut. ``row_ids`` (B,) int64, where given, says which rows of the data these are:
+    it must be equal on all ranks of a sequence group, and is taken out.
 
     Raises:
         EngineError: on every rank, when any rank's window is refused or the numbers of micro-batches differ.
     """
     batches: Window = []
-    problem: Exception | None = None
+    checksum = 0
     try:
-        for given in _listed(window):
+        for given in _listed(window) if problem is None else ():
             batch = _moved(given, mesh.device)
+            checksum = row_checksum(batch, mesh, checksum, sharded=True)
+            batch.pop("row_ids", None)
             if "document_ids" not in batch or "position_ids" not in batch:
                 raise EngineError(
                     f"a sharded batch needs position_ids and document_ids; it has {sorted(map(str, batch))}. Full rows "
                     "go through engine.shard"
                 )
+            check_positions(batch["position_ids"], batch["document_ids"], rule)
+            for key in ("input_ids", "inputs_embeds"):
+                if key in batch:
+                    batch[key] = fill_padding(batch[key], batch["document_ids"])
             labels = batch.get("shift_labels", batch.get("labels"))
             if labels is not None:
                 batch["labels"] = batch["shift_labels"] = labels
             batches.append({**batch, "use_cache": False})
     except Exception as error:  # whatever it is, the other ranks must hear of it: they wait in the exchange
         problem = error
-    _weigh(batches, mesh, 0, problem)
+    _weigh(batches, mesh, checksum, problem, "engine.weigh", step)
+    mark(batches, trained=trained)
     return batches[0] if isinstance(window, dict) else batches
 
 
-def cut_rows(batch: Batch, mesh: Mesh, layout: str | Layout = "zigzag") -> Batch:
+def cut_rows(batch: Batch, mesh: Mesh, layout: str | Layout = "zigzag", rule: PositionRule = PLAIN) -> Batch:
     """Return this rank's part of one batch of full rows, unweighted. No communication."""
-    return _cut(explicit_rows(_moved(batch, mesh.device)), mesh, layout)
+    return _cut(explicit_rows(_moved(batch, mesh.device), rule), mesh, layout)
 
 
 def tokens_to_divide_by(global_count: int, data_size: int) -> float:
@@ -109,7 +138,7 @@ def tokens_to_divide_by(global_count: int, data_size: int) -> float:
     return max(global_count, 1) / data_size
 
 
-def _weigh(batches: Window, mesh: Mesh, checksum: int, problem: Exception | None) -> None:
+def _weigh(batches: Window, mesh: Mesh, checksum: int, problem: Exception | None, at: str, step: int) -> None:
     """Count the window's labels over all ranks and write the divisor into every micro-batch; agree on errors."""
     labelled = [batch["shift_labels"] for batch in batches if "shift_labels" in batch]
     if problem is None and labelled and len(labelled) != len(batches):
@@ -118,7 +147,7 @@ def _weigh(batches: Window, mesh: Mesh, checksum: int, problem: Exception | None
         )
     count = sum(int((labels != IGNORED).sum()) for labels in labelled)
     status = _FINE if problem is None else _REFUSED
-    everyone = exchange([status, len(batches), count, checksum, int(bool(labelled))], mesh)
+    everyone = exchange([status, len(batches), count, checksum, int(bool(labelled))], mesh, at, step)
     if problem is not None:
         raise problem
     _agree(everyone, mesh)
@@ -126,16 +155,6 @@ def _weigh(batches: Window, mesh: Mesh, checksum: int, problem: Exception | None
         divisor = tokens_to_divide_by(sum(rank[2] for rank in everyone), mesh.data_size)
         for batch in batches:
             batch["num_items_in_batch"] = torch.tensor(divisor, dtype=torch.float32, device=mesh.device)
-
-
-def exchange(numbers: list[int], mesh: Mesh) -> list[list[int]]:
-    """Return every rank's ``numbers`` (the same count on each), in rank order. Collective over the world."""
-    if mesh.world_size == 1:
-        return [numbers]
-    mine = torch.tensor(numbers, dtype=torch.int64, device=mesh.device)
-    everyone = [torch.empty_like(mine) for _ in range(mesh.world_size)]
-    dist.all_gather(everyone, mine, group=mesh.world_group)
-    return torch.stack(everyone).tolist()
 
 
 def _agree(everyone: list[list[int]], mesh: Mesh) -> None:
@@ -155,8 +174,8 @@ def _agree(everyone: list[list[int]], mesh: Mesh) -> None:
         if len({everyone[rank][3] for rank in group}) > 1:
             raise EngineError(
                 f"ranks {list(group)} share one sequence but passed different rows: every rank of a sequence group "
-                "must pass the same full rows to engine.shard. Sample with DistributedSampler(dataset, "
-                "num_replicas=mesh.data_size, rank=mesh.data_rank) and the same seed"
+                "must pass the same full rows to engine.shard, or its part of the same rows to engine.weigh. Sample "
+                "with DistributedSampler(dataset, num_replicas=mesh.data_size, rank=mesh.data_rank) and the same seed"
             )
 
 
@@ -166,11 +185,44 @@ def _cut(rows: Batch, mesh: Mesh, layout: str | Layout) -> Batch:
     local: Batch = {}
     for key, value in rows.items():
         if isinstance(value, torch.Tensor) and value.shape[:2] == shape:
-            value = shard(value, mesh, 1, layout, _PAD.get(key, 0))
+            if key in ("input_ids", "inputs_embeds"):
+                value = _lengthened(value, mesh, layout)
+            value = cut(value, mesh, 1, layout, _pad_value(key, value))
         local[key] = value
     if "shift_labels" in local:
         local["labels"] = local["shift_labels"]
     return {**local, "use_cache": False}
+
+
+def _lengthened(x: torch.Tensor, mesh: Mesh, layout: str | Layout) -> torch.Tensor:
+    """Return tokens or embeddings with the layout's padding: each row's first, for a row of zeros may have no norm."""
+    missing = get_layout(layout).padded_length(x.shape[1], mesh.ring_size, mesh.ulysses_size) - x.shape[1]
+    filler = x[:, :1].detach().expand(-1, missing, *x.shape[2:])
+    return torch.cat([x, filler], 1) if missing else x
+
+
+def _pad_value(key: str, value: torch.Tensor) -> int:
+    """Return what the layout pads a tensor of rows with: no padding may count as a label or as a document."""
+    counts = value.is_floating_point() or value.dtype == torch.bool
+    labels = not counts and not _LABELS.isdisjoint(str(key).lower().split("_"))
+    return _PAD.get(key, IGNORED if labels else 0)
+
+
+def row_checksum(rows: Batch, mesh: Mesh, seed: int = 0, *, sharded: bool = False) -> int:
+    """Return a number that must be equal on the ranks of a sequence group; 0 where a rank has its sequence alone.
+
+    Args:
+        rows: full rows, or, with ``sharded``, this rank's part of them: those are different on every rank, so that only
+            their shape and ``row_ids`` (B,) count.
+        seed: the checksum of the micro-batches before.
+    """
+    if mesh.sequence_size == 1:
+        return 0
+    if not sharded:
+        return _checksum(rows, seed)
+    documents = rows.get("document_ids")
+    shape = documents.shape if isinstance(documents, torch.Tensor) else ()
+    return _checksum({"row_ids": rows.get("row_ids")}, seed * 31 + sum((i + 2) * n for i, n in enumerate(shape)))
 
 
 def _checksum(rows: Batch, seed: int) -> int:
@@ -178,15 +230,8 @@ def _checksum(rows: Batch, seed: int) -> int:
     total = seed
     for key in sorted(rows):
         value = rows[key]
-        if not isinstance(value, torch.Tensor):
-            continue
-        flat = value.detach().reshape(-1)
-        if flat.is_floating_point():
-            flat = flat.double().view(torch.int64)
-        index = torch.arange(1, flat.numel() + 1, device=flat.device) * _PRIME
-        mixed = (flat.to(torch.int64) + 7) * (index ^ (index >> 7))  # wraps around: a checksum, not arithmetic
-        shape = sum((place + 2) * size for place, size in enumerate(value.shape))
-        total = (total * 31 + int(mixed.sum()) + shape + sum(key.encode())) % (2**62)
+        if isinstance(value, torch.Tensor):
+            total = (total * 31 + int(checksum(value)) + sum(key.encode())) % (2**62)
     return total
 
 

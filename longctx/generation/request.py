@@ -32,10 +32,17 @@ class Request:
         limits = {
             "max-new-tokens": (self.max_new_tokens, 1, 2**31), "temperature": (self.temperature, 0, 100),
             "top-k": (self.top_k, 0, 2**31), "top-p": (self.top_p, 1e-6, 1), "beams": (self.beams, 1, 1024),
+            "seed": (self.seed, 0, 2**63 - 1),
         }  # fmt: skip
         for name, (value, low, high) in limits.items():
             if not low <= value <= high:
                 raise ConfigError(f"generate --{name} {value}: give a number from {low} to {high}")
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:  # undecodable bytes of an argument or of stdin arrive as lone surrogates
+            raise ConfigError(
+                f"generate: the prompt is not UTF-8 text at its character {error.start + 1}; convert it to UTF-8"
+            ) from None
         if self.attention not in ATTENTION:
             raise ConfigError(f"generate --attention {self.attention}: choose one of {', '.join(ATTENTION)}")
 
@@ -59,6 +66,11 @@ def model_folder(checkpoint: Path) -> Path:
     for folder in (checkpoint, checkpoint / "model"):
         if (folder / "config.json").is_file():
             return folder
+    if (checkpoint / "checkpoints").is_dir():
+        raise ConfigError(
+            f"generate {checkpoint}: this run has not ended, so it has no model folder; `longctx export {checkpoint}` "
+            "writes one from its newest checkpoint"
+        )
     raise ConfigError(
         f"generate {checkpoint}: no config.json there, nor in {checkpoint / 'model'}; give a run directory whose "
         "training has ended, or a folder that save_pretrained wrote"

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.decode.caches.size import cache_bytes
 from longctx.decode.cost import Choice, Shape, choose, size
-from longctx.errors import ConfigError
+from longctx.errors import ConfigError, LongctxError
 from longctx.generation.request import Request
 from longctx.generation.stream import TextStream
 from longctx.mesh import Mesh
@@ -61,7 +61,6 @@ class Generator:
         self.mesh = mesh
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.model: Any = load_pretrained(folder).to(mesh.device).eval()
-        self.model.config.use_cache = True
         if mesh.sequence_size == 1 and not converted(self.model.config):  # bounded memories are longctx's to compute
             self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
 
@@ -69,26 +68,30 @@ class Generator:
         """Continue ``request.prompt`` and write text as it is made.
 
         Raises:
-            ConfigError: the prompt is too short, or the model has no positions for it and what is asked.
+            ConfigError: the prompt is too short, the model has no positions for it and what is asked, or transformers
+                refuses the options and the folder's generation_config.json together.
             ModelError: --attention el on a model that cannot.
         """
-        ids = torch.from_numpy(self.tokenizer.encode(request.prompt).astype("int64"))[None].to(self.mesh.device)
-        if ids.shape[1] < 2:
-            raise ConfigError("generate: the prompt has less than two tokens; give a longer one")
+        ids = torch.from_numpy(self.tokenizer.prompt(request.prompt).astype("int64"))[None].to(self.mesh.device)
+        least = min(self.mesh.sequence_size, 2)
+        if ids.shape[1] < least:
+            raise ConfigError(f"generate: the prompt has {ids.shape[1]} tokens, at least {least} are needed; extend it")
         self._check_length(ids.shape[1], request.max_new_tokens)
         attention = self._attend(request, ids.shape[1])
         stream = TextStream(self.tokenizer, write) if request.beams == 1 else None
-        sampling = request.temperature > 0 and request.beams == 1
-        options: dict[str, Any] = {"do_sample": sampling, "num_beams": request.beams, "streamer": stream}
-        if sampling:
-            options |= {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p}
-        end = self.tokenizer.end_of_document
         started = time.perf_counter()
-        made = generate(
-            self.model, ids, mesh=self.mesh, layout=request.layout, seed=request.seed,
-            max_new_tokens=request.max_new_tokens, eos_token_id=end, pad_token_id=end or 0,
-            return_dict_in_generate=True, **options,
-        )  # fmt: skip
+        try:
+            made = generate(
+                self.model, ids, mesh=self.mesh, layout=request.layout, seed=request.seed, streamer=stream,
+                return_dict_in_generate=True, **options_of(request, self.model.generation_config, self.tokenizer),
+            )  # fmt: skip
+        except LongctxError:
+            raise
+        except ValueError as error:  # transformers checks options and generation_config.json together
+            raise ConfigError(
+                f"generate {request.folder}: transformers refuses these options with the folder's "
+                f"generation_config.json: {error}"
+            ) from error
         seconds = time.perf_counter() - started
         new = made.sequences[0, ids.shape[1] :]
         text = self.tokenizer.decode(new.cpu().numpy())
@@ -144,6 +147,29 @@ class Generator:
         for module in self.model.modules():
             odd |= hasattr(module, "sinks") or hasattr(module, "relative_attention_bias")
         return self.mesh.sequence_size == 1 and not odd and bool(self.model._supports_sdpa)
+
+
+def options_of(request: Request, folder: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the options of transformers' generate() for a request.
+
+    What a request does not say (stop tokens, penalties, suppressed tokens) is left to the model's generation config.
+
+    Args:
+        folder: that generation config.
+    """
+    sampling = request.temperature > 0 and request.beams == 1
+    options: dict[str, Any] = {
+        "do_sample": sampling, "num_beams": request.beams, "num_return_sequences": 1,
+        "max_new_tokens": request.max_new_tokens,
+        "temperature": request.temperature if sampling else 1.0,  # transformers warns of settings that do nothing
+        "top_k": request.top_k if sampling else 50, "top_p": request.top_p if sampling else 1.0,
+    }  # fmt: skip
+    stop = folder.eos_token_id
+    if folder.pad_token_id is None and stop is not None:
+        options["pad_token_id"] = stop[0] if isinstance(stop, list) else stop  # as transformers does, which warns
+    if folder.stop_strings is not None:
+        options["tokenizer"] = tokenizer.transformers
+    return options
 
 
 def _shape(model: Any, request: Request, prompt: int) -> Shape:

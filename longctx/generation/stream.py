@@ -8,6 +8,7 @@ from typing import Any
 
 from longctx.data.tokenizer import Tokenizer
 
+_LONGEST, _CONTEXT = 64, 8  # tokens
 _UNFINISHED = "\ufffd"
 
 
@@ -35,8 +36,9 @@ class TextStream:
             return
         self.write(text[len(self.shown) :])
         self.shown = text
-        if len(self.ids) - self.start > 64:  # start again behind what is certain
-            self.start, self.shown = len(self.ids), ""
+        if len(self.ids) - self.start > _LONGEST:  # from here on, decode again behind a few known tokens only
+            self.start = len(self.ids) - _CONTEXT  # some decoders drop a space before the first token they are given
+            self.shown = self.tokenizer.decode(self.ids[self.start :])
 
     def end(self) -> None:
         """Write what is left."""

@@ -50,8 +50,8 @@ class _Agent:
     def __init__(self, given: ticket.Ticket, errors: Path) -> None:
         self.ticket, self.errors = given, errors
         world, self.rank = launched_world()
-        if world != given.world:
-            raise LaunchError(f"this is rank {self.rank} of {world}, but the job has {given.world} ranks")
+        if (world or 1) != given.world:
+            raise LaunchError(f"this is rank {self.rank} of {world or 1}, but the job has {given.world} ranks")
         self.line = _connect(given)
         self.address, self.interface = _place_in_the_network(given, self.line)
         self.meeting = listen(self.address) if self.rank == 0 else None
@@ -118,6 +118,7 @@ class _Agent:
             own = {"LONGCTX_LISTENER": str(handed[0]), "LONGCTX_CONSOLE": str(far_end)}
         self._log().parent.mkdir(parents=True, exist_ok=True)
         with self._log().open("ab") as log:
+            report.mark(log)
             self.process = subprocess.Popen(
                 list(self.ticket.command),
                 env=self._environment(address, port) | own,

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from longctx import slurm
 from longctx.config.derived import Derived
+from longctx.config.hosts import bare
 from longctx.config.schema import RunConfig
 from longctx.config.write import dump
 from longctx.errors import LaunchError
@@ -25,7 +26,8 @@ from longctx.launch.hosts import hosts_of, with_slots
 from longctx.launch.placement import Placement, place
 from longctx.launch.supervise import Outcome, Supervisor
 from longctx.network import address_of, address_towards
-from longctx.train.lock import FolderLock
+from longctx.train.folder import require_usable
+from longctx.train.lock import FolderLock, require_free
 
 
 class Plan(NamedTuple):
@@ -67,6 +69,9 @@ def train(config: RunConfig, sizes: Derived, *, only_check: bool = False) -> int
     """
     job = plan(config, sizes)
     require_tools(config.launch)
+    if not only_check:
+        require_usable(job.ticket.parent.parent)
+        require_free(job.ticket.parent.parent)
     private = job.ticket.parent
     ticket.make_private(private)
     with FolderLock(private):
@@ -142,7 +147,7 @@ def _address(job: Plan) -> str:
             return found
     for name, _ in reversed(job.placement.hosts):  # the last host is the likeliest not to be this one
         try:
-            return address_towards(slurm.address(name) if job.config.launch.launcher == "slurm" else name)
+            return address_towards(slurm.address(name) if job.config.launch.launcher == "slurm" else bare(name))
         except OSError:
             continue
     names = ", ".join(name for name, _ in job.placement.hosts[:8])

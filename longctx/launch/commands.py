@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from longctx.config.hosts import bare
 from longctx.config.sections.launch import Launch
 from longctx.errors import LaunchError
 from longctx.launch.environment import AGENTS
@@ -76,7 +77,7 @@ def _deepspeed(hosts: Hosts, index: int, ticket: str) -> list[str]:
         "deepspeed.launcher.launch",
         f"--world_info={described}",
         f"--node_rank={index}",
-        f"--master_addr={hosts[0][0]}",
+        f"--master_addr={bare(hosts[0][0])}",
         "--master_port=29500",
         "--no_local_rank",
         "--module",
@@ -127,7 +128,7 @@ def _slurm(launch: Launch, hosts: Hosts) -> list[str]:
 def _own_address(launch: Launch, hosts: Hosts) -> str | None:
     """Return the address by which hosts reach this one, where it can be told. Nothing is sent."""
     try:
-        return address_of(launch.interface) or address_towards(hosts[-1][0])
+        return address_of(launch.interface) or address_towards(bare(hosts[-1][0]))
     except OSError:
         return None
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 
+RESOLVED = "LONGCTX_CONFIG"
+"""where the ranks of one machine find the configuration as it was resolved, once for all of them"""
 # Chosen by each host or each rank, so another machine's value would be wrong.
 _NEVER = {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"}
 AGENTS = tuple("HOME LANG LD_LIBRARY_PATH LOGNAME PATH SHELL TMPDIR TZ USER XDG_CACHE_HOME".split())

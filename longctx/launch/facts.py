@@ -57,6 +57,7 @@ def _toolchain() -> str:
     if hardware.gpus() > 0:
         return ""
     try:
+        prepare.clear_stale_locks()
         prepare.ready()
     except LongctxError as error:
         return str(error)

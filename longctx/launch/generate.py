@@ -13,6 +13,7 @@ import typer
 from longctx.errors import ConfigError, LaunchError
 from longctx.generation.request import FIGURES, Request, model_folder
 from longctx.launch import hardware, local
+from longctx.mesh import launched_by
 
 
 def generate(
@@ -20,7 +21,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="a file with the text; - is standard input")] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="ask for one prompt after another")] = False,
-    ring: Annotated[int, typer.Option(help="ranks of this machine that share the context", min=1)] = 1,
+    ring: Annotated[int, typer.Option(help="ranks of this machine that share the context", min=1, max=4096)] = 1,
     attention: Annotated[str, typer.Option(help="auto, el (hidden states) or kv (keys and values)")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="stop after so many")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
@@ -30,11 +31,13 @@ def generate(
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
 ) -> None:
     """Continue a text with a trained model; the text goes to stdout as it is made, tokens/s to stderr."""
+    _require_own_shell()
     if sum((prompt is not None, prompt_file is not None, interactive)) != 1:
         raise ConfigError("generate: give one of --prompt, --prompt-file and --interactive")
     if prompt_file is not None:
         try:
-            prompt = sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text(encoding="utf-8")
+            raw = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
+            prompt = raw.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"generate --prompt-file {prompt_file}: cannot be read as UTF-8 text: {error}") from None
     request = Request(
@@ -42,6 +45,16 @@ def generate(
         top_k=top_k, top_p=top_p, beams=beams, seed=seed, attention=attention,
     )  # fmt: skip
     raise typer.Exit(_run(request, ring, interactive))
+
+
+def _require_own_shell() -> None:
+    """Raise LaunchError inside a job of several ranks, each of which would answer by itself."""
+    variables = launched_by()
+    if variables is not None:
+        raise LaunchError(
+            f"`longctx generate` starts its own ranks, but this shell is inside a launched job ({variables}); unset "
+            "both variables, and give --ring"
+        )
 
 
 def _run(request: Request, ring: int, interactive: bool) -> int:
@@ -81,10 +94,14 @@ def _here(request: Request, interactive: bool) -> int:
             except EOFError:
                 print()
                 return 0
+            except UnicodeDecodeError as error:
+                print(f"generate: the prompt is not UTF-8 text ({error.reason})", file=sys.stderr)
+                continue
             if not prompt.strip():
                 continue
-            request = Request(**(vars(request) | {"prompt": prompt}))
         try:
+            if interactive:
+                request = Request(**(vars(request) | {"prompt": prompt}))
             done = generator.answer(request, lambda text: print(text, end="", flush=True))
         except ConfigError as error:
             if not interactive:

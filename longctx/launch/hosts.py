@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from longctx import slurm
-from longctx.config.hosts import Host, once_each, parse_host, parse_hostfile
+from longctx.config.hosts import Host, once_each, parse_host, parse_hostfile, require_users
 from longctx.config.schema import RunConfig
 from longctx.config.sections.launch import Launch
 from longctx.errors import LaunchError
@@ -23,7 +23,9 @@ def hosts_of(launch: Launch) -> tuple[Host, ...]:
     """
     if launch.hostfile is not None:
         try:
-            return parse_hostfile(Path(launch.hostfile).read_text())
+            hosts = parse_hostfile(Path(launch.hostfile).read_text(encoding="utf-8"))
+            require_users(hosts, launch.launcher)
+            return hosts
         except (OSError, UnicodeDecodeError) as error:
             raise LaunchError(f"launch.hostfile {launch.hostfile!r} cannot be read: {error}") from None
         except LaunchError as error:

@@ -18,32 +18,47 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from longctx.errors import LaunchError
 from longctx.launch import hardware, report
+from longctx.launch.early import caught
+from longctx.launch.environment import RESOLVED
 from longctx.launch.prepare import prepare
 from longctx.launch.processes import exit_code, kill
+from longctx.train.folder import require_usable
+from longctx.train.lock import require_free
+from longctx.train.signals import PREEMPTED, code_of
 
-PREEMPTED = 75
+if TYPE_CHECKING:
+    from longctx.config.schema import RunConfig
+
 GRACE_SECONDS = 3.0  # between the first failure and the kill: others may be about to report the real cause
 STOP_SECONDS = 300.0  # for saving a checkpoint after a request to stop
 
 
-def train(config_path: Path, overrides: Sequence[str], *, world: int, folder: Path) -> int:
-    """Run ``config_path`` on ``world`` local ranks and return the job's exit code.
+def train(config: RunConfig, config_path: Path, overrides: Sequence[str], *, world: int) -> int:
+    """Run ``config`` on ``world`` local ranks and return the job's exit code. Logs go to `logs` in output.folder.
 
     Args:
-        config_path: the YAML; each rank reads it again.
-        overrides: ``a.b=c`` arguments, passed on as they are.
+        config: resolved; ranks get it as it is now, whatever happens to the YAML or the environment meanwhile.
+        config_path: the YAML it came from, for the ranks' command lines.
+        overrides: the ``a.b=c`` arguments it came from, for the same.
         world: ranks to start.
-        folder: the run directory; logs go to ``folder/logs``.
 
     Returns:
-        0 when done, 75 when stopped on request after saving, 1 after a failure, 130 when killed by a second Ctrl-C.
+        0 when done, 75 when stopped on request after saving, 1 after a failure, 130 when killed by a second Ctrl-C;
+        130, 143 or 75 when stopped by a signal before the first step.
 
     Raises:
         LaunchError, MissingPackageError: the job cannot be started here.
+        CheckpointError: the run directory is in use, or a run could not go on in it.
     """
+    from longctx.config.write import dump
+
+    folder = Path(config.output.folder).absolute()
+    require_usable(folder)
+    require_free(folder)
     on_gpu = hardware.gpus() > 0
     if on_gpu and world > hardware.gpus():
         raise LaunchError(
@@ -54,7 +69,10 @@ def train(config_path: Path, overrides: Sequence[str], *, world: int, folder: Pa
         prepare()
     command = [sys.executable, "-m", "longctx.launch.rank", "--config", str(config_path), *overrides]
     extra = {} if on_gpu else {"DS_ACCELERATOR": "cpu"}
-    return run(command, world=world, logs=folder / "logs", environment=extra)
+    with tempfile.TemporaryDirectory(prefix="longctx-config-") as private:
+        resolved = Path(private) / "config.yaml"
+        resolved.write_text(dump(config), encoding="utf-8")
+        return run(command, world=world, logs=folder / "logs", environment=extra | {RESOLVED: str(resolved)})
 
 
 def run(command: Sequence[str], *, world: int, logs: Path, environment: dict[str, str] | None = None) -> int:
@@ -69,7 +87,7 @@ def run(command: Sequence[str], *, world: int, logs: Path, environment: dict[str
         raise LaunchError(f"{logs} cannot be made: {error.strerror}; choose another output.folder") from None
     with tempfile.TemporaryDirectory(prefix="longctx-") as errors, _listen() as listener:
         job = _Job(logs, Path(errors))
-        previous = {number: signal.signal(number, job.forward) for number in (*job.FORWARDED, signal.SIGINT)}
+        previous = {number: signal.signal(number, job.forward) for number in (*caught(), signal.SIGUSR2)}
         try:
             job.start(command, world, listener, environment or {})
             return job.wait()
@@ -82,12 +100,12 @@ def run(command: Sequence[str], *, world: int, logs: Path, environment: dict[str
 class _Job:
     """The processes of one job, by rank."""
 
-    FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
     def __init__(self, logs: Path, errors: Path) -> None:
         self.logs, self.errors = logs, errors
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.asked_to_stop = 0.0
+        self.asked = 0  # the signal that asked first
+        self.told: set[int] = set()  # process ids that know
         self.interrupted_twice = False
 
     def start(self, command: Sequence[str], world: int, listener: socket.socket, environment: dict[str, str]) -> None:
@@ -112,10 +130,11 @@ class _Job:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             handed: list[int] = []
             if rank == 0:
-                console = os.dup(_terminal())
+                console = _terminal()
                 handed = [listener.fileno(), console]
                 own |= {"LONGCTX_LISTENER": str(listener.fileno()), "LONGCTX_CONSOLE": str(console)}
             with (self.logs / f"rank-{rank:05d}.log").open("ab") as log:
+                report.mark(log)
                 self.ranks.append(
                     subprocess.Popen(
                         list(command),
@@ -134,17 +153,18 @@ class _Job:
         """Wait for all ranks and return the job's exit code; print the cause if one failed."""
         failed_at = 0.0
         while True:
+            self._tell()
             codes = {rank: exit_code(process) for rank, process in enumerate(self.ranks)}
-            ended = [code for code in codes.values() if code is not None]
+            ended = {rank: code for rank, code in codes.items() if code is not None}
             now = time.monotonic()
             if self.interrupted_twice:
                 return 130
-            if any(code not in (0, PREEMPTED) for code in ended):
+            if any(self._failed(rank, code) for rank, code in ended.items()):
                 failed_at = failed_at or now
                 if len(ended) == len(codes) or now - failed_at > GRACE_SECONDS:
                     return self._explain(codes)
             elif len(ended) == len(codes):
-                return PREEMPTED if PREEMPTED in ended else 0
+                return PREEMPTED if PREEMPTED in ended.values() else 0
             if self.asked_to_stop and now - self.asked_to_stop > STOP_SECONDS:
                 print(f"longctx: not stopped {STOP_SECONDS:.0f} s after the request; killing", file=sys.stderr)
                 return 1
@@ -159,25 +179,56 @@ class _Job:
         if number == signal.SIGINT and self.asked_to_stop:
             self.interrupted_twice = True
             return
-        if number != signal.SIGUSR2:
-            self.asked_to_stop = self.asked_to_stop or time.monotonic()
-        for process in self.ranks:
+        if number == signal.SIGUSR2:
+            self._send(number, self.ranks)
+            return
+        self.asked_to_stop = self.asked_to_stop or time.monotonic()
+        self.asked = self.asked or number
+        self._send(number, [process for process in self.ranks if process.pid in self.told])
+        self._tell()
+
+    def _tell(self) -> None:
+        """Pass the request to stop on to ranks that were not yet started when it came."""
+        new = [process for process in self.ranks if process.pid not in self.told] if self.asked else []
+        self.told |= {process.pid for process in new}
+        self._send(self.asked, new)
+
+    def _send(self, number: int, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        for process in processes:
             if exit_code(process) is None:
                 os.kill(process.pid, number)
 
+    def _failed(self, rank: int, code: int) -> bool:
+        """Whether a rank ended so that the others wait for it in vain."""
+        return code not in (0, PREEMPTED) or (code == PREEMPTED and report.read(self.errors, rank) is not None)
+
     def _explain(self, codes: dict[int, int | None]) -> int:
-        if self.asked_to_stop and set(codes.values()) <= {130, PREEMPTED, 0, None}:
-            return 130  # interrupted before the loop could promise a checkpoint
+        bad = {rank: code for rank, code in codes.items() if code is not None and self._failed(rank, code)}
+        sentence = report.stopped(self.errors, bad.values(), self.asked)
+        if sentence is not None:
+            print(f"longctx: {sentence}", file=sys.stderr, flush=True)
+            return code_of(self.asked) if self.asked else next(iter(bad.values()))
         print(f"longctx: {report.first_cause(self.errors, codes, self.logs)}", file=sys.stderr, flush=True)
         return 1
 
 
 def _terminal() -> int:
-    """Return the file descriptor of our standard output, also where Python's own was replaced."""
+    """Return a new descriptor of our standard output, also where Python's own was replaced; of nothing if closed."""
+    stream = getattr(sys.stdout, "stream", sys.stdout)
+    if stream is None:  # closed when we started: another file may have its number now
+        return _nowhere()
     try:
-        return sys.stdout.fileno()
+        number = stream.fileno()
     except (OSError, ValueError, AttributeError):
-        return 1
+        number = 1
+    try:
+        return os.dup(number)
+    except OSError:
+        return _nowhere()
+
+
+def _nowhere() -> int:
+    return os.open(os.devnull, os.O_WRONLY)
 
 
 def _listen() -> socket.socket:
@@ -194,4 +245,18 @@ def _listen() -> socket.socket:
         raise LaunchError(
             f"MASTER_PORT={wanted} cannot be used on 127.0.0.1 ({reason}); unset it, and a free port is taken"
         ) from None
+    _require_loopback(listener)
     return listener
+
+
+def _require_loopback(listener: socket.socket) -> None:
+    """Raise LaunchError where 127.0.0.1 cannot be reached: torch would try to for minutes."""
+    try:
+        with socket.create_connection(listener.getsockname(), timeout=5):
+            listener.accept()[0].close()
+    except OSError as error:
+        listener.close()
+        raise LaunchError(
+            f"this machine cannot reach itself at 127.0.0.1 ({error}), where ranks meet; is the loopback interface up? "
+            "(ip link set lo up)"
+        ) from None

@@ -7,12 +7,15 @@ import os
 import signal
 import time
 import traceback
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from longctx.errors import LongctxError
+from longctx.train.signals import PREEMPTED, SIGNALS, sentence_of
 
 FOLDER = "LONGCTX_ERROR_FOLDER"  # environment variable: where ranks leave their reports
+_MARK = "=== longctx: a run starts here, "
 LONGEST = 100_000  # characters: the end of a traceback names the cause
 
 
@@ -69,6 +72,24 @@ def first_cause(folder: Path, exit_codes: dict[int, int | None], logs: Path) -> 
     return f"rank {record['rank']} failed (full output in {logs}):\n{record['text']}"
 
 
+def stopped(folder: Path, exit_codes: Collection[int], asked: int) -> str | None:
+    """Return what to say about a job that a signal stopped before its first step; None if it ended in another way.
+
+    Args:
+        folder: where ranks left their reports.
+        exit_codes: of the ranks that have ended.
+        asked: the signal that the launcher passed on; 0 for none.
+    """
+    answers = {130, 143, PREEMPTED, 0} | ({-number for number in SIGNALS} if asked else set())
+    silent = asked and not list(folder.glob("rank-*.json"))  # a rank that was still importing has no answer of its own
+    if not all(code in answers or (silent and code == 1) for code in exit_codes):
+        return None
+    if asked:
+        return sentence_of(asked)
+    records = [read(folder, int(path.stem.removeprefix("rank-"))) for path in sorted(folder.glob("rank-*.json"))]
+    return next((str(record["text"]) for record in records if record), None)
+
+
 def ended(code: int) -> str:
     """Say how a process ended that left no report."""
     hint = "; the system may be out of memory" if code == -signal.SIGKILL else ""
@@ -82,9 +103,17 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+def mark(log: BinaryIO) -> None:
+    """Begin a run in a log that earlier runs wrote to."""
+    log.write(f"{_MARK}{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+    log.flush()
+
+
 def tail(path: Path, lines: int = 30) -> str:
-    """Return the last lines of a log."""
+    """Return the last lines of a log, none of an earlier run's."""
     try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+        found = path.read_text(errors="replace").splitlines()
     except OSError:
         return "(no log)"
+    last = max((number for number, line in enumerate(found) if line.startswith(_MARK)), default=-1)
+    return "\n".join(found[last + 1 :][-lines:]) or "(nothing was written)"

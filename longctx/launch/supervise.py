@@ -19,11 +19,12 @@ from typing import NamedTuple
 
 from longctx.launch import hardware, report
 from longctx.launch.commands import Command
+from longctx.launch.early import caught
 from longctx.launch.members import Member, Members
 from longctx.launch.processes import Process, exit_code, kill
 from longctx.launch.ticket import Ticket
+from longctx.train.signals import PREEMPTED, SIGNALS, code_of, sentence_of
 
-PREEMPTED = 75
 GRACE_SECONDS = 3.0  # between the first failure and the kill: others may be about to report the real cause
 END_SECONDS = 10.0  # for ssh, mpirun and srun to see that their agents are gone
 STOP_SECONDS = 300.0  # for saving a checkpoint after a request to stop
@@ -42,8 +43,6 @@ class Outcome(NamedTuple):
 class Supervisor:
     """The processes and connections of one attempt."""
 
-    FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-
     def __init__(self, ticket: Ticket, listener: socket.socket, start_seconds: int) -> None:
         self.ticket, self.start_seconds = ticket, start_seconds
         self.members = Members(listener, ticket)
@@ -51,11 +50,12 @@ class Supervisor:
         self.processes: dict[str, Process] = {}
         self.started = False
         self.asked_to_stop = 0.0
+        self.asked = 0  # the signal that asked first
         self.interrupted_twice = False
 
     def run(self, commands: Sequence[Command]) -> Outcome:
         """Run the job to its end."""
-        previous = {number: signal.signal(number, self._forward) for number in self.FORWARDED}
+        previous = {number: signal.signal(number, self._forward) for number in (*caught(), signal.SIGUSR2)}
         try:
             self._launch(commands)
             return self._gather() or self._watch()
@@ -92,7 +92,8 @@ class Supervisor:
                 break
             self.members.poll()
         if self.asked_to_stop:
-            return Outcome(130, False)
+            self._say(sentence_of(self.asked))
+            return Outcome(code_of(self.asked), False)
         problems = self.members.wrong(hardware.gpus())
         absent = {} if self.members.complete else self._absent()
         if problems or absent:
@@ -143,8 +144,10 @@ class Supervisor:
 
     def _explain(self) -> Outcome:
         codes = set(self.members.codes)
-        if self.asked_to_stop and codes <= {130, PREEMPTED, 0} and not any(one.lost for one in self.members.endings):
-            return Outcome(130, False)  # interrupted before the loop could promise a checkpoint
+        answers = {130, 143, PREEMPTED, 0, *(-number for number in SIGNALS)}
+        if self.asked_to_stop and codes <= answers and not any(one.lost for one in self.members.endings):
+            self._say(sentence_of(self.asked))  # stopped before the loop could promise a checkpoint
+            return Outcome(code_of(self.asked), False)
         # a host that has gone silent, then what died without a word, is the cause of what others reported
         silent = [one for one in self.members.endings if one.end is None or one.end.report is None]
         first = (self.members.silent() or silent or self.members.endings)[0]
@@ -173,6 +176,7 @@ class Supervisor:
             return
         if number != signal.SIGUSR2:
             self.asked_to_stop = self.asked_to_stop or time.monotonic()
+            self.asked = self.asked or number
         if self.started:
             self.members.send(signal=number)
 

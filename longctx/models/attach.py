@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from longctx.models.binding import Binding, binding_of
 from longctx.models.dropout import drops_attention
 from longctx.models.register import NAME, register
 from longctx.models.rope import attach_rope
-from longctx.models.verify import watch
+from longctx.models.verify import refuse_added_loss, watch
 from longctx.models.wrapped import inner_models, refuse_prompts
 
 # Heads that pick or compare tokens of the whole sequence: on a shard each rank would pick among its own.
@@ -26,8 +28,9 @@ _GLOBAL_HEADS = re.compile(
 def attach_attention(model: torch.nn.Module, mesh: Mesh, layout: str = "zigzag") -> None:
     """Make ``model`` attend over ``mesh``: write mesh and layout onto its modules, and choose longctx's attention.
 
-    Sets ``_attn_implementation = "longctx"`` and ``use_cache = False`` on the model's config and every nested one. The
-    first forward then checks that every layer really goes through longctx. Attaching again replaces mesh and layout.
+    Sets ``_attn_implementation = "longctx"`` on the model's config and every nested one; a forward keeps no cache
+    unless it is called with ``use_cache=True``. The first forward then checks that every layer really goes through
+    longctx. Attaching again replaces mesh and layout. What ``save_pretrained`` writes stays as it was.
 
     Args:
         model: a transformers model, or a module that holds one.
@@ -42,7 +45,7 @@ def attach_attention(model: torch.nn.Module, mesh: Mesh, layout: str = "zigzag")
     if not configs:
         raise ModelError(f"{type(model).__name__} holds no module with a transformers config; give it such a model")
     names = dict.fromkeys(type(part).__name__ for part in (model, *inner_models(model)))
-    binding = Binding(mesh, layout, drops=any(drops_attention(config) for config in configs))
+    binding = Binding(mesh, layout, drops=any(drops_attention(config) for config in configs), configs=configs)
     if binding.sharded:
         refuse_prompts(model)
     for config in configs:
@@ -50,9 +53,11 @@ def attach_attention(model: torch.nn.Module, mesh: Mesh, layout: str = "zigzag")
             for name in names:
                 _refuse(name, config)
         config._attn_implementation = NAME
-        config.use_cache = False
+    if binding.sharded:
+        refuse_added_loss(type(model).__name__, {}, configs)
     detach_attention(model)
     binding.bind(model)
+    _keep_no_cache(model, binding)
     attach_rope(model, binding)
     watch(model, binding)
 
@@ -64,6 +69,27 @@ def detach_attention(model: torch.nn.Module) -> None:
         for handle in old.handles:
             handle.remove()
         old.handles.clear()
+
+
+def _keep_no_cache(model: torch.nn.Module, binding: Binding) -> None:
+    """Make ``use_cache=False`` the default of every transformers model inside, without a change to its config.
+
+    The config belongs to the user: with False in it, an exported model would generate without a cache.
+    """
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        names = list(inspect.signature(module.forward).parameters) if isinstance(module, PreTrainedModel) else []
+        if "use_cache" in names:
+            hook = partial(_without_cache, names.index("use_cache"))
+            binding.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+def _without_cache(place: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hook before a forward: add ``use_cache=False`` if the caller says nothing about it."""
+    if len(args) > place or kwargs.get("use_cache") is not None:
+        return None
+    return args, {**kwargs, "use_cache": False}
 
 
 def _configs(model: torch.nn.Module) -> list[Any]:
@@ -90,8 +116,3 @@ def _refuse(name: str, config: Any) -> None:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder; longctx shards decoders and encoders only")
-    if getattr(config, "output_router_logits", False):
-        raise ModelError(
-            f"{name}: output_router_logits adds a load-balancing loss over the local tokens only, which is not that "
-            "of the whole sequence; set output_router_logits=False"
-        )

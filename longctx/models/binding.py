@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from longctx.mesh import Mesh
+from longctx.models.positions import PositionRule
 
 ATTRIBUTE = "longctx_binding"
 _PLACE = "longctx_place"
@@ -21,8 +22,11 @@ class Binding:
     layout: str
     backend: str = "auto"  # what computes a block, as ring_attention names it
     drops: bool = False  # the model asks for attention dropout in training
+    configs: list[Any] = field(default_factory=list)  # every transformers config of the model, nested ones too
     checked: bool = False  # the first forward has been judged
     called: set[int] = field(default_factory=set)  # id of each module that reached longctx in the first forward
+    rule: PositionRule | None = None  # how the model counts positions, once ``probe`` has found out
+    seen: list[torch.Tensor] | None = None  # while a probe runs: what each token was in every attention so far
     document_ids: torch.Tensor | None = None  # of the forward in progress; RoPE needs to know which tokens are padding
     cache: Any = None  # a decode.caches.sharded.ShardedCache, while a generation reads the sharded context
     handles: list[Any] = field(default_factory=list)  # forward hooks, to be removed when the model is attached anew

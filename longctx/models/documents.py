@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from longctx.errors import ModelError
-from longctx.models.masks import documents_from_positions
+from longctx.models.masks import documents_from_positions, separate_runs
 
 
 def sharded_documents(
@@ -43,9 +43,10 @@ def whole_documents(
     """
     found = None if mask is None or mask.shape[3] == 1 and query.shape[2] != 1 else mask[:, 0, 0]
     if document_ids is not None:
-        ids = _shaped(document_ids, query)
+        ids = separate_runs(_shaped(document_ids, query))
     elif position_ids is not None and position_ids.dim() == 2:
-        ids = documents_from_positions(_shaped(position_ids, query, "position_ids"))
+        valid = None if found is None else found.expand(query.shape[0], -1) >= 0
+        ids = documents_from_positions(_shaped(position_ids, query, "position_ids"), valid)
     elif found is not None:
         ids = found
     else:

@@ -21,7 +21,11 @@ from longctx.models.attach import attach_attention
 from longctx.models.binding import Binding, binding_of
 from longctx.models.el import el_layers, spread_source
 from longctx.models.memories import memory_of
+from longctx.models.modes import evaluating
 from longctx.sharding import positions, shard
+
+_OTHER_CACHES = ("cache_implementation", "prompt_lookup_num_tokens")
+"""options that choose another cache; on a ring, a generation config that has them is overruled"""
 
 
 @torch.no_grad()
@@ -40,22 +44,23 @@ def generate(
     Args:
         model: a causal transformers model, whole on every rank; on a ring its attention becomes longctx's. Or, under
             `enable_el`, an encoder-decoder: ranks keep their parts of the encoder's output, which each of them runs.
-        input_ids: (B, S) int64, the whole prompt, equal on every rank of the sequence group; S >= 2.
+        input_ids: (B, S) int64, the whole prompt, equal on every rank of the sequence group; S >= 2 on a ring.
         attention_mask: (B, S), 0 at padding, which must be on the left.
         seed: of sampling.
-        options: of transformers' generate(): max_new_tokens, do_sample, num_beams, streamer, …
+        options: of transformers' generate(): max_new_tokens, do_sample, num_beams, streamer, … What is not given comes
+            from the model's generation config, as there.
 
     Returns:
-        what generate() returns, the same on every rank.
+        what generate() returns, the same on every rank. Every module is in the mode (train or eval) that it was in.
 
     Raises:
         ModelError: the model or an option cannot be generated from sharded; see docs/decode.md.
     """
     _check(model, input_ids, attention_mask, options, mesh.sequence_size)
-    model.eval()
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    beams = max(int(options.get("num_beams") or 1), int(options.get("num_return_sequences") or 1))
-    with torch.random.fork_rng(devices=[]):
+    beams = max(int(_option(model, options, name) or 1) for name in ("num_beams", "num_return_sequences"))
+    devices = [mesh.device] if mesh.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         if mesh.sequence_size == 1:
             return model.generate(input_ids, attention_mask=mask, **(options | {"use_cache": True}))
@@ -69,9 +74,8 @@ def generate(
             cache = binding.cache = _prefill(model, input_ids[:, :-1], mask[:, :-1], binding)
             if beams > 1:
                 cache.batch_repeat_interleave(beams)
-            return model.generate(
-                input_ids, attention_mask=mask, past_key_values=cache, **(options | {"use_cache": True})
-            )
+            own = dict.fromkeys(_OTHER_CACHES) | {"use_cache": True}
+            return model.generate(input_ids, attention_mask=mask, past_key_values=cache, **(options | own))
         finally:
             binding.cache = None
 
@@ -130,7 +134,7 @@ def _check(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, options: di
     name = type(model).__name__
     if not hasattr(model, "generate"):
         raise ModelError(f"{name}: sharded generation is for models with generate()")
-    least = ranks if getattr(model.config, "is_encoder_decoder", False) else 2
+    least = ranks if getattr(model.config, "is_encoder_decoder", False) else min(ranks, 2)
     if ids.dim() != 2 or ids.shape[1] < least or ids.is_floating_point():
         raise ModelError(
             f"input_ids {tuple(ids.shape)} of {ids.dtype}: expected (B, S) token numbers with S >= {least}"
@@ -141,11 +145,21 @@ def _check(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, options: di
             f"attention_mask {tuple(mask.shape)} for input_ids {tuple(ids.shape)}: give one of the same shape, for "
             "decoders with padding on the left"
         )
-    for option in ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens"):
+    for option in (*_OTHER_CACHES, "past_key_values", "assistant_model"):
         if options.get(option) is not None:
             raise ModelError(f"generate({option}=…): the cache of a sharded generation is its own; leave it out")
     if options.get("use_cache") is False:
         raise ModelError("generate(use_cache=False): a sharded generation lives on its cache; leave it out")
+    if ranks > 1 and _option(model, options, "guidance_scale") not in (None, 1, 1.0):
+        raise ModelError(
+            "generate(guidance_scale=…): guidance reads a second prompt, which has no cache on a ring; give "
+            "guidance_scale=1, in the folder's generation_config.json if it stands there, or generate in one process"
+        )
+
+
+def _option(model: Any, options: dict[str, Any], name: str) -> Any:
+    """Return what an option of generate() will be: as given, else as the model's generation config says."""
+    return options[name] if name in options else getattr(model.generation_config, name, None)
 
 
 def same_everywhere(tokens: torch.Tensor, mesh: Mesh) -> bool:

@@ -18,7 +18,8 @@ from longctx.models.documents import sharded_documents, whole_documents
 from longctx.models.dropout import layer_seeds
 from longctx.models.host import fetch_ahead
 from longctx.models.masks import Rule
-from longctx.models.memories import attend, memory_of
+from longctx.models.memories import NOTES, attend, memory_of
+from longctx.models.probe import without_mixing
 
 # Keywords that travel through a model to its attention and change nothing here.
 _HARMLESS = frozenset(
@@ -83,9 +84,15 @@ def longctx_attention(
     decoding = binding is not None and binding.cache is not None and binding.cache.ready
     if not decoding:  # there the mask is that of the whole context
         _check_mask(module, attention_mask, None if memory is not None else key.shape[2])
-    if binding is not None and not binding.checked:
+    if binding is not None and (binding.seen is not None or not binding.checked):
         binding.called.add(id(module))
     query, key, value = _autocast(query, key, value)
+    if binding is not None and binding.seen is not None:
+        if memory is None:
+            _agree(module, getattr(attention_mask, "longctx_rule", None), causal, sliding_window)
+        module.__dict__.pop(NOTES, None)  # a bounded memory is left out as well
+        binding.seen.append(torch.cat([x[0].transpose(0, 1).flatten(1) for x in (query, key, value)], 1).float())
+        return without_mixing(query, key, value), None
     fetch_ahead(query)
     extras: dict[str, Any] = {"softcap": softcap, "sink": s_aux}
     if dropout and module.training:

@@ -125,7 +125,47 @@ def _parts(mask_function: Any) -> list[tuple[str, dict[str, Any]]]:
     )
 
 
-def documents_from_positions(position_ids: torch.Tensor) -> torch.Tensor:
-    """Return (B, T) int32 document numbers: a document starts wherever a position is not its predecessor plus one."""
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return torch.nn.functional.pad(starts, (1, 0)).cumsum(-1, dtype=torch.int32)
+def documents_from_positions(position_ids: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """Return (B, T) int32 document numbers: a document starts wherever a position is not its predecessor plus one.
+
+    Args:
+        position_ids: (B, T).
+        valid: (B, T) bool, False at padding, whose positions say nothing. Behind padding a document goes on if its
+            positions do, whether they counted the padding or not. Padding has the number of the document before it.
+    """
+    if valid is None:
+        starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        return torch.nn.functional.pad(starts, (1, 0)).cumsum(-1, dtype=torch.int32)
+    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand(position_ids.shape)
+    before = _last_valid(valid)
+    gap = index - before
+    step = position_ids - position_ids.gather(1, before.clamp(min=0))
+    starts = valid & (before >= 0) & (step != 1) & (step != gap)
+    return starts.cumsum(-1, dtype=torch.int32)
+
+
+def separate_runs(document_ids: torch.Tensor) -> torch.Tensor:
+    """Return (B, T) ids in which an id that comes back after another one is a document of its own.
+
+    Args:
+        document_ids: (B, T) integers, negative for padding, which does not end a run.
+
+    Returns:
+        the rows as they are where no id comes back; elsewhere the numbers 0, 1, 2, … of their runs, −1 for padding.
+    """
+    valid = document_ids >= 0
+    before = _last_valid(valid)
+    changed = document_ids != document_ids.gather(1, before.clamp(min=0))
+    starts = valid & (before >= 0) & changed
+    ordered = document_ids.sort(1).values
+    distinct = ((ordered[:, 1:] != ordered[:, :-1]) & (ordered[:, :-1] >= 0)).sum(1, keepdim=True)
+    returns = starts.sum(1, keepdim=True) > distinct
+    runs = starts.cumsum(1).to(document_ids.dtype).masked_fill(~valid, -1)
+    return torch.where(returns, runs, document_ids)
+
+
+def _last_valid(valid: torch.Tensor) -> torch.Tensor:
+    """Return (B, T) the index of the last valid token before each token, −1 where there is none."""
+    index = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+    last = torch.where(valid, index, -1).cummax(1).values
+    return torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)

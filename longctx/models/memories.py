@@ -18,7 +18,7 @@ from longctx.nn.kinds import Kind, Ring, read_layers
 from longctx.nn.memory import make_memory
 
 CHILD = "memory"
-_NOTES = "longctx_notes"
+NOTES = "longctx_notes"
 
 
 class Notes(NamedTuple):
@@ -91,11 +91,11 @@ def _enter(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         from longctx.decode.caches.state import state_layer
 
         layer = state_layer(getattr(cache, "self_attention_cache", cache), module.layer_idx)  # type: ignore[arg-type]
-    setattr(module, _NOTES, Notes(args[0] if args else kwargs["hidden_states"], layer))
+    setattr(module, NOTES, Notes(args[0] if args else kwargs["hidden_states"], layer))
 
 
 def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if module.__dict__.pop(_NOTES, None) is not None:
+    if module.__dict__.pop(NOTES, None) is not None:
         raise ModelError(
             f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')}) has a bounded memory, but attended "
             "without it: set attn_implementation='longctx' again"
@@ -126,7 +126,7 @@ def attend(
     Raises:
         ModelError: something was asked that a bounded memory does not have.
     """
-    memory, notes = memory_of(module), module.__dict__.pop(_NOTES, None)
+    memory, notes = memory_of(module), module.__dict__.pop(NOTES, None)
     if notes is None:
         raise ModelError(f"{type(module).__name__} has a bounded memory and must be called as a module, not .forward")
     tokens = query.shape[2]

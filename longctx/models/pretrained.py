@@ -7,31 +7,22 @@ class declares, dangerous ones are refused, and the rest is left out.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import re
 from pathlib import Path
 from typing import Any
 
 from longctx.errors import ModelError
-from longctx.models.scratch import REFUSALS, known_keys
-
-_REFUSED = {
-    "auto_map": "names Python code to run; convert the model to an architecture of transformers",
-    "custom_pipelines": "names Python code to run",
-    "trust_remote_code": "asks for code to be run",
-    "attn_implementation": "chooses an attention implementation, which is longctx's to choose",
-    "experts_implementation": "chooses an implementation that may be downloaded",
-    "kernel_config": "names kernels to download",
-    "quantization_config": "quantised weights cannot be trained here; give the original weights",
-    "per_layer_config": "a config per layer is not supported",
-}
-_IMPLEMENTATION = re.compile(r"^_(attn|attention|experts|kernel).*")  # CVE-2026-4372's field and its like
-_ALWAYS_KNOWN = frozenset({"rope_scaling", "rope_theta", "torch_dtype", "dtype", "num_labels"})
+from longctx.models.classes import require_causal
+from longctx.models.headers import read_weights, weight_files
+from longctx.models.read_keys import accepted_keys
+from longctx.models.scratch import REFUSALS
+from longctx.models.settings import read_settings
 
 
-def read_config(folder: str | Path) -> Any:
-    """Return the transformers config of a local pretrained folder, built from declared keys only.
+def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> Any:
+    """Return the transformers config of a local pretrained folder: ``AutoConfig``'s, from keys that its class knows.
+
+    Args:
+        changes: keys of config.json that get another value, such as ``{"max_position_embeddings": 131072}``.
 
     Raises:
         ModelError: no such folder, no or broken config.json, an unknown architecture, or a refused key.
@@ -41,56 +32,37 @@ def read_config(folder: str | Path) -> Any:
     from longctx.models.register import register
 
     register()  # converted models have types of their own
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{folder}: no config.json there; give a local folder that save_pretrained wrote")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as problem:
-        raise ModelError(f"{path} is not valid JSON: {problem}") from None
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path} holds {type(raw).__name__}, not an object")
-    _refuse_keys(raw, str(path))
+    path = Path(folder) / "config.json"
+    raw = _floats(read_settings(folder))
+    if changes:
+        raw = _changed(raw, changes)
     kind = raw.pop("model_type", None)
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ModelError(f"{path}: model_type {kind!r} is no architecture of the installed transformers")
-    config_class = CONFIG_MAPPING[kind]
-    declared = {field.name for field in dataclasses.fields(config_class)}  # some are private: _sliding_window_pattern
-    known = known_keys(config_class) | declared | _ALWAYS_KNOWN
+    if kind == "mistral" and "layer_types" in raw:
+        kind = "ministral"  # as AutoConfig does: Mistral's own class has one kind of layer
+    config_class: Any = CONFIG_MAPPING[kind]
+    known = accepted_keys(config_class)
     try:
         config = config_class.from_dict({key: value for key, value in raw.items() if key in known})
-    except REFUSALS as problem:
+    except (*REFUSALS, ImportError) as problem:
         raise ModelError(f"{path}: transformers refuses this {kind} config: {problem}") from problem
     return config
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """Return the safetensors files of a pretrained folder, in order.
+def stored_dtype(folder: str | Path, config: Any) -> Any:
+    """Return the torch dtype of a folder's weights: what its config says, else that of the first one.
 
     Raises:
-        ModelError: there are none, one is missing, a name leaves the folder, or the folder is an adapter.
+        ModelError: see ``read_weights``.
     """
-    folder = Path(folder)
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(f"{folder} holds an adapter to another model; merge them and give the merged folder")
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        other = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
-        also = f" ({', '.join(sorted(other)[:3])} may run code when loaded, and is not read)" if other else ""
-        raise ModelError(f"{folder}: no model.safetensors, no model.safetensors.index.json{also}; save as safetensors")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as problem:
-        raise ModelError(f"{index} is no index of safetensors files: {problem}") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelError(f"{index} names {name!r}: every file must be a .safetensors in the same folder")
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder / name} is missing, though {index.name} names it")
-    return [folder / name for name in names]
+    import torch
+
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+    kinds = (weight.dtype for _, weight in sorted(read_weights(folder).items()))
+    return next((known[kind] for kind in kinds if kind in known), torch.float32)
 
 
 def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None) -> Any:
@@ -104,7 +76,6 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
     Raises:
         ModelError: see ``read_config`` and ``weight_files``; or a weight is missing or has another shape.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -115,9 +86,10 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
     register()
     loader: Any = AutoModelForCausalLM
     config = read_config(folder) if config is None else config
+    require_causal(read_settings(folder), str(folder))
     weight_files(folder)
     if dtype is None:
-        dtype = config.dtype or torch.float32
+        dtype = stored_dtype(folder, config)
     try:
         model, report = loader.from_pretrained(
             str(folder), config=config, dtype=dtype, attn_implementation=NAME, local_files_only=True,
@@ -145,14 +117,24 @@ def make_model(config: Any, *, dtype: Any = None) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME, trust_remote_code=False)
 
 
-def _refuse_keys(raw: dict[str, Any], where: str) -> None:
-    """Refuse keys that lead to code or downloads, at any depth."""
-    for key, value in raw.items():
-        if key in _REFUSED and value not in (None, False):
-            raise ModelError(f"{where}: {key!r} {_REFUSED[key]}")
-        if _IMPLEMENTATION.search(key):
-            raise ModelError(
-                f"{where}: private key {key!r} chooses an implementation, which may be downloaded; remove it"
-            )
-        if isinstance(value, dict):
-            _refuse_keys(value, where)
+def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return ``raw`` with other values; new RoPE parameters replace all of the old ones, but for its base."""
+    new = {**raw, **changes}
+    if "rope_parameters" in changes:
+        new.pop("rope_scaling", None)
+        base = new.pop("rope_theta", None)
+        for key in ("rope_scaling", "rope_parameters"):
+            block = raw.get(key)
+            base = block.get("rope_theta", base) if isinstance(block, dict) else base
+        if base is not None:
+            new["rope_parameters"] = {"rope_theta": base, **changes["rope_parameters"]}
+    return new
+
+
+def _floats(value: Any) -> Any:
+    """Undo how transformers writes infinity and NaN into JSON: ``{"__float__": "Infinity"}``."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _floats(inner) for key, inner in value.items()}
+    return [_floats(inner) for inner in value] if isinstance(value, list) else value

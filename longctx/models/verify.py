@@ -7,14 +7,17 @@ ends; every rank sees the same model and raises the same error.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from longctx.errors import ModelError
 from longctx.models.binding import Binding
+from longctx.models.register import NAME
 from longctx.models.wrapped import adapter_parts, inner_models
 
 _LAYER = re.compile(r"(Layer|Block)$")
@@ -40,46 +43,129 @@ def watch(model: torch.nn.Module, binding: Binding) -> None:
             binding.handles.append(inner.register_forward_pre_hook(watcher.inner, with_kwargs=True))
 
 
+class Trace:
+    """What ran in one forward: use it as a context around the call.
+
+    Attributes:
+        ran: by id, the modules whose forward ran to its end.
+        inside: the innermost module that did not (it raised), with its path.
+        first: the innermost first module that gave the tokens of a row different values although its own were equal;
+            looked for where ``tokens`` is given.
+    """
+
+    def __init__(self, model: torch.nn.Module, tokens: int | None = None) -> None:
+        self.model, self.tokens = model, tokens
+        self.ran: dict[int, torch.nn.Module] = {}
+        self.inside = self.first = ""
+        self._open: list[str] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Trace:
+        for path, module in self.model.named_modules():
+            if module is self.model:
+                continue
+            if self.tokens is not None:
+                label = f"{type(module).__name__} ({path})"
+                self._handles.append(module.register_forward_pre_hook(partial(self._begin, label)))
+                self._handles.append(module.register_forward_hook(partial(self._end, label), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._note))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.inside = self._open[-1] if self._open else ""
+        self.stop()
+
+    def stop(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _note(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.ran[id(module)] = module
+
+    def _begin(self, label: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        self._open.append(label)
+
+    def _end(self, label: str, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self._open.remove(label)
+        given = [*args, *kwargs.values()]
+        if not self.first and self._unequal(output) and not any(self._unequal(x) for x in given):
+            self.first = label
+
+    def _unequal(self, x: Any) -> bool:
+        """Tell whether the tokens of a (B, T, …) or (T, D) floating tensor differ, or those of one in a tuple."""
+        if isinstance(x, tuple | list):
+            return any(self._unequal(part) for part in x)
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() < 2:
+            return False
+        x = x[None] if x.dim() == 2 else x
+        if x.shape[1] != self.tokens:
+            return False
+        return float((x - x[:, :1]).abs().max()) > 1e-2 * float(x.abs().max())
+
+
 class _Watcher:
     """The hooks on the model itself, and in its first forward the list of modules that ran."""
 
     def __init__(self, binding: Binding) -> None:
         self.binding = binding
-        self.ran: dict[int, torch.nn.Module] = {}
-        self.handles: list[Any] = []
+        self.trace: Trace | None = None
 
     def before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.binding.document_ids = kwargs.get("document_ids")
-        if self.binding.sharded:
-            check_keywords(model, kwargs, self.binding.cache)
-        if not self.binding.checked:
-            self._stop()
-            self.ran.clear()
-            self.binding.called.clear()
-            for module in model.modules():
-                if module is not model:
-                    self.handles.append(module.register_forward_hook(self._note))
+        binding = self.binding
+        if binding.seen is not None:
+            return
+        binding.document_ids = kwargs.get("document_ids")
+        check_attention(model, binding)
+        if binding.sharded:
+            arguments = named(model, args, kwargs)
+            check_keywords(model, arguments, binding.cache)
+            refuse_added_loss(type(model).__name__, arguments, binding.configs)
+        if not binding.checked:
+            from longctx.models.probe import position_rule
+
+            position_rule(model, binding)
+            if self.trace is not None:  # of a forward that raised
+                self.trace.stop()
+            binding.called.clear()
+            self.trace = Trace(model)
+            self.trace.__enter__()
 
     def inner(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        check_keywords(model, kwargs, self.binding.cache)
+        if self.binding.seen is None:
+            arguments = named(model, args, kwargs)
+            check_keywords(model, arguments, self.binding.cache)
+            refuse_added_loss(type(model).__name__, arguments, self.binding.configs)
 
     def after(self, model: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.binding.checked:
+        if self.binding.checked or self.binding.seen is not None or self.trace is None:
             return
-        self._stop()
+        self.trace.stop()
         if output is None:  # the forward raised: what it says matters more than what we would
             return
-        judge(model, self.ran, self.binding.called)
+        judge(model, self.trace.ran, self.binding.called)
         self.binding.checked = True
-        self.ran.clear()
+        self.trace = None
 
-    def _note(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.ran[id(module)] = module
 
-    def _stop(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+def named(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name, those given by place too."""
+    if not args:
+        return kwargs
+    names = [name for name in inspect.signature(model.forward).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def check_attention(model: torch.nn.Module, binding: Binding) -> None:
+    """Refuse a model whose attention was changed after it was attached."""
+    for config in binding.configs:
+        chosen = getattr(config, "_attn_implementation", NAME)
+        if binding.sharded and chosen != NAME:
+            raise ModelError(
+                f"{type(model).__name__} was attached to a mesh, and its attn_implementation has been set to "
+                f"{chosen!r} since: a shard would attend to itself only. Set it to {NAME!r} again, or attach it again"
+            )
 
 
 def check_keywords(model: torch.nn.Module, kwargs: dict[str, Any], cache: Any = None) -> None:
@@ -104,6 +190,24 @@ def check_keywords(model: torch.nn.Module, kwargs: dict[str, Any], cache: Any = 
         raise ModelError(
             f"{name} got labels without shift_labels on a shard: it would shift them locally and lose a token at every "
             "border. Shift before sharding and pass both, as engine.shard does"
+        )
+
+
+def refuse_added_loss(name: str, arguments: dict[str, Any], configs: list[Any]) -> None:
+    """Refuse a load-balancing loss: that of local tokens is not that of the whole sequence, nor weighted as one.
+
+    Args:
+        arguments: of the call, by name; they win over the configs.
+        configs: of the model, as they are now.
+
+    Raises:
+        ModelError: ``output_router_logits`` is on, in the call or in a config.
+    """
+    asked = arguments.get("output_router_logits")
+    if asked or (asked is None and any(getattr(config, "output_router_logits", False) for config in configs)):
+        raise ModelError(
+            f"{name}: output_router_logits=True adds a load-balancing loss over the tokens of one rank and one "
+            "micro-batch, which is not that of the whole batch; set output_router_logits=False"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from longctx.derivative import first_only
 from longctx.nn.kept import not_kept, source_of
 
 
@@ -28,6 +29,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return out
 
 
+@first_only
 class _Linear(torch.autograd.Function):
     """(x, weight, bias) -> x weightᵀ + bias. The weight is asked for its values in backward: ZeRO-3 changes them."""
 
@@ -39,7 +41,6 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_x, of_weight, of_bias = ctx.needs_input_grad
         flat = dout.reshape(-1, dout.shape[-1])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from longctx.derivative import first_only
 from longctx.errors import ModelError
 from longctx.nn.entropy import Backend, Loss, choose_backend, loss_and_gradient
 from longctx.nn.products import add_product
@@ -78,6 +79,7 @@ class _Settings:
     differentiate: bool
 
 
+@first_only
 class _TiledLoss(torch.autograd.Function):
     """(hidden (N, D), weight (V, D), bias (V,) or None, labels (N,)) -> the sum, with gradients made on the way."""
 
@@ -117,7 +119,6 @@ class _TiledLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dtotal: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise ModelError("tiled_loss went backward twice: it keeps its gradients for one backward; compute it anew")

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from longctx.derivative import first_only
 from longctx.nn.gated import Gated
 from longctx.nn.kept import Kept, keep, know
 
@@ -73,6 +74,7 @@ def in_tiles(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, 
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
+@first_only
 class _Tiled(torch.autograd.Function):
     """(x, ..., *parameters) -> function(x). Backward repeats each tile's forward."""
 
@@ -96,7 +98,6 @@ class _Tiled(torch.autograd.Function):
         return in_tiles(function, x, tile)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x = ctx.kept.input() if ctx.x is None else ctx.x
         ctx.kept.release()

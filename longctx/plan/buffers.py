@@ -62,7 +62,7 @@ def mlp_tile_bytes(shape: ModelShape, setup: Setup) -> int:
 def mlp_gradient_bytes(shape: ModelShape, setup: Setup) -> int:
     """The gradients of an MLP's weights beside their fp32 sum over tiles."""
     if setup.recompute != "mlp" and not tiled_mlp(setup):
-        return shape.itemsize * shape.hidden * shape.inner
+        return shape.itemsize * shape.largest_mlp_weight
     return (4 + shape.itemsize) * shape.mlp_weights
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from longctx.plan.machines import Machine
     from longctx.plan.setup import Setup
     from longctx.plan.shape import ModelShape
+
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def plan(
@@ -33,6 +36,8 @@ def plan(
     from longctx.plan.plan import make_plan
     from longctx.plan.show import show
 
+    if sweep is not None:
+        _require_picture(sweep)
     shape, setup, device = _read(config, overrides or [], machine, nodes, gpus_per_node, memory)
     if choosing:
         setup = _chosen(shape, setup, device, quiet=as_json)
@@ -46,6 +51,16 @@ def plan(
     else:
         show(made)
     raise typer.Exit(0 if made.fits else 1)
+
+
+def _require_picture(path: Path) -> None:
+    """Refuse a picture that cannot be written, before anything is computed for it."""
+    if path.suffix.lower() not in PICTURES:
+        raise ConfigError(f"plan --sweep {path}: give a file name that ends in one of {', '.join(PICTURES)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"plan --sweep {path}: there is no folder {path.parent}; make it, or name another file")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"plan --sweep {path}: cannot be written; name another file")
 
 
 def _read(

@@ -9,7 +9,7 @@ from longctx.plan.shape import ModelShape
 def persistent_numbers(shape: ModelShape, setup: Setup) -> int:
     """Numbers of parameters that are too small to be cut (`stage3_param_persistence_threshold`)."""
     attention = [shape.hidden * shape.q_width] * 2 + [shape.hidden * shape.kv_width] * 2
-    mlp = [shape.hidden * shape.inner] * (3 if shape.gated else 2)
+    mlp = [shape.largest_mlp_weight] * (3 if shape.gated else 2)
     small = sum(size for size in (*attention, *mlp, shape.hidden, shape.hidden) if size <= setup.persistent)
     return shape.layers * small + shape.hidden
 

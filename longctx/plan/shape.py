@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from longctx.config.architecture import UNGATED, intermediate_size, vocabulary_size
+from longctx.config.architecture import UNGATED, intermediate_size, parameter_count, vocabulary_size
 from longctx.config.architecture import head_dim as head_dim_of
 from longctx.config.schema import RunConfig
-from longctx.errors import ConfigError
+from longctx.errors import ConfigError, ModelError
+from longctx.models.expected import tied
+from longctx.models.experts import Experts, experts_of
+from longctx.models.settings import read_settings, text_settings
 from longctx.nn.kinds import ABC, Ring, Window, read_layers
 
 
@@ -33,6 +34,15 @@ class ModelShape:
     window_layers: int = 0
     memory_layers: int = 0
     slots: int = 0
+    experts: Experts | None = None
+    """the sparse MLPs; `inner` is then what one token passes of them, and `dense_inner` the width of a dense layer"""
+    dense_inner: int = 0
+    projections: int | None = None
+    """weights of one layer's projections where they are not those of q, k, v and o: latent attention"""
+    small: int = 0
+    """weights of one layer that are neither matrices nor its two norms: biases, norms of q and k"""
+    counted: int | None = None
+    """parameters as the weights' files have them, where there are such"""
 
     @property
     def full_layers(self) -> int:
@@ -51,17 +61,34 @@ class ModelShape:
     @property
     def attention_weights(self) -> int:
         """Of one layer."""
-        return 2 * self.hidden * (self.q_width + self.kv_width)
+        return 2 * self.hidden * (self.q_width + self.kv_width) if self.projections is None else self.projections
 
     @property
     def mlp_weights(self) -> int:
-        """Of one layer."""
-        return (3 if self.gated else 2) * self.hidden * self.inner
+        """Of one layer, of a sparse one where there are such."""
+        return self._dense_mlp(self.inner) if self.experts is None else self.experts.weights(self.hidden)
+
+    @property
+    def largest_mlp_weight(self) -> int:
+        """Numbers of the largest weight of an MLP; the gate and up projections of all experts are one."""
+        if self.experts is None:
+            return self.hidden * self.inner
+        return 2 * self.experts.count * self.hidden * self.experts.inner
+
+    @property
+    def all_mlp_weights(self) -> int:
+        """Of all layers."""
+        return self._over_layers(self.mlp_weights)
+
+    @property
+    def mlp_products(self) -> int:
+        """MLP weights of all layers that take part in products for one token."""
+        return self._over_layers(self.mlp_weights if self.experts is None else self.experts.used(self.hidden))
 
     @property
     def layer_weights(self) -> int:
         """Of one layer, norms included."""
-        return self.attention_weights + self.mlp_weights + 2 * self.hidden
+        return self.attention_weights + self.mlp_weights + 2 * self.hidden + self.small
 
     @property
     def embedding(self) -> int:
@@ -70,12 +97,25 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        return self.layers * self.layer_weights + self.embedding * (1 if self.tied else 2) + self.hidden
+        if self.counted is not None:
+            return self.counted
+        each = self.attention_weights + 2 * self.hidden + self.small
+        return self.layers * each + self.all_mlp_weights + self.embedding * (1 if self.tied else 2) + self.hidden
 
     @property
     def matrix_weights(self) -> int:
         """Weights that take part in products for every token: all but the embedding's table and the norms."""
-        return self.layers * (self.attention_weights + self.mlp_weights) + self.embedding
+        return self.layers * self.attention_weights + self.mlp_products + self.embedding
+
+    def _dense_mlp(self, inner: int) -> int:
+        return (3 if self.gated else 2) * self.hidden * inner
+
+    def _over_layers(self, sparse: int) -> int:
+        """Add up ``sparse`` for every layer with experts (all, in a dense model) and a dense MLP for the others."""
+        if self.experts is None:
+            return self.layers * sparse
+        dense = self.layers - self.experts.layers
+        return self.experts.layers * sparse + dense * self._dense_mlp(self.dense_inner)
 
 
 def shape_of(config: RunConfig) -> ModelShape:
@@ -86,8 +126,11 @@ def shape_of(config: RunConfig) -> ModelShape:
     """
     model, itemsize = config.model, 4 if config.model.dtype == "fp32" else 2
     if model.pretrained is not None:
-        settings = _read(Path(model.pretrained) / "config.json")
-        return _mixed(shape_of_settings(settings, itemsize), config)
+        try:
+            shape = shape_of_settings(read_settings(model.pretrained), itemsize)
+        except ModelError as problem:
+            raise ConfigError(f"plan: {problem}") from None
+        return _mixed(_counted(shape, parameter_count(config), model.pretrained), config)
     vocab = model.vocab_size or vocabulary_size(config)
     inner, size = intermediate_size(model), head_dim_of(model)
     if vocab is None:
@@ -125,26 +168,70 @@ def shape_of_settings(settings: dict[str, Any], itemsize: int = 2) -> ModelShape
             raise ConfigError(f"plan: config.json has no {names[0]} that is a positive whole number, but {found!r}")
         return found
 
-    kind = settings.get("model_type")
+    settings = text_settings(settings)
+    kind = str(settings.get("model_type"))
     hidden, heads = size("hidden_size", "n_embd"), size("num_attention_heads", "n_head")
     layers, window = size("num_hidden_layers", "n_layer"), settings.get("sliding_window")
     if settings.get("use_sliding_window") is False or not isinstance(window, int):
         window = None
     kinds = settings.get("layer_types") or ["sliding_attention"] * layers
+    experts, inner = experts_of(settings), size("intermediate_size", "n_inner", default=4 * hidden)
+    head, projections = _latent(settings, hidden, heads) or (size("head_dim", default=hidden // heads), None)
+    groups = heads if projections else size("num_key_value_heads", default=heads)
     return ModelShape(
         hidden=hidden,
         layers=layers,
         heads=heads,
-        kv_heads=size("num_key_value_heads", default=heads),
-        head_dim=size("head_dim", default=hidden // heads),
-        inner=size("intermediate_size", "n_inner", default=4 * hidden),
+        kv_heads=groups,
+        head_dim=head,
+        inner=inner if experts is None else experts.width,
         vocab=size("vocab_size"),
-        tied=bool(settings.get("tie_word_embeddings", kind in ("gpt2", "gemma", "gemma2", "gemma3_text"))),
+        tied=tied(settings),
         gated=kind not in UNGATED,
         itemsize=itemsize,
         window=window,
         window_layers=kinds.count("sliding_attention") if window else 0,
+        experts=experts,
+        dense_inner=inner,
+        projections=projections,
+        small=_small(settings, kind, heads, groups, head, experts),
     )
+
+
+def _counted(shape: ModelShape, parameters: int | None, folder: str) -> ModelShape:
+    """Take the parameters from the weights; refuse a model whose layers are not those that the formulas describe."""
+    if parameters is not None and abs(shape.parameters - parameters) > 0.1 * parameters:
+        raise ConfigError(
+            f"plan: the weights of {folder} are {parameters:,} numbers, but layers of the kinds that the planner knows "
+            f"would have {shape.parameters:,}; it does not know this kind of model: measure it with `longctx rehearse`"
+        )
+    return replace(shape, counted=parameters)
+
+
+def _latent(settings: dict[str, Any], hidden: int, heads: int) -> tuple[int, int] | None:
+    """Return (size of a query head, weights of one layer's projections) of latent attention; None for another."""
+    rank, rotary = settings.get("kv_lora_rank"), settings.get("qk_rope_head_dim")
+    plain, value = settings.get("qk_nope_head_dim"), settings.get("v_head_dim")
+    if not (isinstance(rank, int) and isinstance(rotary, int) and isinstance(plain, int) and isinstance(value, int)):
+        return None
+    size, query = plain + rotary, settings.get("q_lora_rank")
+    queries = hidden * heads * size if not isinstance(query, int) else query * (hidden + 1 + heads * size)
+    keys = hidden * (rank + rotary) + rank + rank * heads * (plain + value)  # with the norm of the latent
+    return size, queries + keys + heads * value * hidden
+
+
+def _small(settings: dict[str, Any], kind: str, heads: int, groups: int, size: int, experts: Experts | None) -> int:
+    """Count a layer's biases and norms of q and k, of the kinds of models that have such."""
+    found = 0
+    if kind in ("qwen3", "qwen3_moe"):
+        found += 2 * size
+    elif kind in ("olmoe", "olmo2"):
+        found += (heads + groups) * size
+    if kind in ("qwen2", "qwen2_moe"):
+        found += (heads + 2 * groups) * size
+    if kind in ("deepseek_v3", "glm4_moe") and experts is not None and settings.get("kv_lora_rank") is None:
+        found += experts.count
+    return found
 
 
 def _mixed(shape: ModelShape, config: RunConfig) -> ModelShape:
@@ -161,13 +248,3 @@ def _mixed(shape: ModelShape, config: RunConfig) -> ModelShape:
         memory_layers=len(memories),
         slots=max((kind.slots if isinstance(kind, ABC) else shape.head_dim for kind in memories), default=0),
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"plan: {path} is missing or not JSON; give model.pretrained a transformers folder")
-    return settings

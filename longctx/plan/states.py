@@ -67,7 +67,7 @@ def made_gradient_bytes(shape: ModelShape, setup: Setup, made: int) -> int:
     if setup.stage == 3 or (setup.offload_optimizer and setup.stage == 2):
         return 0
     if setup.stage == 2:
-        largest = max(shape.hidden * shape.inner, 0 if shape.tied else shape.embedding)
+        largest = max(shape.largest_mlp_weight, 0 if shape.tied else shape.embedding)
         return shape.itemsize * max(share(made, setup, 2), min(made, largest))
     return shape.itemsize * made
 
@@ -88,13 +88,13 @@ def large_gradient_bytes(shape: ModelShape, setup: Setup) -> int:
 
 def offload_bytes(shape: ModelShape, setup: Setup) -> int:
     """Two fp32 copies of the largest parameter, through which stages 1 and 2 carry gradients to the host."""
-    return 8 * max(shape.embedding, shape.hidden * shape.inner) if setup.offload_optimizer and setup.stage < 3 else 0
+    return 8 * max(shape.embedding, shape.largest_mlp_weight) if setup.offload_optimizer and setup.stage < 3 else 0
 
 
 def step_bytes(shape: ModelShape, setup: Setup) -> int:
     """What the optimizer step makes: gradients in fp32 for the master weights, and the update's own temporaries."""
     if setup.stage == 0:
-        return 8 * max(shape.embedding, shape.hidden * shape.inner)
+        return 8 * max(shape.embedding, shape.largest_mlp_weight)
     own = share(shape.parameters, setup, 1)
     temporaries = 8 * own if setup.states == 2 else 0
     if setup.offload_optimizer:

@@ -80,16 +80,16 @@ def flops_of(shape: ModelShape, setup: Setup) -> Flops:
     """Count one micro-batch on one rank, on average over ranks."""
     seen = pairs(shape, setup)
     forward = 4.0 * shape.q_width * seen
-    layer = shape.attention_weights + shape.mlp_weights
+    layers = shape.layers * shape.attention_weights + shape.mlp_products
     policy = setup.recompute
-    again = {"none": 0, "mlp": shape.mlp_weights}.get(policy, layer)
+    again = {"none": 0, "mlp": shape.mlp_products}.get(policy, layers)
     if policy == "none" and setup.mlp_tile is not None:
-        again = shape.mlp_weights
+        again = shape.mlp_products
     return Flops(
         products=6.0 * shape.matrix_weights * setup.n,
         attention_forward=forward,
         attention_backward=2.5 * forward,
-        again_products=2.0 * again * shape.layers * setup.n,
+        again_products=2.0 * again * setup.n,
         again_attention=forward if policy == "layer" else 0.0,
     )
 

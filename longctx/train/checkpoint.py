@@ -16,9 +16,11 @@ from typing import Any
 
 from longctx.engine import nvme
 from longctx.errors import CheckpointError
-from longctx.train import durable, manifest, reshape, rng, store
+from longctx.train import durable, manifest, reshape, rng, same_run, store
+from longctx.train import folder as folder_of_run
 from longctx.train.agree import broadcast_json, gather_json, ranks, together
 from longctx.train.manifest import FileEntry, Manifest, Progress
+from longctx.train.optimizer import own_settings
 from longctx.train.safe_load import make_safe, safe_load
 
 # fp32 weights and Adam's two moments are 12 bytes a parameter, half-precision weights 2 more; the rest is room
@@ -32,8 +34,9 @@ class Checkpoints:
     Args:
         root: the folder, on storage that all ranks see.
         keep: how many to keep.
-        facts: a manifest with everything but progress and files filled in; a checkpoint that contradicts it
-            (world size, ZeRO stage, layout, seed, model, data) is refused by name.
+        facts: a manifest with everything but progress and files filled in; a checkpoint that contradicts it is
+            refused by name or the change is announced (``same_run``). The hashes of model and data may be filled in
+            between ``find`` and ``require_content``.
         say: where notices for the user go.
     """
 
@@ -56,7 +59,7 @@ class Checkpoints:
             raise
 
     def find(self, resume: str) -> Manifest | None:
-        """Return the manifest of the newest checkpoint that verifies on all ranks, or None to start anew.
+        """Return the manifest of the newest checkpoint that verifies on all ranks, or None to start from step 0.
 
         Args:
             resume: ``auto``, ``must`` or ``never``.
@@ -77,25 +80,43 @@ class Checkpoints:
             except CheckpointError as error:
                 self.say(f"checkpoint {name} is not used: {error}")
                 continue
-            self._require_same_run(name, found)
+            if name != names[0]:
+                self.say(f"resuming from {name}, the newest valid checkpoint, instead of {names[0]}")
+            same_run.require_settings(str(self.root / name), found, self.facts)
             return found
         if names:
             raise CheckpointError(
                 f"{self.root}: none of {len(names)} checkpoints is valid (reasons above); restore one from a copy, or "
-                "delete the folder to start anew"
+                f"{folder_of_run.START_OVER}"
             )
         if resume == "must":
             raise CheckpointError(
-                f"{self.root} holds no checkpoint, and checkpoint.resume is must; set it to auto to start anew"
+                f"{self.root} holds no checkpoint, and checkpoint.resume is must; set it to auto to start from step 0"
             )
         return None
+
+    def require_content(self, found: Manifest) -> None:
+        """Compare a checkpoint that ``find`` returned with the model and the data of ``facts``; say what else changed.
+
+        Raises:
+            CheckpointError: the model or the data are other ones.
+        """
+        name = store.name_of(found.step)
+        same_run.require_content(str(self.root / name), found, self.facts)
+        same_run.announce(name, found, self.facts, self.say)
 
     def load(self, engine: Any, found: Manifest) -> Progress:
         """Restore engine and random states from a checkpoint that ``find`` returned.
 
+        The optimizer keeps the settings of this run; those of the checkpoint are only announced.
+
         Raises:
             CheckpointError: a file needs more than plain data to be read, or does not fit the engine.
         """
+        with own_settings(engine.optimizer):
+            return self._load(engine, found)
+
+    def _load(self, engine: Any, found: Manifest) -> Progress:
         name = store.name_of(found.step)
         if engine.load_universal_checkpoint():
             raise CheckpointError("deepspeed.checkpoint.load_universal reads with pickle, which runs code; remove it")
@@ -119,7 +140,8 @@ class Checkpoints:
             path, _ = engine.load_checkpoint(str(self.root), tag=name, load_lr_scheduler_states=False)
         if path is None:
             raise CheckpointError(f"{self.root / name}: DeepSpeed found nothing to load in it")
-        rng.load(self.root / name, ranks()[0])
+        with together():
+            rng.load(self.root / name, ranks()[0])
         return Progress(found.step, found.samples, found.tokens)
 
     def _require_same_swapping(self, engine: Any, name: str, found: Manifest) -> None:
@@ -128,7 +150,7 @@ class Checkpoints:
             was, now = ("with", "without") if before else ("without", "with")
             raise CheckpointError(
                 f"{self.root / name} was saved {was} zero.offload_optimizer: nvme, this run is {now}: set it back, or "
-                "choose another output.folder to start anew"
+                f"{folder_of_run.START_OVER}"
             )
 
     # ------------------------------------------------------------------------------------------------ save, in steps
@@ -180,6 +202,7 @@ class Checkpoints:
                     manifest.write_manifest(folder, full)
                     manifest.verify_files(folder, full, hash_ranks=())
                     store.publish(temporary, progress.step)
+                    folder_of_run.note_saved(self.root.parent, progress.step)
                     store.retain(self.root, self.keep)
                 except OSError as error:
                     raise _named(error, folder) from None
@@ -192,7 +215,7 @@ class Checkpoints:
         rank, world = ranks()
         digest, found = "", self.facts
         with together():
-            found = manifest.read_manifest(folder)
+            found = store.read(folder)
             # each rank hashes what it will read: its own files and rank 0's, and shares those of ranks not here
             absent = {entry.rank for entry in found.files if entry.rank >= world and entry.rank % world == rank}
             manifest.verify_files(folder, found, hash_ranks={rank, 0} | absent)
@@ -200,35 +223,6 @@ class Checkpoints:
         if len(set(gather_json(digest))) > 1:
             raise CheckpointError(f"{folder}: ranks see different manifests; is it on storage that all ranks share?")
         return found
-
-    def _require_same_run(self, name: str, found: Manifest) -> None:
-        here = self.facts
-        pairs: list[tuple[str, Any, Any, str]] = [
-            ("zero.stage", found.zero_stage, here.zero_stage, "set it back"),
-            ("data.seed", found.seed, here.seed, "set it back: it orders the samples"),
-        ]
-        for key, remedy in (("model", "restore the model section"), ("data", "restore the data section and its files")):
-            pairs.append((f"the hash of its {key}", found.run.get(key), here.run.get(key), remedy))
-        for what, before, now, remedy in pairs:
-            if before != now:
-                raise CheckpointError(
-                    f"{self.root / name} was saved with {what} {before}, this run has {now}: {remedy}, or choose "
-                    "another output.folder to start anew"
-                )
-        before, now = found.world.get("size"), here.world["size"]
-        if before != now and here.run.get("optimizer") != "adamw":
-            raise CheckpointError(
-                f"{self.root / name} was saved by {before} ranks, this run has {now}, and only the state of adamw can "
-                "be divided anew: start as many, or choose another output.folder"
-            )
-        rows, rows_now = (one.run.get("global_batch") for one in (found, here))
-        if rows != rows_now:
-            self.say(f"{name} was saved with a global_batch of {rows} rows, now {rows_now}")
-        old, new = ({**one.run, **one.world, "layout": one.layout} for one in (found, here))
-        for what in ("threads", "layout", "ring"):
-            before, now = old.get(what), new.get(what)
-            if before != now:
-                self.say(f"{name} was saved with {what} {before}, now {now}: losses may differ in the last bits")
 
 
 def _save_engine(engine: Any, temporary: Path, tag: str) -> tuple[list[Path], Exception | None]:

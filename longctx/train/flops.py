@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from longctx.models.experts import experts_of
 from longctx.nn.kinds import ABC, Kind, Ring, Window, read_layers
 
 # Dense bf16 matrix throughput by the maker's data sheet, FLOP/s; matched as a substring of the device name, in order.
@@ -43,6 +44,14 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     return next((peak for part, peak in PEAKS if part in name), None)
 
 
+def idle_weights(config: Any) -> int:
+    """Return how many weights of experts take no part in products for one token."""
+    experts = experts_of(config.to_dict())
+    if experts is None:
+        return 0
+    return experts.layers * (experts.weights(config.hidden_size) - experts.used(config.hidden_size))
+
+
 class FlopsModel:
     """FLOPs of a transformers decoder, from its configuration and its parameter count.
 
@@ -55,7 +64,7 @@ class FlopsModel:
         self.heads = config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         embedding = config.vocab_size * config.hidden_size
-        self.matrix_weights = parameters - (0 if config.tie_word_embeddings else embedding)
+        self.matrix_weights = parameters - (0 if config.tie_word_embeddings else embedding) - idle_weights(config)
         self.window: int | None = getattr(config, "sliding_window", None)
         if getattr(config, "use_sliding_window", True) is False:
             self.window = None

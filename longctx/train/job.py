@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,17 @@ from longctx.engine.initialize import initialize
 from longctx.errors import ConfigError
 from longctx.mesh import Mesh
 from longctx.models.binding import binding_of
+from longctx.sameness import compare_ranks, flatten
+from longctx.train import folder
 from longctx.train.agree import broadcast_json, gather_json, ranks, together
 from longctx.train.checkpoint import Checkpoints, Progress
 from longctx.train.corpus import Corpus, Say, prepare_corpus
 from longctx.train.environment import git_commit, versions
+from longctx.train.export import Source, read_source
 from longctx.train.manifest import Manifest
 from longctx.train.model import build_model, hash_of_model, memory_of, model_config
 from longctx.train.optimizer import make_optimizer
+from longctx.train.same_run import settings_of
 
 
 @dataclass
@@ -45,10 +49,32 @@ class Job:
     start: Progress
     parameters: int
     description: Any  # the transformers config
+    source: Source | None  # of the export, where the model was pretrained
 
 
-def set_up(config: RunConfig, mesh: Mesh, sizes: Derived, say: Say) -> Job:
-    """Return a job at the place where it starts or goes on. All ranks call it.
+def find_checkpoint(config: RunConfig, sizes: Derived, say: Say) -> tuple[Checkpoints, Manifest | None]:
+    """Return the run's checkpoints and the one to resume, if any, before data or model are made. All ranks call it.
+
+    Raises:
+        CheckpointError: on every rank, when there is nothing valid to resume, or it is that of a run with settings
+            that this one cannot resume.
+    """
+    output = Path(config.output.folder).absolute()
+    facts = _facts(config, sizes)
+    checkpoints = Checkpoints(output / folder.CHECKPOINTS, config.checkpoint.keep, facts, say)
+    notice = broadcast_json(folder.lost(output) if ranks()[0] == 0 else None)
+    if notice:
+        say(notice)
+    return checkpoints, checkpoints.find(config.checkpoint.resume)
+
+
+def set_up(
+    config: RunConfig, mesh: Mesh, sizes: Derived, say: Say, checkpoints: Checkpoints, found: Manifest | None
+) -> Job:
+    """Return a job at the place where it starts or resumes. All ranks call it.
+
+    Args:
+        checkpoints: what ``find_checkpoint`` returned, as ``found``.
 
     Raises:
         LongctxError: on every rank, when data, model, engine or checkpoint cannot be had on any.
@@ -60,14 +86,17 @@ def set_up(config: RunConfig, mesh: Mesh, sizes: Derived, say: Say) -> Job:
     corpus = _prepare(config, say)
     with together():
         loader, held_out = _loaders(config, sizes, mesh, corpus)
-        description = model_config(config, corpus.vocabulary_size, corpus.end_of_document)
+        description = model_config(config, corpus.vocabulary_size, corpus.end_of_document, corpus.beginning)
+        source = read_source(config.model.pretrained)
     say(
         f"mesh: {sizes.world} ranks = data {sizes.data} x ring {sizes.ring} x ulysses {sizes.ulysses}; rows of "
         f"{config.data.sequence_length:,} tokens, {sizes.local_length:,} on each rank"
     )
-    facts = _facts(config, sizes, loader, description)
-    checkpoints = Checkpoints(output / "checkpoints", config.checkpoint.keep, facts, say)
-    found = checkpoints.find(config.checkpoint.resume)
+    content = {"model": hash_of_model(config, description), "data": loader.rows.identity}
+    compare_ranks({"data": content["data"], **flatten(description.to_dict(), "model")}, mesh)
+    checkpoints.facts = replace(checkpoints.facts, run=checkpoints.facts.run | content)
+    if found is not None:
+        checkpoints.require_content(found)
     engine = _engine(config, sizes, mesh, description)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     start = Progress()
@@ -78,8 +107,9 @@ def set_up(config: RunConfig, mesh: Mesh, sizes: Derived, say: Say) -> Job:
     kind = config.model.architecture or config.model.pretrained
     say(f"model: {kind}, {parameters:,} parameters, {config.model.dtype}, ZeRO-{config.zero.stage}")
     return Job(
-        config, sizes, mesh, output, corpus, loader, held_out, engine, checkpoints, start, parameters, description
-    )
+        config, sizes, mesh, output, corpus, loader, held_out, engine, checkpoints, start, parameters, description,
+        source,
+    )  # fmt: skip
 
 
 def agree_on_group(sizes: Derived) -> None:
@@ -166,8 +196,8 @@ def _engine(config: RunConfig, sizes: Derived, mesh: Mesh, description: Any) -> 
     return engine
 
 
-def _facts(config: RunConfig, sizes: Derived, loader: ShardedLoader, description: Any) -> Manifest:
-    """Return what every checkpoint of this run says about it."""
+def _facts(config: RunConfig, sizes: Derived) -> Manifest:
+    """Return what every checkpoint of this run says about it, but for the hashes of model and data."""
     return Manifest(
         step=0,
         samples=0,
@@ -180,8 +210,7 @@ def _facts(config: RunConfig, sizes: Derived, loader: ShardedLoader, description
         git_commit=git_commit(),
         versions=versions(),
         run={
-            "model": hash_of_model(config, description),
-            "data": loader.rows.identity,
+            "settings": settings_of(config),
             "optimizer": config.train.optimizer,
             "dtype": config.model.dtype,
             "threads": torch.get_num_threads(),

@@ -76,3 +76,14 @@ class FolderLock:
             f"{holder.get('host', '?')}, since {holder.get('since', '?')}); wait for it, or choose another "
             "output.folder"
         )
+
+
+def require_free(folder: Path) -> None:
+    """Refuse to start a second run in ``folder``, before its ranks start. The ranks' own lock is what counts later.
+
+    Raises:
+        CheckpointError: another process holds the lock; the message names host and process id.
+    """
+    if (folder / NAME).is_file():
+        with FolderLock(folder):
+            pass

@@ -102,6 +102,8 @@ def read_manifest(folder: Path) -> Manifest:
         document = json.loads(text)
         body = document["manifest"]
         known = body["format"] == FORMAT and body["schema"] == SCHEMA
+        if not isinstance(body, dict):
+            raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path}: damaged, it is not the JSON that longctx writes") from None
     if not known:
@@ -112,7 +114,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = _parse(body)
         altered = _render(manifest).encode() != text
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: damaged, a field is missing or of the wrong type") from None
     if altered:
         raise CheckpointError(f"{path}: damaged, its contents do not match the hash it carries")
@@ -160,9 +162,17 @@ def _render(manifest: Manifest) -> str:
 
 
 def _parse(body: dict[str, Any]) -> Manifest:
+    """Return the manifest that ``body`` describes.
+
+    Raises:
+        TypeError, ValueError, KeyError: a field is missing, unknown or of the wrong type.
+    """
     fields = {key: value for key, value in body.items() if key not in ("format", "schema")}
+    if not isinstance(fields["files"], list):
+        raise TypeError("files is not a list")
     entries = tuple(FileEntry(**entry) for entry in fields.pop("files"))
     manifest = Manifest(**fields, files=entries)
+    _require_types(manifest)
     counts = (manifest.step, manifest.samples, manifest.tokens, *(entry.bytes for entry in entries))
     ranks = [entry.rank for entry in entries]
     if any(type(value) is not int or value < 0 for value in (*counts, *ranks, *manifest.world.values())):
@@ -170,6 +180,22 @@ def _parse(body: dict[str, Any]) -> Manifest:
     if len({entry.path for entry in entries}) != len(entries):
         raise ValueError("a file is listed twice")
     return manifest
+
+
+def _require_types(manifest: Manifest) -> None:
+    """Refuse values that readers would trip over later; counts are looked at elsewhere."""
+    texts = [manifest.layout, manifest.config_sha256, *manifest.versions, *manifest.versions.values()]
+    texts += [text for entry in manifest.files for text in (entry.path, entry.sha256)]
+    texts += [] if manifest.git_commit is None else [manifest.git_commit]
+    if not all(isinstance(value, dict) for value in (manifest.world, manifest.versions, manifest.run)):
+        raise TypeError("a block is not an object")
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a text is none")
+    if any(type(value) is not int for value in (manifest.seed, manifest.zero_stage)) or "size" not in manifest.world:
+        raise TypeError("a number is none")
+    settings = manifest.run.get("settings", {})
+    if not isinstance(settings, dict):
+        raise TypeError("settings is not an object")
 
 
 def _require_plain_path(manifest: Path, name: str) -> None:

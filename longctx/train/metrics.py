@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from longctx.errors import MissingPackageError
+from longctx.errors import CheckpointError, MissingPackageError
 from longctx.train.durable import write_atomically
 
 NAME = "metrics.jsonl"
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of ``folder/metrics.jsonl``; a last line that a crash cut short is left out."""
-    path = folder / NAME
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    """Return the records of ``folder/metrics.jsonl``; lines that are no records (cut short, damaged) are left out."""
+    return _records(folder / NAME)[0]
+
+
+def _records(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the records of a file, and how many of its lines are none, a last one that a crash cut short aside."""
+    if not path.is_file():
+        return [], 0
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    found = [_record(line) for line in lines]
+    damaged = sum(record is None and bool(line.strip()) for record, line in zip(found[:-1], lines[:-1], strict=True))
+    return [record for record in found if record is not None], damaged
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # not UTF-8 is a ValueError too
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def held_out(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -39,13 +55,28 @@ class Metrics:
         folder: the run directory.
         resume_step: records after this step are dropped: they are about to be made again.
         tensorboard: write event files to ``folder/tensorboard`` too.
+        say: where notices for the user go.
 
     Raises:
         MissingPackageError: TensorBoard was asked for and is not installed.
+        CheckpointError: the numbers of an earlier start cannot be read.
     """
 
-    def __init__(self, folder: Path, resume_step: int = 0, tensorboard: bool = False) -> None:
-        kept = [record for record in read(folder) if record.get("step", 0) <= resume_step]
+    def __init__(
+        self,
+        folder: Path,
+        resume_step: int = 0,
+        tensorboard: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        found, damaged = _records(folder / NAME)
+        if damaged:
+            copy = folder / f"{NAME}.damaged"
+            shutil.copyfile(folder / NAME, copy)
+            say(f"{folder / NAME}: {damaged} damaged lines are left out; the file as it was is {copy}")
+        kept = [record for record in found if record["step"] <= resume_step]
+        if dropped := len(found) - len(kept):
+            say(f"{folder / NAME}: {dropped} steps after step {resume_step} are dropped, they are trained again")
         write_atomically(folder / NAME, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = (folder / NAME).open("a", buffering=1)
         self._board = _tensorboard(folder / "tensorboard", resume_step) if tensorboard else None

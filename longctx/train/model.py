@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from longctx.config.architecture import transformers_keywords
+from longctx.config.architecture import pretrained_changes, transformers_keywords
 from longctx.config.schema import RunConfig
 from longctx.engine.build import build
 from longctx.engine.memory import Memory
@@ -19,24 +19,29 @@ from longctx.models.pretrained import read_config
 from longctx.models.scratch import make_config
 
 
-def model_config(config: RunConfig, vocabulary_size: int, end_of_document: int | None) -> Any:
+def model_config(
+    config: RunConfig, vocabulary_size: int, end_of_document: int | None, beginning: int | None = None
+) -> Any:
     """Return the transformers config of the run's model.
 
     Args:
         vocabulary_size: of the tokenizer; the embedding has as many rows unless `model.vocab_size` asks for more.
         end_of_document: the tokenizer's id for it, at which generation stops.
+        beginning: the tokenizer's id for the beginning of a text, where it has one.
 
     Raises:
         ModelError: the embedding is smaller than the tokenizer, or transformers refuses the sizes.
     """
     model = config.model
     if model.pretrained is not None:
-        found = read_config(model.pretrained)
-        _require_rows(found.vocab_size, vocabulary_size, f"{model.pretrained} has")
+        found = read_config(model.pretrained, pretrained_changes(config))
+        fix = "use the model's own tokenizer (data.tokenizer)"
+        _require_rows(found.vocab_size, vocabulary_size, f"{model.pretrained} has", fix)
         return _mixed(found, config)
     assert model.architecture is not None
-    _require_rows(model.vocab_size or vocabulary_size, vocabulary_size, "model.vocab_size gives")
-    keywords = transformers_keywords(config, vocabulary_size, end_of_document)
+    rows = model.vocab_size or vocabulary_size
+    _require_rows(rows, vocabulary_size, "model.vocab_size gives", "raise it, or remove the key")
+    keywords = transformers_keywords(config, vocabulary_size, end_of_document, beginning)
     return _mixed(make_config(model.architecture, tie_embeddings=model.tie_embeddings, extra=keywords), config)
 
 
@@ -54,6 +59,7 @@ def build_model(config: RunConfig, description: Any, settings: dict[str, Any], m
         config=settings,
         seed=config.train.seed,
         layers=config.attention.layers if folder else None,  # the description has them already
+        changes=pretrained_changes(config) if folder else None,
     )
     return model
 
@@ -85,9 +91,6 @@ def _mixed(description: Any, config: RunConfig) -> Any:
     return convert(description, config.attention.layers) if config.attention.layers else description
 
 
-def _require_rows(rows: int, vocabulary_size: int, who: str) -> None:
+def _require_rows(rows: int, vocabulary_size: int, who: str, fix: str) -> None:
     if rows < vocabulary_size:
-        raise ModelError(
-            f"{who} an embedding of {rows} rows, but the tokenizer has {vocabulary_size} tokens; use the model's own "
-            "tokenizer (data.tokenizer), or raise model.vocab_size"
-        )
+        raise ModelError(f"{who} an embedding of {rows} rows, but the tokenizer has {vocabulary_size} tokens; {fix}")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from longctx.config.sections.train import Train
+
+STATE = ("params", "step")  # what of a parameter group is no setting
 
 
 def make_optimizer(model: torch.nn.Module, settings: Train) -> torch.optim.Optimizer:
@@ -26,6 +30,18 @@ def make_optimizer(model: torch.nn.Module, settings: Train) -> torch.optim.Optim
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+
+@contextmanager
+def own_settings(optimizer: Any) -> Iterator[None]:
+    """Keep every parameter group's settings (betas, eps, weight decay, momentum, …) through a block that loads state.
+
+    A saved state carries the settings it was saved with, and loading it would silently put them back.
+    """
+    own = [{key: value for key, value in group.items() if key not in STATE} for group in optimizer.param_groups]
+    yield
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
 
 
 def set_learning_rate(optimizer: Any, value: float) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.text import Text
+
+from longctx.train.console import Console
 
 
 class Progress:
@@ -23,7 +25,10 @@ class Progress:
     def __init__(self, stream: TextIO | None, total: int, every: int = 1, columns: int = 0) -> None:
         self.total, self.every = total, every
         far: dict[str, Any] = {"force_terminal": True, "width": columns} if columns else {}
-        self._console = None if stream is None else Console(file=stream, highlight=False, soft_wrap=True, **far)
+        self._console: RichConsole | None = None
+        if stream is not None:
+            guarded: Any = stream if isinstance(stream, Console) else Console(stream)  # losing it must not end the run
+            self._console = RichConsole(file=guarded, highlight=False, soft_wrap=True, **far)
         self._live: Live | None = None
         self._recent: list[float] = []
 

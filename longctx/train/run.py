@@ -4,38 +4,48 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from longctx.config.schema import RunConfig
 from longctx.config.write import dump
+from longctx.engine.heartbeat import watch
 from longctx.errors import CheckpointError, MissingPackageError
 from longctx.mesh import Mesh
-from longctx.train import durable, metrics, store
+from longctx.train import durable, folder, metrics, store
 from longctx.train.agree import ranks, together
 from longctx.train.environment import environment, git_commit
 from longctx.train.export import export_model
-from longctx.train.job import Job, set_up, sizes_of
+from longctx.train.job import Job, find_checkpoint, set_up, sizes_of
 from longctx.train.lock import FolderLock
 from longctx.train.loop import Loop, Outcome
 from longctx.train.metrics import Metrics
 from longctx.train.plot import plot_loss
 from longctx.train.progress import Progress as Display
 from longctx.train.progress import duration
+from longctx.train.same_start import compare_start
 from longctx.train.sample import draw_sample
 from longctx.train.signals import PREEMPTED, StopFlag
 from longctx.train.swap import swap_folder
 
 
-def run(config: RunConfig, console: TextIO | None = None, columns: int = 0) -> int:
+def run(
+    config: RunConfig,
+    console: TextIO | None = None,
+    columns: int = 0,
+    stop: StopFlag | None = None,
+    give_up: Callable[[str], None] | None = None,
+) -> int:
     """Train ``config`` as this rank of the world that was started.
 
     Args:
         config: the same on every rank.
         console: where rank 0 talks to the user; None to be silent.
         columns: width of the terminal at the far end of ``console``; 0 where that is none, or is found out here.
+        stop: what catches signals already; None to catch them from here on.
+        give_up: ends this process with a message when another rank's is frozen; None to write it to stderr.
 
     Returns:
         0 when the last step is done, 75 when stopped by a signal after saving a checkpoint.
@@ -45,26 +55,36 @@ def run(config: RunConfig, console: TextIO | None = None, columns: int = 0) -> i
     """
     started = time.monotonic()
     with ExitStack() as stack:
-        stop = stack.enter_context(StopFlag())
+        stop = stack.enter_context(StopFlag()) if stop is None else stop
+        compare_start(config)
         mesh = _connect(config)
+        heartbeat = watch(mesh, config.launch.frozen_seconds, give_up)
+        if heartbeat is not None:
+            stack.callback(heartbeat.stop)
         output = Path(config.output.folder).absolute()
         stack.enter_context(_folder(output))
         display = Display(console if mesh.rank == 0 else None, config.train.steps, config.train.log_every, columns)
         stack.callback(display.close)
-        _describe(config, mesh, output)
+        sizes = sizes_of(config)
+        checkpoints, found = find_checkpoint(config, sizes, display.say)
+        _describe(config, mesh, output)  # a refused resume leaves the folder as it was
         stack.enter_context(swap_folder(config))
-        job = set_up(config, mesh, sizes_of(config), display.say)
+        job = set_up(config, mesh, sizes, display.say, checkpoints, found)
         stack.callback(job.loader.close)
         stack.callback(job.engine.destroy)
-        writer = _metrics(job)
+        writer = _metrics(job, display.say)
         if writer is not None:
             stack.callback(writer.close)
+        stop.training()
         outcome = Loop(job, stop, display, writer).run()
         display.close()
         summary = _summary(job, outcome, time.monotonic() - started)
         if outcome.stopped:
             _write(output, summary | {"status": "stopped"})
-            display.say(f"stopped on request after step {outcome.progress.step}; start again to resume")
+            display.say(
+                f"stopped on request after step {outcome.progress.step}; start again to resume, or "
+                f"`longctx export {job.config.output.folder}` writes its model"
+            )
             return PREEMPTED
         _finish(job, summary, display)
     return 0
@@ -83,7 +103,8 @@ def _folder(output: Path) -> Iterator[None]:
         with together():
             if ranks()[0] == 0:
                 stack.enter_context(lock)
-                store.clean(output / "checkpoints")
+                folder.require_usable(output)
+                store.clean(output / folder.CHECKPOINTS)
         yield
 
 
@@ -96,15 +117,17 @@ def _describe(config: RunConfig, mesh: Mesh, output: Path) -> None:
             try:
                 durable.write_atomically(output / "config.yaml", dump(config))
                 durable.write_json(output / "environment.json", facts)
+                if folder.saved_step(output) is None:
+                    folder.note_saved(output, 0)
             except OSError as error:
                 raise CheckpointError(f"{output} cannot be written: {error.strerror}") from None
 
 
-def _metrics(job: Job) -> Metrics | None:
+def _metrics(job: Job, say: Callable[[str], None]) -> Metrics | None:
     writer = None
     with together():
         if job.mesh.rank == 0:
-            writer = Metrics(job.output, job.start.step, job.config.output.tensorboard)
+            writer = Metrics(job.output, job.start.step, job.config.output.tensorboard, say)
     return writer
 
 
@@ -133,23 +156,27 @@ def _summary(job: Job, outcome: Outcome, wall: float) -> dict[str, Any]:
         "parameters": job.parameters,
         "world": {"size": job.sizes.world, "data": job.sizes.data, "ring": job.sizes.ring},
         "sequence_length": job.config.data.sequence_length,
+        "data": job.corpus.report,
         "checkpoint": str(job.checkpoints.root / store.name_of(outcome.progress.step)),
     }
 
 
 def _finish(job: Job, summary: dict[str, Any], display: Display) -> None:
     """Leave what people look at: the model as a transformers folder, loss.png, a sample, summary.json."""
-    folder = export_model(job.engine, Path(job.corpus.tokenizer), job.output)
+    model = export_model(job.engine, Path(job.corpus.tokenizer), job.output, job.source)
     sample = None
     with together():
         if job.mesh.rank == 0:
             settings = job.config.output
             if job.corpus.held_out and settings.sample_tokens:
                 held_out = Path(job.corpus.held_out)
-                sample = draw_sample(folder, held_out, settings.sample_prompt, settings.sample_tokens)
+                try:
+                    sample = draw_sample(model, held_out, settings.sample_prompt, settings.sample_tokens)
+                except ValueError as error:  # transformers refuses the folder's generation config; the model is saved
+                    display.say(f"no sample: {error}")
             plot = _plot(job, display)
             summary |= {
-                "model": str(folder),
+                "model": str(model),
                 "plot": plot,
                 "sample": None if sample is None else vars(sample),
             }

@@ -43,7 +43,6 @@ def draw_sample(model_folder: Path, tokens: Path, prompt_length: int, new_tokens
     model = load_pretrained(model_folder)
     if not converted(model.config):
         model.set_attn_implementation("sdpa")  # plain transformers from here on: what a user of the folder gets
-    model.config.use_cache = True
     model.eval()
     state = torch.get_rng_state()
     torch.manual_seed(seed)
@@ -57,8 +56,10 @@ def draw_sample(model_folder: Path, tokens: Path, prompt_length: int, new_tokens
             temperature=TEMPERATURE,
             top_k=TOP_K,
             use_cache=True,
+            tokenizer=tokenizer.transformers,  # for stop strings of the generation config
+            num_beams=1,
+            num_return_sequences=1,
             pad_token_id=tokenizer.end_of_document,
-            eos_token_id=tokenizer.end_of_document,
         )
     torch.set_rng_state(state)
     return Sample(name, tokenizer.decode(prompt), tokenizer.decode(written[0, len(prompt) :].numpy()))

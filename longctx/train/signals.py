@@ -1,34 +1,77 @@
-"""SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next step's end; a second SIGINT stops at once.
+"""SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask for a stop: at once before the first step, afterwards at the next step's end.
 
-Handlers only set a flag. The loop exchanges the flags of all ranks once a step, so that one signalled rank is enough
-and all ranks save the same step. The exit code 75 (EX_TEMPFAIL) means: preempted, resume me.
+While training, handlers only set a flag. The loop exchanges the flags of all ranks once a step, so that one signalled
+rank is enough and all ranks save the same step. The exit code 75 (EX_TEMPFAIL) means: preempted, resume me. A second
+SIGINT stops at once. Before training there is nothing to save, and the main thread may wait inside a library for
+minutes; so a thread of its own reads the signals and ends the process.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 PREEMPTED = 75
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+def code_of(number: int) -> int:
+    """Return the exit code of a job that a signal stopped before its first step: 130, 143, or 75 for SIGUSR1."""
+    return {signal.SIGINT: 130, signal.SIGUSR1: PREEMPTED}.get(signal.Signals(number), 143)
+
+
+def sentence_of(number: int) -> str:
+    """Say in one sentence that a signal stopped a job before its first step."""
+    return f"stopped by {signal.Signals(number).name} before the first step; nothing was lost, start again to train"
 
 
 class StopFlag:
-    """A context manager that catches the signals; ``raised`` is the name of the first one seen, else None."""
+    """A context manager that catches the signals; ``raised`` is the name of the first one seen, else None.
 
-    def __init__(self) -> None:
+    Args:
+        before_training: called with the number of a signal that comes before ``training``, in a thread of its own; it
+            ends the process. None: such a signal is answered after the first step.
+    """
+
+    def __init__(self, before_training: Callable[[int], None] | None = None) -> None:
         self.raised: str | None = None
         self._previous: dict[int, object] = {}
+        self._before = before_training
+        self._ends: tuple[int, int] | None = None
 
     def __enter__(self) -> StopFlag:
+        if self._before is not None:
+            self._ends = os.pipe()
+            os.set_blocking(self._ends[1], False)
+            signal.set_wakeup_fd(self._ends[1], warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, args=(self._ends[0],), daemon=True, name="signals").start()
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.training()
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def training(self) -> None:
+        """From now on a signal is answered at the end of a step, by a checkpoint."""
+        if self._ends is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._ends[1])
+            self._ends = None
+
+    def _listen(self, end: int) -> None:
+        while numbers := os.read(end, 64):
+            for number in numbers:
+                if number in SIGNALS and self._ends is not None and self._before is not None:
+                    self._before(number)
+        os.close(end)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.raised is not None and number == signal.SIGINT:

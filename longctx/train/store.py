@@ -30,10 +30,33 @@ def name_of(step: int) -> str:
 
 def published(root: Path) -> list[Path]:
     """Return the checkpoints in ``root`` that have a manifest file, newest first. Their contents are not checked."""
+    return [path for path in steps(root) if (path / manifest.NAME).is_file()]
+
+
+def steps(root: Path) -> list[Path]:
+    """Return everything in ``root`` that has the name of a checkpoint, newest first, with a manifest or without."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if _STEP.fullmatch(path.name) and (path / manifest.NAME).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted((path for path in root.iterdir() if _STEP.fullmatch(path.name)), key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step that a checkpoint's name says."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def read(folder: Path) -> manifest.Manifest:
+    """Return a checkpoint's manifest, its files not yet looked at.
+
+    Raises:
+        CheckpointError: the manifest is no good, or that of another step than the folder's name says.
+    """
+    found = manifest.read_manifest(folder)
+    if folder.name != name_of(found.step):  # what is loaded is named by the manifest's step
+        raise CheckpointError(
+            f"{folder}: its manifest is that of step {found.step}; a checkpoint's folder keeps its name"
+        )
+    return found
 
 
 def begin(root: Path, step: int) -> Path:
@@ -97,7 +120,7 @@ def require_space(root: Path, needed: int) -> None:
 
 def _looks_whole(folder: Path) -> bool:
     try:
-        manifest.verify_files(folder, manifest.read_manifest(folder), hash_ranks=())
+        manifest.verify_files(folder, read(folder), hash_ranks=())
     except CheckpointError:
         return False
     return True

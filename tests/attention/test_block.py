@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx import LongctxError, block_attention
-from longctx.attention.band import make_rule
+from longctx.attention.backends import aten
+from longctx.attention.band import Kind, Tile, make_rule
 
 from tolerances import tolerance
 
@@ -142,6 +143,47 @@ def test_logits_of_ten_thousand(backend: str) -> None:
     assert all(x.isfinite().all() for x in single)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2), (5, 1)])
+def test_some_heads_of_a_group_at_a_time(heads: tuple[int, int], at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long sequences are computed: each call takes some query heads, and the one key head that they share."""
+    monkeypatch.setattr(aten, "PAIRS", at_once * 40 * 40)
+    monkeypatch.setattr(aten, "TILE", 16)
+    inputs = tuple(x[:1] for x in tensors(40, 40, heads=heads, dims=(6, 5)))
+    groups = list(aten._head_groups(inputs[0], inputs[1], Tile(Kind.FULL, 0, 40, 0, 40)))
+    shared = heads[0] // heads[1]
+    assert max(group.q.stop - group.q.start for group in groups) == min(at_once, shared)
+    assert dense.difference(run(inputs, backend="aten"), expected(inputs)) <= tolerance("fp64")
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0, -1e-3])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_of_any_sign(backend: str, causal: bool, scale: float) -> None:
+    """A negative scale prefers what is unlike, 0 takes the mean; alone, with a window, and with documents."""
+    ids = torch.arange(600).div(250, rounding_mode="floor").expand(2, -1)
+    for more in ({}, {"window": 40}, {"document_ids": ids}):
+        inputs = tensors(600, 600, heads=(4, 2), dims=(6, 5))
+        found = run(inputs, scale=scale, causal=causal, backend=backend, **more)
+        assert dense.difference(found, expected(inputs, scale=scale, causal=causal, **more)) <= tolerance("fp64"), more
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sink_of_nothing_is_no_sink(backend: str) -> None:
+    """-inf in some head, also where a row sees no key at all: no NaN, and the gradient of no sink."""
+    q, k, v, dout, dlse = tensors(20, 20)
+    ids = torch.zeros(2, 20, dtype=torch.int64).index_fill(1, torch.tensor([0, 3, 19]), -1)
+    sink = torch.tensor([-math.inf, 0.5, -math.inf, -math.inf], dtype=torch.float64).requires_grad_()
+    plain = run((q, k, v, dout, dlse), document_ids=ids, backend=backend)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = block_attention(*leaves, document_ids=ids, sink=sink, backend=backend)
+    objective = (out * dout).sum() + (lse.masked_fill(lse == -math.inf, 0.0) * dlse).sum()
+    dq, dsink = torch.autograd.grad(objective, (leaves[0], sink))
+    assert dsink.isfinite().all() and not dsink[[0, 2, 3]].any() and dsink[1] != 0
+    for found, wanted in ((out, plain.out), (lse, plain.lse), (dq, plain.dq)):
+        torch.testing.assert_close(found[:, [0, 2, 3]], wanted[:, [0, 2, 3]], rtol=0, atol=tolerance("fp64"))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_orders_and_broadcast_gradients_are_read_rightly(backend: str) -> None:
     """Transposed heads, sliced rows, a last dimension that is not dense, and the expanded gradient of sum()."""
@@ -192,6 +234,8 @@ def test_auto_says_once_what_it_picked(caplog: pytest.LogCaptureFixture) -> None
     ("change", "message"),
     [
         ({"softcap": 0.0}, "softcap"),
+        ({"scale": math.nan}, "scale=nan: give a finite number"),
+        ({"scale": -math.inf}, "scale=-inf: give a finite number"),
         ({"sink": torch.zeros(3)}, "sink"),
         ({"alibi": torch.zeros(2, 4)}, "alibi"),
         ({"alibi": torch.zeros(4, dtype=torch.int64)}, "alibi"),

@@ -26,9 +26,11 @@ def write_weights(s: Tensor, seen: Tensor, normalizer: str) -> Tensor:
     if normalizer == "sum":
         return torch.where(seen[:, None, :, :, None], s[:, :, None], 0.0)
     if normalizer == "prefix":
-        return logits.softmax(3).nan_to_num(0.0)
-    mass = torch.logsumexp(logits, 3)  # of token j as a reader: what it divides by as a writer
-    phi = torch.where(mass > -torch.inf, s - mass, -torch.inf).exp()
+        none = (logits == -torch.inf).all(3, keepdim=True)
+        return logits.masked_fill(none, 0.0).softmax(3).masked_fill(none, 0.0)
+    none = (logits == -torch.inf).all(3)
+    mass = torch.logsumexp(logits.masked_fill(none[:, :, :, None], 0.0), 3)  # of token j: what it divides by
+    phi = (s - mass).exp().masked_fill(none, 0.0)
     return torch.where(seen[:, None, :, :, None], phi[:, :, None], 0.0)
 
 
@@ -97,6 +99,18 @@ def gradients(out: Tensor, weight: Tensor, leaves: list[Tensor]) -> list[Tensor 
 def packed(rows: list[list[tuple[int, int]]]) -> Tensor:
     """Document ids from (id, tokens) runs a row."""
     return torch.tensor([[name for name, count in row for _ in range(count)] for row in rows])
+
+
+def numbered(ids: Tensor) -> Tensor:
+    """(B, T): every run of an id gets a number of its own, row by row; padding ends no run."""
+    found = torch.full_like(ids, -1)
+    for row, names in enumerate(ids.tolist()):
+        number, last = 0, None
+        for place, name in enumerate(names):
+            if name >= 0:
+                number += name != last
+                found[row, place], last = number, name
+    return found
 
 
 def random_documents(batch: int, length: int, generator: torch.Generator) -> Tensor:

@@ -122,6 +122,38 @@ def test_states_continue(strategy: control.Control, documents: torch.Tensor | No
     assert max(direct.differences(*both)) <= EXACT
 
 
+HOLES = direct.packed(
+    [[(3, 4), (-1, 3), (3, 9), (-1, 8), (3, 2), (4, 2), (-1, 2), (4, 7)], [(-1, 2), (1, 1), (-1, 30), (1, 4)]]
+)
+"""Padding inside documents, longer than a queue, at both ends of cuts."""
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: type(s).__name__)
+def test_padding_takes_no_place(strategy: control.Control) -> None:
+    """Padding inside a document is as if it were not there: whole, or in parts of any length from state to state."""
+    (q, k, v), weight = make()
+    weight = weight.masked_fill((HOLES < 0)[:, None, :, None], 0.0)
+    rows = []
+    for row, ids in enumerate(HOLES):
+        there = (ids >= 0).nonzero()[:, 0]
+        out = abc_attention(*(x[row : row + 1, :, there] for x in (q, k, v)), strategy, document_ids=ids[there][None])
+        rows.append(torch.zeros(1, 4, 37, 3, dtype=torch.float64).index_copy(2, there, out))
+    expected = torch.cat(rows)
+    wanted = [expected, *direct.gradients(expected, weight, [q, k, v])]
+    for cuts in ([37], [5, 1, 20, 11], [1] * 37):
+        state, outs, start = None, [], 0
+        for cut in cuts:
+            part = slice(start, start + cut)
+            out, state = abc_attention(
+                *(x[:, :, part] for x in (q, k, v)), strategy, document_ids=HOLES[:, part], state=state,
+                return_state=True,
+            )  # fmt: skip
+            outs.append(out)
+            start += cut
+        ours = torch.cat(outs, 2)
+        assert max(direct.differences([ours, *direct.gradients(ours, weight, [q, k, v])], wanted)) <= EXACT, cuts
+
+
 def test_clusters() -> None:
     """Tokens near each other share a slot; bidirectional memories are the clusters' means; the causal ones see no
     later token."""

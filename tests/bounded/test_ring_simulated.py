@@ -30,6 +30,7 @@ DOCUMENTS = {
     "none": None,
     "packed": direct.packed([[(-1, 3), (4, 17), (5, 23), (-1, 5)], [(2, 1), (3, 8), (7, 39)]]),
     "padded": direct.packed([[(-1, 7), (0, 41)], [(0, 40), (-1, 8)]]),
+    "holes": direct.packed([[(3, 4), (-1, 3), (3, 9), (-1, 24), (3, 8)], [(-1, 2), (1, 1), (-1, 19), (1, 20), (2, 6)]]),
 }
 CROSSING = {
     "long": direct.packed([[(1, 5), (2, 31), (3, 1), (4, 11)], [(1, 11), (-1, 26), (2, 11)]]),
@@ -67,6 +68,26 @@ def test_over_all_tokens(name: str, documents: str) -> None:
 def test_packed_documents_without_causal(name: str, documents: str) -> None:
     """Each document has a memory of its own, whichever stretches hold its tokens."""
     check(name, documents, [(3, "contiguous"), (4, "zigzag"), (8, "contiguous")])
+
+
+REPEATED = {
+    "again": [[(4, 7), (5, 3), (4, 20), (-1, 2), (4, 3), (6, 5), (4, 8)], [(1, 20), (0, 1), (1, 27)]],
+    "on borders": [[(1, 12), (2, 12), (1, 24)], [(1, 8), (2, 8), (1, 8), (2, 8), (1, 8), (2, 8)]],
+    "behind a whole stretch": [[(1, 6), (2, 36), (1, 6)], [(3, 2), (1, 4), (3, 2), (3, 16), (1, 22), (3, 2)]],
+}
+"""Ids that come back behind another one, in one stretch, in several, and on both sides of a border."""
+
+
+@pytest.mark.parametrize("documents", REPEATED)
+@pytest.mark.parametrize("name", ranks.CASES)
+def test_an_id_that_comes_back_is_a_new_document(name: str, documents: str) -> None:
+    """A document is a run of one id: the same result as with an id of its own for each run, on any ring."""
+    leaves, weight = ranks.inputs(name)
+    ids = direct.packed(REPEATED[documents])
+    expected = ranks.one_device(name, leaves, weight, direct.numbered(ids))
+    for ring, layout in [(1, "contiguous"), *RINGS[1:]]:
+        found, _ = ranks.simulated(ring, layout, name, leaves, weight, ids)
+        assert max(direct.differences(found, expected)) <= EXACT, (ring, layout)
 
 
 @settings(max_examples=15)

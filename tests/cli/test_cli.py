@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -109,11 +110,23 @@ def test_init_writes_a_file_that_passes_check_and_spares_an_existing_one(tmp_pat
     assert done.returncode == 2 and "left alone" in done.stderr and path.read_text() == before
     assert run("init", tmp_path / "none" / "x.yaml").returncode == 2
     assert run("init").stdout == before
+    spaced = run("init", tmp_path / "my runs.yaml")
+    assert spaced.stdout.count(f"'{tmp_path / 'my runs.yaml'}'") == 2  # ready to be pasted into a shell
 
 
 def test_train_inside_a_launched_job_is_refused(good: Path):
     done = run("train", good, WORLD_SIZE="2", RANK="0")
     assert done.returncode == 1 and "launch/train.py" in done.stderr and "Traceback" not in done.stderr
+    assert "WORLD_SIZE=2, RANK=0" in done.stderr
+    done = run("train", good, SLURM_STEP_NUM_TASKS="3", SLURM_PROCID="1")
+    assert done.returncode == 1 and "SLURM_STEP_NUM_TASKS=3, SLURM_PROCID=1" in done.stderr
+    done = run("generate", good.parent, "--prompt", "x", PMI_SIZE="3", PMI_RANK="1")
+    assert done.returncode == 1 and "PMI_SIZE=3, PMI_RANK=1" in done.stderr
+
+
+def test_a_shell_in_a_world_of_one_is_no_launched_job(good: Path):
+    done = run("train", good, "checkpoint.resume=must", SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0", RANK="1")
+    assert done.returncode == 2 and "holds no checkpoint" in done.stderr  # it got as far as the run directory
 
 
 def test_doctor_names_what_it_saw():
@@ -122,6 +135,16 @@ def test_doctor_names_what_it_saw():
     assert {"python", "torch", "compiler", "extension locks", "disk", "local port"} <= set(checks)
     assert done.returncode == (1 if any(item["status"] == "fail" for item in checks.values()) else 0)
     assert all(item["fix"] for item in checks.values() if item["status"] == "fail")
+
+
+def test_doctor_asks_for_the_versions_that_the_package_declares():
+    from longctx.launch.doctor import _TESTED
+    from longctx.models.register import OLDEST
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    floors = dict(requirement.split(">=") for requirement in project["dependencies"])
+    assert {name: low for name, (low, _) in _TESTED.items()} == {name: floors[name] for name in _TESTED}
+    assert floors["transformers"] == ".".join(map(str, OLDEST))
 
 
 def test_doctor_finds_a_stale_lock(tmp_path: Path):

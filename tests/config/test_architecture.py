@@ -18,10 +18,10 @@ def test_every_architecture_is_built_with_the_sizes_asked_for(name: str):
 
     kv_heads = {"gpt2": ...}.get(name, 2)
     config = load_variant(model__architecture=name, model__kv_heads=kv_heads).config
-    built = AutoConfig.for_model(name, **transformers_keywords(config, 1000, end_of_document=3))
+    built = AutoConfig.for_model(name, **transformers_keywords(config, 1000, end_of_document=3, beginning=2))
     assert (built.hidden_size, built.num_hidden_layers, built.num_attention_heads) == (64, 2, 4)
     assert built.vocab_size == 1000 and built.max_position_embeddings == 4096
-    assert built.eos_token_id == 3 and built.pad_token_id is None and built.use_cache is False
+    assert built.eos_token_id == 3 and built.pad_token_id is None and built.use_cache is True
     assert getattr(built, "attention_dropout", getattr(built, "attn_pdrop", None)) == 0.0
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(built)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,8 +11,6 @@ from config_samples import BASE, text_of, variant
 from longctx.config import machine
 from longctx.config.load import loads, require_machine
 from longctx.config.problems import InvalidConfig
-
-FROM_FOLDER = {f"model__{key}": ... for key in BASE["model"] if key != "dtype"}
 
 
 def refused(starting: bool = True, **changes: Any) -> tuple[str, str]:
@@ -37,6 +33,20 @@ def test_sources(tmp_path):
     for name, code in {"none.txt": "no-file", "empty.txt": "empty-file", "link.txt": "no-file"}.items():
         assert refused(data__sources=[str(tmp_path / name)]) == ("data.sources", code)
     assert refused(data__sources=["x" * 5000]) == ("data.sources", "no-file")
+
+
+def test_a_folder_of_ours_inside_a_source_is_refused(tmp_path):
+    text, run = tmp_path / "text", str(tmp_path / "text" / "runs" / "a")
+    text.mkdir()
+    sources = {"data__sources": [str(text)]}
+    assert refused(**sources, output__folder=run) == ("output.folder", "own-files")
+    assert refused(**sources, data__folder=run) == ("data.folder", "own-files")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "build.json").touch()
+    built = variant(data__sources=[str(tmp_path / "tokens")], output__folder=str(tmp_path))
+    assert require_machine(loads(text_of(built))) == []
+    for changes in ({"data__exclude": ["runs"]}, {"output__folder": str(text / ".runs" / "a")}):
+        assert require_machine(loads(text_of(variant(**{**sources, "output__folder": run, **changes})))) == []
 
 
 def test_tokenizer(tmp_path):
@@ -75,36 +85,3 @@ def test_missing_packages(monkeypatch):
     assert refused(data__sources=["hf:name"]) == ("data.sources", "missing-package")
     notes = require_machine(loads(text_of(BASE)))
     assert any("matplotlib" in note for note in notes)
-
-
-def pretrained(folder: Path, settings: object, weights: str = "model.safetensors") -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(settings if isinstance(settings, str) else json.dumps(settings))
-    (folder / weights).touch()
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("settings", "weights", "code"),
-    [
-        ({"model_type": "llama"}, "pytorch_model.bin", "no-file"),
-        ({"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}, "model.safetensors", "refused"),
-        (
-            {"model_type": "llama", "_attn_implementation_internal": "kernels-community/x"},
-            "model.safetensors",
-            "refused",
-        ),
-        ("not json", "model.safetensors", "no-file"),
-        ("[" * 100_000, "model.safetensors", "no-file"),
-        ([1], "model.safetensors", "no-file"),
-    ],
-)
-def test_foreign_models(tmp_path, settings: object, weights: str, code: str):
-    folder = pretrained(tmp_path / "model", settings, weights)
-    assert refused(**FROM_FOLDER, model__pretrained=str(folder)) == ("model.pretrained", code)
-
-
-def test_a_pretrained_folder(tmp_path):
-    folder = pretrained(tmp_path / "model", {"model_type": "llama"})
-    require_machine(loads(text_of(variant(**FROM_FOLDER, model__pretrained=str(folder)))))
-    assert refused(**FROM_FOLDER, model__pretrained=str(tmp_path / "none")) == ("model.pretrained", "no-file")

@@ -11,7 +11,8 @@ from config_samples import BASE, load_variant, problems_of, text_of, variant
 from longctx.config.derived import derive
 from longctx.config.load import loads
 
-FROM_FOLDER = {f"model__{key}": ... for key in BASE["model"] if key != "dtype"}
+FROM_FOLDER: dict[str, Any] = {f"model__{key}": ... for key in BASE["model"] if key != "dtype"}
+FROM_FOLDER |= {"data__tokenizer": ..., "data__vocab_size": ...}
 
 NVME = {"zero__stage": 3, "zero__offload_optimizer": "nvme", "zero__nvme_folder": "/tmp"}
 FP16 = {"model__dtype": "fp16"}

@@ -171,6 +171,13 @@ def test_control_characters_and_surrogates_are_refused(text: str):
     assert str(problem).isprintable()
 
 
+@pytest.mark.parametrize("character", ["\x07", "\x1b", "\x7f", "\x92", "\ufffe", "\x00"])
+def test_raw_control_characters_are_named_by_their_own_code_point(character: str):
+    for text in (GOOD + f"# {character}\n", (GOOD + f"# {character}\n").encode()):
+        (problem,) = problems_of(text).problems
+        assert problem.code == "not-text" and f"character U+{ord(character):04X} is not" in problem.message
+
+
 def test_aliases_are_read_where_they_stay_small():
     assert parse("a: &x [1, 2]\nb: *x", "").value == {"a": [1, 2], "b": [1, 2]}
 
@@ -235,3 +242,9 @@ def test_largest_texts_take_less_than_a_second_of_cpu():
 def test_a_float_stays_the_same_float():
     for value in (3e-4, 1e-8, 0.1, 1 / 3, 123456.789, 5e300):
         assert parse(repr(value), "").value == value and math.isfinite(value)
+
+
+@pytest.mark.parametrize("character", ["\x07", "\x1b", "\x00", "\x9f", "\ufffe"])
+def test_a_refused_character_is_named_by_its_own_code_point(character: str):
+    (problem,) = problems_of(f"a: {character}").problems
+    assert f"U+{ord(character):04X}" in problem.message and problem.place[1:] == (1, 4)

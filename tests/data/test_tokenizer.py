@@ -144,7 +144,7 @@ def test_other_kinds_of_tokenizer_load(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("A b C").tolist() == [1, 2, 0]
     assert (tokenizer.vocabulary_size, tokenizer.end_of_document) == (10, 9)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "b"}}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"__type": "AddedToken", "content": "b"}}))
     assert load_tokenizer(tmp_path / "tokenizer.json").end_of_document == 2
 
 

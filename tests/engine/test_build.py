@@ -9,6 +9,8 @@ import pytest
 import torch
 from engine_tiny import run_ranks, tiny_llama
 
+from longctx.errors import LongctxError
+
 from tolerances import tolerance
 
 
@@ -154,26 +156,45 @@ def test_weights_touched_after_they_were_partitioned(what: str, tmp_path: Path) 
         assert "engine.save_pretrained(folder)" in stock and "outside of deepspeed.zero.GatheredParameters" in gathered
 
 
-def broken(rank: int, world: int, folder: str, elsewhere: bool) -> str:
+def broken(rank: int, world: int, folder: str) -> str:
     import longctx
     from longctx.errors import ModelError
 
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-    mine = folder + "-not-there" if elsewhere and rank == 1 else folder
     with pytest.raises(ModelError) as error:
-        longctx.build(mine, longctx.Mesh(ring=world), config=settings)
+        longctx.build(folder, longctx.Mesh(ring=world), config=settings)
     return str(error.value)
 
 
 def test_what_one_rank_cannot_read_stops_every_rank(tmp_path: Path) -> None:
-    """Under ZeRO-3 rank 0 alone sees a weight of another shape, and one rank alone may lack the folder."""
+    """Under ZeRO-3 rank 0 alone sees a weight of another shape."""
     from safetensors.torch import load_file, save_file
 
     tiny_llama().save_pretrained(tmp_path)
-    there, absent = run_ranks(2, broken, str(tmp_path), True)
-    assert "ranks [1] could not read" in there and "config.json" in absent
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.norm.weight"] = torch.zeros(40)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    reader, other = run_ranks(2, broken, str(tmp_path), False)
+    reader, other = run_ranks(2, broken, str(tmp_path))
     assert "size mismatch for model.norm.weight" in reader and "ranks [0] could not read" in other
+
+
+def apart(rank: int, world: int) -> list[str]:
+    """Rank 1 alone is given another depth, another seed, or a folder that is not there."""
+    import longctx
+
+    messages = []
+    for given in ({"num_hidden_layers": 1}, {"seed": 4}, {"folder": "nowhere"}):
+        more = given if rank == 1 else {}
+        config = tiny_llama().config
+        config.num_hidden_layers = more.get("num_hidden_layers", 2)
+        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        with pytest.raises(LongctxError) as error:
+            longctx.build(more.get("folder", config), longctx.Mesh(), config=settings, seed=more.get("seed", 3))
+        messages.append(str(error.value))
+    return messages
+
+
+def test_ranks_that_build_different_models_are_stopped() -> None:
+    for layers, seed, folder in run_ranks(2, apart):
+        assert "model.config.num_hidden_layers: 2 on rank 0, 1 on rank 1" in layers
+        assert "seed: 3 on rank 0, 4 on rank 1" in seed and "nowhere" in folder

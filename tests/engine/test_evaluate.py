@@ -18,11 +18,13 @@ def evaluated(rank: int, world: int, stage: int, counts: list[int]) -> Any:
     import longctx.engine.window as window
 
     engine = make_engine(2, stage)
+    engine.module.model.layers[0].eval()  # frozen, say
+    modes = [module.training for module in engine.module.modules()]
     replica = engine.mesh.data_rank
     batches = [ragged_rows(5, index, replica) for index in range(counts[replica])]
     whole = engine.evaluate(batches)
     parts = engine.evaluate((window.cut_rows(b, engine.mesh, engine.layout) for b in batches), sharded=True)
-    assert engine.module.training and parts == whole
+    assert modes == [module.training for module in engine.module.modules()] and parts == whole
     assert math.isnan(engine.evaluate([]).loss)
     missing = {key: value for key, value in ragged_rows(0, 0, 0).items() if key != "labels"}
     with pytest.raises(EngineError) as error:
@@ -30,6 +32,23 @@ def evaluated(rank: int, world: int, stage: int, counts: list[int]) -> Any:
     run_window(engine, [ragged_rows(0, 0, replica)])  # and training goes on
     engine.destroy()
     return whole, str(error.value)
+
+
+def different(rank: int, world: int) -> list[str]:
+    """Rank 1 of the ring passes other rows, or one batch more."""
+    engine = make_engine(2, 1)
+    messages = []
+    for batches in ([ragged_rows(5, rank, 0)], [ragged_rows(5, 0, 0)] * (1 + rank)):
+        with pytest.raises(EngineError) as error:
+            engine.evaluate(batches)
+        messages.append(str(error.value))
+    engine.destroy()
+    return messages
+
+
+def test_a_ring_evaluates_the_same_rows() -> None:
+    for rows, numbers in run_ranks(2, different):
+        assert "different rows in evaluation batches" in rows and "different numbers of evaluation" in numbers
 
 
 @pytest.mark.parametrize("stage", [0, 3])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from longctx.engine.rows import explicit_rows, find_documents, shift_labels
-from longctx.errors import EngineError
+from longctx.errors import EngineError, ModelError
+from longctx.models.positions import PositionRule
 
 
 def rows(**keys: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -44,9 +47,54 @@ def test_left_padding_with_explicit_positions_is_one_document() -> None:
     assert documents.tolist() == [[-1, -1, 0, 0, 0, 0]]
 
 
-def test_padding_between_documents_separates_them() -> None:
-    documents = find_documents(1, 6, None, None, torch.tensor([[1, 1, 0, 0, 1, 1]]))
-    assert documents.tolist() == [[0, 0, -1, -1, 1, 1]]
+def test_a_document_goes_on_behind_a_masked_stretch() -> None:
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1]])
+    goes_on = [[0, 0, -1, -1, 0, 0]]
+    assert find_documents(1, 6, None, None, mask).tolist() == goes_on
+    for positions in ([0, 1, 2, 3, 4, 5], [0, 1, 1, 1, 2, 3]):  # padding counted, or not
+        assert find_documents(1, 6, None, torch.tensor([positions]), mask).tolist() == goes_on
+    restarted = find_documents(1, 6, None, torch.tensor([[0, 1, 0, 0, 0, 1]]), mask)
+    assert restarted.tolist() == [[0, 0, -1, -1, 1, 1]]
+    batch = rows(document_ids=torch.tensor([[4, 4, -1, 4, 6, 6]]), labels=torch.arange(12).reshape(2, 6))
+    assert batch["document_ids"].tolist() == [[4, 4, -1, 4, 6, 6]] * 2
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1]] * 2
+    assert batch["shift_labels"][0].tolist() == [1, -100, -100, -100, 5, -100]
+
+
+def test_an_id_that_comes_back_is_another_document() -> None:
+    batch = rows(document_ids=torch.tensor([[5, 5, 3, 3, 5, 5], [5, 5, 5, 3, -1, 3]]))
+    assert batch["document_ids"].tolist() == [[0, 0, 1, 1, 2, 2], [5, 5, 5, 3, -1, 3]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 0, 1], [0, 1, 2, 0, 1, 2]]
+
+
+def test_padding_repeats_a_token_of_its_row() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1], [0] * 6])
+    batch = rows(attention_mask=mask)
+    assert batch["input_ids"].tolist() == [[2, 2, 2, 3, 2, 5], [2] * 6]
+    x = torch.randn(2, 6, 4, requires_grad=True)
+    filled = explicit_rows({"inputs_embeds": x, "attention_mask": mask})["inputs_embeds"]
+    assert torch.equal(filled[0, 4], x[0, 2])
+    filled[0].sum().backward()
+    assert x.grad is not None and x.grad[0].sum(-1).tolist() == [0.0, 0.0, 4.0, 4.0, 0.0, 4.0]
+
+
+def test_positions_are_counted_as_the_model_counts_them() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1]])
+    tokens = torch.tensor([[1, 1, 7, 8, 1, 9]])
+
+    def counted(**keys: Any) -> list[list[int]]:
+        rule = keys.pop("rule")
+        found: list[list[int]] = explicit_rows({"input_ids": tokens, **keys}, rule)["position_ids"].tolist()
+        return found
+
+    assert counted(rule=PositionRule("index", 2), attention_mask=mask) == [[2, 3, 4, 5, 6, 7]]
+    assert counted(rule=PositionRule("mask"), attention_mask=mask) == [[0, 0, 0, 1, 0, 2]]
+    assert counted(rule=PositionRule("tokens", 2, 1), attention_mask=mask) == [[1, 1, 2, 3, 1, 4]]
+    packed = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    assert counted(rule=PositionRule("tokens", 2, 1), document_ids=packed) == [[1, 1, 2, 2, 1, 3]]
+    assert counted(rule=PositionRule("mask", 3), document_ids=packed) == [[3, 4, 5, 3, 4, 5]]
+    with pytest.raises(ModelError, match="counts positions from 2.*document_ids"):
+        counted(rule=PositionRule("tokens", 2, 1), position_ids=torch.arange(6))
 
 
 def test_given_document_ids_are_kept_and_positions_restart() -> None:

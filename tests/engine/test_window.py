@@ -88,6 +88,43 @@ def test_a_dict_gives_a_dict_and_other_keys_are_cut_or_passed_on() -> None:
     assert isinstance(shard_window(batch, Mesh(world_size=1)), dict)
 
 
+def test_padding_is_never_a_label() -> None:
+    mesh = Mesh(ring=2, world_size=2, rank=0, data=1)  # rank 0 of a zigzag holds the end of the padded row
+    from longctx.engine.window import _cut
+
+    ids = torch.arange(5)[None]
+    more = {name: ids.clone() for name in ("mtp_labels", "labels_2", "next_targets", "token_type_ids", "label_mask")}
+    more["label_mask"] = more["label_mask"] > 0
+    more["soft_targets"] = torch.ones(1, 5, 3)
+    local = _cut(explicit_rows({"input_ids": ids, "labels": ids, **more}), mesh, "zigzag")
+    assert local["document_ids"][0, -1] == -1 and local["shift_labels"][0, -1] == -100
+    assert all(local[name][0, -1] == -100 for name in ("mtp_labels", "labels_2", "next_targets"))
+    assert local["token_type_ids"][0, -1] == 0 and not local["label_mask"][0, -1]
+    assert local["soft_targets"][0, -1].tolist() == [0, 0, 0]
+
+
+def weighed_apart(rank: int, world: int, key: str) -> str:
+    """Rank 1 of the ring reads another row than rank 0, or one of another length."""
+    mesh = Mesh(ring=2)
+    window = shard_window(ragged_window(mesh.data_rank), mesh)
+    for batch in window:
+        batch["row_ids"] = torch.tensor([4, 5 + (rank == 1 and key == "row_ids")])
+    if rank == 1 and key == "shape":
+        window[0].update({name: window[0][name][:, :2] for name in ("input_ids", "position_ids", "document_ids")})
+    with pytest.raises(EngineError) as error:
+        weigh_window(window, mesh)
+    for batch in window:
+        batch["row_ids"] = torch.tensor([4, 5])
+    assert key == "shape" or all("row_ids" not in batch for batch in weigh_window(window, mesh))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("key", ["row_ids", "shape"])
+def test_parts_of_different_rows_are_refused(key: str) -> None:
+    for message in run_ranks(2, weighed_apart, key):
+        assert "ranks [0, 1] share one sequence but passed different rows" in message
+
+
 def refused(rank: int, world: int, fault: str) -> str:
     mesh = Mesh(ring=2)
     window = ragged_window(mesh.data_rank)

@@ -40,12 +40,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def command(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-m", "longctx.cli", "generate", *map(str, arguments)],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280, input=stdin,
+def command(*arguments: object, stdin: str | bytes = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"} | environment
+    done = subprocess.run(
+        [sys.executable, "-m", "longctx.cli", "generate", *(a if isinstance(a, bytes) else str(a) for a in arguments)],
+        env=environment, cwd=ROOT, capture_output=True, timeout=280,
+        input=stdin.encode() if isinstance(stdin, str) else stdin,
     )  # fmt: skip
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def test_a_ring_writes_what_one_process_writes(checkpoints: dict[str, Path]) -> None:
@@ -60,10 +62,10 @@ def test_a_ring_writes_what_one_process_writes(checkpoints: dict[str, Path]) -> 
 
 def test_one_prompt_after_another(checkpoints: dict[str, Path]) -> None:
     """A prompt that cannot be continued costs a line and not the session."""
-    stdin = f"Hello\n\na\n{'long ' * 60}\nAgain\n"
+    stdin = f"Hello\n\n{'long ' * 60}\nAgain\n"
     done = command(checkpoints["gpt2"], "--interactive", "--max-new-tokens", 3, stdin=stdin)
     assert done.returncode == 0 and done.stderr.count("tokens/s") == 2, done.stderr
-    assert "less than two tokens" in done.stderr and "a table of 256 positions" in done.stderr
+    assert "a table of 256 positions" in done.stderr
     assert done.stdout.endswith("\n") and "Traceback" not in done.stderr
 
 
@@ -76,11 +78,31 @@ def test_one_prompt_after_another(checkpoints: dict[str, Path]) -> None:
         (("--prompt", "xy", "--temperature", "-1"), "--temperature -1.0: give a number from 0"),
         (("--prompt-file", "/nowhere"), "cannot be read"),
         (("--interactive", "--ring", "2"), "runs in one process"),
+        (("--prompt", "xy", "--seed", str(2**64)), "--seed 18446744073709551616: give a number from 0 to"),
+        (("--prompt", b"caf\xe9 au lait"), "the prompt is not UTF-8 text at its character 4; convert it"),
     ],
 )
-def test_mistakes(checkpoints: dict[str, Path], arguments: tuple[str, ...], message: str) -> None:
+def test_mistakes(checkpoints: dict[str, Path], arguments: tuple[str | bytes, ...], message: str) -> None:
     done = command(checkpoints["llama"], *arguments)
     assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_text_that_is_not_utf8_and_a_terminal_that_is_not(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Bytes of another encoding are refused wherever they come in; characters that stdout lacks are written as \\x…"""
+    for stdin, arguments in ((b"caf\xe9\n", ("--prompt-file", "-")), (b"caf\xe9\nHello\n", ("--interactive",))):
+        done = command(checkpoints["gpt2"], *arguments, "--max-new-tokens", 3, stdin=stdin)
+        assert "UTF-8" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == (0 if "--interactive" in arguments else 2)
+    for ring in (1, 2):
+        asked = ("--prompt", PROMPT, "--max-new-tokens", 30, "--seed", 1, "--temperature", 5, "--ring", ring)
+        done = command(checkpoints["llama"], *asked, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+        assert done.returncode == 0 and done.stdout.isascii() and "\\ufffd" in done.stdout, done.stderr
+
+
+def test_a_stopped_run_has_no_model_yet(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match=r"`longctx export .*` writes one from its newest checkpoint"):
+        model_folder(tmp_path)
 
 
 def test_where_the_model_is(checkpoints: dict[str, Path], tmp_path: Path) -> None:

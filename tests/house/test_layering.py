@@ -11,6 +11,7 @@ from house_files import ROOT, modules, python_files
 # Lowest first; the members of one row do not import each other.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("derivative",),
     ("layout",),
     ("mesh",),
     ("sharding",),
@@ -28,7 +29,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
 # A second file of a part that is a module, not a folder.
-SAME_PART = {"rendezvous": "mesh", "network": "mesh", "slurm": "mesh"}
+SAME_PART = {"rendezvous": "mesh", "network": "mesh", "slurm": "mesh", "sameness": "mesh"}
 
 # package: where it may be imported (path prefixes). Tests and benchmarks are not the library and are not listed.
 OWNERS = {

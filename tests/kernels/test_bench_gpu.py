@@ -11,9 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from house_files import ROOT
 
-from benchmarks.gpu import bounded, longest
+from benchmarks.gpu import bounded, longest, warm
+from benchmarks.gpu.contestants import fresh_compiler
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.rows import FIRST, ROWS, TINY
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -28,7 +32,8 @@ def check(folder: Path, *rows: str) -> list[dict[str, str]]:
     done = run("--interpret", "--output", str(folder), *(("--rows", *rows) if rows else ()))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "every result within its limit" in done.stdout
-    return list(csv.DictReader((folder / "attention_gpu.csv").open(newline="")))
+    path = folder / "attention_gpu.csv"
+    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
 
 
 def test_a_ring(tmp_path: Path) -> None:
@@ -37,6 +42,58 @@ def test_a_ring(tmp_path: Path) -> None:
     assert measured == {"longctx", "longctx, TMA", "longctx, ring in sequence"}
     assert all(row["note"] for row in table if row["forward_ms"] == "not measured"), "absent ones say why"
     assert {row["chip"] for row in table} == {"triton's interpreter"}
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    """Each figure is in the file as soon as it is measured; --resume measures what is missing, wrong or of another."""
+    path = tmp_path / "attention_gpu.csv"
+    check(tmp_path, "ring4")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:3]) + "\n")  # ours and one more are done
+    done = run("--interpret", "--resume", "--output", str(tmp_path), "--rows", "ring4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = path.read_text().splitlines()
+    measured = [line for line in lines[1:3] if "not measured" not in line]
+    assert measured and again[:3] == lines[:3] and len(again) == len(lines) + (2 - len(measured))
+    results = Results(path, ("forward_ms",), "triton's interpreter", resume=True)
+    assert results.known(lines[1].split(",")[0], "longctx") is not None
+    assert Results(path, ("forward_ms",), "another chip", resume=True).known(lines[1].split(",")[0], "longctx") is None
+
+
+def test_a_figure_is_kept_before_the_next_is_measured(tmp_path: Path) -> None:
+    results = Results(tmp_path / "sub" / "some_gpu.csv", ("ms",), "a chip")
+    for count in (1, 2):
+        results.add("a row", "float32", f"contestant {count}", ("1.0",), "")
+        assert len((tmp_path / "sub" / "some_gpu.csv").read_text().splitlines()) == 1 + count
+
+
+def test_kernels_are_compiled_first() -> None:
+    """Every kind of row and contestant once, the checks of the benchmark itself, in processes of their own."""
+    made = warm.jobs(ROWS, "cuda")
+    assert len(set(made)) == len(made) < 3 * len(ROWS)
+    assert {row.head_dim for row, *_ in made} == {64, 128, 256} and ROWS[: len(FIRST)] == FIRST
+    assert not warm.one((TINY[1], "longctx", "cpu"))
+    assert "needs" in warm.one((TINY[1], "longctx over cuDNN", "cpu"))
+
+
+def test_a_compiled_contestant_is_never_measured_unfused() -> None:
+    """From the ninth shape on torch.compile gives up in silence: forgotten for each row, and an error if it is met."""
+    limit, settings = torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    try:
+        for size in range(2, 2 * limit):
+            fresh_compiler()
+            torch.compile(double, dynamic=False, backend="eager")(torch.zeros(size))
+        compiled = torch.compile(double, dynamic=False, backend="eager")
+        with pytest.raises(Exception, match="(?i)recompil"):
+            for size in range(2, 2 * limit + 2):
+                compiled(torch.zeros(size))
+    finally:
+        torch._dynamo.config.fail_on_recompile_limit_hit = settings
+        torch._dynamo.reset()
 
 
 def test_decoding(tmp_path: Path) -> None:

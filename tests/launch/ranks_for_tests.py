@@ -23,6 +23,11 @@ def behave(what: str, rank: int, argument: str) -> int:
         text = "\0".join(f"{name}={value}" for name, value in os.environ.items())
         Path(argument, f"environment-{rank}").write_text(text)
         return 0
+    if what == "console":
+        if rank == 0:
+            target = os.readlink(f"/proc/self/fd/{os.environ['LONGCTX_CONSOLE']}")
+            Path(argument, "console").write_text(target)
+        return 0
     if what == "meet":  # really join the others
         import torch
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from tiny_run import losses, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +112,35 @@ def test_stop_on_request_then_resume(tmp_path: Path) -> None:
     code, output = finish(process)
     assert code == 1 and "was killed by SIGKILL" in output and f"resumed at step {step}" in output
     assert not ranks_of(config)
+
+
+def test_a_frozen_rank_is_named_and_the_job_ends(tmp_path: Path) -> None:
+    config = write(tmp_path)
+    more = ["train.steps=100000", "checkpoint.every=0", "train.eval_every=0", "launch.frozen_seconds=6"]
+    process = start("longctx", config, more)
+    wait_for_steps(config, 2)
+    stopped = time.monotonic()
+    victim = max(pid for pid in ranks_of(config) if pid != process.pid)
+    os.kill(victim, signal.SIGSTOP)
+    code, output = finish(process)
+    assert code == 1 and "made no sign of life for" in output and "Traceback" not in output, output
+    assert time.monotonic() - stopped < 120 and not ranks_of(config)
+
+
+@pytest.mark.slow
+def test_a_rank_with_another_setting_under_torchrun_is_named(tmp_path: Path) -> None:
+    """Each rank reads the YAML by itself there; here the second one finds another learning rate in it."""
+    config = write(tmp_path)
+    script = tmp_path / "differing.py"
+    script.write_text(
+        "import os, sys\nfrom longctx.launch.rank import end, main\n"
+        "more = ['train.lr=0.5'] if os.environ['RANK'] == '1' else []\n"
+        f"if __name__ == '__main__':\n    end(main(['--config', {str(config)!r}, *more]))\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(launcher, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode != 0 and "train.lr: 0.01 on rank 0, 0.5 on rank 1" in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_mistakes_are_one_error_each(tmp_path: Path) -> None:

@@ -23,8 +23,33 @@ from longctx.network import address_towards, interface_with, sockets
 def test_hosts_as_people_write_them() -> None:
     assert parse_host("node-1.cluster.local") == Host("node-1.cluster.local", None)
     assert parse_host("10.0.0.7:8") == Host("10.0.0.7", 8)
+    assert parse_host("gpu_node_1_:2") == Host("gpu_node_1_", 2)
+    assert parse_host("me@node1:2") == Host("me@node1", 2)
     text = "# the good ones\nnode1 slots=4\n\nnode2   slots=2  # half\nnode3\n"
     assert parse_hostfile(text) == (Host("node1", 4), Host("node2", 2), Host("node3", None))
+    assert parse_hostfile("\ufeff" + text.replace("\n", "\r\n")) == parse_hostfile(text)  # from Windows
+
+
+def test_a_user_is_for_ssh_alone() -> None:
+    hosts = "hosts: ['me@a_1:2', 'you@127.0.0.1:2']"
+    described = config(f"{{launcher: deepspeed, {hosts}}}", "mesh.world=4")
+    job = plan(described, derive(described, 4))
+    assert [command.argv[command.argv.index("--") + 1] for command in job.commands] == ["me@a_1", "you@127.0.0.1"]
+    assert all("--master_addr=a_1 " in command.argv[-1] for command in job.commands)
+    with pytest.raises(LaunchError, match="twice"):
+        once_each([Host("me@a"), Host("a")])
+    for launcher in ("openmpi", "mpich", "slurm"):
+        with pytest.raises(ConfigError, match=r"me@a_1 names a user.*write a_1, and launch.ssh_options: \[User=me\]"):
+            config(f"{{launcher: {launcher}, {hosts}}}", "mesh.world=4")
+
+
+def test_a_user_in_a_hostfile_is_for_ssh_alone(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_bytes("\ufeffme@a slots=2\n".encode())
+    described = config(f"{{launcher: deepspeed, hostfile: {path}}}")
+    assert hosts_of(described.launch) == (Host("me@a", 2),)
+    with pytest.raises(LaunchError, match="me@a names a user"):
+        hosts_of(described.launch.model_copy(update={"launcher": "openmpi"}))
 
 
 @given(st.text(max_size=40) | st.from_regex(r"[A-Za-z0-9.;$`|&<>( -]{1,20}", fullmatch=True))
@@ -34,12 +59,15 @@ def test_hosts_as_people_write_them() -> None:
 @example("a\nb")
 @example("a:0")
 @example("root@h")
+@example("-oProxyCommand=x@h")
+@example("a@b@c")
 def test_a_host_is_a_word_or_refused(text: str) -> None:
     try:
         host = parse_host(text)
     except LaunchError:
         return
-    assert re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", host.name, re.ASCII)
+    word = r"([A-Za-z0-9_][A-Za-z0-9._-]*@)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_])?"
+    assert re.fullmatch(word, host.name, re.ASCII)
     assert text in (host.name, f"{host.name}:{host.slots}")
 
 

@@ -10,11 +10,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_run import write
 
-from longctx.errors import LaunchError
+from longctx.config.load import load
+from longctx.errors import CheckpointError, LaunchError
 from longctx.launch import hardware, local
+from longctx.launch import rank as entry
+from longctx.train import folder
+from longctx.train.lock import FolderLock
 
 SCRIPT = Path(__file__).with_name("ranks_for_tests.py")
 JOB = (
@@ -103,6 +109,50 @@ def test_sigterm_reaches_the_ranks_and_their_answer_is_the_jobs(tmp_path: Path, 
     assert all(gone(pid) for pid in pids(tmp_path))
 
 
+STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGHUP: 143}
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_before_ranks_can_answer_is_one_sentence(tmp_path: Path, job: object, number: signal.Signals) -> None:
+    """As while a rank imports torch: it has neither a handler nor a report yet."""
+    process = job("idle")  # type: ignore[operator]
+    process.send_signal(number)
+    assert process.wait(20) == STOPS[number]
+    said = process.stderr.read()
+    assert said == f"longctx: stopped by {number.name} before the first step; nothing was lost, start again to train\n"
+
+
+def test_a_signal_that_comes_before_the_ranks_are_started_reaches_them(tmp_path: Path) -> None:
+    early = (
+        "import sys, pathlib, os, signal; from longctx.launch import local\n"
+        "begin = local._Job.start\n"
+        "def start(self, *rest):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    begin(self, *rest)\n"
+        "local._Job.start = start\n"
+        "sys.exit(local.run([sys.executable, *sys.argv[2:]], world=2, logs=pathlib.Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", early, str(tmp_path / "logs"), str(SCRIPT), "idle", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 143 and "stopped by SIGTERM before the first step" in done.stderr
+
+
+def test_the_end_of_a_log_is_that_of_this_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    for rank in range(2):
+        (tmp_path / "logs" / f"rank-{rank:05d}.log").write_text("an error of yesterday\n")
+    assert run("segfault", tmp_path) == 1
+    assert "yesterday" not in capsys.readouterr().err
+    assert "yesterday" in (tmp_path / "logs" / "rank-00001.log").read_text()
+
+
+def test_a_closed_standard_output_is_no_other_file(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", JOB, str(tmp_path / "logs"), str(SCRIPT), "console", str(tmp_path)]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "console").read_text() == os.devnull
+
+
 def test_sigusr2_shows_where_every_rank_is_and_ends_nothing(tmp_path: Path, job: object) -> None:
     process = job("stop")  # type: ignore[operator]
     process.send_signal(signal.SIGUSR2)
@@ -151,6 +201,53 @@ def test_a_port_in_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MASTER_PORT", "99999999")
     with pytest.raises(LaunchError, match="cannot be used"):
         run("note", tmp_path)
+
+
+def test_a_machine_without_loopback_is_named_before_ranks_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*address: object, **options: object) -> None:
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    with pytest.raises(LaunchError, match="Network is unreachable.*ip link set lo up"):
+        run("note", tmp_path)
+    assert not list((tmp_path / "logs").iterdir())
+
+
+def test_ranks_get_the_configuration_as_it_was_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path)
+    config = load(path, ["train.lr=0.5"])
+    path.write_text("changed meanwhile")
+    seen = []
+
+    def watched(command: list[str], **options: Any) -> int:
+        for name, value in options["environment"].items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("LONGCTX_PARENT", "1")
+        seen.append(entry._load(path, []))
+        return 0
+
+    monkeypatch.setattr(local, "run", watched)
+    monkeypatch.setattr(local, "prepare", lambda: None)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert local.train(config, path, ["train.lr=0.5"], world=2) == 0
+    assert seen == [(config, None)]
+    monkeypatch.delenv("LONGCTX_PARENT")  # torchrun, say: every rank reads the YAML
+    assert entry._load(path, [])[0] is None
+
+
+def test_a_folder_in_use_or_without_its_checkpoints_is_refused_before_ranks_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "run", lambda *_, **__: pytest.fail("ranks were started"))
+    monkeypatch.setattr(local, "prepare", lambda: None)
+    path = write(tmp_path)
+    with FolderLock(tmp_path / "run"), pytest.raises(CheckpointError, match=f"in use by another run .*{os.getpid()}"):
+        local.train(load(path), path, [], world=2)
+    folder.note_saved(tmp_path / "run", 7)
+    with pytest.raises(CheckpointError, match="saved step 7, but .* holds no checkpoint"):
+        local.train(load(path), path, [], world=2)
 
 
 def test_a_log_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from longctx.engine import extension
 from longctx.errors import LaunchError, MissingPackageError
 from longctx.launch import hardware, prepare
 
@@ -21,10 +23,17 @@ def extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_lock_nobody_holds_is_named_with_its_remedy(extensions: Path) -> None:
-    (extensions / "lock").touch()
-    with pytest.raises(LaunchError, match=f"rm {extensions / 'lock'}"):
-        prepare.prepare()
+def test_a_lock_nobody_holds_is_removed(extensions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (extensions / f"{prepare.EXTENSION}.so").touch()
+    other = extensions.parent / "cpu_adam" / "lock"  # another extension's: a start would wait for it as well
+    other.parent.mkdir()
+    for lock in (extensions / "lock", other):
+        lock.touch()
+    with pytest.raises(LaunchError, match="rm "):
+        prepare.ready()  # only looks
+    prepare.prepare()
+    assert not (extensions / "lock").exists() and not other.exists()
+    assert capsys.readouterr().err.count("left by a compilation that was killed") == 2
 
 
 def test_a_lock_that_a_build_holds_is_left_alone(extensions: Path) -> None:
@@ -50,7 +59,7 @@ def test_no_compiler(extensions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_headers(extensions: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(prepare.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(extension.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(MissingPackageError, match=r"headers are missing.*python3\.\d+-dev"):
         prepare.prepare()
 
@@ -82,3 +91,19 @@ def test_hardware_is_asked_without_torch(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert hardware.gpus() == count
     assert hardware.threads_per_rank(10**6) == 1
+
+
+def test_a_long_build_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(prepare, "_SAY_EVERY", 0.05)
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(0.5); print('done')"], stdout=subprocess.PIPE, text=True
+    )
+    assert prepare._wait(child) == "done\n"
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"longctx: compiling DeepSpeed's {prepare.EXTENSION}, once for this machine")
+    assert len(said) >= 3 and all("still compiling" in line for line in said[1:])
+    monkeypatch.setattr(prepare, "BUILD_SECONDS", 0.2)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"], stdout=subprocess.PIPE) as child:
+        with pytest.raises(subprocess.TimeoutExpired):
+            prepare._wait(child)
+        child.kill()

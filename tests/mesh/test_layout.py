@@ -83,3 +83,10 @@ def test_bad_requests_name_what_to_change() -> None:
         shard(torch.ones(2, 4), mesh, dim=2)
     with pytest.raises(LayoutError, match="pass the length given to shard"):
         unshard(torch.ones(2, 4), mesh, length=9)
+
+
+def test_padding_of_labels_is_ignored_by_default() -> None:
+    mesh = Mesh(ring=2, world_size=2, rank=0)  # of a zigzag, rank 0 holds the end
+    labels, ids = torch.tensor([[4, -100, 6, 7, 8]]), torch.tensor([[4, 5, 6, 7, 8]])
+    assert shard(labels, mesh)[0, -1] == -100 and shard(ids, mesh)[0, -1] == 0
+    assert shard(labels, mesh, pad_value=3)[0, -1] == 3 and shard(labels.float(), mesh)[0, -1] == 0

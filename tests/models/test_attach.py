@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def test_every_module_knows_its_mesh_and_the_config_is_set() -> None:
     mesh = one()
     model = tiny_model(tiny_config("gemma3"), "eager")
     attach_attention(model, mesh, "striped")
-    assert model.config._attn_implementation == "longctx" and model.config.use_cache is False
+    assert model.config._attn_implementation == "longctx" and model.config.use_cache is True
     bindings = {id(binding_of(module)) for module in model.modules()}
     assert len(bindings) == 1
     binding = binding_of(model)
@@ -41,9 +42,9 @@ def test_attaching_again_replaces_the_hooks() -> None:
     for _ in range(3):
         attach_attention(model, one())
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    assert hooks == 4  # two on the model, two on its rotary module
+    assert hooks == 6  # two on the model, two on its rotary module, two that keep no cache
     model(torch.arange(8)[None])
-    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 4
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 6
 
 
 def test_nested_text_configs_are_set() -> None:
@@ -56,7 +57,22 @@ def test_nested_text_configs_are_set() -> None:
     model = Gemma3ForConditionalGeneration(config)
     attach_attention(model, one())
     assert model.config.text_config._attn_implementation == "longctx"
-    assert model.config.text_config.use_cache is False
+    assert model.config.text_config.use_cache is True
+
+
+def test_no_forward_keeps_a_cache_and_no_export_is_without_one(tmp_path: Path) -> None:
+    """Training needs no cache; generate() of the saved model does."""
+    from transformers import AutoModelForCausalLM
+
+    for name in ("llama", "gpt2"):
+        model = tiny_model(tiny_config(name), "longctx").eval()
+        attach_attention(model, one())
+        assert model(torch.arange(8)[None]).past_key_values is None
+        assert model(torch.arange(8)[None], use_cache=None).past_key_values is None
+        assert model(torch.arange(8)[None], use_cache=True).past_key_values is not None
+        model.save_pretrained(tmp_path / name)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert again.config.use_cache is True and again.generation_config.use_cache is not False
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

@@ -152,8 +152,9 @@ def test_keys_behind_a_window_are_dropped() -> None:
 def test_what_cannot_be_is_refused() -> None:
     mesh = longctx.Mesh(ring=1)
     model = tiny_model(tiny_config("llama"), "longctx")
-    with pytest.raises(ModelError, match="S >= 2"):
-        generate(model, torch.ones(1, 1, dtype=torch.int64), mesh=mesh)
+    with pytest.raises(ModelError, match="S >= 1"):
+        generate(model, torch.ones(1, 0, dtype=torch.int64), mesh=mesh)
+    assert generate(model, torch.ones(1, 1, dtype=torch.int64), mesh=mesh, max_new_tokens=2).shape == (1, 3)
     with pytest.raises(ModelError, match="padding on the left"):
         generate(model, torch.ones(1, 3, dtype=torch.int64), mesh=mesh, attention_mask=torch.tensor([[1, 1, 0]]))
     with pytest.raises(ModelError, match="cache_implementation"):

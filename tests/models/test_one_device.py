@@ -27,6 +27,9 @@ def batches() -> dict[str, tuple[dict[str, Any], dict[str, Any], torch.Tensor]]:
     ones = torch.ones(2, LENGTH, dtype=torch.int64)
     left, right = ones.clone(), ones.clone()
     left[0, :7], right[1, -5:] = 0, 0
+    hole = ones.clone()
+    hole[0, 9:14], hole[1, 20], hole[1, :2] = 0, 0, 0
+    skipping = {"attention_mask": hole, "position_ids": (hole.cumsum(-1) - 1).masked_fill(hole == 0, 1)}
     packed = torch.cat([torch.arange(17), torch.arange(LENGTH - 17)])[None].expand(2, -1)
     shifted = {"attention_mask": left, "position_ids": (left.cumsum(-1) - 1).clamp(min=0)}
     isolated = {"position_ids": packed, "use_cache": False}  # the only way in which eager isolates documents
@@ -34,6 +37,8 @@ def batches() -> dict[str, tuple[dict[str, Any], dict[str, Any], torch.Tensor]]:
         "plain": ({}, None, ones),
         "left-padded": ({"attention_mask": left}, None, left),
         "left-padded with positions": (shifted, None, left),
+        "hole": ({"attention_mask": hole}, None, hole),
+        "hole that positions skip": (skipping, None, hole),
         "right-padded": ({"attention_mask": right}, None, right),
         "packed": ({"position_ids": packed}, isolated, ones),
         "packed + all-ones mask": ({"position_ids": packed, "attention_mask": ones}, isolated, ones),
@@ -100,6 +105,18 @@ def test_bert_equals_eager_with_padding_and_isolates_given_documents() -> None:
         both = model(tokens, document_ids=ids).logits[:, :8]
         alone = eager(tokens[:, :8]).logits
     assert float((both - alone).abs().max()) <= tolerance("model")
+
+
+def test_an_id_that_comes_back_is_another_document() -> None:
+    _, model = pair("llama")
+    tokens = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(8), torch.arange(6), torch.arange(6)])[None]
+    with torch.no_grad():
+        again, other = (
+            model(tokens, position_ids=positions, document_ids=torch.tensor([[4] * 8 + [1] * 6 + [last] * 6])).logits
+            for last in (4, 7)
+        )
+    assert torch.equal(again, other)
 
 
 def test_document_ids_win_over_positions() -> None:

@@ -12,7 +12,8 @@ import torch
 from models.zoo import tiny_config, tiny_model
 
 from longctx.errors import ModelError
-from longctx.models.pretrained import load_pretrained, make_model, read_config, weight_files
+from longctx.models.headers import weight_files
+from longctx.models.pretrained import load_pretrained, make_model, read_config
 from longctx.models.scratch import make_config
 
 
@@ -124,3 +125,22 @@ def test_config_from_sizes_names_what_is_wrong() -> None:
     model = make_model(make_config("llama", hidden_size=48, layers=1, heads=4, vocab_size=50), dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and model.config.intermediate_size == 128
     assert model.config._attn_implementation == "longctx"
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": None, "rope_theta": 5e5},
+        {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    ],
+)
+def test_changed_keys_reach_the_model_and_what_it_saves(folder: Path, tmp_path: Path, base: dict[str, Any]) -> None:
+    edit(folder, **base)
+    scaled = {"rope_type": "linear", "factor": 2.0}
+    config = read_config(folder, {"max_position_embeddings": 9999, "rope_parameters": scaled})
+    assert config.rope_parameters == {**scaled, "rope_theta": 5e5} and config.max_position_embeddings == 9999
+    model = load_pretrained(folder, config=config)
+    model.save_pretrained(tmp_path / "again")
+    assert read_config(tmp_path / "again").max_position_embeddings == 9999
+    assert read_config(tmp_path / "again").rope_parameters == {**scaled, "rope_theta": 5e5}

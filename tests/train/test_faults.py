@@ -121,8 +121,8 @@ class Payload:
 CONTRADICTIONS = {
     "zero.stage=1": "zero.stage 3, this run has 1",
     "data.seed=5": "data.seed 0, this run has 5",
-    "model.layers=3": "hash of its model",
-    "data.sequence_length=64": "hash of its data",
+    "model.layers=3": "model.layers 2, this run has 3",
+    "data.sequence_length=64": "data.sequence_length 96, this run has 64",
     "checkpoint.resume=never": "checkpoint.resume is never",
 }
 

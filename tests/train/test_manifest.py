@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -129,3 +131,40 @@ def test_any_other_content_is_a_named_error(tmp_path_factory: pytest.TempPathFac
     (folder / manifest.NAME).write_bytes(data)
     with pytest.raises(CheckpointError):
         manifest.read_manifest(folder)
+
+
+def with_value(folder: Path, path: tuple[str | int, ...], value: object) -> None:
+    """Write a manifest whose own hash is right and in which one value is another."""
+    body: Any = {"format": manifest.FORMAT, "schema": manifest.SCHEMA, **dataclasses.asdict(FACTS)}
+    body["files"] = [{"path": "a.pt", "bytes": 1, "sha256": "0" * 64, "rank": 0}]
+    inner = body
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    text = json.dumps(body, sort_keys=True, indent=1)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (folder / manifest.NAME).write_text(f'{{"manifest": {text},\n"sha256": "{digest}"}}\n')
+
+
+PLACES = (
+    *((name,) for name in ("step", "samples", "seed", "tokens", "world", "layout", "zero_stage", "config_sha256")),
+    *((name,) for name in ("git_commit", "versions", "run", "files")),
+    *(("files", 0, name) for name in ("path", "bytes", "sha256", "rank")),
+    *(("files", 0), ("world", "size"), ("versions", "torch"), ("run", "settings")),
+)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_value_of_a_wrong_type_is_a_named_error(tmp_path: Path, place: tuple[str | int, ...]) -> None:
+    with_value(tmp_path, ("run", "more"), [1, None])  # what is not known yet may be anything
+    manifest.read_manifest(tmp_path)
+    for value in ([1], {"a": [2]}, 1.5, True, -1, "x", None):
+        right_type = {
+            "layout": str, "config_sha256": str, "git_commit": str | None, "path": str, "sha256": str, "torch": str,
+            "run": dict, "settings": dict,
+        }.get(str(place[-1]))  # fmt: skip
+        if value == -1 and place[-1] in ("seed", "zero_stage") or (right_type and isinstance(value, right_type)):
+            continue
+        with_value(tmp_path, place, value)
+        with pytest.raises(CheckpointError, match=manifest.NAME):
+            manifest.read_manifest(tmp_path)

@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 from tiny_run import config, losses, weights, write
 
-from longctx.errors import CheckpointError
-from longctx.train.checkpoint import Checkpoints
-from longctx.train.manifest import Manifest
 from longctx.train.run import run
 
 from distributed import run_ranks
@@ -74,16 +71,3 @@ def test_copies_of_the_weights_come_and_go_with_the_ranks(tmp_path: Path) -> Non
     on(2, tmp_path, "parts", *same, "mesh.data=1", "train.steps=4", "checkpoint.resume=must")
     on(4, tmp_path, "parts", *four, "train.steps=6", "checkpoint.resume=must")
     require_equal(tmp_path, "fp32")
-
-
-def test_what_cannot_be_divided_anew_is_refused_by_name(tmp_path: Path) -> None:
-    def manifest(ranks: int, optimizer: str) -> Manifest:
-        facts = {"optimizer": optimizer, "global_batch": 4}
-        return Manifest(2, 8, 0, 9, {"size": ranks, "ring": 1}, "zigzag", 3, "", None, {}, facts)
-
-    said: list[str] = []
-    Checkpoints(tmp_path, 1, manifest(2, "adamw"), said.append)._require_same_run("step-2", manifest(4, "adamw"))
-    assert not said
-    sgd = Checkpoints(tmp_path, 1, manifest(2, "sgd"), said.append)
-    with pytest.raises(CheckpointError, match="was saved by 4 ranks, this run has 2, and only the state of adamw"):
-        sgd._require_same_run("step-2", manifest(4, "sgd"))

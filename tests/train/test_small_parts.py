@@ -88,6 +88,19 @@ def test_metrics_drop_what_will_be_done_again(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_damaged_metrics_are_kept_aside_and_do_not_stop_a_run(tmp_path: Path) -> None:
+    lines = [b'{"step": 1, "loss": 1.0}', b"\xff\xfe", b"[1]", b'{"step": "x"}', b'{"step": 2, "loss": 2.0}', b'{"st']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    said: list[str] = []
+    Metrics(tmp_path, resume_step=1, say=said.append).close()
+    assert [record["step"] for record in read(tmp_path)] == [1]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"\n".join(lines)
+    assert "metrics.jsonl: 3 damaged lines" in said[0] and "1 steps after step 1 are dropped" in said[1]
+    said.clear()
+    Metrics(tmp_path, resume_step=1, say=said.append).close()
+    assert not said
+
+
 def test_plot_is_a_png_without_a_display(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no step"):
         plot_loss(tmp_path)

@@ -9,7 +9,8 @@ needs. What it gets wrong for our purpose is mended here and nowhere else:
 - a last dimension that is not dense is read wrongly without a word, an empty tensor divides by zero;
 - its backward knows no gradient of the lse: dS = P * (dO V^T - delta + dlse), so dlse is one more column of dO
   against a column of ones in V;
-- is_causal is aligned top-left, which is what a TRIANGLE tile means.
+- is_causal is aligned top-left, which is what a TRIANGLE tile means;
+- is_causal hides with -inf before the scale is applied, so a scale of 0 or below makes NaN: its sign goes into q.
 
 Heads are done a few at a time, so that the operator's full-size results for a tile never add a whole tensor to the
 peak.
@@ -65,6 +66,8 @@ class AtenBackend:
         first: bool,
     ) -> None:
         width, written = max(q.shape[-1], v.shape[-1]), Written(q.shape[0], q.shape[2], (out, 0.0), (lse, -torch.inf))
+        scale, sign = _positive(scores.scale)
+        q = q if sign == 1 else q * sign
         if not first:
             written.all()
         for batch, tile, bias, blind in _calls(mask, q):
@@ -77,7 +80,7 @@ class AtenBackend:
                     _pad(_shared(v[batch, heads.k, cols], heads), width),
                     is_causal=tile.kind == Kind.TRIANGLE,
                     attn_mask=None if bias is None else bias.to(q.dtype),
-                    scale=scores.scale,
+                    scale=scale,
                 )
                 if blind is not None:
                     block_lse = block_lse.masked_fill(blind, -torch.inf)
@@ -114,6 +117,8 @@ class AtenBackend:
         if not first:
             queries.all()
         width = max(d_k, d_v if dlse is None else d_v + 1)
+        scale, sign = _positive(scores.scale)
+        q = q if sign == 1 else q * sign
         for batch, tile, bias, _ in _calls(mask, q):
             rows, cols = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
             fine = min(tile.q1 - tile.q0, tile.k1 - tile.k0) <= FINE or dlse is not None
@@ -137,15 +142,22 @@ class AtenBackend:
                     0.0,
                     tile.kind == Kind.TRIANGLE,
                     attn_mask=None if bias is None else bias.to(dtype),
-                    scale=scores.scale,
+                    scale=scale,
                 )
                 new_head = new_k and heads.first
-                _put(dq[at], block_dq[..., :d_k], new_q)
+                _put(dq[at], block_dq[..., :d_k] if sign == 1 else block_dq[..., :d_k] * sign, new_q)
                 _put(dk[keys], _summed(block_dk[..., :d_k], heads, dk.dtype), new_head)
                 _put(dv[keys], _summed(block_dv[..., :d_v], heads, dv.dtype), new_head)
                 del block_dq, block_dk, block_dv, values, dout  # before the next call allocates its own
         queries.finish()
         keys_written.finish()
+
+
+def _positive(scale: float) -> tuple[float, float]:
+    """(a scale above 0, the factor of q): their product is `scale`."""
+    if scale > 0:
+        return scale, 1.0
+    return (-scale, -1.0) if scale < 0 else (1.0, 0.0)
 
 
 def _calls(mask: BlockMask, q: torch.Tensor) -> Iterator[tuple[slice, Tile, torch.Tensor | None, torch.Tensor | None]]:

@@ -97,6 +97,8 @@ def problem(name: str, q: torch.Tensor, v: torch.Tensor, scores: Scores, plain: 
     width = max(q.shape[-1], v.shape[-1])
     if not plain:
         return "it knows no window, no documents and no padding"
+    if scores.scale <= 0:
+        return f"it takes a scale above 0, not {scores.scale}"
     if scores.extras:
         return f"it cannot do {' and '.join(scores.extras)}"
     if q.dtype not in (torch.bfloat16, torch.float16):

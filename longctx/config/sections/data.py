@@ -13,23 +13,40 @@ class Data(Section):
     """Text sources, the tokenizer, and how documents are packed into rows."""
 
     sources: Annotated[Texts, Field(min_length=1)] = environment_field(
-        description="text or .jsonl files, folders of them, hf:NAME[[:CONFIG]:SPLIT], python-stdlib (this Python's own "
-        "source code), or one folder that `longctx data build` made",
+        description="files of text, JSON lines, JSON, CSV or parquet (recognised by content; also gzip, bzip2, xz), "
+        "folders of them, hf:NAME[[:CONFIG]:SPLIT], python-stdlib (this Python's own source code), or one folder that "
+        "`longctx data build` made",
     )
     text_field: str = Field(
-        "text", min_length=1, description="the key that holds the text in a JSONL line or a dataset row"
+        "text", min_length=1, description="the key or column that holds the text in JSON, tables and datasets"
+    )
+    format: Literal["auto", "text"] = Field(
+        "auto",
+        description="auto: JSON and tables are recognised by content; text: each file is one document as it is "
+        "(source code, say)",
+    )
+    exclude: Texts = Field(
+        (), description="patterns such as '*.bin' or 'old/*' of files in folders that are left out (and listed)"
     )
     tokenizer: str = environment_field(
-        "bpe",
+        "auto",
         min_length=1,
-        description="bpe: train a byte-level BPE of `vocab_size`; bytes: a token a byte; else a tokenizer.json or its "
-        "folder",
+        description="auto: that of `model.pretrained`, else bpe; bpe: train a byte-level BPE of `vocab_size`; bytes: "
+        "one token per byte; else a tokenizer.json or its folder",
+    )
+    foreign_tokenizer: bool = Field(
+        False,
+        description="allow a tokenizer whose ids are not those that `model.pretrained` was trained with",
     )
     vocab_size: HumanInt = Field(
         8192, ge=257, le=2**20, description="size of the BPE to train (only for `tokenizer: bpe`)"
     )
     sample_bytes: HumanInt = Field(
         10_000_000, ge=1000, le=2**40, description="how much text the BPE learns from (only for `tokenizer: bpe`)"
+    )
+    special_tokens: Literal["spell", "parse"] = Field(
+        "spell",
+        description="what a string like <|eot|> in a document is; spell: text like any other; parse: its special token",
     )
     sequence_length: HumanInt = Field(ge=2, le=2**32, description="tokens of one row, before it is split over the ring")
     packing: Literal["concat", "best_fit"] = Field(

@@ -65,6 +65,12 @@ class Launch(Section):
     silence_seconds: HumanInt = Field(
         30, ge=2, le=3600, description="a host that is silent for so long counts as dead, and the job ends"
     )
+    frozen_seconds: HumanInt = Field(
+        120,
+        ge=0,
+        le=86_400,
+        description="a rank whose process makes no sign of life for so long is named and the job ends; 0: never",
+    )
     restarts: HumanInt = Field(
         0, ge=0, le=1000, description="after a failure, how many times to start again from the newest valid checkpoint"
     )

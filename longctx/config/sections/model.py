@@ -46,13 +46,14 @@ class Model(Section):
         ge=2,
         le=2**32,
         description="longest sequence the model is declared for (learned positions, RoPE scaling); default: "
-        "data.sequence_length",
+        "data.sequence_length; with `pretrained`: the folder's own, which this key raises where positions are not "
+        "learned",
     )
     tie_embeddings: bool = Field(False, description="share the embedding with the output layer")
     extra: Raw = Field(
         default_factory=dict,
         description="further keywords for the transformers config, e.g. rope_parameters; they win over nothing that is "
-        "named above",
+        "named above; with `pretrained` only rope_parameters",
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",

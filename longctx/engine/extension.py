@@ -1,0 +1,210 @@
+"""DeepSpeed's CPU communication extension, loaded one rank at a time, and the locks that killed compilations leave.
+
+torch's lock is a file without an owner: a build that was killed leaves it, and every later start then waits for ever
+without a word. Here a lock is looked into before anybody waits for it. If nobody can hold it any more it is removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+from longctx.errors import LaunchError, MissingPackageError
+
+EXTENSION = "deepspeed_shm_comm"
+BUILD_SECONDS = 900  # some 100 s of one quiet core; ranks have not started yet
+# File systems of one machine: whoever made a file there is a process of this machine.
+_LOCAL = frozenset("bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split())
+_loaded = False
+
+
+def load_extension() -> None:
+    """Load the extension into this process, so that DeepSpeed need not; compile it first if it is not there.
+
+    Once in a process; whoever starts DeepSpeed on a CPU calls it first.
+
+    Raises:
+        MissingPackageError, LaunchError: as ``prepare``; or another build took too long.
+    """
+    global _loaded
+    if _loaded:
+        return
+    require_ninja()
+    require_writable(root())
+    with (root() / ".longctx.lock").open("a") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        deadline = time.monotonic() + BUILD_SECONDS
+        while found := locks(EXTENSION):  # not one of ours: those wait for the lock above
+            clear_stale(found[0])
+            if time.monotonic() > deadline:
+                raise LaunchError(f"another process has been compiling under {found[0]} for {BUILD_SECONDS} s")
+            time.sleep(0.2)
+        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+        try:
+            ShareMemCommBuilder().load(verbose=False)
+        except (RuntimeError, OSError) as error:
+            require_toolchain()
+            raise LaunchError(f"DeepSpeed's {EXTENSION} does not compile or load here: {error}") from None
+    _loaded = True
+
+
+def build_folders() -> list[Path]:
+    """Return the folders in which torch keeps what this Python compiled, one folder an extension."""
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return [root()]
+    version = f"py{sys.version_info[0]}{sys.version_info[1]}"
+    return sorted(folder for folder in root().glob(f"{version}*_*") if folder.is_dir())
+
+
+def locks(extension: str) -> list[Path]:
+    """Return the lock files of builds of an extension; ``*`` for all."""
+    return sorted(lock for folder in build_folders() for lock in folder.glob(f"{extension}/lock"))
+
+
+def root() -> Path:
+    """Return the folder below which torch keeps compiled extensions."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or f"{cache}/torch_extensions")
+
+
+def require_live(lock: Path) -> None:
+    """Raise LaunchError if no process on this machine holds the lock file of a build open. Nothing is changed."""
+    if not _is_live(lock):
+        raise LaunchError(
+            f"{lock} was left by a compilation that was killed; every start of DeepSpeed would wait for it for ever. "
+            f"If no other machine is compiling there, delete it: rm {lock}"
+        )
+
+
+def clear_stale(lock: Path) -> None:
+    """Remove the lock file of a build if it is proven that nobody holds it; leave it to a build that is under way.
+
+    Proven means: it is ours, it lies on a file system of this machine, so that its holder would be a process of ours
+    here, and no process has it open or works in its folder.
+
+    Raises:
+        LaunchError: nobody here holds it, but a process of another machine or user might.
+    """
+    seen = _identity(lock)
+    if seen is None or _is_live(lock):
+        return
+    if not _only_ours(lock):
+        require_live(lock)
+        return
+    aside = lock.with_name(f".{lock.name}.{secrets.token_hex(4)}")
+    try:
+        lock.rename(aside)
+        if _identity(aside) != seen:  # a build has begun meanwhile, and this is its lock: give it back
+            aside.rename(lock)
+            return
+        aside.unlink()
+    except OSError:
+        return  # somebody else has removed it
+    print(f"longctx: removed {lock}, left by a compilation that was killed", file=sys.stderr, flush=True)
+
+
+def _is_live(lock: Path) -> bool:
+    for _ in range(2):  # twice: torch closes a lock shortly before it deletes it
+        if not lock.exists() or _held(lock):
+            return True
+        time.sleep(0.3)
+    return False
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def _held(lock: Path) -> bool:
+    """Say whether a process here has the file open, as torch has while it compiles, or works in its folder (ninja)."""
+    try:
+        wanted, folder = lock.stat(), lock.parent.stat()
+    except OSError:
+        return True  # deleted a moment ago
+    for pattern, target in (("[0-9]*/fd/*", wanted), ("[0-9]*/cwd", folder)):
+        for link in Path("/proc").glob(pattern):
+            try:
+                found = link.stat()
+            except OSError:
+                continue
+            if (found.st_dev, found.st_ino) == (target.st_dev, target.st_ino):
+                return True
+    return False
+
+
+def _only_ours(lock: Path) -> bool:
+    """Whether only a process of this user on this machine can have made the file."""
+    try:
+        mine = lock.stat().st_uid == os.geteuid()
+    except OSError:
+        return False
+    return mine and sys.platform.startswith("linux") and _file_system(lock) in _LOCAL
+
+
+def _file_system(path: Path) -> str:
+    """Return the kind of file system that ``path`` lies on; empty if it is not known."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    for line in lines:  # number parent major:minor root mount-point options … - type source options
+        before, _, after = line.partition(" - ")
+        if before.split()[2] == wanted:
+            return after.split()[0]
+    return ""
+
+
+def require_ninja() -> None:
+    """Put this environment's ninja first on PATH, or raise MissingPackageError if there is none at all.
+
+    Always the same one: two versions of ninja do not read each other's logs, so that starts from an activated and from
+    another shell would compile everything again each time.
+    """
+    beside = str(Path(sys.executable).parent)
+    given = os.environ.get("PATH", "")
+    if shutil.which("ninja", path=beside) and given.split(os.pathsep)[0] != beside:
+        os.environ["PATH"] = f"{beside}{os.pathsep}{given}"
+    if shutil.which("ninja") is None:
+        raise MissingPackageError("ninja is not on PATH, and DeepSpeed compiles with it: pip install ninja")
+
+
+def require_toolchain() -> None:
+    """Raise MissingPackageError unless a C++ compiler and Python's headers are there."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise MissingPackageError(
+            f"no C++ compiler ({compiler!r} is not on PATH): DeepSpeed compiles a small extension on its first CPU "
+            "start; install one (Debian, Ubuntu: apt install g++) or set CXX"
+        )
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.is_file():
+        raise MissingPackageError(
+            f"Python's headers are missing ({header}): DeepSpeed compiles a small extension on its first CPU start; "
+            f"install them (Debian, Ubuntu: apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev)"
+        )
+
+
+def require_writable(folder: Path) -> None:
+    """Raise LaunchError unless compiled extensions can be put into ``folder``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError
+    except OSError:
+        raise LaunchError(
+            f"{folder} cannot be written, and torch puts compiled extensions there; set TORCH_EXTENSIONS_DIR to a "
+            "folder that can"
+        ) from None
