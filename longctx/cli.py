@@ -5,7 +5,6 @@ Nothing heavy is imported up here, so that whatever only reads a configuration a
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shlex
@@ -17,8 +16,11 @@ import typer
 
 from longctx.errors import ConfigError, LaunchError, LongctxError
 from longctx.launch.early import StoppedEarly
+from longctx.launch.explain import explain
+from longctx.launch.export import export
 from longctx.launch.generate import generate
 from longctx.launch.rehearse import rehearse
+from longctx.launch.surroundings import settle
 from longctx.plan.command import plan
 from longctx.train.signals import code_of, sentence_of
 
@@ -36,7 +38,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make token files from text, and look into them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command()(explain)
 app.command()(generate)
+app.command()(export)
 app.command()(plan)
 app.command()(rehearse)
 
@@ -48,30 +52,12 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train: on this machine, or on the hosts of the `launch` section."""
     from longctx.launch.early import stopping_early
+    from longctx.launch.start import require_own_shell, start
 
     with stopping_early():
-        raise typer.Exit(_train(config, overrides or []))
-
-
-def _train(config: Path, overrides: list[str]) -> int:
-    from longctx.mesh import launched_by
-    from longctx.train.console import guard_standard_streams
-
-    variables = launched_by()
-    if variables is not None:
-        raise LaunchError(
-            f"`longctx train` starts its own ranks, but this shell is inside a launched job ({variables}); run "
-            f"launch/train.py --config {config} under that launcher, or unset both variables"
-        )
-    loaded, derived = _checked(config, overrides)
-    guard_standard_streams()  # losing the console must not end the run
-    if loaded.config.launch.launcher != "local":
-        from longctx.launch import cluster
-
-        return cluster.train(loaded.config, derived)
-    from longctx.launch import local
-
-    return local.train(loaded.config, config, overrides, world=derived.world)
+        require_own_shell(config)
+        loaded, derived = _checked(config, overrides or [])
+        raise typer.Exit(start(loaded.config, derived, config, overrides or []))
 
 
 @app.command()
@@ -117,27 +103,6 @@ def check(config: Config, overrides: Overrides = None) -> None:
     )
     batch = f"{size.global_batch} rows = {size.micro_batch} x {size.accumulation} accumulated x {size.data} replicas"
     typer.echo(f"  step   {batch}, {size.tokens_per_step:,} tokens; {run.train.steps:,} steps")
-
-
-@app.command()
-def explain(
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [KEY|KEY=VALUE]...")] = None,
-) -> None:
-    """Say what keys mean, their values in CONFIG (if given), and where each value came from."""
-    from longctx.config.derived import CPU_RANKS
-    from longctx.config.explain import explain as rows_of
-    from longctx.config.load import load_with_sources
-    from longctx.launch.hosts import default_world
-
-    words = list(arguments or [])
-    given = words.pop(0) if words and _names_a_file(words[0]) else None
-    overrides = [word for word in words if "=" in word]
-    keys = [word for word in words if "=" not in word]
-    if overrides and given is None:
-        raise ConfigError("explain: overrides change a configuration; give its file first")
-    loaded = load_with_sources(given, overrides, default_world=default_world) if given else None
-    world = default_world(loaded.config) if loaded else CPU_RANKS
-    _print_rows(rows_of(loaded, keys, default_world=world), long=bool(keys))
 
 
 @app.command()
@@ -206,19 +171,6 @@ def data_inspect(
 
 
 @app.command()
-def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, whose training may have been stopped")],
-    output: Annotated[Path | None, typer.Option(help="folder to write; default: model in the run directory")] = None,
-    step: Annotated[int | None, typer.Option(help="of the checkpoint; default: the newest whole one", min=0)] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the source's, or training's")] = None,
-) -> None:
-    """Write a checkpoint's weights as a folder that plain transformers loads."""
-    from longctx.train.export_run import export_run
-
-    typer.echo(str(export_run(run, output, step, dtype)))
-
-
-@app.command()
 def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:
     """Draw loss.png from a run's metrics.jsonl."""
     from longctx.train.plot import plot_loss
@@ -253,36 +205,11 @@ def _checked(config: Path, overrides: list[str], starting: bool = True) -> tuple
     return loaded, derive(loaded.config, world_size(loaded.config, default_world(loaded.config)))
 
 
-def _names_a_file(word: str) -> bool:
-    return word.endswith((".yaml", ".yml")) or os.sep in word or ("=" not in word and Path(word).is_file())
-
-
-def _print_rows(rows: list, long: bool) -> None:
-    if long:
-        for row in rows:
-            value = f" = {row.value}" if row.value else ""
-            typer.echo(f"{row.key}{value}  ({row.source})\n    {row.meaning}\n    {row.expected}")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("key", no_wrap=True)
-    for name in ("value", "source", "meaning"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(row.key, row.value, row.source, row.meaning)
-    Console(width=None if sys.stdout.isatty() else 2000, markup=False, highlight=False).print(table)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. A user's mistake is one message on stderr and exit code 2 (configuration) or 1."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some reads every package's metadata
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot write a character gets \x…, and nothing fails
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     try:
-        _require_folder()
+        settle()
         app(args=arguments)
     except ConfigError as error:
         typer.echo(str(error), err=True)
@@ -301,14 +228,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _require_folder() -> None:
-    """Refuse to run in a folder that was deleted: no relative path means anything there."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        raise ConfigError("the folder in which this command runs was deleted; change to one that exists") from None
 
 
 if __name__ == "__main__":

@@ -61,8 +61,7 @@ class RowLoader:
         if self.engine.train_batch_size() != self.global_batch:
             raise EngineError(
                 f"this loader counts epochs in batches of {self.global_batch} rows, and train_batch_size has been set "
-                f"to {self.engine.train_batch_size()}: make another longctx.engine.loader.RowLoader(dataset, engine, "
-                "seed=…)"
+                f"to {self.engine.train_batch_size()}: make another, longctx.engine.loader.RowLoader(dataset, engine)"
             )
         first = self.consumed // self.global_batch % len(self)
         for index in range(first, len(self)):

@@ -45,7 +45,7 @@ class StockEngine(DeepSpeedEngine):
         if self._in_training and not self.module.training and self.mesh.rank == 0:
             logger.warning(
                 "the model was trained in training mode and is now in eval mode: dropout is off. Call engine.train() "
-                "after an evaluation or a generation of your own (engine.evaluate restores the mode)"
+                "after your own evaluation or generation (engine.evaluate and longctx.generate restore the mode)"
             )
         self._in_training = self.module.training
 

@@ -69,7 +69,7 @@ def _checkpoint(root: Path, step: int | None) -> tuple[Path, Manifest]:
     reasons = []
     for folder in folders:
         try:
-            found = manifest.read_manifest(folder)
+            found = store.read(folder)
             manifest.verify_files(folder, found)
             return folder, found
         except CheckpointError as error:

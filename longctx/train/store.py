@@ -45,6 +45,20 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def read(folder: Path) -> manifest.Manifest:
+    """Return a checkpoint's manifest, its files not yet looked at.
+
+    Raises:
+        CheckpointError: the manifest is no good, or that of another step than the folder's name says.
+    """
+    found = manifest.read_manifest(folder)
+    if folder.name != name_of(found.step):  # what is loaded is named by the manifest's step
+        raise CheckpointError(
+            f"{folder}: its manifest is that of step {found.step}; a checkpoint's folder keeps its name"
+        )
+    return found
+
+
 def begin(root: Path, step: int) -> Path:
     """Make and return a fresh folder ``root/.tmp-…/`` in which ``step-…/`` will be written."""
     root.mkdir(parents=True, exist_ok=True)
@@ -106,7 +120,7 @@ def require_space(root: Path, needed: int) -> None:
 
 def _looks_whole(folder: Path) -> bool:
     try:
-        manifest.verify_files(folder, manifest.read_manifest(folder), hash_ranks=())
+        manifest.verify_files(folder, read(folder), hash_ranks=())
     except CheckpointError:
         return False
     return True

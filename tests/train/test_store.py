@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,17 @@ def test_retention_never_deletes_the_only_good_one(tmp_path: Path) -> None:
             before = whole(root)
             store.retain(root, chance.randint(1, 3))
             assert bool(whole(root)) == bool(before)
+
+
+def test_a_folder_with_the_manifest_of_another_step_is_no_checkpoint(tmp_path: Path) -> None:
+    """Neither for a reader nor for retention, which would keep it in place of a real one."""
+    for step in (10, 12):
+        save(tmp_path, step)
+    shutil.copytree(tmp_path / store.name_of(12), tmp_path / store.name_of(999))
+    with pytest.raises(CheckpointError, match="step-00000999: its manifest is that of step 12"):
+        store.read(tmp_path / store.name_of(999))
+    assert store.retain(tmp_path, 1) == [store.name_of(10)]
+    assert store.read(tmp_path / store.name_of(12)).step == 12
 
 
 def test_too_little_space_is_named_before_anything_is_written(tmp_path: Path) -> None:
