@@ -88,6 +88,6 @@ def test_the_probe_leaves_nothing_behind() -> None:
     found(model)
     assert model.training and not model.model.layers[0].training and model.model.layers[1].training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    after = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    assert after - hooks == 4, "the watcher's two and the rotary module's two"
+    after, binding = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()), binding_of(model)
+    assert binding is not None and after - hooks == len(binding.handles), "what attaching adds, and nothing else"
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -136,7 +137,8 @@ class Pair:
             dist.all_reduce(gradient, group=self.mesh.sequence_group)
             wanted = theirs.get(key, torch.zeros_like(gradient))
             error = float((gradient - wanted).abs().max()) / max(float(wanted.abs().max()), 1e-2 * largest)
-            if not error <= worst:  # NaN is an error
+            error = math.inf if math.isnan(error) else error
+            if error > worst:
                 worst, where = error, key
         return worst, where
 
