@@ -17,7 +17,7 @@ from longctx.engine.exchange import exchange
 from longctx.errors import EngineError
 
 if TYPE_CHECKING:
-    from longctx.engine.engine import Engine
+    from longctx.engine.stock import StockEngine
 
 _GUARD = "longctx_refuses_empty"
 _NEEDS_WHOLE = {
@@ -27,7 +27,7 @@ _NEEDS_WHOLE = {
 }
 
 
-def save_pretrained(engine: Engine, folder: str | Path, options: dict[str, Any]) -> Path:
+def save_pretrained(engine: StockEngine, folder: str | Path, options: dict[str, Any]) -> Path:
     """Write the engine's model, or its PEFT adapters, to ``folder`` from rank 0. Collective over the world."""
     module: Any = engine.module
     path, problem = Path(folder), None
@@ -51,7 +51,7 @@ def save_pretrained(engine: Engine, folder: str | Path, options: dict[str, Any])
     return path
 
 
-def gather_weights(engine: Engine, adapters_only: bool = False) -> dict[str, torch.Tensor]:
+def gather_weights(engine: StockEngine, adapters_only: bool = False) -> dict[str, torch.Tensor]:
     """Return the whole model's state dict on rank 0 (CPU tensors, in the dtype of forward), an empty one elsewhere.
 
     Collective over the world. Tied weights are one tensor. Under ZeRO-3 one module is gathered at a time.
