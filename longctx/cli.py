@@ -5,7 +5,6 @@ Nothing heavy is imported up here, so that whatever only reads a configuration a
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shlex
@@ -17,8 +16,11 @@ import typer
 
 from longctx.errors import ConfigError, LaunchError, LongctxError
 from longctx.launch.early import StoppedEarly
+from longctx.launch.explain import explain
+from longctx.launch.export import export
 from longctx.launch.generate import generate
 from longctx.launch.rehearse import rehearse
+from longctx.launch.surroundings import settle
 from longctx.plan.command import plan
 from longctx.train.signals import code_of, sentence_of
 
@@ -36,7 +38,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make token files from text, and look into them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command()(explain)
 app.command()(generate)
+app.command()(export)
 app.command()(plan)
 app.command()(rehearse)
 
@@ -102,28 +106,6 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def explain(
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [KEY|KEY=VALUE]...")] = None,
-) -> None:
-    """Say what keys mean, their values in CONFIG (if given), and where each value came from."""
-    from longctx.config.derived import CPU_RANKS
-    from longctx.config.explain import explain as rows_of
-    from longctx.config.explain import print_rows
-    from longctx.config.load import load_with_sources
-    from longctx.launch.hosts import default_world
-
-    words = list(arguments or [])
-    given = words.pop(0) if words and _names_a_file(words[0]) else None
-    overrides = [word for word in words if "=" in word]
-    keys = [word for word in words if "=" not in word]
-    if overrides and given is None:
-        raise ConfigError("explain: overrides change a configuration; give its file first")
-    loaded = load_with_sources(given, overrides, default_world=default_world) if given else None
-    world = default_world(loaded.config) if loaded else CPU_RANKS
-    print_rows(rows_of(loaded, keys, default_world=world), long=bool(keys))
-
-
-@app.command()
 def schema() -> None:
     """Print the JSON schema of a configuration, for editors."""
     from longctx.config.schema import RunConfig
@@ -164,27 +146,12 @@ def init(
 def data_build(config: Config, overrides: Overrides = None) -> None:
     """Turn the text of a configuration's `data` section into token files (training does it by itself)."""
     loaded, _ = _checked(config, overrides or [])
-    from longctx.config.machine import token_folder
-    from longctx.data.build import build_tokens
-    from longctx.data.special import note
+    from longctx.train.corpus import build_corpus
 
-    data = loaded.config.data
-    built = build_tokens(
-        data.sources,
-        data.tokenizer,
-        token_folder(loaded.config),
-        vocabulary_size=data.vocab_size,
-        held_out=data.held_out,
-        seed=data.seed,
-        text_field=data.text_field,
-        sample_bytes=data.sample_bytes,
-        special_tokens=data.special_tokens,
-    )
+    built = build_corpus(loaded.config, lambda line: typer.echo(line, err=True))
     counts = {name: value for name, value in built.report.items() if isinstance(value, int | float)}
     typer.echo(f"{built.folder}: {'unchanged since the last build' if built.reused else 'built'}")
     typer.echo("  " + ", ".join(f"{name} {value:,}" for name, value in counts.items()))
-    if said := note(built.report, data.special_tokens):
-        typer.echo(f"  {said}")
 
 
 @data_app.command("inspect")
@@ -201,19 +168,6 @@ def data_inspect(
 
     path = file / "train.tokens" if file.is_dir() else file
     inspect(path, row, sequence_length=sequence_length, packing=packing, ring=ring, layout=layout)
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, whose training may have been stopped")],
-    output: Annotated[Path | None, typer.Option(help="folder to write; default: model in the run directory")] = None,
-    step: Annotated[int | None, typer.Option(help="of the checkpoint; default: the newest whole one", min=0)] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the source's, or training's")] = None,
-) -> None:
-    """Write a checkpoint's weights as a folder that plain transformers loads."""
-    from longctx.train.export_run import export_run
-
-    typer.echo(str(export_run(run, output, step, dtype)))
 
 
 @app.command()
@@ -251,18 +205,11 @@ def _checked(config: Path, overrides: list[str], starting: bool = True) -> tuple
     return loaded, derive(loaded.config, world_size(loaded.config, default_world(loaded.config)))
 
 
-def _names_a_file(word: str) -> bool:
-    return word.endswith((".yaml", ".yml")) or os.sep in word or ("=" not in word and Path(word).is_file())
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. A user's mistake is one message on stderr and exit code 2 (configuration) or 1."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some reads every package's metadata
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot write a character gets \x…, and nothing fails
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     try:
-        _require_folder()
+        settle()
         app(args=arguments)
     except ConfigError as error:
         typer.echo(str(error), err=True)
@@ -281,14 +228,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _require_folder() -> None:
-    """Refuse to run in a folder that was deleted: no relative path means anything there."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        raise ConfigError("the folder in which this command runs was deleted; change to one that exists") from None
 
 
 if __name__ == "__main__":

@@ -46,11 +46,12 @@ def block_attention(
         q: (B, H, Tq, Dk). k: (B, G, Tk, Dk), v: (B, G, Tk, Dv) with G dividing H; one floating dtype.
         causal: a query sees no later key.
         window: keys a query sees to its left including itself, or (strictly left, strictly right).
-        document_ids: (B, Tq) integers; a query sees only keys of its own document; negative ids are padding.
+        document_ids: (B, Tq) integers; a query sees only keys of its own id, wherever they stand; negative ids are
+            padding.
         key_document_ids: (B, Tk); the same as document_ids where Tq = Tk.
         q_offset: position of the first query among the keys; default Tk - Tq (bottom-right aligned: the queries are the
             last tokens), 0 is scaled_dot_product_attention's top-left.
-        scale: of the logits; default 1 / sqrt(Dk).
+        scale: of the logits, any finite number; default 1 / sqrt(Dk).
         softcap: bends the scaled logits to within (-softcap, softcap): softcap * tanh(x / softcap).
         sink: (H,) one more logit in every query's softmax, without a value.
         alibi: (H,) slopes; a logit loses slope * |i - j|, after the cap.

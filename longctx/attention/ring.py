@@ -57,10 +57,11 @@ def ring_attention(
         causal: a token sees no later token, by global index.
         layout: how the sequence is dealt out; must be the one `shard` was given.
         window: tokens visible to the left including the token itself, or (strictly left, strictly right).
-        document_ids: (B, T) integers, this rank's part; a token sees only tokens of its own document; negative ids are
-            padding. Documents may cross ranks anywhere. Ids travel with the keys; all ranks give them, or none.
+        document_ids: (B, T) integers, this rank's part; a token sees only tokens of its own id, wherever they stand;
+            negative ids are padding. Documents may cross ranks anywhere. Ids travel with the keys; all ranks give them,
+            or none.
         length: the true global length where it is less than T times ring and ulysses: the rest is padding.
-        scale: of the logits; default 1 / sqrt(Dk).
+        scale: of the logits, any finite number; default 1 / sqrt(Dk).
         softcap: bends the scaled logits to within (-softcap, softcap): softcap * tanh(x / softcap).
         sink: (H,) one more logit in every query's softmax, without a value.
         alibi: (H,) slopes; a logit loses slope * |i - j| of the global indices, after the cap.

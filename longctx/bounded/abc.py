@@ -53,10 +53,11 @@ def abc_attention(
         normalizer: how logits s become weights phi. "prefix": e^{s_j} over the sum of e^{s_i} of all i <= t, a mean;
             "running": e^{s_j} over the sum of i <= j, a token keeps its weight; "global": over all tokens, which is
             what "prefix" means when not causal; "sum": for strategies that choose slots or give weights, added up.
-        scale: of the reading softmax; default 1 / sqrt(D).
+        scale: of the reading softmax, any finite number; default 1 / sqrt(D).
         mesh: whose ring holds the sequence; None is one device. layout: "zigzag" or "contiguous".
-        document_ids: (B, T) int64, a document being one run of an id, on all ranks; the memory restarts with each; -1
-            is padding. In cross attention those of the keys.
+        document_ids: (B, T) int64, on all ranks. A document is one run of an id, and an id that comes back after
+            another is a new one; the memory restarts with each. -1 is padding, as if it were not there: it ends no run
+            and takes no place in a queue. In cross attention those of the keys.
         length: the true global length; tokens beyond are padding.
         state: of the tokens before; fp32 (fp64 for fp64 inputs); gradients flow into it. On a ring the same one on
             every rank, and its gradient is each rank's share, as a parameter's: their sum is the whole.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
 from longctx.config.derived import CPU_RANKS, Derived, derive, world_size
@@ -50,25 +49,6 @@ def explain(loaded: Loaded | None, wanted: list[str], default_world: int = CPU_R
             raise ConfigError(f"explain {name}: there is no such key; {hint}")
         chosen += found
     return chosen
-
-
-def print_rows(rows: list[Row], long: bool) -> None:
-    """Print rows as a table, or, if ``long``, everything that is known about each."""
-    if long:
-        for row in rows:
-            value = f" = {row.value}" if row.value else ""
-            print(f"{row.key}{value}  ({row.source})\n    {row.meaning}\n    {row.expected}")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("key", no_wrap=True)
-    for name in ("value", "source", "meaning"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(row.key, row.value, row.source, row.meaning)
-    Console(width=None if sys.stdout.isatty() else 2000, markup=False, highlight=False).print(table)
 
 
 def _row(key: str, loaded: Loaded | None) -> Row:

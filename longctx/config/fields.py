@@ -86,3 +86,9 @@ def environment_ok(field: Any) -> bool:
     """Say whether ``${env:NAME}`` may stand in this pydantic field."""
     extra = field.json_schema_extra
     return isinstance(extra, dict) and bool(extra.get(_ENVIRONMENT_OK))
+
+
+def changed(section: Section) -> set[str]:
+    """Return the keys of a section that are not at their default; writing a default out is never a mistake."""
+    fields = type(section).model_fields
+    return {key for key in fields if getattr(section, key) != fields[key].get_default(call_default_factory=True)}

@@ -15,6 +15,7 @@ from longctx.config.hosts import parse_hostfile, require_users
 from longctx.config.pretrained import built_findings, pretrained_findings, tokenizer_findings
 from longctx.config.rules import Finding
 from longctx.config.schema import RunConfig
+from longctx.data.folder import would_read
 from longctx.errors import LaunchError
 
 _SPECIAL_SOURCES = ("python-stdlib",)
@@ -56,6 +57,7 @@ def token_folder(config: RunConfig) -> Path:
 
 
 def _sources(config: RunConfig) -> Iterator[Finding]:
+    yield from _own_files(config)
     for source in config.data.sources:
         if source in _SPECIAL_SOURCES:
             continue
@@ -72,6 +74,21 @@ def _sources(config: RunConfig) -> Iterator[Finding]:
             yield Finding("data.sources", f"{source!r} cannot be read; change its permissions", "no-access")
         elif path.is_file() and path.stat().st_size == 0:
             yield Finding("data.sources", f"{source!r} is empty; give a file with text", "empty-file")
+
+
+def _own_files(config: RunConfig) -> Iterator[Finding]:
+    """Find what longctx itself writes below a source: it would become text."""
+    for source in config.data.sources:
+        if _exists(Path(source) / "build.json"):  # token files are taken as they are
+            continue
+        for key, folder in (("output.folder", config.output.folder), ("data.folder", str(token_folder(config)))):
+            if _is_dir(Path(source)) and would_read(source, Path(folder), config.data.exclude):
+                message = (
+                    f"{folder!r} is inside data.sources {source!r}, so the run's own files would become text; give a "
+                    "folder outside, or name it in data.exclude"
+                )
+                yield Finding(key, message, "own-files")
+                break
 
 
 def _folder(config: RunConfig) -> Iterator[Finding]:

@@ -10,8 +10,8 @@ from typing import Any
 from longctx.config.problems import show
 from longctx.config.rules import Finding
 from longctx.config.schema import RunConfig
-from longctx.data.tokenizer_file import NAME, read_tokenizer_file, tokenizer_file, vocabulary_size_of
-from longctx.errors import DataError, ModelError
+from longctx.data.tokenizer_file import NAME, read_tokenizer_file, tokenizer_file, vocabulary_size_in
+from longctx.errors import DataError, LongctxError, ModelError
 from longctx.models.classes import require_causal
 from longctx.models.expected import mismatches
 from longctx.models.headers import Weight, read_weights
@@ -53,12 +53,13 @@ def tokenizer_findings(config: RunConfig) -> Iterator[Finding]:
     content: dict[str, Any] | None = None
     if name not in ("bpe", "bytes"):
         try:
-            content = read_tokenizer_file(tokenizer_file(name))
+            file = tokenizer_file(name)
+            content = read_tokenizer_file(file)
+            size = vocabulary_size_in(file.parent, content)
         except DataError as problem:
             own = f"{_KEY} has no tokenizer of its own that can be read; " if name == folder else ""
             yield Finding("data.tokenizer", f"{own}{problem}", "no-file")
             return
-        size = vocabulary_size_of(content)
     if folder is None or name == "bpe":
         return
     yield from _outside(config, size)
@@ -78,7 +79,7 @@ def built_findings(config: RunConfig) -> Iterator[Finding]:
         own, other = read_tokenizer_file(tokenizer_file(folder)), read_tokenizer_file(built)
     except DataError:
         return  # said of data.tokenizer
-    if _named(own) != _named(other):
+    if _named(own) != _named(other) and not _equal(folder, str(built.parent)):
         message = (
             f"{sources[0]!r} was built with another tokenizer than that of {_KEY}; build the text again with "
             f"data.tokenizer {folder!r}, or set data.foreign_tokenizer: true to train the model for other ids"
@@ -148,7 +149,7 @@ def _foreign(name: str, content: dict[str, Any] | None, folder: str) -> Iterator
             return  # the folder has none: the one that is given is taken for the model's
         same = False
     else:
-        same = (_bytes() if content is None else _named(content)) == _named(own)
+        same = (_bytes() if content is None else _named(content)) == _named(own) or _equal(name, folder)
     if not same:
         message = (
             f"got {show(name)}, whose ids are not those that {_KEY} was trained with; remove the key to use the "
@@ -161,6 +162,16 @@ def _named(content: dict[str, Any]) -> str:
     from longctx.data.tokenizer import tokenizer_hash  # imports numpy
 
     return tokenizer_hash(content, None)
+
+
+def _equal(name: str, other: str) -> bool:
+    """Whether two tokenizers whose files differ are one, loaded: some classes of transformers rewrite the file."""
+    from longctx.data.tokenizer import load_tokenizer
+
+    try:
+        return load_tokenizer(name).hash == load_tokenizer(other).hash
+    except LongctxError:
+        return False
 
 
 def _bytes() -> str:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 from longctx.config import architecture
 from longctx.config.deepspeed import conflicts, to_deepspeed
 from longctx.config.derived import derive
-from longctx.config.fields import Section, environment_ok
+from longctx.config.fields import changed, environment_ok
 from longctx.config.keys import leaves
 from longctx.config.launch_rules import broken_launch
 from longctx.config.layer_rules import broken_layers
+from longctx.config.model_rules import broken_model
 from longctx.config.problems import redact, show
 from longctx.config.room import has_memories, room_of
 from longctx.config.room import heads as query_heads
@@ -35,70 +36,9 @@ def broken(config: RunConfig, world: int) -> list[Finding]:
     return findings + list(_sizes(config, world, bool(findings)))
 
 
-def _changed(section: Section) -> set[str]:
-    """Return the keys of a section that are not at their default; writing a default out is never a mistake."""
-    fields = type(section).model_fields
-    return {key for key in fields if getattr(section, key) != fields[key].get_default(call_default_factory=True)}
-
-
-def _model_source(config: RunConfig) -> Iterator[Finding]:
-    model = config.model
-    sizes = ("hidden_size", "layers", "heads")
-    if model.pretrained is None and model.architecture is None:
-        yield Finding("model", "give architecture and sizes (from scratch), or pretrained (a folder)", "model-source")
-    elif model.pretrained is not None:
-        own = {"pretrained", "dtype", "max_positions", "extra"}
-        for name in _changed(model):
-            if name not in own:
-                message = "the pretrained folder decides this; remove the key, or remove model.pretrained"
-                yield Finding(f"model.{name}", message, "model-source")
-    else:
-        for name in sizes:
-            if getattr(model, name) is None:
-                message = f"is missing; architecture {model.architecture} from scratch needs {', '.join(sizes)}"
-                yield Finding(f"model.{name}", message, "missing")
-
-
-def _heads(config: RunConfig) -> Iterator[Finding]:
-    model = config.model
-    name, heads, hidden = model.architecture, model.heads, model.hidden_size
-    if name is None or heads is None or hidden is None:
-        return
-    even = hidden % heads == 0
-    if not even and (model.head_dim is None or name not in architecture.FREE_HEAD_DIM):
-        hint = "" if name not in architecture.FREE_HEAD_DIM else ", or set model.head_dim"
-        message = f"got {heads}, which does not divide hidden_size {hidden}; change one of them{hint}"
-        yield Finding("model.heads", message, "heads")
-    elif model.head_dim is not None and name not in architecture.FREE_HEAD_DIM and model.head_dim * heads != hidden:
-        message = (
-            f"got {model.head_dim}, but {name} has heads of hidden_size / heads = {hidden // heads}; remove the key"
-        )
-        yield Finding("model.head_dim", message, "heads")
-    if model.kv_heads is not None and name not in architecture.GROUPED and model.kv_heads != heads:
-        yield Finding(
-            "model.kv_heads", f"got {model.kv_heads}, but {name} has no grouped heads; remove the key", "heads"
-        )
-    elif model.kv_heads is not None and heads % model.kv_heads:
-        divisors = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
-        yield Finding(
-            "model.kv_heads", f"got {model.kv_heads}, which does not divide heads {heads}; use {divisors}", "heads"
-        )
-    size = architecture.head_dim(model)
-    if name in architecture.ROTARY and size is not None and size % 2 and (even or model.head_dim):
-        key = "model.head_dim" if model.head_dim else "model.heads"
-        yield Finding(key, f"a head of {size} is odd, and rotary positions need an even size; use {size + 1}", "heads")
-
-
-def _extra(config: RunConfig) -> Iterator[Finding]:
-    for key in config.model.extra:
-        if config.model.pretrained is not None and key != "rope_parameters":
-            message = "the pretrained folder decides this; only rope_parameters can be given with model.pretrained"
-            yield Finding(f"model.extra.{key}", message, "model-source")
-        elif key in architecture.OWNED_KEYWORDS:
-            owner = architecture.OWNED_KEYWORDS[key]
-            yield Finding(f"model.extra.{key}", f"belongs to {owner}; remove it here and set {owner}", "conflict")
-        elif key in architecture.REFUSED_KEYWORDS or key.startswith("_"):
-            yield Finding(f"model.extra.{key}", "is refused: it would run foreign code or replace attention", "refused")
+def _model(config: RunConfig) -> Iterator[Finding]:
+    for key, message, code in broken_model(config.model):
+        yield Finding(key, message, code)
 
 
 def _attention(config: RunConfig) -> Iterator[Finding]:
@@ -166,7 +106,7 @@ def _data(config: RunConfig) -> Iterator[Finding]:
         )
         yield Finding("data.tokenizer", message, "tokenizer")
     if data.tokenizer != "bpe":
-        for name in sorted({"vocab_size", "sample_bytes"} & _changed(data)):
+        for name in sorted({"vocab_size", "sample_bytes"} & changed(data)):
             message = f"is only for tokenizer: bpe, but tokenizer is {show(data.tokenizer)}; remove one of them"
             yield Finding(f"data.{name}", message, "idle-key")
     size = architecture.vocabulary_size(config)
@@ -187,7 +127,7 @@ def _data(config: RunConfig) -> Iterator[Finding]:
 
 def _train(config: RunConfig) -> Iterator[Finding]:
     train = config.train
-    given = _changed(train)
+    given = changed(train)
     for beta in train.betas:
         if not 0 <= beta < 1:
             yield Finding("train.betas", f"got {show(train.betas)}; each is at least 0 and below 1", "out-of-range")
@@ -230,7 +170,7 @@ def _zero(config: RunConfig) -> Iterator[Finding]:
             message = "got 'cpu', but stage 0 shards no optimizer state to offload; use zero.stage 1, 2 or 3"
             yield Finding("zero.offload_optimizer", message, "zero-stage")
         for name in ("overlap_comm", "reduce_scatter", "contiguous_gradients"):
-            if name in _changed(zero):
+            if name in changed(zero):
                 yield Finding(
                     f"zero.{name}", "means nothing at zero.stage 0; remove the key, or use 1, 2 or 3", "zero-stage"
                 )
@@ -267,9 +207,7 @@ def _launch(config: RunConfig) -> Iterator[Finding]:
 
 
 _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
-    _model_source,
-    _heads,
-    _extra,
+    _model,
     _attention,
     _layers,
     _mesh,

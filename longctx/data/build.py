@@ -7,28 +7,30 @@ text are always on the same side.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
+import ctypes
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from longctx.data.document import Source
+from longctx.data.folder import would_read
+from longctx.data.lock import locked
+from longctx.data.record import HELD_OUT, RECORD, TOKENIZER, TRAIN, Settings, recorded, require_settings, require_text
 from longctx.data.special import CHOICES, COUNT, Special
 from longctx.data.survey import Progress, Survey
-from longctx.data.text import Source, open_source
+from longctx.data.text import AUTO, open_source, summarise
 from longctx.data.tokenfile import TokenFile
 from longctx.data.tokenise import tokenise
 from longctx.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from longctx.data.tokenwriter import TokenWriter, disk_errors, publish_bytes
+from longctx.data.tokenwriter import TokenWriter, disk_errors, publish_bytes, sync_folder
 from longctx.errors import DataError
 
-RECORD = "build.json"
-_RECIPE = 2  # raise when the same text and settings would give other files
+_ASIDE = ".building"
 _CLOCK_NS = 2 * 10**9  # a file changed less than this before the survey may change again unnoticed
 
 Sources = str | Path | Sequence[str | Path]
@@ -41,8 +43,10 @@ class TokenBuild:
     Attributes:
         folder, train, held_out, tokenizer: paths; ``held_out`` is None if no share was asked for.
         vocabulary_size, tokenizer_hash: what the model and the loader must agree with.
-        report: counts (documents, bytes, tokens, held_out_documents, held_out_tokens, empty, special_strings, skipped,
-            seconds).
+        report: counts (documents, bytes, tokens, held_out_documents, held_out_tokens, empty, without_tokens,
+            special_strings, seconds), ``formats`` (files read in each), and ``skipped_files``, ``skipped_bytes`` and
+            ``skipped`` (by reason).
+        record: key and settings of the build and hashes of its files, to go on with the same data later.
         reused: nothing had to be done.
     """
 
@@ -53,20 +57,8 @@ class TokenBuild:
     vocabulary_size: int
     tokenizer_hash: str
     report: dict[str, Any]
+    record: dict[str, Any]
     reused: bool = False
-
-
-@dataclass(frozen=True)
-class _Settings:
-    tokenizer: str
-    vocabulary_size: int | None
-    held_out: float
-    seed: int
-    text_field: str
-    sample_bytes: int
-    sources: list[str]
-    special_tokens: str
-    recipe: int = _RECIPE
 
 
 def build_tokens(
@@ -80,90 +72,140 @@ def build_tokens(
     text_field: str = "text",
     sample_bytes: int = 10_000_000,
     special_tokens: Special = "spell",
+    format: str = AUTO,
+    exclude: Sequence[str] = (),
     reuse: bool = True,
+    continues: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> TokenBuild:
     """Make ``train.tokens``, ``held_out.tokens``, ``tokenizer/`` and ``build.json`` in ``out_folder``.
 
+    Everything is written aside and renamed when it is complete: a build that fails leaves what was there before.
+
     Args:
-        sources: text files, ``.jsonl`` files, folders, "python-stdlib", "hf:NAME[[:CONFIG]:SPLIT]"; one or several.
+        sources: files, folders, "python-stdlib", "hf:NAME[[:CONFIG]:SPLIT]"; one or several.
         tokenizer: "bpe" (trained on the training documents), "bytes", a tokenizer.json or its folder, or a Tokenizer.
         vocabulary_size: of a "bpe"; the result may be smaller on little text.
         held_out: share of documents kept for evaluation, at least one; 0 for none. A single document is cut in two.
         seed: of the choice of held-out documents and of the sample the BPE learns from.
-        text_field: key of the text in JSONL objects and dataset rows.
+        text_field: key or column of the text in JSON, tables and datasets.
         sample_bytes: how much text the BPE learns from.
         special_tokens: "spell" encodes a string such as ``<|eot|>`` in a document like any other text, "parse" makes it
             the special token that it names.
+        format: "auto" (JSON, tables and parquet are recognised by content), or "text" (every file is one document as
+            it is, whatever markup it holds).
+        exclude: patterns of files in folders to leave out.
         reuse: return what is in the folder if it was made from the same documents and settings.
+        continues: ``TokenBuild.record`` of the data that a run's checkpoints count; other data are refused.
         progress: called with (stage, bytes done, bytes in all).
 
     Raises:
-        DataError: nothing to read, text that is not text, a full disk, or settings out of range.
-        MissingPackageError: ``tokenizers`` or ``datasets`` is needed and absent.
+        DataError: nothing to read, a file that cannot be read or holds no text, a full disk, settings out of range,
+            or other data than ``continues``.
+        MissingPackageError: ``tokenizers``, ``datasets`` or ``pyarrow`` is needed and absent.
     """
-    if not 0 <= held_out <= 0.5:
-        raise DataError(f"held_out {held_out}: the share of held-out documents is from 0 to 0.5")
-    if sample_bytes < 1:
-        raise DataError(f"sample_bytes {sample_bytes}: the BPE needs text to learn from")
     started = time.monotonic()
+    folder = Path(out_folder)
     given = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    if not given:
-        raise DataError("no source of text was given; give text files, JSONL files, folders or 'python-stdlib'")
+    _check(given, held_out, sample_bytes, folder, exclude)
     if special_tokens not in CHOICES:
         raise DataError(f"special_tokens {special_tokens!r}: choose one of {', '.join(CHOICES)}")
     fixed = _resolve(tokenizer)
-    settings = _Settings(
+    settings = Settings(
         fixed.hash if fixed else "bpe",
         None if fixed else vocabulary_size,
         held_out,
         seed,
-        text_field,
-        sample_bytes,
-        [str(source) for source in given],
+        None if fixed else sample_bytes,
         special_tokens,
+        [str(source) for source in given],
+        text_field,
+        format,
+        list(exclude),
     )
-    opened = [open_source(source, text_field) for source in given]
-    folder = Path(out_folder)
-    with _locked(folder):
-        found = _recorded(folder) if reuse else None
+    if continues is not None:
+        require_settings(continues, settings)
+    opened = [open_source(source, text_field, plain=format != AUTO, exclude=exclude) for source in given]
+    with locked(folder) as writable:
+        found = recorded(folder) if reuse else None
         stamp = _stamp(opened)
         if found and stamp is not None and found["stamp"] == stamp and found["settings"] == asdict(settings):
+            if continues is not None:
+                require_text(continues, settings, found["key"])
             return _opened(folder, found, reused=True)
-        survey = Survey(opened, seed, progress or _silent)
-        named = {**asdict(settings), "sources": survey.content}  # the same text from another place is the same build
-        key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+        survey = Survey(opened, seed, progress or (lambda *_: None))
+        key = settings.key(survey.content)
+        if continues is not None:
+            require_text(continues, settings, key)
         reused = found is not None and found["key"] == key
         if found is None or not reused:
-            (folder / RECORD).unlink(missing_ok=True)  # from here on the folder's files may not belong together
-            for pattern in (".*.tokens-*", f".{RECORD}-*", "tokenizer/.token*.json-*"):
-                for left in folder.glob(pattern):  # by a build that was killed; the lock says it is dead
-                    left.unlink(missing_ok=True)
-            found = _write(folder, survey, fixed, settings, time.monotonic() - started)
+            if not writable:
+                raise DataError(f"{folder} holds other data and cannot be written; choose another data.folder")
+            found = _make(folder, survey, fixed, settings, started)
         found |= {"key": key, "settings": asdict(settings), "stamp": stamp}
-        publish_bytes(json.dumps(found, indent=1).encode(), folder / RECORD)
+        if writable:
+            publish_bytes(json.dumps(found, indent=1).encode(), folder / RECORD)
+            shutil.rmtree(folder / _ASIDE, ignore_errors=True)
         return _opened(folder, found, reused=reused)
 
 
 def open_build(folder: str | Path) -> TokenBuild:
     """Return what an earlier ``build_tokens`` left in ``folder``, fully verified. Raises: DataError."""
-    found = _recorded(Path(folder))
+    found = recorded(Path(folder))
     if found is None:
         raise DataError(f"{folder}: no complete token files there; make them with `longctx data build`")
     return _opened(Path(folder), found, reused=True)
 
 
-def _write(
-    folder: Path, survey: Survey, fixed: Tokenizer | None, settings: _Settings, seconds: float
-) -> dict[str, Any]:
-    """Tokenise and publish; return the record."""
-    started = time.monotonic()
+def _check(
+    given: Sequence[str | Path], held_out: float, sample_bytes: int, folder: Path, exclude: Sequence[str]
+) -> None:
+    if not 0 <= held_out <= 0.5:
+        raise DataError(f"held_out {held_out}: the share of held-out documents is from 0 to 0.5")
+    if sample_bytes < 1:
+        raise DataError(f"sample_bytes {sample_bytes}: the BPE needs text to learn from")
+    if not given:
+        raise DataError("no source of text was given; give text files, JSONL files, folders or 'python-stdlib'")
+    for source in given:
+        if would_read(source, folder, exclude):
+            raise DataError(
+                f"{folder} is inside the source {str(source)!r}: token files would become text; choose another folder"
+            )
+
+
+def _make(folder: Path, survey: Survey, fixed: Tokenizer | None, settings: Settings, started: float) -> dict[str, Any]:
+    """Write everything aside, verify it, and move it to its place; return the record."""
+    aside = folder / _ASIDE
+    shutil.rmtree(aside, ignore_errors=True)  # of a build that was killed; the lock says it is dead
+    for left in folder.glob(f".{RECORD}-*"):
+        left.unlink(missing_ok=True)
+    try:
+        with disk_errors(folder):
+            aside.mkdir()
+        found = _write(aside, survey, fixed, settings)
+        (folder / RECORD).unlink(missing_ok=True)  # from here on the folder's files may not belong together
+        for name in (TRAIN, HELD_OUT, TOKENIZER):
+            if (folder / name).exists():
+                os.replace(folder / name, aside / f"old-{name}")
+            if (aside / name).exists():
+                os.replace(aside / name, folder / name)
+        sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    found["report"]["seconds"] = round(time.monotonic() - started, 2)
+    return found
+
+
+def _write(folder: Path, survey: Survey, fixed: Tokenizer | None, settings: Settings) -> dict[str, Any]:
+    """Tokenise; return the record."""
     held_out = survey.held_out(settings.held_out)
     tokenizer = fixed
     if tokenizer is None:
-        assert settings.vocabulary_size is not None
+        assert settings.vocabulary_size is not None and settings.sample_bytes is not None
         tokenizer = train_bpe(survey.training_sample(held_out, settings.sample_bytes), settings.vocabulary_size)
-    tokenizer.save(folder / "tokenizer")
+        _return_freed_memory()
+    tokenizer.save(folder / TOKENIZER)
     cut = settings.held_out if survey.split.size == 1 else 0.0
     common: dict[str, Any] = {
         "vocabulary_size": tokenizer.vocabulary_size,
@@ -173,13 +215,12 @@ def _write(
     metadata = {"sources": settings.sources, "seed": settings.seed, "content": survey.content}
     parse = settings.special_tokens == "parse"
     wants_both = bool(held_out.any()) or cut > 0
-    with TokenWriter(folder / "train.tokens", **common, metadata={**metadata, "part": "train"}) as train:
+    with TokenWriter(folder / TRAIN, **common, metadata={**metadata, "part": "train"}) as train:
         if wants_both:
-            with TokenWriter(folder / "held_out.tokens", **common, metadata={**metadata, "part": "held_out"}) as other:
-                special = tokenise(survey, tokenizer, held_out, cut, train, other, parse)
+            with TokenWriter(folder / HELD_OUT, **common, metadata={**metadata, "part": "held_out"}) as other:
+                special, without = tokenise(survey, tokenizer, held_out, cut, train, other, parse)
         else:
-            (folder / "held_out.tokens").unlink(missing_ok=True)
-            special = tokenise(survey, tokenizer, held_out, cut, train, train, parse)
+            special, without = tokenise(survey, tokenizer, held_out, cut, train, train, parse)
     report = {
         "documents": survey.split.size,
         "bytes": survey.bytes,
@@ -188,13 +229,15 @@ def _write(
         "held_out_tokens": other.token_count if wants_both else 0,
         "empty": survey.empty,
         COUNT: special,
-        "skipped": len(survey.skipped),
-        "skipped_first": dict(list(survey.skipped.items())[:5]),
-        "seconds": round(seconds + time.monotonic() - started, 2),
+        "without_tokens": without,
+        "skipped_files": sum(left.files for _, left in survey.skipped),
+        "skipped_bytes": sum(left.bytes for _, left in survey.skipped),
+        "skipped": summarise(survey.skipped),
+        "formats": dict(sorted(survey.formats.items())),
     }
-    names = ["train.tokens", "held_out.tokens"] if wants_both else ["train.tokens"]
     files = {}
-    for name in names:
+    for name in (TRAIN, HELD_OUT) if wants_both else (TRAIN,):
+        survey.progress(f"checking {name}", 0, 0)
         with TokenFile(folder / name) as file:
             file.verify()  # read back: what is on the disk is what was meant
             files[name] = file.identity
@@ -204,6 +247,13 @@ def _write(
         "tokenizer_hash": tokenizer.hash,
         "report": report,
     }
+
+
+def _return_freed_memory() -> None:
+    """Give what training a BPE has freed back to the system, where the C library can: it may be 100 MB."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _resolve(tokenizer: str | Path | Tokenizer) -> Tokenizer | None:
@@ -233,49 +283,15 @@ def _stamp(sources: list[Source]) -> list[Any] | None:
     return result
 
 
-def _recorded(folder: Path) -> dict[str, Any] | None:
-    """Return the record of a complete build whose files are all there and unchanged, or None."""
-    try:
-        found: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
-        for name, identity in found["files"].items():
-            if name not in ("train.tokens", "held_out.tokens"):
-                return None
-            with TokenFile(folder / name, tokenizer_hash=found["tokenizer_hash"]) as file:
-                if file.identity != identity:
-                    return None
-                file.verify()
-        if load_tokenizer(folder / "tokenizer").hash != found["tokenizer_hash"]:
-            return None
-        return found if {"key", "settings", "stamp", "report", "vocabulary_size"} <= found.keys() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # DataError is a ValueError
-        return None
-
-
 def _opened(folder: Path, found: dict[str, Any], reused: bool) -> TokenBuild:
     return TokenBuild(
         folder,
-        folder / "train.tokens",
-        folder / "held_out.tokens" if "held_out.tokens" in found["files"] else None,
-        folder / "tokenizer",
+        folder / TRAIN,
+        folder / HELD_OUT if HELD_OUT in found["files"] else None,
+        folder / TOKENIZER,
         found["vocabulary_size"],
         found["tokenizer_hash"],
         found["report"],
+        {name: found[name] for name in ("key", "settings", "files")},
         reused,
     )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time build in a folder; the lock ends with the process."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longctx.data.tokenfile import TokenStore, open_regular
-from longctx.data.tokenwriter import TokenWriter, disk_errors, publish
+from longctx.data.tokenwriter import TokenWriter, disk_errors, open_aside, publish
 from longctx.errors import DataError
 
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
@@ -163,13 +162,13 @@ def _blocks(tokens: npt.NDArray[Any], kind: str) -> Iterable[bytes]:
 
 def _write(path: Path, blocks: Iterable[bytes]) -> None:
     with disk_errors(path):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        aside, stream = open_aside(path)
         try:
-            with os.fdopen(descriptor, "wb") as stream:
+            with stream:
                 stream.writelines(blocks)
-                publish(stream, Path(name), path)
+                publish(stream, aside, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)
             raise
 
 

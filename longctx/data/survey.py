@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from longctx.data.text import Document, Source
+from longctx.data.document import Document, Source
 from longctx.errors import DataError
 
 Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all (0 while unknown)
@@ -19,10 +21,10 @@ class Survey:
     """One pass over all documents: how many, how large, and 128 bits of hash of each.
 
     Attributes:
-        bytes, empty, skipped: UTF-8 bytes of all documents, blank documents, files left out and why.
+        bytes, characters, empty: of all documents: UTF-8 bytes, characters, and how many are blank.
+        skipped, formats: files left out and why; how many files were read in each format.
         content: hash of all texts and names, in order.
         split, sample: (documents,) uint64, hashes of (seed, text) that choose held-out documents and the BPE's sample.
-        sizes: (documents,) int64, in bytes.
 
     Raises:
         DataError: no text at all, or a source that cannot be read.
@@ -30,30 +32,38 @@ class Survey:
 
     def __init__(self, sources: list[Source], seed: int, progress: Progress) -> None:
         self.sources, self.seed, self.progress = sources, seed, progress
-        self.bytes = self.empty = 0
-        split, sample, sizes = array("Q"), array("Q"), array("Q")
+        self.bytes = self.characters = 0
+        self._kept = bytearray()  # for every document, in order: 1, or 0 if it is blank
+        split, sample = array("Q"), array("Q")
         content = hashlib.sha256()
         for document in self._read():
-            digest = self.digest(document.text)
-            content.update(digest + document.name.encode(errors="replace") + b"\n")
-            split.append(int.from_bytes(digest[:8], "little"))
-            sample.append(int.from_bytes(digest[8:], "little"))
-            sizes.append(len(document.text.encode()))
-            self.bytes += sizes[-1]
-            progress("reading", self.bytes, 0)
-        self.skipped = {name: why for source in sources for name, why in source.skipped.items()}
+            seen = _Seen(self)
+            for piece in document.pieces:
+                seen.add(piece)
+                progress("reading", self.bytes + seen.bytes, 0)
+            self._kept.append(not seen.blank)
+            if not seen.blank:
+                digest = seen.digest()
+                content.update(digest + document.name.encode(errors="replace") + b"\n")
+                split.append(int.from_bytes(digest[:8], "little"))
+                sample.append(int.from_bytes(digest[8:], "little"))
+                self.bytes, self.characters = self.bytes + seen.bytes, self.characters + seen.characters
+        self.empty = self._kept.count(0)
+        self.skipped = [entry for source in sources for entry in source.skipped.items()]
+        self.formats: Counter[str] = sum((source.formats for source in sources), Counter())
         if not split:
-            reason = next(iter(self.skipped.values()), "every document is blank")
+            path, left = self.skipped[0] if self.skipped else ("", None)
+            reason = f"{path} is left out: {left.why}" if left else "every document is blank"
             raise DataError(
-                f"no text in {', '.join(getattr(s, 'name', None) or str(getattr(s, 'root', s)) for s in sources)} "
-                f"({len(self.skipped)} files left out; the first: {reason}); give UTF-8 text that is not empty"
+                f"no text in {', '.join(source.name for source in sources)} ({len(self.skipped)} files left out; "
+                f"the first: {reason}); give UTF-8 text that is not empty"
             )
         self.content = content.hexdigest()
         self.split, self.sample = np.array(split, np.uint64), np.array(sample, np.uint64)
-        self.sizes = np.array(sizes, np.int64)
 
-    def digest(self, text: str) -> bytes:
-        return hashlib.blake2b(text.encode(), digest_size=16, salt=(self.seed % 2**64).to_bytes(16, "little")).digest()
+    def hasher(self) -> Any:
+        """Return the hash, still empty, that gives a text its 16 bytes."""
+        return hashlib.blake2b(digest_size=16, salt=(self.seed % 2**64).to_bytes(16, "little"))
 
     def training_sample(self, held_out: npt.NDArray[np.bool_], sample_bytes: int) -> Iterator[str]:
         """Yield about ``sample_bytes`` of the documents that are not held out, chosen by hash, in order."""
@@ -63,32 +73,34 @@ class Survey:
             chosen = ~held_out  # few, large documents
         budget, done = sample_bytes + sample_bytes // 4, 0
         for number, document in self.documents():
-            if chosen[number] and done < budget:
-                text = document.text[: budget - done]
-                done += len(text.encode())
-                self.progress("training the tokenizer", done, min(budget, self.bytes))
-                yield text
+            for piece in document.pieces:
+                if chosen[number] and done < budget:
+                    text = piece[: budget - done]
+                    done += len(text.encode())
+                    self.progress("training the tokenizer", done, min(budget, self.bytes))
+                    yield text
 
     def _read(self) -> Iterator[Document]:
-        self.empty = 0
         for source in self.sources:
-            for document in source.documents():
-                if document.text and not document.text.isspace():
-                    yield document
-                else:
-                    self.empty += 1
+            yield from source.documents()
 
     def documents(self) -> Iterator[tuple[int, Document]]:
-        """Read everything again. Raises: DataError if it is not what the survey saw."""
-        number = -1
-        for number, document in enumerate(self._read()):
-            digest = self.digest(document.text)
-            if number >= self.split.size or int.from_bytes(digest[:8], "little") != int(self.split[number]):
+        """Read everything again. Raises: DataError if it is not what the survey saw, at the latest at a text's end."""
+        number, place = -1, -1
+        for place, document in enumerate(self._read()):
+            seen = _Seen(self)
+            pieces = seen.watch(document)
+            if place < len(self._kept) and self._kept[place]:
+                number += 1
+                yield number, Document(document.name, pieces)
+            for _ in pieces:  # what nobody asked for
+                pass
+            known = place < len(self._kept) and bool(self._kept[place]) != seen.blank
+            if not known or not seen.blank and int.from_bytes(seen.digest()[:8], "little") != int(self.split[number]):
                 raise DataError(
                     f"{document.name} changed while it was being read; build again when nothing writes there"
                 )
-            yield number, document
-        if number + 1 != self.split.size:
+        if place + 1 != len(self._kept):
             raise DataError("documents disappeared while they were being read; build again when nothing writes to them")
 
     def held_out(self, share: float) -> npt.NDArray[np.bool_]:
@@ -100,3 +112,26 @@ class Survey:
         if bool(chosen.all()):
             raise DataError(f"all {self.split.size} documents are the same text; give more text, or held_out 0")
         return chosen
+
+
+class _Seen:
+    """What is known of a text whose pieces have been read so far."""
+
+    def __init__(self, survey: Survey) -> None:
+        self.bytes = self.characters = 0
+        self.blank = True
+        self._hasher = survey.hasher()
+
+    def add(self, piece: str) -> None:
+        raw = piece.encode()
+        self._hasher.update(raw)
+        self.bytes, self.characters = self.bytes + len(raw), self.characters + len(piece)
+        self.blank = self.blank and (not piece or piece.isspace())
+
+    def watch(self, document: Document) -> Iterator[str]:
+        for piece in document.pieces:
+            self.add(piece)
+            yield piece
+
+    def digest(self) -> bytes:
+        return bytes(self._hasher.digest())

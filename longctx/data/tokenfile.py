@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from longctx.data.tokenformat import HEADER_BYTES, Header, parse
 from longctx.errors import DataError
 
-_BLOCK = 16 * 2**20
+_BLOCK = 2**22
 
 
 class TokenStore:
@@ -107,11 +108,17 @@ class TokenStore:
             DataError: with the file, the document and the offset in tokens.
         """
         check_offsets(self.offsets, self.token_count, self.path)
-        for begin in range(0, self.token_count, _BLOCK):
-            block = self.tokens[begin : begin + _BLOCK]
+        begin = 0
+        for block in self._blocks():
             if int(block.max()) >= self.vocabulary_size or int(block.min()) < 0:
                 bad = begin + int(np.argmax((block >= self.vocabulary_size) | (block < 0)))
                 raise bad_token(self, bad)
+            begin += block.size
+
+    def _blocks(self) -> Iterator[npt.NDArray[Any]]:
+        """Yield all tokens, some at a time."""
+        for begin in range(0, self.token_count, _BLOCK):
+            yield self.tokens[begin : begin + _BLOCK]
 
     def close(self) -> None:
         """Let go of the file; the arrays stay valid while someone holds them."""
@@ -201,14 +208,27 @@ class TokenFile(TokenStore):
             DataError: the content is not what was written.
         """
         digest = hashlib.sha256()
-        for begin in range(HEADER_BYTES, self._raw.shape[0], _BLOCK):
-            digest.update(self._raw[begin : begin + _BLOCK].data)
+        for data in self._read(self._raw.shape[0]):
+            digest.update(data)
         if digest.digest() != self.header.payload_hash:
             raise DataError(
                 f"{self.path}: offset {HEADER_BYTES}: the checksum of its content is wrong, the file is damaged; "
                 "copy it again or build it again with `longctx data build`"
             )
         self.check_tokens()
+
+    def _blocks(self) -> Iterator[npt.NDArray[Any]]:
+        for data in self._read(HEADER_BYTES + self.token_count * self.header.token_bytes):
+            yield np.frombuffer(data, self.tokens.dtype)
+
+    def _read(self, end: int) -> Iterator[bytes]:
+        """Read the file up to ``end``, behind the header: pages that are mapped would stay in this process's memory."""
+        for begin in range(HEADER_BYTES, end, _BLOCK):
+            wanted = min(_BLOCK, end - begin)
+            data = os.pread(self._stream.fileno(), wanted, begin)
+            if len(data) < wanted:
+                raise DataError(f"{self.path}: offset {begin + len(data)}: cannot be read to its end; copy it again")
+            yield data
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import numpy.typing as npt
 
+from longctx.data.special import surround
 from longctx.data.survey import Survey
 from longctx.data.tokenizer import Tokenizer
 from longctx.data.tokenwriter import TokenWriter
+from longctx.data.words import Tokens
 
-_BATCH_BYTES = 4 * 2**20
-_PIECE_CHARACTERS = 8 * 2**20
+_BATCH_CHARACTERS = 2**20
 
 
 def tokenise(
@@ -21,8 +24,10 @@ def tokenise(
     train: TokenWriter,
     other: TokenWriter,
     parse: bool = False,
-) -> int:
+) -> tuple[int, int]:
     """Write every document of a survey, with the tokenizer's special tokens around it.
+
+    Memory does not depend on how long documents are.
 
     Args:
         held_out: (documents,) bool: goes to ``other``, the rest to ``train``.
@@ -30,54 +35,57 @@ def tokenise(
         parse: special-token strings in the text become special tokens.
 
     Returns:
-        how many special-token strings the text holds.
+        How many special-token strings the text holds, and the number of documents for which the tokenizer has no token
+        at all: they are in neither file.
     """
-    special = 0
-    batch: list[tuple[TokenWriter, str, list[str]]] = []
-    size = done = 0
+    batch: list[tuple[TokenWriter, str, str]] = []  # a piece without text ends a document
+    held: Tokens | None = None  # the last tokens of the document being written: it may end with them
+    size = done = special = without = 0
 
     def flush() -> None:
-        nonlocal size, done, special
-        pieces = [piece for _, _, texts in batch for piece in texts]
-        special += sum(map(tokenizer.special.count, pieces))
-        encoded = iter(tokenizer.encode_batch(pieces, parse=parse))
-        for writer, name, texts in batch:
-            ids = np.concatenate([next(encoded) for _ in texts])
-            if ids.size:
-                writer.add(tokenizer.document(ids), name)
-        done += size
+        nonlocal size, done, special, without, held
+        encoded = iter(tokenizer.encode_batch([piece for _, _, piece in batch if piece], parse=parse))
+        for writer, name, piece in batch:
+            if piece:
+                ids, special, done = next(encoded), special + tokenizer.special.count(piece), done + len(piece.encode())
+                if held is not None and held.size:
+                    writer.append(held, name)
+                    held = ids
+                else:
+                    held = surround(ids, tokenizer.prefix, ()) if ids.size else None
+            else:
+                if held is not None:
+                    writer.append(surround(held, (), tokenizer.suffix), name)
+                held = None
+                without += not writer.end_document(name)
         size = 0
         batch.clear()
         survey.progress("tokenising", done, survey.bytes)
 
     for number, document in survey.documents():
-        parts = [(other if held_out[number] else train, document.name, document.text)]
-        if cut:  # the only document: its end is held out
-            middle = _line_start(document.text, round(len(document.text) * (1 - cut)))
-            parts = [(train, document.name, document.text[:middle]), (other, document.name, document.text[middle:])]
-        for writer, name, text in parts:
-            batch.append((writer, name, _pieces(text)))
-        size += int(survey.sizes[number])
-        if size >= _BATCH_BYTES:
-            flush()
+        writer = other if held_out[number] else train
+        for behind, piece in _cut(document.pieces, survey.characters, cut):
+            if behind and writer is train:
+                batch.append((train, document.name, ""))
+                writer = other
+            if piece:
+                batch.append((writer, document.name, piece))
+                size += len(piece)
+            if size >= _BATCH_CHARACTERS:
+                flush()
+        batch.append((writer, document.name, ""))
+        size += 100  # what a document takes besides its text
     flush()
-    return special
+    return special, without
 
 
-def _pieces(text: str) -> list[str]:
-    """Cut a very long text between lines: the package needs some hundred bytes of memory for each token at once."""
-    pieces, begin = [], 0
-    while len(text) - begin > _PIECE_CHARACTERS:
-        end = text.rfind("\n", begin + 1, begin + _PIECE_CHARACTERS)
-        while end > begin and text[end - 1].isspace():  # the run of white space stays whole, see words.py
-            end -= 1
-        end = end if end > begin else begin + _PIECE_CHARACTERS
-        pieces.append(text[begin:end])
-        begin = end
-    return [*pieces, text[begin:]]
-
-
-def _line_start(text: str, place: int) -> int:
-    """Return the last start of a line at or before ``place``, or ``place`` where there is none; inside the text."""
-    found = text.rfind("\n", 0, place) + 1
-    return found or max(min(place, len(text) - 1), 1)
+def _cut(pieces: Iterable[str], characters: int, share: float) -> Iterator[tuple[bool, str]]:
+    """Yield (whether it is behind the cut, piece); the cut is at a line start, with ``share`` of the text behind it."""
+    place, seen, behind = round(characters * (1 - share)), 0, False
+    for piece in pieces:
+        if share and not behind and seen + len(piece) >= place:
+            at = piece.rfind("\n", 0, place - seen) + 1 or max(min(place, characters - 1) - seen, 1)
+            yield False, piece[:at]
+            piece, behind = piece[at:], True
+        yield behind, piece
+        seen += len(piece)

@@ -21,6 +21,7 @@ _LONGEST_PATTERN = 2**14
 _MOST_REPEATS = 10**5
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "tekken.json")
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _BOUNDED = re.compile(r"\{(\d*)(,?)(\d*)\}")
 
 
@@ -71,6 +72,7 @@ def read_tokenizer_file(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not a {NAME} ({type(problem).__name__}: {problem})") from None
     require_bounds(content, path)
     assert isinstance(content, dict)
+    vocabulary_size_in(path.parent, content)
     return content
 
 
@@ -98,6 +100,41 @@ def require_bounds(content: Any, path: Path) -> None:
 def vocabulary_size_of(content: dict[str, Any]) -> int:
     """Return one above the largest id of a tokenizer.json."""
     return max(_ids(content), default=-1) + 1
+
+
+def vocabulary_size_in(folder: Path, content: dict[str, Any]) -> int:
+    """Return one above the largest id of the tokenizer that transformers makes of a folder.
+
+    Its tokenizer_config.json may add tokens to ``content``, that of tokenizer.json: by id, or by naming special tokens
+    that have none, which get the next ones.
+
+    Raises:
+        DataError: tokenizer_config.json is not JSON, or adds ids beyond the bounds.
+    """
+    path, size = folder / "tokenizer_config.json", vocabulary_size_of(content)
+    if not path.is_file():
+        return size
+    try:
+        settings = json.loads(path.read_bytes())
+        added = settings.get("added_tokens_decoder") or {}
+        ids = [int(index) for index in added]
+        names = {_written(settings.get(f"{role}_token")) for role in _ROLES} | {_written(it) for it in added.values()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as problem:
+        reason = f"{type(problem).__name__}: {problem}"
+        raise DataError(f"{path} cannot be read ({reason}); save the tokenizer again") from None
+    if ids and (max(ids) > LARGEST_ID or min(ids) < 0):
+        raise DataError(f"{path}: adds the id {max(ids, key=abs):,}; no vocabulary is so large: correct the file")
+    vocabulary = content["model"]["vocab"]
+    known = set(vocabulary) if isinstance(vocabulary, dict) else {piece[0] for piece in vocabulary}
+    known |= {token.get("content") for token in content.get("added_tokens") or []}
+    known |= {_written(it) for it in added.values()}
+    return max(size, max(ids, default=-1) + 1) + len({name for name in names if name} - known)
+
+
+def _written(token: Any) -> str | None:
+    """Return a token as tokenizer_config.json writes it: a text, or an object with its content."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 def endless(pattern: str) -> str | None:

@@ -6,12 +6,12 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +53,7 @@ class TokenWriter:
         self.path = Path(path)
         self.vocabulary_size, self.end_of_document = vocabulary_size, end_of_document
         self.metadata = dict(metadata or {})
-        self.token_count = 0
+        self.token_count, self._last = 0, -1
         self._tokenizer_hash = bytes.fromhex(tokenizer_hash)
         self._dtype = np.dtype("<u2" if vocabulary_size <= 2**16 else "<u4")
         self._offsets, self._name_offsets, self._names = array("Q", [0]), array("Q", [0]), bytearray()
@@ -66,32 +66,50 @@ class TokenWriter:
     def __enter__(self) -> TokenWriter:
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
-        self._aside = Path(name)
-        self._stream = os.fdopen(descriptor, "wb", buffering=2**20)
+            self._aside, self._stream = open_aside(self.path)
         with self._removing_on_error():
             self._stream.write(bytes(HEADER_BYTES))
         return self
 
     def add(self, tokens: npt.ArrayLike, name: str = "") -> None:
         """Append one document (1-D integers, at least one); ``end_of_document`` ends it. Raises: DataError."""
+        if np.size(tokens) == 0:
+            raise DataError(f"{self._where(name)}: a document is a non-empty row of integers")
+        self.append(tokens, name)
+        self.end_document(name)
+
+    def append(self, tokens: npt.ArrayLike, name: str = "") -> None:
+        """Append some tokens (1-D integers) of a document that goes on until ``end_document``. Raises: DataError."""
         ids = np.asarray(tokens)
-        where = f"{name or f'document {self.document_count}'}"
-        if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-            raise DataError(f"{where}: a document is a non-empty row of integers, not {ids.dtype} of shape {ids.shape}")
-        if int(ids.max()) >= self.vocabulary_size or int(ids.min()) < 0:
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise DataError(f"{self._where(name)}: tokens are a row of integers, not {ids.dtype} of shape {ids.shape}")
+        if ids.size and (int(ids.max()) >= self.vocabulary_size or int(ids.min()) < 0):
             bad = int(np.argmax((ids >= self.vocabulary_size) | (ids < 0)))
             raise DataError(
-                f"{where}: token {bad} is {int(ids[bad])}, outside the vocabulary of {self.vocabulary_size}: "
-                "state the vocabulary size of the tokenizer that made it"
+                f"{self._where(name)}: token {self._open_tokens + bad} is {int(ids[bad])}, outside the vocabulary of "
+                f"{self.vocabulary_size}: state the vocabulary size of the tokenizer that made it"
             )
-        if self.end_of_document is not None and int(ids[-1]) != self.end_of_document:
-            ids = np.append(ids, self.end_of_document)
         self._write(ids.astype(self._dtype).tobytes())
         self.token_count += ids.size
+        self._last = int(ids[-1]) if ids.size else self._last
+
+    def end_document(self, name: str = "") -> bool:
+        """End the document whose tokens were appended; return False, and do nothing, if there were none."""
+        if not self._open_tokens:
+            return False
+        if self.end_of_document is not None and self._last != self.end_of_document:
+            self.append([self.end_of_document], name)
         self._offsets.append(self.token_count)
         self._names += name.encode(errors="replace")
         self._name_offsets.append(len(self._names))
+        return True
+
+    @property
+    def _open_tokens(self) -> int:
+        return self.token_count - self._offsets[-1]
+
+    def _where(self, name: str) -> str:
+        return name or f"document {self.document_count}"
 
     def extend(self, tokens: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> None:
         """Append many documents as they are: no end-of-document token is added, names stay empty.
@@ -171,10 +189,16 @@ class TokenWriter:
         self._aside.unlink(missing_ok=True)
 
 
-def publish(stream: Any, aside: Path, path: Path) -> None:
+def open_aside(path: Path) -> tuple[Path, BinaryIO]:
+    """Open a new file beside ``path`` that ``publish`` renames to it, with the permissions that the umask gives."""
+    aside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    return aside, os.fdopen(descriptor, "wb", buffering=2**20)
+
+
+def publish(stream: BinaryIO, aside: Path, path: Path) -> None:
     """Make ``aside``, open as ``stream``, appear as ``path``: flush, fsync, rename, fsync of the folder."""
     stream.flush()
-    os.fchmod(stream.fileno(), file_mode())
     os.fsync(stream.fileno())
     stream.close()
     os.replace(aside, path)
@@ -195,13 +219,13 @@ def file_mode() -> int:
 def publish_bytes(data: bytes, path: Path) -> None:
     """Write a small file atomically."""
     with disk_errors(path):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        aside, stream = open_aside(path)
         try:
-            with os.fdopen(descriptor, "wb") as stream:
+            with stream:
                 stream.write(data)
-                publish(stream, Path(name), path)
+                publish(stream, aside, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)
             raise
 
 

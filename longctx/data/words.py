@@ -22,7 +22,8 @@ EncodeBatch = Callable[[Sequence[str]], list[Tokens]]
 _WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
 # The pattern always ends a word before white space that follows something else, so a text may be cut there.
 _LINE_END = re.compile(r"(?<=\S)(?=\n)")
-_MOST_WORDS = 2**20
+_MOST_WORDS = 2**19
+_AT_ONCE = 2**13
 
 
 class WordTable:
@@ -52,7 +53,9 @@ class WordTable:
             if len(self._ids) + len(unseen) > _MOST_WORDS:
                 self._ids.clear()
                 unseen = list(set(words))
-            self._ids.update(zip(unseen, (ids.tobytes() for ids in self._encode_batch(unseen)), strict=True))
+            for begin in range(0, len(unseen), _AT_ONCE):  # the package needs some hundred bytes for each at once
+                words_now = unseen[begin : begin + _AT_ONCE]
+                self._ids.update(zip(words_now, (ids.tobytes() for ids in self._encode_batch(words_now)), strict=True))
         return b"".join(map(self._ids.__getitem__, words))
 
 

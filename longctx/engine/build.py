@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from longctx.engine.description import describe_config
 from longctx.engine.hpz import own_group
 from longctx.engine.settings import Settings, load_settings
 from longctx.mesh import Mesh
+from longctx.sameness import compare_ranks
 
 
 def build(
@@ -41,7 +43,8 @@ def build(
         changes: keys of a folder's config.json that get another value, such as ``max_position_embeddings``.
 
     Raises:
-        EngineError: the configuration contradicts the mesh.
+        EngineError: the configuration contradicts the mesh; under ZeRO-3, on every rank, the ranks were given different
+            models, seeds or dtypes.
         ModelError: the folder is incomplete, unsafe or of an unknown architecture.
     """
     from longctx.models import pretrained, zero3
@@ -56,9 +59,18 @@ def build(
 
         deepspeed.init_distributed()  # adopts the mesh's; zero.Init would count one rank without it
     folder = isinstance(model, (str, Path))
-    description = pretrained.read_config(model, changes) if folder else model
-    if layers:
-        description = convert(description, layers)
+    description: Any = None
+    problem: Exception | None = None
+    try:
+        description = pretrained.read_config(model, changes) if folder else model
+        if layers:
+            description = convert(description, layers)
+    except Exception as error:  # under ZeRO-3 the other ranks wait in the comparison: they must hear of it
+        problem = error
+    if partitioned:
+        compare_ranks({**describe_config(description), "seed": seed, "dtype": str(dtype)}, mesh, problem)
+    elif problem is not None:
+        raise problem
     with own_group(settings, mesh), zero3.partitioned_by(settings) if partitioned else contextlib.nullcontext():
         if folder:
             with seeded(seed):  # weights that only the converted layers have

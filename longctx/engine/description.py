@@ -37,16 +37,20 @@ def describe(
     facts["model weights (names, shapes, dtypes, trained or frozen)"] = _digest(
         [(name, tuple(getattr(p, "ds_shape", p.shape)), str(p.dtype), p.requires_grad) for name, p in _weights(model)]
     )
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "to_dict"):
-        own = {key: value for key, value in config.to_dict().items() if key not in _NAMES}
-        facts |= flatten(own, "model.config")
+    facts |= describe_config(getattr(model, "config", None))
     if optimizer is not None and hasattr(optimizer, "param_groups"):
         facts["optimizer"] = type(optimizer).__name__
         for index, group in enumerate(optimizer.param_groups):
             numbers = {key: value for key, value in group.items() if key != "params"}
             facts |= flatten(numbers, f"optimizer.param_groups[{index}]")
     return facts
+
+
+def describe_config(config: Any) -> dict[str, str]:
+    """Return a transformers config as named strings, without where it was read from; nothing for another object."""
+    if not hasattr(config, "to_dict"):
+        return {}
+    return flatten({key: value for key, value in config.to_dict().items() if key not in _NAMES}, "model.config")
 
 
 def _weights(model: Any) -> list[tuple[str, Any]]:

@@ -36,6 +36,7 @@ def evaluate(engine: Engine, batches: Iterable[Batch], *, sharded: bool) -> Eval
         EngineError: on every rank, when a batch of any rank has no labels or is refused.
     """
     total = torch.zeros(2, dtype=torch.float64, device=engine.mesh.device)
+    _ = engine.position_rule  # found by all ranks together, also by those that have no batch
     iterator = iter(batches)
     with evaluating(engine.module), torch.no_grad():
         while (batch := _next(iterator, engine, sharded)) is not None:

@@ -58,6 +58,11 @@ class RowLoader:
     def __iter__(self) -> Iterator[list[Batch]]:
         micro = self.engine.train_micro_batch_size_per_gpu()
         steps, mesh = self.engine.gradient_accumulation_steps(), self.engine.mesh
+        if self.engine.train_batch_size() != self.global_batch:
+            raise EngineError(
+                f"this loader counts epochs in batches of {self.global_batch} rows, and train_batch_size has been set "
+                f"to {self.engine.train_batch_size()}: make another, longctx.engine.loader.RowLoader(dataset, engine)"
+            )
         first = self.consumed // self.global_batch % len(self)
         for index in range(first, len(self)):
             order = self._order(self.consumed // self.global_batch // len(self))

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 
 from longctx.engine.extension import (
     BUILD_SECONDS,
@@ -26,6 +27,8 @@ from longctx.engine.extension import (
 )
 from longctx.errors import LaunchError, MissingPackageError
 from longctx.launch.hardware import python_path
+
+_SAY_EVERY = 15.0
 
 
 def prepare() -> None:
@@ -79,7 +82,7 @@ def _build() -> None:
         start_new_session=True,
     )
     try:
-        output, _ = child.communicate(timeout=BUILD_SECONDS)
+        output = _wait(child)
     except BaseException as error:
         os.killpg(child.pid, 9)
         child.wait()
@@ -91,6 +94,24 @@ def _build() -> None:
     if child.returncode != 0:
         tail = "\n".join(output.splitlines()[-20:])
         raise LaunchError(f"DeepSpeed's {EXTENSION} does not compile here; the end of the build's output:\n{tail}")
+
+
+def _wait(child: subprocess.Popen[str]) -> str:
+    """Wait for a build, saying now and then that it goes on; return its output. Raises: subprocess.TimeoutExpired."""
+    started = time.monotonic()
+    _say(f"compiling DeepSpeed's {EXTENSION}, once for this machine; it takes a minute or two")
+    while True:
+        left = BUILD_SECONDS - (time.monotonic() - started)
+        try:
+            return child.communicate(timeout=min(left, _SAY_EVERY))[0]
+        except subprocess.TimeoutExpired:
+            if left <= _SAY_EVERY:
+                raise
+            _say(f"still compiling {EXTENSION}, {time.monotonic() - started:.0f} s so far")
+
+
+def _say(text: str) -> None:
+    print(f"longctx: {text}", file=sys.stderr, flush=True)
 
 
 def _importable(name: str) -> bool:

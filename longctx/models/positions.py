@@ -66,7 +66,7 @@ def count_positions(
 
 
 def _beginnings(document_ids: torch.Tensor) -> torch.Tensor:
-    """Return (B, S) the index of the first token of each token's document; padding between documents begins anew."""
+    """Return (B, S) the index of the first token of each token's document; padding between documents begins its own."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
     ids = _holes_filled(document_ids)
     begins = torch.ones_like(ids, dtype=torch.bool)

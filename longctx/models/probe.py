@@ -60,8 +60,11 @@ def position_rule(model: torch.nn.Module, binding: Binding) -> PositionRule:
                 if binding.sharded:
                     _refuse_counting(model, binding)
                 binding.rule = _find_rule(model, binding)
-        except BaseException:
+        except BaseException as problem:
             binding.rule = None
+            name = type(model).__name__
+            if isinstance(problem, ModelError) and name not in str(problem):  # a mask does not know its model
+                raise ModelError(f"{name}: {problem}") from problem
             raise
     return binding.rule
 

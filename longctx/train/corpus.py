@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from longctx.config.machine import token_folder
 from longctx.config.schema import RunConfig
-from longctx.data.build import RECORD, TokenBuild, build_tokens, open_build
+from longctx.data.build import TokenBuild, build_tokens, open_build
+from longctx.data.folder import would_read
+from longctx.data.record import RECORD
 from longctx.data.special import note
 from longctx.data.tokenfile import TokenFile
 from longctx.data.tokenizer import ByteTokenizer, load_tokenizer, require_kept
 from longctx.errors import DataError
+from longctx.train import durable, store
 
 Say = Callable[[str], None]
 TOKENIZER_TO_TRAIN = "bpe"  # what data.tokenizer: auto is without a pretrained model: no tokenizer is asked for
+USED = "data.json"  # in the output folder: the record of the data that the run's checkpoints count
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -30,15 +37,41 @@ class Corpus:
     tokenizer_hash: str
     end_of_document: int | None
     beginning: int | None  # the tokenizer's bos_token_id
+    report: dict[str, Any]
 
 
 def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
     """Return the run's token files, made now if need be. For one process; it may take minutes on much text.
 
     Raises:
-        DataError: nothing to read, damaged token files, or a tokenizer that does not match them or the architecture.
+        DataError: nothing to read, files that cannot be read, damaged token files, a tokenizer that does not match
+            them or the architecture, or other data than the run's checkpoints count.
+    """
+    build = build_corpus(config, say)
+    output = Path(config.output.folder)
+    if output.is_dir():
+        durable.write_json(output / USED, build.record)
+    tokenizer = load_tokenizer(build.tokenizer)
+    return Corpus(
+        str(build.train),
+        str(build.held_out) if build.held_out else None,
+        str(build.tokenizer),
+        build.vocabulary_size,
+        build.tokenizer_hash,
+        tokenizer.end_of_document,
+        tokenizer.beginning,
+        build.report,
+    )
+
+
+def build_corpus(config: RunConfig, say: Say) -> TokenBuild:
+    """Build or find the token files of a configuration, and say what was read and what was left out.
+
+    Raises:
+        DataError: as ``prepare_corpus``. What was there before is left as it was.
     """
     data = config.data
+    continues = _record_of_checkpoints(Path(config.output.folder))
     folders = [Path(source) for source in data.sources if (Path(source) / RECORD).is_file()]
     if folders:
         if len(data.sources) > 1:
@@ -46,9 +79,21 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
                 f"data.sources mixes {folders[0]}, which `longctx data build` made, with other sources; give it alone, "
                 "or build all sources together"
             )
-        opened = _opened(folders[0], data.tokenizer)
-        _require_kept(config, str(opened.tokenizer))
-        return _corpus(opened)
+        build = _opened(folders[0], data.tokenizer)
+        _require_kept(config, str(build.tokenizer))
+        if continues is not None and continues["files"] != build.record["files"]:
+            raise DataError(
+                f"data.sources: {folders[0]} does not hold the token files that the checkpoints of this run count; "
+                "restore data.sources, or choose another output.folder"
+            )
+        _tell(build, "found", say)
+        return build
+    for source in data.sources:
+        if would_read(source, Path(config.output.folder), data.exclude):
+            raise DataError(
+                f"data.sources: output.folder {config.output.folder} is inside the source {source!r}: the run's own "
+                "files would become text; choose an output.folder outside, or name it in data.exclude"
+            )
     _require_kept(config, data.tokenizer)
     started = time.monotonic()
     build = build_tokens(
@@ -60,18 +105,25 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
         seed=data.seed,
         text_field=data.text_field,
         sample_bytes=data.sample_bytes,
+        format=data.format,
+        exclude=data.exclude,
         special_tokens=data.special_tokens,
+        continues=continues,
         progress=_Stages(say),
     )
-    report = build.report
-    how = "found in" if build.reused else f"built in {time.monotonic() - started:.0f} s in"
-    say(
-        f"data: {report['documents']:,} documents, {report['tokens']:,} tokens to train on, "
-        f"{report['held_out_tokens']:,} held out ({how} {build.folder})"
-    )
-    if said := note(report, data.special_tokens):
-        say(f"data: {said}")
-    return _corpus(build)
+    _tell(build, "found" if build.reused else f"built in {time.monotonic() - started:.0f} s", say)
+    return build
+
+
+def _record_of_checkpoints(output: Path) -> dict[str, Any] | None:
+    """Return the record of the data that the checkpoints in ``output`` count, or None if there are none."""
+    if not store.published(output / "checkpoints"):
+        return None
+    try:
+        found = json.loads((output / USED).read_bytes())
+        return found if {"key", "settings", "files"} <= found.keys() else None
+    except (OSError, ValueError, AttributeError):  # a run of before there was such a record
+        return None
 
 
 def _require_kept(config: RunConfig, tokenizer: str) -> None:
@@ -95,26 +147,38 @@ def _opened(folder: Path, tokenizer: str) -> TokenBuild:
     return build
 
 
+def _tell(build: TokenBuild, how: str, say: Say) -> None:
+    """Say what the token files hold and, by reason, what was left out of them."""
+    report = build.report
+    say(
+        f"data: {report['documents']:,} documents, {report['tokens']:,} tokens to train on, "
+        f"{report['held_out_tokens']:,} held out ({how} in {build.folder})"
+    )
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in report.get("formats", {}).items())
+    if kinds:
+        say(f"data: files read: {kinds}")
+    for left in report.get("skipped", []):
+        first = ", ".join(left["first"][:3]) + (", …" if len(left["first"]) > 3 else "")
+        say(f"data: left out, {left['why']}: {left['files']:,} files, {left['bytes']:,} bytes ({first})")
+    if said := note(report, build.record["settings"].get("special_tokens", "spell")):
+        say(f"data: {said}")
+    for name, what in (("empty", "documents are blank"), ("without_tokens", "documents have no token")):
+        if report.get(name):
+            say(f"data: left out: {report[name]:,} {what}")
+
+
 class _Stages:
-    """Says once when each stage of a build begins."""
+    """Says when each stage of a build begins, and how far it is every ten seconds."""
 
     def __init__(self, say: Say) -> None:
-        self.say, self.stage = say, ""
+        self.say, self.stage, self.last = say, "", 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
         if stage != self.stage:
-            self.stage = stage
+            self.stage, self.last = stage, now
             self.say(f"data: {stage}")
-
-
-def _corpus(build: TokenBuild) -> Corpus:
-    tokenizer = load_tokenizer(build.tokenizer)
-    return Corpus(
-        str(build.train),
-        str(build.held_out) if build.held_out else None,
-        str(build.tokenizer),
-        build.vocabulary_size,
-        build.tokenizer_hash,
-        tokenizer.end_of_document,
-        tokenizer.beginning,
-    )
+        elif now - self.last >= _SECONDS_BETWEEN_LINES:
+            self.last = now
+            of = f" of {total / 1e6:,.0f} MB ({done / total:.0%})" if total else " MB"
+            self.say(f"data: {stage}, {done / 1e6:,.0f}{of}")

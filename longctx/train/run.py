@@ -156,6 +156,7 @@ def _summary(job: Job, outcome: Outcome, wall: float) -> dict[str, Any]:
         "parameters": job.parameters,
         "world": {"size": job.sizes.world, "data": job.sizes.data, "ring": job.sizes.ring},
         "sequence_length": job.config.data.sequence_length,
+        "data": job.corpus.report,
         "checkpoint": str(job.checkpoints.root / store.name_of(outcome.progress.step)),
     }
 

@@ -35,6 +35,20 @@ def test_sources(tmp_path):
     assert refused(data__sources=["x" * 5000]) == ("data.sources", "no-file")
 
 
+def test_a_folder_of_ours_inside_a_source_is_refused(tmp_path):
+    text, run = tmp_path / "text", str(tmp_path / "text" / "runs" / "a")
+    text.mkdir()
+    sources = {"data__sources": [str(text)]}
+    assert refused(**sources, output__folder=run) == ("output.folder", "own-files")
+    assert refused(**sources, data__folder=run) == ("data.folder", "own-files")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "build.json").touch()
+    built = variant(data__sources=[str(tmp_path / "tokens")], output__folder=str(tmp_path))
+    assert require_machine(loads(text_of(built))) == []
+    for changes in ({"data__exclude": ["runs"]}, {"output__folder": str(text / ".runs" / "a")}):
+        assert require_machine(loads(text_of(variant(**{**sources, "output__folder": run, **changes})))) == []
+
+
 def test_tokenizer(tmp_path):
     for name in (str(tmp_path / "none.json"), str(tmp_path)):
         assert refused(data__tokenizer=name, data__vocab_size=...) == ("data.tokenizer", "no-file")

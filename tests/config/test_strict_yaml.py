@@ -171,6 +171,13 @@ def test_control_characters_and_surrogates_are_refused(text: str):
     assert str(problem).isprintable()
 
 
+@pytest.mark.parametrize("character", ["\x07", "\x1b", "\x7f", "\x92", "\ufffe", "\x00"])
+def test_raw_control_characters_are_named_by_their_own_code_point(character: str):
+    for text in (GOOD + f"# {character}\n", (GOOD + f"# {character}\n").encode()):
+        (problem,) = problems_of(text).problems
+        assert problem.code == "not-text" and f"character U+{ord(character):04X} is not" in problem.message
+
+
 def test_aliases_are_read_where_they_stay_small():
     assert parse("a: &x [1, 2]\nb: *x", "").value == {"a": [1, 2], "b": [1, 2]}
 

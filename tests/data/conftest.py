@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,3 +27,14 @@ def make_tokens(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Token
         return TokenFile(path)
 
     return make
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(50):
+        file = folder / f"{number:02}.txt"
+        file.write_text(f"document {number}\n" + "some words of text\n" * (number % 7))
+        os.utime(file, (1e9, 1e9))  # long at rest, as real text is
+    return folder

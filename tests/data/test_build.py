@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +17,11 @@ import longctx
 from longctx.data.build import build_tokens, open_build
 from longctx.data.survey import Survey
 from longctx.data.tokenfile import TokenFile
-from longctx.data.tokenise import _pieces
-from longctx.data.tokenizer import load_tokenizer
+from longctx.data.tokenizer import ByteTokenizer, load_tokenizer
 from longctx.data.tokenwriter import TokenWriter
 from longctx.errors import DataError
 
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for number in range(50):
-        file = folder / f"{number:02}.txt"
-        file.write_text(f"document {number}\n" + "some words of text\n" * (number % 7))
-        os.utime(file, (1e9, 1e9))  # long at rest, as real text is
-    return folder
+FILES = [".lock", "build.json", "held_out.tokens", "tokenizer", "train.tokens"]
 
 
 def texts_of(path: Path, tokenizer_folder: Path) -> list[str]:
@@ -118,13 +109,11 @@ def test_held_out_file_goes_when_it_is_no_longer_asked_for(corpus: Path, tmp_pat
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:
-    folder = tmp_path / "binary"
+    folder = tmp_path / "blank"
     folder.mkdir()
-    (folder / "a.bin").write_bytes(b"\0\1\2")
+    (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0")
     (folder / "b.txt").write_bytes(b"  \n")
-    with pytest.raises(
-        DataError, match=r"no text in .*binary \(2 files left out; the first: .*a.bin: offset 0: binary"
-    ):
+    with pytest.raises(DataError, match=r"no text in .*blank \(2 files left out; the first: a.png is left out: image"):
         build_tokens(folder, "bytes", tmp_path / "out")
     with pytest.raises(DataError, match="no source of text"):
         build_tokens([], "bytes", tmp_path / "out")
@@ -165,9 +154,8 @@ def test_full_disk_leaves_nothing_that_looks_complete(
     monkeypatch.setattr(TokenWriter, "_write", full)
     with pytest.raises(DataError, match="the disk is full"):
         build_tokens(corpus, "bytes", tmp_path / "out", seed=1)
-    with pytest.raises(DataError, match="no complete token files"):
-        open_build(tmp_path / "out")
-    assert not [name for name in os.listdir(tmp_path / "out") if name.startswith(".") and name != ".lock"]
+    open_build(tmp_path / "out")  # what was there before is still there
+    assert sorted(os.listdir(tmp_path / "out")) == FILES
 
 
 KILLED = """
@@ -198,7 +186,7 @@ def test_killed_builds_leave_all_or_nothing(corpus: Path, tmp_path: Path) -> Non
             open_build(out)
     assert not build_tokens(corpus, "bytes", out, reuse=False).reused
     open_build(out)
-    assert sorted(os.listdir(out)) == [".lock", "build.json", "held_out.tokens", "tokenizer", "train.tokens"]
+    assert sorted(os.listdir(out)) == FILES
 
 
 def test_building_needs_neither_torch_nor_transformers(corpus: Path, tmp_path: Path) -> None:
@@ -216,11 +204,53 @@ inspect(build_tokens(sys.argv[1], "bytes", sys.argv[2]).train, sequence_length=6
     assert done.returncode == 0 and "best_fit" in done.stdout, done.stderr
 
 
-def test_long_texts_are_cut_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longctx.data.tokenise._PIECE_CHARACTERS", 50)
-    for text in ("word \n\n  next\n" * 30, "x" * 333, "\n" * 333, " ", "a\n" * 100):
-        pieces = _pieces(text)
-        assert "".join(pieces) == text and all(pieces) and max(map(len, pieces)) <= 50
-    assert all(
-        piece[0] == " " or piece[0] == "\n" or n == 0 for n, piece in enumerate(_pieces("word \n\n  next\n" * 30))
-    )
+def test_files_get_the_permissions_that_the_umask_gives(corpus: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        build_tokens(corpus, "bytes", tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert set(modes.values()) == {0o640} and set(FILES) - {"tokenizer"} < set(modes)
+
+
+def test_a_build_that_fails_leaves_what_was_there(corpus: Path, tmp_path: Path) -> None:
+    first = build_tokens(corpus, "bytes", tmp_path / "out")
+    (corpus / "zz.parquet").write_bytes(b"<html>404</html>")
+    with pytest.raises(DataError, match="zz.parquet: offset 0: its name says parquet"):
+        build_tokens(corpus, "bytes", tmp_path / "out")
+    assert open_build(tmp_path / "out").record == first.record and sorted(os.listdir(tmp_path / "out")) == FILES
+
+
+def test_a_complete_folder_that_cannot_be_written_is_used(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build_tokens(corpus, "bytes", tmp_path / "out")
+    original = os.open
+
+    def read_only(path: object, flags: int, *arguments: object, **keywords: object) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(30, "Read-only file system")
+        return original(path, flags, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert build_tokens(corpus, "bytes", tmp_path / "out").reused
+    (corpus / "00.txt").touch()  # read again, the same text
+    again = build_tokens(corpus, "bytes", tmp_path / "out")
+    assert again.reused and again.record == first.record
+    with pytest.raises(DataError, match="out holds other data and cannot be written; choose another data.folder"):
+        build_tokens(corpus, "bytes", tmp_path / "out", seed=1)
+    with pytest.raises(DataError, match="elsewhere cannot be written: Read-only file system"):
+        build_tokens(corpus, "bytes", tmp_path / "elsewhere")
+
+
+def test_documents_without_any_token_are_counted(corpus: Path, tmp_path: Path) -> None:
+    class Deaf(ByteTokenizer):
+        def encode_batch(self, texts: Sequence[str], *, parse: bool = False) -> list[np.ndarray]:
+            return [ids[ids < 48] if ids.size < 12 else ids for ids in super().encode_batch(texts, parse=parse)]
+
+    (corpus / "a.txt").write_text("nothing")
+    built = build_tokens(corpus, Deaf(), tmp_path / "out", held_out=0.1)
+    with TokenFile(built.train) as train:
+        assert built.report["without_tokens"] == 1
+        assert built.report["documents"] == 51 == 1 + train.document_count + built.report["held_out_documents"]

@@ -10,13 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from longctx.data.text import Document, open_source
+from longctx.data.text import open_source
 from longctx.errors import DataError, MissingPackageError
+
+
+def read(path: Path, **options: object) -> list[tuple[str, str]]:
+    return [(document.name, document.text) for document in open_source(path, **options).documents()]
 
 
 def test_file_is_one_document_read_exactly(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeffLine\r\n  zwei – ß\n".encode())
-    assert list(open_source(tmp_path / "a.txt").documents()) == [Document("a.txt", "Line\r\n  zwei – ß\n")]
+    assert read(tmp_path / "a.txt") == [("a.txt", "Line\r\n  zwei – ß\n")]
 
 
 BAD = {
@@ -33,7 +37,7 @@ def test_named_file_must_be_text(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.txt"
     path.write_bytes(content)
     with pytest.raises(DataError, match=BAD[content]) as caught:
-        list(open_source(path).documents())
+        read(path)
     assert str(path) in str(caught.value)
 
 
@@ -46,7 +50,11 @@ def test_folder_is_sorted_and_leaves_out_what_is_not_text(tmp_path: Path) -> Non
     source = open_source(tmp_path)
     for _ in range(2):
         assert [document.name for document in source.documents()] == ["a.txt", "b/a.md", "b/z.txt"]
-        assert list(source.skipped) == ["b/image.png"]
+        assert source.skipped == {
+            ".git": ("hidden", 1, 11),
+            ".hidden": ("hidden", 1, 7),
+            "b/image.png": ("image", 1, 10),
+        }
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
@@ -54,15 +62,15 @@ def test_json_lines(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"x{suffix}"
     lines = "\n".join([json.dumps({"text": "eins"}), "", json.dumps({"text": "zw\nei", "id": 3})])
     path.write_bytes(gzip.compress(lines.encode()) if suffix.endswith("gz") else lines.encode())
-    documents = list(open_source(path).documents())
-    assert documents == [Document(f"x{suffix}:1", "eins"), Document(f"x{suffix}:3", "zw\nei")]
+    assert read(path) == [(f"x{suffix}:1", "eins"), (f"x{suffix}:3", "zw\nei")]
 
 
 BAD_LINES = {
     b'{"text": "a"}\n{"text": \n': r":2 \(byte 14\): not a JSON object",
     b'{"body": "a"}': r"no text under the key 'text' \(found: 'body'\)",
     b"[1]": "found: list",
-    b'{"text": 5}': "no text under the key",
+    b'{"text": 5}': "the value of the key 'text' is a number, not text",
+    b'{"text": null}': "the value of the key 'text' is null, not text",
     b'{"text": "\\ud800"}': "half of a surrogate pair",
     b"[" * 20000: "not a JSON object",
     b"\xff\xff": "not a JSON object",
@@ -73,15 +81,16 @@ BAD_LINES = {
 def test_bad_lines_are_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=BAD_LINES[content]):
-        list(open_source(tmp_path / "x.jsonl").documents())
+        read(tmp_path / "x.jsonl")
 
 
 def test_damaged_gzip(tmp_path: Path) -> None:
     whole = gzip.compress(b'{"text": "a"}\n' * 1000)
-    for content in (whole[:-20], b"no gzip", whole[:20] + b"\0\0\0" + whole[23:]):
+    damaged = {whole[:-20]: "cannot be read on", b"no gzip": "its name says gzip, its first bytes do not"}
+    for content, words in (damaged | {whole[:20] + b"\0\0\0" + whole[23:]: "cannot be read on"}).items():
         (tmp_path / "x.jsonl.gz").write_bytes(content)
-        with pytest.raises(DataError, match="cannot be read on"):
-            list(open_source(tmp_path / "x.jsonl.gz").documents())
+        with pytest.raises(DataError, match=words):
+            read(tmp_path / "x.jsonl.gz")
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -120,7 +129,7 @@ def test_datasets_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert [document.text for document in open_source("hf:x/y").documents()] == ["a", "b"]
-    with pytest.raises(DataError, match="row 1 has no text"):
+    with pytest.raises(DataError, match="row 1 has no text: 'text' is null"):
         list(open_source("hf:x/y:en:test").documents())
     with pytest.raises(DataError, match="cannot load split 'none': no such split"):
         list(open_source("hf:x/y:none").documents())

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from longctx.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
-from longctx.data.tokenizer_file import endless, read_tokenizer_file, tokenizer_file, vocabulary_size_of
+from longctx.data.tokenizer_file import (
+    endless,
+    read_tokenizer_file,
+    tokenizer_file,
+    vocabulary_size_in,
+    vocabulary_size_of,
+)
 from longctx.errors import DataError
 
 GPT4 = (
@@ -100,4 +106,32 @@ def test_what_is_no_tokenizer_is_named(content: str, message: str, tmp_path: Pat
     path.write_text(content)
     for read in (read_tokenizer_file, load_tokenizer):
         with pytest.raises(DataError, match=message):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "more"),
+    [
+        ({}, 0),
+        ({"eos_token": "<|endoftext|>"}, 0),
+        ({"eos_token": "<new>"}, 1),
+        ({"eos_token": "<new>", "pad_token": {"__type": "AddedToken", "content": "<new>"}, "bos_token": "<other>"}, 2),
+        ({"added_tokens_decoder": {"SIZE": {"content": "<x>", "special": True}}, "pad_token": "<x>"}, 1),
+    ],
+)
+def test_tokens_that_tokenizer_config_adds_are_counted(tmp_path: Path, settings: dict[str, Any], more: int) -> None:
+    path = written(tmp_path)
+    content = read_tokenizer_file(path)
+    size = vocabulary_size_of(content)
+    text = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **settings}).replace("SIZE", str(size))
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    assert vocabulary_size_in(tmp_path, content) == size + more == load_tokenizer(tmp_path).vocabulary_size
+
+
+@pytest.mark.parametrize("index", ["2147483648", "-1", "many"])
+def test_ids_that_tokenizer_config_adds_are_bounded(tmp_path: Path, index: str) -> None:
+    path = written(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {index: {"content": "<x>"}}}))
+    for read in (read_tokenizer_file, load_tokenizer):
+        with pytest.raises(DataError, match="tokenizer_config.json"):
             read(path)

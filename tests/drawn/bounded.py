@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,20 +185,38 @@ def _in_parts(case: BoundedCase, leaves: list[torch.Tensor], weight: torch.Tenso
 
 def _on_ring(case: BoundedCase, leaves: list[torch.Tensor], weight: torch.Tensor) -> list[torch.Tensor]:
     """One ring: each rank goes backward from its own tokens, for backward is a collective as well."""
-    (_, ring), ids = case.rings[0], None if case.ids is None else torch.tensor(case.ids)
-    index = [torch.tensor(own) for own in places(case.layout, ring, case.length)]
+    index = [torch.tensor(own) for own in places(case.layout, case.rings[0][1], case.length)]
 
     def worker(link: Link) -> list[torch.Tensor]:
-        here = index[link.rank]
-        local = [(x[:, :, here] if _has_tokens(case, place) else x).detach() for place, x in enumerate(leaves)]
-        local = [x.requires_grad_() for x in local]
-        out, _ = _call(case, local, None if ids is None else ids[:, here], link, None, False)
-        return [out.detach(), *_gradients(out, weight[:, :, here], local)]
+        return _of_rank(case, index[link.rank], leaves, weight, link, None)
 
-    answers, order = list(zip(*simulate.run(ring, worker)[0], strict=True)), torch.cat(index).argsort()
+    return assembled(case, simulate.run(case.rings[0][1], worker)[0])
+
+
+def _of_rank(
+    case: BoundedCase, here: Any, leaves: list[torch.Tensor], weight: torch.Tensor, link: Link | None, mesh: Any
+) -> list[torch.Tensor]:
+    ids = None if case.ids is None else torch.tensor(case.ids)[:, here]
+    local = [(x[:, :, here] if _has_tokens(case, place) else x).detach() for place, x in enumerate(leaves)]
+    local = [x.clone().requires_grad_() for x in local]
+    out, _ = _call(case, local, ids, link, None, False, mesh)
+    return [out.detach(), *_gradients(out, weight[:, :, here], local)]
+
+
+def of_rank(case: BoundedCase, mesh: Any) -> list[torch.Tensor]:
+    """One real rank's answer to a case of one part."""
+    made, weight = inputs(case)
+    here = places(case.layout, case.rings[0][1], case.length)[mesh.ring_rank]
+    return _chunked(case, lambda: _of_rank(case, here, [x.to(case.dtype) for x in made], weight, None, mesh))
+
+
+def assembled(case: BoundedCase, answers: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """The ranks' answers in the order of the sequence; gradients of weights that every rank has are summed."""
+    index = places(case.layout, case.rings[0][1], case.length)
+    order = torch.tensor([place for here in index for place in here]).argsort()
     return [
         torch.cat(parts, 2)[:, :, order] if _has_tokens(case, place - 1) else torch.stack(parts).sum(0)
-        for place, parts in enumerate(answers)
+        for place, parts in enumerate(zip(*answers, strict=True))
     ]
 
 
@@ -228,10 +246,16 @@ def _part(
 
 
 def _call(
-    case: BoundedCase, local: list[torch.Tensor], ids: torch.Tensor | None, link: Link | None, state: Any, wanted: bool
+    case: BoundedCase,
+    local: list[torch.Tensor],
+    ids: torch.Tensor | None,
+    link: Link | None,
+    state: Any,
+    wanted: bool,
+    mesh: Any = None,
 ) -> tuple[torch.Tensor, Any]:
     q, k, v, *others = local
-    places_of = (None, case.layout, ids, None, state, wanted, "chunked", link)
+    places_of = (mesh, case.layout, ids, None, state, wanted, "chunked", link)
     if "cosine" in case.name:
         result: Any = cosine.attend(q, k, v, others[0], case.causal, case.name.split()[1], *places_of)
     else:
@@ -249,6 +273,10 @@ def _call(
 
 def check(case: BoundedCase) -> tuple[float, float]:
     """(the largest error, what is allowed)."""
-    ours = found(case)
+    return compared(case, found(case))
+
+
+def compared(case: BoundedCase, answer: list[torch.Tensor]) -> tuple[float, float]:
+    """As `check`, of an answer; without its gradients where there are none."""
     allowed = tolerance("fp64" if case.dtype == torch.float64 else "fp32")
-    return worst(ours, expected(case)[: len(ours)]), allowed
+    return worst(answer, expected(case)[: len(answer)]), allowed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ from attention.dense import kept
 from drawn import definitions
 from drawn.draw import LAYOUTS, Draw, normal, places, worst
 
+from longctx import ring_attention
 from longctx.attention import simulate
 from longctx.attention import sink as sinks
 from longctx.attention.backends import aten
@@ -149,16 +152,53 @@ def found(case: RingCase) -> list[torch.Tensor]:
         per_head = [x for x in (None if sink is None else sinks.gradient(rows, sink), dalibi) if x is not None]
         return out, lse, dq, *split(dkv, k, v), *per_head
 
+    with at_once(case):
+        return assembled(case, simulate.run(case.ring, worker)[0])
+
+
+@contextmanager
+def at_once(case: RingCase) -> Iterator[None]:
+    """Let the fused operator take as many heads in a call as the case says."""
     pairs, aten.PAIRS = aten.PAIRS, case.at_once
     try:
-        answers = list(zip(*simulate.run(case.ring, worker)[0], strict=True))
+        yield
     finally:
         aten.PAIRS = pairs
-    order = torch.cat(index).argsort()
-    whole = [torch.cat(parts, 2)[:, :, order] for parts in answers[:5]]
-    return whole + [torch.stack(parts).sum(0) for parts in answers[5:]]
+
+
+def assembled(case: RingCase, answers: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """The ranks' answers in the order of the sequence; what belongs to heads is summed."""
+    index = places(case.layout, case.ring, case.tokens * case.ring)
+    order, parts = torch.tensor([place for here in index for place in here]).argsort(), list(zip(*answers, strict=True))
+    whole = [torch.cat(pieces, 2)[:, :, order] for pieces in parts[:5]]
+    return whole + [torch.stack(pieces).sum(0) for pieces in parts[5:]]
+
+
+def of_rank(case: RingCase, mesh: Any) -> list[torch.Tensor]:
+    """One real rank's answer, by the public function and autograd."""
+    here = places(case.layout, case.ring, case.tokens * case.ring)[mesh.ring_rank]
+    q, k, v, dout, dlse = (x.to(case.dtype)[:, :, here] for x in inputs(case))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    sink, alibi = (
+        None if x is None else torch.tensor(x).to(case.dtype).requires_grad_() for x in (case.sink, case.alibi)
+    )
+    ids = None if case.ids is None else torch.tensor(case.ids)[:, here]
+    with at_once(case):
+        out, lse = ring_attention(
+            *leaves, mesh=mesh, causal=case.causal, layout=case.layout, window=case.window, document_ids=ids,
+            length=case.length, scale=case.scale, softcap=case.softcap, sink=sink, alibi=alibi,
+            dropout_p=case.dropout, dropout_seed=seeds(case) if case.dropout else None, return_lse=True,
+            backend=case.backend,
+        )  # fmt: skip
+        loss = (out * dout).sum() + (lse.masked_fill(lse == -torch.inf, 0.0) * dlse).sum()
+        gradients = torch.autograd.grad(loss, leaves + [x for x in (sink, alibi) if x is not None])
+    return [out.detach(), lse.detach(), *gradients]
 
 
 def check(case: RingCase) -> tuple[float, float]:
     """(the largest error, what is allowed)."""
-    return worst(found(case), expected(case)), tolerance("fp64" if case.dtype == torch.float64 else "fp32")
+    return compared(case, found(case))
+
+
+def compared(case: RingCase, answer: list[torch.Tensor]) -> tuple[float, float]:
+    return worst(answer, expected(case)), tolerance("fp64" if case.dtype == torch.float64 else "fp32")

@@ -90,3 +90,31 @@ def refused(rank: int, world: int) -> list[str]:
 def test_engines_that_split_otherwise_are_refused() -> None:
     for size, mesh_param in run_ranks(4, refused):
         assert "over 4 ranks" in size and "mesh_param" in mesh_param
+
+
+def apart(rank: int, world: int) -> list[str]:
+    """Rank 1 alone attaches with another layout, or brings an engine with another learning rate."""
+    import deepspeed
+
+    import longctx
+
+    mesh = longctx.Mesh(ring=2).connect()
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1, "reduce_bucket_size": 5000}}
+    settings["zero_allow_untested_optimizer"] = True
+    messages = []
+    for fault in ("layout", "lr"):
+        model = tiny_llama(num_hidden_layers=1)
+        optimizer = make_optimizer("sgd", model.parameters())
+        optimizer.param_groups[0]["lr"] = 0.3 if (fault, rank) == ("lr", 1) else 0.1
+        theirs, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(settings), mpu=mesh)
+        with pytest.raises(EngineError) as error:
+            longctx.attach(theirs, mesh, "striped" if (fault, rank) == ("layout", 1) else "zigzag")
+        messages.append(str(error.value))
+        theirs.destroy()
+    return messages
+
+
+def test_engines_of_ranks_that_disagree_are_stopped() -> None:
+    for layout, rate in run_ranks(2, apart):
+        assert "layout: zigzag on rank 0, striped on rank 1" in layout
+        assert "param_groups[0].lr: 0.1 on rank 0, 0.3 on rank 1" in rate

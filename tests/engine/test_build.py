@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from engine_tiny import run_ranks, tiny_llama
+
+from longctx.errors import LongctxError
 
 
 def built(rank: int, world: int, ring: int, stage: int, folder: str | None) -> dict[str, Any]:
@@ -76,3 +79,25 @@ def test_a_model_built_partitioned_trains_like_one_built_whole() -> None:
     partitioned, whole = run_ranks(4, trained, 3)[0], run_ranks(4, trained, 0)[0]
     assert partitioned[1][-1] < partitioned[1][0]
     torch.testing.assert_close(torch.tensor(partitioned[1]), torch.tensor(whole[1]), rtol=1e-5, atol=0)
+
+
+def apart(rank: int, world: int) -> list[str]:
+    """Rank 1 alone is given another depth, another seed, or a folder that is not there."""
+    import longctx
+
+    messages = []
+    for given in ({"num_hidden_layers": 1}, {"seed": 4}, {"folder": "nowhere"}):
+        more = given if rank == 1 else {}
+        config = tiny_llama().config
+        config.num_hidden_layers = more.get("num_hidden_layers", 2)
+        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        with pytest.raises(LongctxError) as error:
+            longctx.build(more.get("folder", config), longctx.Mesh(), config=settings, seed=more.get("seed", 3))
+        messages.append(str(error.value))
+    return messages
+
+
+def test_ranks_that_build_different_models_are_stopped() -> None:
+    for layers, seed, folder in run_ranks(2, apart):
+        assert "model.config.num_hidden_layers: 2 on rank 0, 1 on rank 1" in layers
+        assert "seed: 3 on rank 0, 4 on rank 1" in seed and "nowhere" in folder

@@ -61,6 +61,9 @@ def loaded(rank: int, world: int, ring: int) -> Any:
         type(loader)(Rows(3), engine)
     with pytest.raises(EngineError, match="map-style"):
         type(loader)(iter([]), engine)
+    engine.set_train_batch_size(4 * engine.gradient_accumulation_steps())
+    with pytest.raises(EngineError, match="train_batch_size has been set to 8"):
+        next(iter(loader))
     engine.destroy()
     return mesh.data_rank, first, rest == again, state, losses
 

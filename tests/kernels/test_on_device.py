@@ -12,6 +12,7 @@ import torch
 from attention import dense, extras
 from attention.ring import simulated
 
+from longctx import abc_attention, cosine_attention
 from longctx.attention.backends.choose import choose_backend, pattern_of
 from longctx.attention.band import Rule
 from longctx.attention.scores import Scores
@@ -140,6 +141,35 @@ def test_the_same_every_time(device: torch.device) -> None:
     inputs = tensors(device, "fp16", 24 if small else 4096, (2, 1) if small else (16, 4), 16 if small else 64)
     first, second = (simulated(2, "zigzag", Rule(None, 0), inputs, backend="triton")[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "operator", "length"),
+    [
+        *(on("cpu", "fp16", operator, 11) for operator in ("abc", "cosine")),
+        *(on("cuda", d, name, n) for d in DTYPES for name in ("abc", "cosine") for n in (5, 64, 1536)),
+    ],
+    indirect=["device"],
+)
+def test_bounded_memories(device: torch.device, dtype: str, operator: str, length: int) -> None:
+    """From one chunk to many, with and without documents, one of whose ids comes back: output and every gradient."""
+    g, dim = torch.Generator().manual_seed(0), 16 if device.type == "cpu" else 64
+    shapes = [(2, 4, length, dim), (2, 2, length, dim), (2, 2, length, dim)]
+    shapes.append((2, 2, length, 16) if operator == "abc" else (4,))
+    made = [torch.randn(shape, generator=g).to(DTYPES[dtype]) for shape in shapes]
+    weight = torch.randn(shapes[0], generator=g).to(DTYPES[dtype])
+    ids = torch.tensor([1, 2, -1, 1]).repeat_interleave(-(-length // 4))[:length].expand(2, -1)
+    attend = abc_attention if operator == "abc" else cosine_attention
+    for documents in (None, ids):
+        both = []
+        for backend, where, kind in (("triton", device, DTYPES[dtype]), ("chunked", "cpu", torch.float64)):
+            leaves = [x.to(where, kind).requires_grad_() for x in made]
+            given = None if documents is None else documents.to(where)
+            out = attend(*leaves, document_ids=given, backend=backend)
+            both.append([out.detach(), *torch.autograd.grad(out, leaves, weight.to(out))])
+        for ours, theirs in zip(*both, strict=True):
+            apart = (ours.cpu().double() - theirs).abs().max()
+            assert apart <= tolerance(dtype) * theirs.abs().max().clamp_min(1.0), (documents is None, apart)
 
 
 DECODING = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -90,3 +91,19 @@ def test_hardware_is_asked_without_torch(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert hardware.gpus() == count
     assert hardware.threads_per_rank(10**6) == 1
+
+
+def test_a_long_build_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(prepare, "_SAY_EVERY", 0.05)
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(0.5); print('done')"], stdout=subprocess.PIPE, text=True
+    )
+    assert prepare._wait(child) == "done\n"
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"longctx: compiling DeepSpeed's {prepare.EXTENSION}, once for this machine")
+    assert len(said) >= 3 and all("still compiling" in line for line in said[1:])
+    monkeypatch.setattr(prepare, "BUILD_SECONDS", 0.2)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"], stdout=subprocess.PIPE) as child:
+        with pytest.raises(subprocess.TimeoutExpired):
+            prepare._wait(child)
+        child.kill()

@@ -13,6 +13,10 @@ import torch
 from safetensors import safe_open
 from tokenizer_folders import write_folder
 
+import longctx
+from longctx.models.attach import attach_attention
+from longctx.models.pretrained import load_pretrained, read_config
+from longctx.train.export import read_source, write_model
 from longctx.train.export_run import export_run
 from longctx.train.run import run
 
@@ -81,6 +85,26 @@ def test_all_but_the_weights_is_as_it_was(trained: Path, family: str) -> None:
     old, new = (AutoTokenizer.from_pretrained(folder) for folder in (source, made))
     assert old.special_tokens_map == new.special_tokens_map and old.chat_template == new.chat_template
     assert (old.padding_side, old.model_max_length) == (new.padding_side, new.model_max_length) == ("left", 777)
+
+
+def test_what_a_run_changes_is_exported_and_nothing_else(tmp_path: Path) -> None:
+    """More positions than the source; heads stay tied where ranks gathered copies; no weight becomes infinite."""
+    source = write_folder(tmp_path / "source", "qwen3", "float16", {"top_k": 7, "use_cache": False})
+    model = load_pretrained(source, config=read_config(source, {"max_position_embeddings": 512}))
+    attach_attention(model, longctx.Mesh(ring=1, world_size=1))
+    facts = read_source(source)
+    weights = {name: x.float().clone() for name, x in model.state_dict().items()}
+    assert "lm_head.weight" in weights
+    write_model(model, dict(weights), source, tmp_path / "made", facts)
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "made"))
+    assert new == old | {"max_position_embeddings": 512}
+    generation = [(folder / "generation_config.json").read_bytes() for folder in (source, tmp_path / "made")]
+    assert generation[0] == generation[1]
+    assert tensors(tmp_path / "made") == tensors(source)
+    weights["model.norm.weight"][0] = 1e6  # beyond fp16
+    write_model(model, dict(weights), source, tmp_path / "large", facts)
+    assert {dtype for dtype, _ in tensors(tmp_path / "large").values()} == {"F32"}
+    assert json.loads((tmp_path / "large" / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_others_may_read_what_the_umask_lets_them(trained: Path) -> None:

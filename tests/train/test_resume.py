@@ -106,7 +106,7 @@ def test_a_finished_run_has_everything_and_is_not_trained_again(tmp_path: Path) 
     output = tmp_path / "run"
     expected = {
         "config.yaml", "environment.json", "metrics.jsonl", "loss.png", "checkpoints", "summary.json", "model",
-        "tokens", "tensorboard", ".lock", "saved.json",
+        "tokens", "tensorboard", ".lock", "saved.json", "data.json",
     }  # fmt: skip
     assert {path.name for path in output.iterdir()} == expected
     first = losses(output)
@@ -122,6 +122,7 @@ def test_a_finished_run_has_everything_and_is_not_trained_again(tmp_path: Path) 
     summary = json.loads((output / "summary.json").read_text())
     assert summary["status"] == "completed" and summary["last_held_out_loss"] < summary["first_held_out_loss"]
     assert summary["sample"]["prompt"]
+    assert summary["data"]["formats"] == {"text": 12} and summary["data"]["skipped"] == []
     assert run_ranks(2, train, str(tmp_path), "run", (), timeout=LIMIT) == [0, 0]
     assert losses(output) == first
 

@@ -13,11 +13,20 @@ class Data(Section):
     """Text sources, the tokenizer, and how documents are packed into rows."""
 
     sources: Annotated[Texts, Field(min_length=1)] = environment_field(
-        description="text or .jsonl files, folders of them, hf:NAME[[:CONFIG]:SPLIT], python-stdlib (this Python's own "
-        "source code), or one folder that `longctx data build` made",
+        description="files of text, JSON lines, JSON, CSV or parquet (recognised by content; also gzip, bzip2, xz), "
+        "folders of them, hf:NAME[[:CONFIG]:SPLIT], python-stdlib (this Python's own source code), or one folder that "
+        "`longctx data build` made",
     )
     text_field: str = Field(
-        "text", min_length=1, description="the key that holds the text in a JSONL line or a dataset row"
+        "text", min_length=1, description="the key or column that holds the text in JSON, tables and datasets"
+    )
+    format: Literal["auto", "text"] = Field(
+        "auto",
+        description="auto: JSON and tables are recognised by content; text: each file is one document as it is "
+        "(source code, say)",
+    )
+    exclude: Texts = Field(
+        (), description="patterns such as '*.bin' or 'old/*' of files in folders that are left out (and listed)"
     )
     tokenizer: str = environment_field(
         "auto",

@@ -1,0 +1,54 @@
+"""What every source of text yields, and what it can say about itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+
+class Document(NamedTuple):
+    """One text and where it came from.
+
+    Attributes:
+        name: where it came from.
+        pieces: the text in parts, to be read once, before the next document is asked for.
+    """
+
+    name: str
+    pieces: Iterable[str]
+
+    @property
+    def text(self) -> str:
+        """Read all pieces and return the text."""
+        return "".join(self.pieces)
+
+
+class LeftOut(NamedTuple):
+    """Files that are no text for the model, and why."""
+
+    why: str
+    files: int
+    bytes: int
+
+
+class Source(Protocol):
+    """Something that yields documents, the same ones in the same order each time.
+
+    Attributes:
+        name: as the user gave it, for messages.
+        skipped: what was left out on purpose, by path; complete after all documents were read.
+        formats: number of files (or of data sets) read in each format; complete after all documents were read.
+    """
+
+    name: str
+    skipped: dict[str, LeftOut]
+    formats: Counter[str]
+
+    def documents(self) -> Iterator[Document]:
+        """Yield every document. Raises: DataError."""
+        ...
+
+    def stamp(self) -> list[list[str | int]] | None:
+        """Return (path, bytes, time of change) of every file read, or None where that is not known."""
+        ...
