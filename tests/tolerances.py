@@ -15,6 +15,7 @@ _TABLE: dict[str, tuple[float, str]] = {
     "bf16 result": (2e-2, "results rounded to bf16 once (2^-9), from probabilities in fp32; of the largest value"),
     "bf16 ratio": (2.0, "error against fp64 truth, relative to one device in bf16: a ring rounds each block once more"),
     "bf16 training loss": (1e-2, "bf16 weights and activations (2^-8 each) over six steps, against fp32; relative"),
+    "fp16 training": (2e-2, "fp16 weights, activations and gradients (2^-11 each) of six steps, of their whole change"),
     "float32 divisor": (1e-7, "one fp32 rounding (6e-8): the token count divided by is held in fp32"),
     "model": (1e-5, "whole models: norms, softmax and rotary angles of transformers are fp32 inside, even in fp64"),
     "any model": (3e-5, "gradients of any class: a dozen fp32 norms a layer; a wrong position or mask makes 1e-3"),

@@ -99,7 +99,7 @@ def flex(row: Row, x: Inputs) -> Call:
         if plain
         else create_block_mask(visible, batch, None, row.length, row.length, device=x.q.device, _compile=True)
     )
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(x.q, x.k, x.v, block_mask=mask, enable_gqa=x.k.shape[1] != x.q.shape[1])
 
 

@@ -19,6 +19,7 @@ OWNED = {
     "scheduler": "train.schedule",
     "bf16": "model.dtype",
     "bfloat16": "model.dtype",
+    "fp16": "model.dtype",
     "sequence_parallel_size": "mesh.ring",
     "data_parallel_size": "mesh.data",
     "seed": "train.seed",
@@ -36,7 +37,6 @@ OWNED = {
 """DeepSpeed's key -> the key of ours that owns it"""
 
 REFUSED = {
-    "fp16": "fp16 is not supported; use model.dtype: bf16 or fp32",
     "amp": "use model.dtype",
     "torch_autocast": "use model.dtype",
     "zero_allow_untested_optimizer": "the optimizer is ours; remove the key",
@@ -116,7 +116,21 @@ def to_deepspeed(config: RunConfig, derived: Derived | None = None) -> dict[str,
     }
     if config.model.dtype == "bf16":
         settings["bf16"] = {"enabled": True}
+    if config.model.dtype == "fp16":
+        settings["fp16"] = _loss_scale(config)
     return _merged(settings, copy.deepcopy(config.deepspeed))
+
+
+def _loss_scale(config: RunConfig) -> dict[str, Any]:
+    fp16 = config.fp16
+    return {
+        "enabled": True,
+        "loss_scale": fp16.static_scale or 0,
+        "initial_scale_power": fp16.scale_power,
+        "loss_scale_window": fp16.window,
+        "hysteresis": fp16.hysteresis,
+        "min_loss_scale": fp16.min_scale,
+    }
 
 
 def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

@@ -154,6 +154,25 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
         yield Finding("memory.offload_checkpoints", message, "conflict")
 
 
+def _fp16(config: RunConfig) -> Iterator[Finding]:
+    fp16 = config.fp16
+    given = changed(fp16)
+    if config.model.dtype != "fp16":
+        for name in sorted(given):
+            message = f"means nothing for model.dtype {config.model.dtype}; remove the key, or use fp16"
+            yield Finding(f"fp16.{name}", message, "idle-key")
+        return
+    if fp16.static_scale is not None:
+        for name in sorted(given - {"static_scale"}):
+            yield Finding(f"fp16.{name}", "means nothing beside fp16.static_scale; remove one of them", "idle-key")
+    elif fp16.min_scale > 2**fp16.scale_power:
+        message = f"got {fp16.min_scale}, above the first scale, 2 to the power {fp16.scale_power}; lower it"
+        yield Finding("fp16.min_scale", message, "out-of-range")
+    if config.zero.stage == 0 and "hysteresis" in given:
+        message = "means nothing at zero.stage 0, which lowers the scale at each overflow; remove the key"
+        yield Finding("fp16.hysteresis", message, "zero-stage")
+
+
 def _zero(config: RunConfig) -> Iterator[Finding]:
     zero = config.zero
     yield from _nvme(config)
@@ -215,6 +234,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _data,
     _train,
     _memory,
+    _fp16,
     _zero,
     _deepspeed,
     _launch,

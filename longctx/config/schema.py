@@ -8,6 +8,7 @@ from longctx.config.fields import Raw, Section
 from longctx.config.sections.attention import Attention
 from longctx.config.sections.checkpoint import Checkpoint
 from longctx.config.sections.data import Data
+from longctx.config.sections.fp16 import FP16
 from longctx.config.sections.launch import Launch
 from longctx.config.sections.memory import Memory
 from longctx.config.sections.mesh import Mesh
@@ -25,6 +26,7 @@ class RunConfig(Section):
     attention: Attention = Field(Attention(), description="how attention is computed")
     data: Data = Field(description="what it is trained on")
     train: Train = Field(description="the loop")
+    fp16: FP16 = Field(FP16(), description="the loss scale of runs in fp16")
     memory: Memory = Field(Memory(), description="what a training step keeps in memory")
     zero: Zero = Field(Zero(), description="what DeepSpeed shards")
     checkpoint: Checkpoint = Field(Checkpoint(), description="saving and resuming")

@@ -14,8 +14,12 @@ from typing import Any
 import torch
 
 from longctx.engine.description import describe_config
+from longctx.engine.exchange import exchange
+from longctx.engine.fp16 import require_supported
 from longctx.engine.hpz import own_group
+from longctx.engine.save import refuse_empty
 from longctx.engine.settings import Settings, load_settings
+from longctx.errors import ModelError
 from longctx.mesh import Mesh
 from longctx.sameness import compare_ranks
 
@@ -52,6 +56,7 @@ def build(
 
     mesh = (Mesh() if mesh is None else mesh).connect()
     settings = load_settings({} if config is None else config, mesh)
+    require_supported(settings)
     dtype = _dtype(settings) if dtype is None else dtype
     partitioned = (settings.get("zero_optimization") or {}).get("stage", 0) == 3
     if partitioned:
@@ -63,6 +68,8 @@ def build(
     problem: Exception | None = None
     try:
         description = pretrained.read_config(model, changes) if folder else model
+        if folder:
+            pretrained.weight_files(model)
         if layers:
             description = convert(description, layers)
     except Exception as error:  # under ZeRO-3 the other ranks wait in the comparison: they must hear of it
@@ -73,12 +80,39 @@ def build(
         raise problem
     with own_group(settings, mesh), zero3.partitioned_by(settings) if partitioned else contextlib.nullcontext():
         if folder:
-            with seeded(seed):  # weights that only the converted layers have
-                return pretrained.load_pretrained(model, dtype=dtype, config=description)
-        built = pretrained.make_model(description, dtype=dtype)
-    with seeded(seed):  # whatever constructing it has drawn
-        zero3.draw_weights(built, partitioned)
+            with _agreed(mesh, partitioned), seeded(seed):  # weights that only the converted layers have
+                built = pretrained.load_pretrained(model, dtype=dtype, config=description)
+        else:
+            built = pretrained.make_model(description, dtype=dtype)
+    if not folder:
+        with seeded(seed):  # whatever constructing it has drawn
+            zero3.draw_weights(built, partitioned)
+    if partitioned:
+        zero3.allow_resizing(built, settings)
+        refuse_empty(built)
     return built
+
+
+@contextlib.contextmanager
+def _agreed(mesh: Mesh, together: bool) -> Iterator[None]:
+    """Raise on all ranks what any rank raises within: under ZeRO-3 one rank reads the weights, and the others would go
+    on with what they have.
+
+    Args:
+        together: all ranks are here; else each is for itself.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        if not together:
+            raise
+        problem = error
+    failed = [rank for rank, (bad,) in enumerate(exchange([int(problem is not None)], mesh)) if bad] if together else []
+    if problem is not None:
+        raise problem
+    if failed:
+        raise ModelError(f"longctx.build: ranks {failed} could not read the model; their own messages say why")
 
 
 @contextlib.contextmanager

@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from longctx.engine import guard
+from longctx.engine import fp16, guard
 from longctx.engine.accumulation import Accumulation, find_mark, size_problem
 from longctx.engine.dropout import add_seeds
 from longctx.engine.evaluate import Evaluation, evaluate
 from longctx.engine.exchange import reached
 from longctx.engine.loss import check_model_loss, check_nothing_added, refuse_additions
 from longctx.engine.lossmean import Evidence, judge, settle, token_mean
+from longctx.engine.order import ReductionOrder, check_order
+from longctx.engine.save import refuse_empty, save_pretrained
 from longctx.engine.stock import StockEngine
 from longctx.engine.window import shard_window, weigh_window
 from longctx.errors import EngineError, NonFiniteError
@@ -38,7 +41,8 @@ _CAREFUL_WINDOWS = 3  # windows in which the model's loss and the loss given to 
 
 
 class Engine(StockEngine):
-    """DeepSpeedEngine with ``shard``, ``weigh``, ``unshard``, ``token_mean``, ``evaluate``, ``global_loss``,
+    """DeepSpeedEngine with ``shard``, ``weigh``, ``unshard``, ``token_mean``, ``evaluate``, ``save_pretrained``,
+    ``global_loss``,
     ``grad_norm``.
 
     Made by ``longctx.initialize`` (or ``longctx.attach``), never directly: DeepSpeed builds its engine as always and
@@ -54,6 +58,7 @@ class Engine(StockEngine):
     _careful: int
     _check_loss: bool
     _seed: int  # of attention dropout
+    _order: ReductionOrder
     _accumulation: Accumulation
     _output: Any  # of the newest forward pass, in the first windows
     _evidence: Evidence
@@ -76,6 +81,9 @@ class Engine(StockEngine):
         engine._careful = _CAREFUL_WINDOWS
         engine._begin_window()
         guard.close_doors(engine)
+        fp16.hold_scale(engine)
+        refuse_empty(engine.module)
+        engine._order = ReductionOrder(engine.optimizer)
         engine._check_loss = mesh.world_size > 1 or engine.gradient_accumulation_steps() > 1
         return engine
 
@@ -194,8 +202,22 @@ class Engine(StockEngine):
         self._output = None
         self._accumulation.backward()
         self._share += share.double() / (self.mesh.sequence_size if replicated else 1)
-        super().backward(guard.scaled(loss, self._gradient_factor), retain_graph=retain_graph, scale_wrt_gas=False)
+        super().backward(self._objective(loss), retain_graph=retain_graph, scale_wrt_gas=False)
         return share
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """Refused: DeepSpeed divides gradients of ``engine.scale(loss).backward()`` by the number of micro-batches.
+
+        Raises:
+            EngineError: always.
+        """
+        raise EngineError(
+            "engine.scale(loss).backward() divides by the number of micro-batches a loss that is weighted over them "
+            "already, and the reported loss would not know it: call engine.backward(loss)"
+        )
+
+    def _objective(self, loss: torch.Tensor) -> torch.Tensor:
+        return guard.scaled(loss, self._gradient_factor * fp16.scale_left_to_us(self))
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Update the weights at the end of a window (every call before that only counts micro-batches).
@@ -218,6 +240,8 @@ class Engine(StockEngine):
             self._begin_window()
         else:
             super().step(lr_kwargs)
+            if self.fp16_enabled():
+                self._true_norm = fp16.finish_step(self)
             self._begin_window()
             self._log_monitors({"train_loss": self._mean_loss, "grad_norm": self.grad_norm})
             if self.was_step_applied() or (self.fp16_enabled() and math.isfinite(self._mean_loss)):
@@ -236,12 +260,14 @@ class Engine(StockEngine):
 
     def _reduce_loss(self) -> float:
         """Return the window's loss, the mean over all valid tokens. Collective over the world."""
-        found = torch.stack([self._share, *(self._share.new_tensor(float(number)) for number in self._evidence)])
+        numbers = [*map(float, self._evidence), *self._order.take()]
+        found = torch.stack([self._share, *(self._share.new_tensor(number) for number in numbers)])
         self._share = torch.zeros_like(self._share)
         if self.mesh.world_size > 1:
             with reached(f"engine.step after {self.global_steps} steps", self.mesh):
                 dist.all_reduce(found, group=self.mesh.world_group)
-        share, *evidence = found.tolist()
+        share, *evidence, order, squares = found.tolist()
+        check_order(order, squares, self.mesh.world_size)
         settle(Evidence(*map(round, evidence)), self.mesh, last=self._careful == 1)
         return share / self.mesh.data_size
 
@@ -251,6 +277,20 @@ class Engine(StockEngine):
     def clip_fp32_gradients(self) -> None:
         """Clip by the norm that is reported (DeepSpeed calls this for ZeRO 0 in fp32 only)."""
         guard.clip_plain(self, self._true_norm)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Write the model, or its PEFT adapters, as a folder that plain transformers or PEFT loads; return it.
+
+        Collective over the world, on every ZeRO stage: rank 0 writes the weights of all ranks, in the dtype of forward.
+
+        Args:
+            folder: on storage that rank 0 sees.
+            options: of the model's own ``save_pretrained``: ``max_shard_size``, or PEFT's ``selected_adapters``.
+
+        Raises:
+            EngineError: on every rank, when the model has no ``save_pretrained`` or rank 0 could not write.
+        """
+        return save_pretrained(self, folder, options)
 
     # -- what came out ---------------------------------------------------------------------------------------------
 

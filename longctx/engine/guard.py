@@ -1,7 +1,8 @@
 """Norms, clipping and the last door before an update, for the stages on which DeepSpeed leaves them open.
 
 ZeRO 1 to 3 and the half-precision optimizers measure the norm themselves and skip an update that is not finite; ZeRO 0
-in fp32 does neither. Apart from ``engine`` because only these functions know DeepSpeed's optimizers.
+in fp32 does neither. Apart from ``engine`` because only these functions, ``order`` and ``fp16`` know DeepSpeed's
+optimizers.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ def scaled(loss: torch.Tensor, factor: float) -> torch.Tensor:
 
     An infinite loss may have finite gradients. As NaN they reach every rank through ZeRO's own reduction, and the
     update is refused there, everywhere and on every stage, without waiting for the device in each micro-batch.
+    A loss in half precision is widened to fp32.
     """
-    return loss * torch.where(loss.detach().isfinite(), factor, math.nan).to(loss.dtype)
+    wide = loss.to(torch.promote_types(loss.dtype, torch.float32))  # fp16 ends at 65504, where loss scales begin
+    return wide * torch.where(loss.detach().isfinite(), factor, math.nan).to(wide.dtype)
 
 
 def is_plain(engine: DeepSpeedEngine) -> bool:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from longctx.engine.description import describe
 from longctx.engine.engine import Engine
 from longctx.engine.exchange import control_group
 from longctx.engine.extension import load_extension
+from longctx.engine.fp16 import require_supported
 from longctx.engine.heartbeat import watch
 from longctx.engine.hpz import check_model, own_group
 from longctx.engine.loader import RowLoader
@@ -109,6 +112,7 @@ def _prepare(
         raise EngineError("initialize needs a model")
     layout = get_layout(layout)
     settings = load_settings(config, mesh)
+    require_supported(settings)
     announce_clipping(settings, mesh)
     attach_attention(model, mesh, layout)
     save_memory(model, read_memory(memory), announce=mesh.rank == 0)
@@ -136,8 +140,9 @@ def default_clipping() -> float:
 
 
 def attach_attention(model: Any, mesh: Mesh, layout: Layout) -> None:
-    """Have a transformers model's attention run over ``mesh``; leave other modules alone."""
-    if hasattr(getattr(model, "config", None), "_attn_implementation"):
+    """Have the attention of transformers models run over ``mesh``, wrapped ones too; leave other modules alone."""
+    parts = model.modules() if isinstance(model, torch.nn.Module) else (model,)
+    if any(hasattr(getattr(part, "config", None), "_attn_implementation") for part in parts):
         from longctx.engine.rowcheck import watch_rows
         from longctx.models.attach import attach_attention as attach
 

@@ -12,6 +12,7 @@ from longctx.models.loss import tile_loss, why_not_tiled
 from longctx.models.mlp import find_mlps, tile_mlps
 from longctx.models.norms import recompute_norms
 from longctx.models.recompute import Policy, recompute_layers
+from longctx.models.wrapped import inner_model
 from longctx.nn.entropy import Backend
 from longctx.nn.tiling import Tile
 
@@ -74,17 +75,18 @@ def save_memory(model: Any, memory: Memory, *, announce: bool = True) -> None:
     """
     if memory.loss_tile is None and memory.z_loss:
         raise EngineError(f"z_loss={memory.z_loss} is part of the tiled loss: set loss_tile, to 'auto' for example")
+    inner = inner_model(model)
     if memory.loss_tile is not None:
-        reason = why_not_tiled(model) if memory.loss_tile == "auto" and not memory.z_loss else None
+        reason = why_not_tiled(inner) if memory.loss_tile == "auto" and not memory.z_loss else None
         if reason is None:
-            tile_loss(model, memory.loss_tile, z_loss=memory.z_loss, backend=memory.loss_backend)
+            tile_loss(inner, memory.loss_tile, z_loss=memory.z_loss, backend=memory.loss_backend)
         elif announce:
             logger.warning("the loss is not tiled: %s. All of a rank's logits will exist at once", reason)
     if memory.recompute_norms and not recompute_norms(model) and announce:
         logger.warning("recompute_norms does nothing: %s has no RMSNorm", type(model).__name__)
-    recompute_layers(model, memory.recompute, HostStore() if memory.offload_checkpoints else None)
+    recompute_layers(inner, memory.recompute, HostStore() if memory.offload_checkpoints else None)
     if memory.recompute == "mlp":
-        _make_leaves(tile_mlps(model, _WHOLE if memory.mlp_tile is None else memory.mlp_tile, always=True))
+        _make_leaves(tile_mlps(model, _WHOLE if memory.mlp_tile is None else memory.mlp_tile))
     elif memory.mlp_tile is not None:
         if memory.mlp_tile != "auto" or find_mlps(model)[0]:
             _make_leaves(tile_mlps(model, memory.mlp_tile))

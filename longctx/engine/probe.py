@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from longctx.engine import guard
+from longctx.engine import fp16, guard
 from longctx.engine.exchange import exchange
 from longctx.engine.hpz import own_group
 from longctx.engine.settings import Settings
@@ -30,6 +30,7 @@ _IRRELEVANT = (  # sections that cost time or leave files, and do not touch grad
 ).split()
 _SMALL = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"), 4096)
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+_SCALE = 0.375  # of fp16's losses in the probe: no size of a mesh, and exact for its small numbers
 _known: dict[str, float] = {}
 
 
@@ -74,7 +75,7 @@ def probe_settings(settings: Settings) -> Settings:
         if isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
             zero[part] = {"device": "cpu"}
     if isinstance(small.get("fp16"), dict):
-        small["fp16"] = {**small["fp16"], "loss_scale": 1}  # the probe's numbers are small; no scale to search for
+        small["fp16"] = {**small["fp16"], "loss_scale": _SCALE}  # static, and seen if misapplied
     return small
 
 
@@ -114,9 +115,9 @@ def _measure(settings: Settings, mesh: Mesh, mpu: Any) -> float:
         for micro_batch in range(micro_batches):
             loss = engine(_contribution(mesh.rank, micro_batch))
             # Scaled as in Engine.backward: on ZeRO 0, DeepSpeed divides a bare model output by accumulation after all.
-            engine.backward(guard.scaled(loss, 1.0), scale_wrt_gas=False)
+            engine.backward(guard.scaled(loss, fp16.scale_left_to_us(engine)), scale_wrt_gas=False)
             engine.step()
-        norm = engine.get_global_grad_norm()
+        norm = engine.get_global_grad_norm() if (unscaled := fp16.finish_step(engine)) is None else unscaled
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             got = torch.cat([-weight.detach().float().flatten().cpu() for weight in (model.matrix, model.vector)])
             pattern = torch.cat([_pattern(weight).flatten().cpu() for weight in (model.matrix, model.vector)])
@@ -125,11 +126,13 @@ def _measure(settings: Settings, mesh: Mesh, mpu: Any) -> float:
         engine.destroy()
     every = (_contribution(rank, index) for rank in range(mesh.world_size) for index in range(micro_batches))
     true = pattern * sum(every) / mesh.data_size
-    return _judge(got, true, None if norm is None else float(norm), mesh, _TOLERANCE[dtype])
+    return _judge(got, true, None if norm is None else float(norm), mesh, _TOLERANCE[dtype], dtype == torch.float16)
 
 
-def _judge(got: torch.Tensor, true: torch.Tensor, norm: float | None, mesh: Mesh, slack: float) -> float:
-    """Return true / got if that is one constant on all ranks."""
+def _judge(
+    got: torch.Tensor, true: torch.Tensor, norm: float | None, mesh: Mesh, slack: float, scaled: bool = False
+) -> float:
+    """Return true / got if that is one constant on all ranks, under fp16's loss scale a whole number or its inverse."""
     problem, factor = "", 1.0
     ratio = float((got @ true) / (true @ true))
     if not ratio > 0 or not bool(torch.isfinite(got).all()):
@@ -140,6 +143,8 @@ def _judge(got: torch.Tensor, true: torch.Tensor, norm: float | None, mesh: Mesh
         problem = f"the reported gradient norm {norm:g} is not the norm of the gradients, {float(got.norm()):g}"
     else:
         factor = _rounded(1 / ratio, mesh, slack)
+        if scaled and min(abs(factor - round(factor)), abs(1 / factor - round(1 / factor))) > slack:
+            problem = f"under a loss scale of {_SCALE} gradients are {1 / factor:g} times the true ones"
     everyone = exchange([int(bool(problem)), round(factor * 2**32)], mesh)
     if not problem and len({tuple(rank) for rank in everyone}) > 1:
         problem = f"ranks see different gradients: factors {[rank[1] / 2**32 for rank in everyone]}"

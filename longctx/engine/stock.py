@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from longctx.engine import fp16
 from longctx.engine.exchange import exchange, reached
 from longctx.engine.hpz import drop_copies
 from longctx.errors import EngineError
@@ -64,9 +65,12 @@ class StockEngine(DeepSpeedEngine):
         return super().save_16bit_model(*arguments, **keywords)
 
     def load_checkpoint(self, *arguments: Any, **keywords: Any) -> Any:
-        """As DeepSpeed's, and no weight is computed with as it was before. Ranks that are elsewhere are named."""
+        """As DeepSpeed's; no weight is computed with as it was before, and fp16's loss scale goes on by this run's
+        settings. Ranks that are elsewhere are named."""
         exchange([], self.mesh, "engine.load_checkpoint", self.global_steps)
+        scaler = fp16.scaler_settings(self)
         loaded = super().load_checkpoint(*arguments, **keywords)
+        fp16.restore_settings(self, scaler)
         drop_copies(self.module)
         return loaded
 

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from longctx.errors import LaunchError
+
 
 def cores() -> int:
     """Return the CPU cores this process may use."""
@@ -35,6 +37,25 @@ def gpus() -> int:
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
     return _nvidia_gpus() or _amd_gpus()
+
+
+def require_dtype(dtype: str) -> None:
+    """Refuse `model.dtype: fp16` where nothing computes in it, before any rank starts.
+
+    Raises:
+        LaunchError: there is no GPU, and the CPU has no fp16 instructions.
+    """
+    if dtype == "fp16" and not gpus() and "avx512_fp16" not in _cpu_flags():
+        raise LaunchError(
+            "model.dtype: fp16, but this machine has no GPU and its CPU no fp16 instructions; use bf16 or fp32"
+        )
+
+
+def _cpu_flags() -> list[str]:
+    """Return the instruction sets that Linux lists for the first core; none where it does not say."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return next((line.split() for line in lines if line.startswith("flags")), [])
 
 
 def default_world() -> int:

@@ -41,6 +41,7 @@ def start(config: RunConfig, sizes: Derived, config_path: Path, overrides: Seque
         from longctx.launch import cluster
 
         return cluster.train(config, sizes)
-    from longctx.launch import local
+    from longctx.launch import hardware, local
 
+    hardware.require_dtype(config.model.dtype)
     return local.train(config, config_path, overrides, world=sizes.world)

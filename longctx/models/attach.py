@@ -17,6 +17,7 @@ from longctx.models.dropout import drops_attention
 from longctx.models.register import NAME, register
 from longctx.models.rope import attach_rope
 from longctx.models.verify import refuse_added_loss, watch
+from longctx.models.wrapped import inner_models, refuse_prompts
 
 # Heads that pick or compare tokens of the whole sequence: on a shard each rank would pick among its own.
 _GLOBAL_HEADS = re.compile(
@@ -43,10 +44,14 @@ def attach_attention(model: torch.nn.Module, mesh: Mesh, layout: str = "zigzag")
     configs = _configs(model)
     if not configs:
         raise ModelError(f"{type(model).__name__} holds no module with a transformers config; give it such a model")
+    names = dict.fromkeys(type(part).__name__ for part in (model, *inner_models(model)))
     binding = Binding(mesh, layout, drops=any(drops_attention(config) for config in configs), configs=configs)
+    if binding.sharded:
+        refuse_prompts(model)
     for config in configs:
         if binding.sharded:
-            _refuse(type(model).__name__, config)
+            for name in names:
+                _refuse(name, config)
         config._attn_implementation = NAME
     if binding.sharded:
         refuse_added_loss(type(model).__name__, {}, configs)

@@ -35,8 +35,11 @@ def find_mlps(model: torch.nn.Module) -> tuple[list[torch.nn.Module], list[str]]
     return plain, sorted(sparse)
 
 
-def tile_mlps(model: torch.nn.Module, tile: Tile = "auto", *, always: bool = False) -> list[torch.nn.Module]:
+def tile_mlps(model: torch.nn.Module, tile: Tile = "auto") -> list[torch.nn.Module]:
     """Have every MLP of ``model`` compute in tiles and keep only its input for backward, in place; return them.
+
+    Rows that fit into one tile take the same path: ranks whose rows differ in length would else finish the gradients of
+    an MLP in different orders, and ZeRO 2 adds gradients by their order (`engine/order.py`).
 
     Blocks of experts stay as they are. Under ZeRO-3 each MLP must be made a leaf (gathered and reduced whole) before
     the engine is made, or every tile would gather its weights anew; ``initialize(memory=…)`` does that.
@@ -44,7 +47,6 @@ def tile_mlps(model: torch.nn.Module, tile: Tile = "auto", *, always: bool = Fal
     Args:
         tile: tokens at a time; "auto" is half as many as the hidden size, so that a tile's intermediate results are
             smaller than the weights, which have to be there anyway.
-        always: recompute even where all tokens make one tile.
 
     Raises:
         ModelError: no MLP found; or only blocks of experts.
@@ -55,7 +57,7 @@ def tile_mlps(model: torch.nn.Module, tile: Tile = "auto", *, always: bool = Fal
         what = f"its {', '.join(sparse)} chooses among experts" if sparse else "it has no module named as an MLP"
         raise ModelError(f"the MLPs of {type(model).__name__} cannot be tiled: {what}. Leave mlp_tile out")
     for module in plain:
-        setattr(module, _SETTINGS, (tile, always))
+        setattr(module, _SETTINGS, tile)
         kind: Any = type(module)
         module.forward = MethodType(_tiled_forward(kind), module)
     return plain
@@ -67,11 +69,8 @@ def _tiled_forward(kind: Any) -> Any:
 
     @wraps(plain)
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        given, always = getattr(self, _SETTINGS)
+        given = getattr(self, _SETTINGS)
         tile = max(_LEAST, x.shape[-1] // 2) if given == "auto" else given
-        if not always and x.shape[:-1].numel() <= tile:
-            out: torch.Tensor = plain(self, x)
-            return out
         draws = self.training and any(
             isinstance(part, torch.nn.Dropout) and part.p > 0 for part in self.modules()
         )  # fmt: skip

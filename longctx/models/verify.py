@@ -18,6 +18,7 @@ import torch
 from longctx.errors import ModelError
 from longctx.models.binding import Binding
 from longctx.models.register import NAME
+from longctx.models.wrapped import adapter_parts, inner_models
 
 _LAYER = re.compile(r"(Layer|Block)$")
 _ATTENTION = re.compile(r"Attention|Attn")
@@ -37,6 +38,9 @@ def watch(model: torch.nn.Module, binding: Binding) -> None:
     watcher = _Watcher(binding)
     binding.handles.append(model.register_forward_pre_hook(watcher.before, with_kwargs=True))
     binding.handles.append(model.register_forward_hook(watcher.after, always_call=True))
+    for inner in inner_models(model) if binding.sharded else ():
+        if inner is not model:  # what a wrapper passes on is what counts
+            binding.handles.append(inner.register_forward_pre_hook(watcher.inner, with_kwargs=True))
 
 
 class Trace:
@@ -128,6 +132,12 @@ class _Watcher:
             self.trace = Trace(model)
             self.trace.__enter__()
 
+    def inner(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.binding.seen is None:
+            arguments = named(model, args, kwargs)
+            check_keywords(model, arguments, self.binding.cache)
+            refuse_added_loss(type(model).__name__, arguments, self.binding.configs)
+
     def after(self, model: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.binding.checked or self.binding.seen is not None or self.trace is None:
             return
@@ -210,10 +220,11 @@ def judge(model: torch.nn.Module, ran: dict[int, torch.nn.Module], called: set[i
     """
     reached = {id(module) for module in model.modules() if any(id(child) in called for child in module.modules())}
     used = reached | {id(child) for module in model.modules() if id(module) in called for child in module.modules()}
+    adapters = adapter_parts(model)
     suspects: list[tuple[str, str, str]] = []
     for path, module in model.named_modules():
         name = type(module).__name__
-        if id(module) not in ran or id(module) in called or _PER_TOKEN.search(name):
+        if id(module) not in ran or id(module) in called | adapters or _PER_TOKEN.search(name):
             continue
         if _MIXER.search(name) or _convolves(module):
             suspects.append((path, name, "mixes tokens in a way that longctx does not shard"))
@@ -223,7 +234,7 @@ def judge(model: torch.nn.Module, ran: dict[int, torch.nn.Module], called: set[i
         if not any(other.startswith(path + ".") for other, _, _ in suspects):  # the innermost says it best
             _raise(model, path, name, what)
     for path, layer in _layers(model):
-        if id(layer) in ran and id(layer) not in reached:
+        if id(layer) in ran and id(layer) not in reached | adapters:
             inner = sorted({type(child).__name__ for child in layer.children()})
             _raise(model, path, type(layer).__name__, f"never called longctx's attention (it holds {', '.join(inner)})")
     if not called:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import wraps
 from typing import Any
+
+from longctx.errors import ModelError
 
 
 class _Settings:
@@ -32,6 +35,29 @@ def partitioned_by(config: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         deepspeed.unset_hf_deepspeed_config()
+
+
+def allow_resizing(model: Any, config: dict[str, Any]) -> None:
+    """Have ``model.resize_token_embeddings`` work on partitioned weights, in place. Collective when it is called.
+
+    transformers gathers what it resizes if it knows of ZeRO-3; without that it takes the weights for empty.
+
+    Args:
+        model: what was made within ``partitioned_by(config)``.
+    """
+    resize = model.resize_token_embeddings
+
+    @wraps(resize)
+    def resized(*arguments: Any, **keywords: Any) -> Any:
+        whole = [name for name, p in model.named_parameters() if hasattr(p, "ds_numel") and p.numel() == p.ds_numel]
+        if whole:  # DeepSpeed would cut them by the old shape again, and drop the new rows without a word
+            raise ModelError(
+                f"resize_token_embeddings: {whole[0]} is gathered; call it outside of deepspeed.zero.GatheredParameters"
+            )
+        with partitioned_by(config):
+            return resize(*arguments, **keywords)
+
+    model.resize_token_embeddings = resized
 
 
 def draw_weights(model: Any, partitioned: bool) -> None:

@@ -78,8 +78,8 @@ def fetched(shape: ModelShape, setup: Setup, *, attended: bool = False) -> int:
 
 
 def tiled_mlp(setup: Setup) -> bool:
-    """Whether MLPs go through the tokens in tiles (rows no longer than a tile are left as they are)."""
-    return setup.mlp_tile is not None and setup.n > setup.mlp_tile
+    """Whether MLPs go through the tokens in tiles (rows no longer than a tile are one tile)."""
+    return setup.mlp_tile is not None
 
 
 def recomputed_mlp(setup: Setup) -> bool:

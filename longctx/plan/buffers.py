@@ -52,7 +52,7 @@ def ulysses_buffers(shape: ModelShape, setup: Setup) -> int:
 def mlp_tile_bytes(shape: ModelShape, setup: Setup) -> int:
     """An MLP's inner results and their gradients in backward, for one tile (or for all tokens). Recomputed, those of a
     gated MLP take each other's places (`nn/gated.py`)."""
-    tokens = setup.mlp_tile if setup.mlp_tile is not None and tiled_mlp(setup) else setup.n
+    tokens = setup.n if setup.mlp_tile is None else min(setup.mlp_tile, setup.n)
     written_out = tiled_mlp(setup) or setup.recompute == "mlp"
     if written_out and shape.gated:
         return tokens * mlp_inner(shape)

@@ -124,7 +124,7 @@ def shape_of(config: RunConfig) -> ModelShape:
     Raises:
         ConfigError: a size is not known before the tokenizer is made, or the folder's config.json lacks one.
     """
-    model, itemsize = config.model, 2 if config.model.dtype == "bf16" else 4
+    model, itemsize = config.model, 4 if config.model.dtype == "fp32" else 2
     if model.pretrained is not None:
         try:
             shape = shape_of_settings(read_settings(model.pretrained), itemsize)

@@ -83,7 +83,7 @@ def flops_of(shape: ModelShape, setup: Setup) -> Flops:
     layers = shape.layers * shape.attention_weights + shape.mlp_products
     policy = setup.recompute
     again = {"none": 0, "mlp": shape.mlp_products}.get(policy, layers)
-    if policy == "none" and setup.mlp_tile is not None and setup.n > setup.mlp_tile:
+    if policy == "none" and setup.mlp_tile is not None:
         again = shape.mlp_products
     return Flops(
         products=6.0 * shape.matrix_weights * setup.n,

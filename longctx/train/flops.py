@@ -37,8 +37,8 @@ PEAKS = (
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Return the device's dense bf16 peak in FLOP/s, or None where it is not known or the run is not in bf16."""
-    if device.type != "cuda" or dtype != "bf16":
+    """Return the device's dense bf16 and fp16 peak in FLOP/s, or None where it is not known or the run is in fp32."""
+    if device.type != "cuda" or dtype not in ("bf16", "fp16"):
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAKS if part in name), None)

@@ -15,6 +15,7 @@ from longctx.config.schema import RunConfig
 from longctx.config.write import dump
 from longctx.data.loader import EvaluationLoader, ShardedLoader
 from longctx.engine.engine import Engine
+from longctx.engine.fp16 import require_supported
 from longctx.engine.initialize import initialize
 from longctx.errors import ConfigError
 from longctx.mesh import Mesh
@@ -79,6 +80,8 @@ def set_up(
         LongctxError: on every rank, when data, model, engine or checkpoint cannot be had on any.
     """
     agree_on_group(sizes)
+    with together():
+        require_supported(to_deepspeed(config, sizes))
     output = Path(config.output.folder).absolute()
     corpus = _prepare(config, say)
     with together():

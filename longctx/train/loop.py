@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from longctx.engine.fp16 import loss_scale
 from longctx.errors import NonFiniteError
 from longctx.train.agree import gather_floats
 from longctx.train.checkpoint import Progress
@@ -115,6 +116,8 @@ class Loop:
         tokens, pairs = int(everyone[:, 1].sum()), int(everyone[:, 2].sum())
         memory, waited = int(everyone[:, 3].max()), float(everyone[:, 4].max())
         self._advance(step, tokens, seconds, memory, stopped=bool(everyone[:, 0].any()))
+        scale = loss_scale(engine)
+        in_fp16 = {} if scale is None else {"loss_scale": scale, "skipped_steps": engine.skipped_steps}
         return {
             "step": step,
             "loss": engine.global_loss,
@@ -128,6 +131,7 @@ class Loop:
             "data_seconds": waited,
             "tokens_total": self.outcome.progress.tokens,
             "samples_total": self.outcome.progress.samples,
+            **in_fp16,
         }
 
     def _advance(self, step: int, tokens: int, seconds: float, memory: int, stopped: bool) -> None:

@@ -63,6 +63,8 @@ class Progress:
         parts = [f"step {record['step']}/{self.total}", f"loss {record['loss']:.4f}"]
         if record.get("eval_loss") is not None:
             parts.append(f"held-out {record['eval_loss']:.4f}")
+        if record.get("skipped_steps"):
+            parts.append(f"{record['skipped_steps']} skipped (fp16), loss scale {record['loss_scale']:g}")
         if record.get("grad_norm") is not None:
             parts.append(f"norm {record['grad_norm']:.2f}")
         parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")

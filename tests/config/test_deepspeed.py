@@ -32,6 +32,20 @@ def test_the_dictionary():
     }
 
 
+def test_fp16_and_its_loss_scale():
+    settings = to_deepspeed(load_variant(model__dtype="fp16", fp16__window=50, fp16__min_scale=4).config)
+    assert "bf16" not in settings and settings["fp16"] == {
+        "enabled": True,
+        "loss_scale": 0,
+        "initial_scale_power": 16,
+        "loss_scale_window": 50,
+        "hysteresis": 2,
+        "min_loss_scale": 4,
+    }
+    static = to_deepspeed(load_variant(model__dtype="fp16", fp16__static_scale=128).config)
+    assert static["fp16"]["loss_scale"] == 128
+
+
 def test_parameters_in_host_memory():
     settings = to_deepspeed(load_variant(zero__stage=3, zero__offload_parameters="cpu").config)
     assert settings["zero_optimization"]["offload_param"] == {"device": "cpu"}

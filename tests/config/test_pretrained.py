@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from config_samples import BASE, text_of, variant
 from pretrained_folders import GPT2, LLAMA, gpt2_weights, llama_weights, pretrained_folder
+from transformers import AutoTokenizer
 
 from longctx.config.load import loads, require_machine
 from longctx.config.problems import InvalidConfig
@@ -62,6 +63,20 @@ def test_another_tokenizer_is_refused_unless_it_is_asked_for(tmp_path: Path) -> 
     assert findings(pretrained_folder(tmp_path / "bytes"), data__tokenizer="bytes") == []
     key, message = told(folder, data__vocab_size=300)
     assert key == "data.vocab_size" and "only for tokenizer: bpe" in message
+
+
+def test_a_tokenizer_that_transformers_has_written_again_is_no_other(tmp_path: Path) -> None:
+    folder = pretrained_folder(tmp_path / "model", tokenizer=train_bpe(["words and more words"], 280))
+    settings = folder / "tokenizer_config.json"
+    described = {**json.loads(settings.read_text()), "tokenizer_class": "Qwen2Tokenizer"}  # splits text in its own way
+    settings.write_text(json.dumps(described))
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    first, again = (json.loads((place / "tokenizer.json").read_text()) for place in (folder, tmp_path / "again"))
+    assert first["pre_tokenizer"] != again["pre_tokenizer"]
+    assert findings(folder, data__tokenizer=str(tmp_path / "again")) == []
+    (tmp_path / "text.txt").write_text("some text\n" * 50)
+    build_tokens(tmp_path / "text.txt", str(folder), tmp_path / "built")
+    assert findings(folder, data__sources=[str(tmp_path / "built")]) == []
 
 
 def test_a_foreign_tokenizer_means_nothing_from_scratch() -> None:

@@ -15,6 +15,7 @@ FROM_FOLDER: dict[str, Any] = {f"model__{key}": ... for key in BASE["model"] if 
 FROM_FOLDER |= {"data__tokenizer": ..., "data__vocab_size": ...}
 
 NVME = {"zero__stage": 3, "zero__offload_optimizer": "nvme", "zero__nvme_folder": "/tmp"}
+FP16 = {"model__dtype": "fp16"}
 ILLEGAL: list[tuple[str, dict[str, Any], str]] = [
     ("no model", {f"model__{key}": ... for key in BASE["model"]}, "model"),
     ("folder and sizes", {"model__pretrained": "m"}, "model.hidden_size"),
@@ -93,6 +94,10 @@ ILLEGAL: list[tuple[str, dict[str, Any], str]] = [
     ("stage in deepspeed", {"deepspeed__zero_optimization": {"stage": 3}}, "deepspeed.zero_optimization.stage"),
     ("optimizer in deepspeed", {"deepspeed__optimizer": {"type": "Adam"}}, "deepspeed.optimizer"),
     ("bf16 in deepspeed", {"deepspeed__bf16": {"enabled": True}}, "deepspeed.bf16"),
+    ("a loss scale without fp16", {"fp16__window": 100}, "fp16.window"),
+    ("a static scale and a window", {**FP16, "fp16__static_scale": 128, "fp16__window": 9}, "fp16.window"),
+    ("a least scale above the first", {**FP16, "fp16__scale_power": 4, "fp16__min_scale": 32}, "fp16.min_scale"),
+    ("hysteresis at stage 0", {**FP16, "zero__stage": 0, "fp16__hysteresis": 4}, "fp16.hysteresis"),
     ("fp16 in deepspeed", {"deepspeed__fp16": {"enabled": True}}, "deepspeed.fp16"),
     (
         "nvme",

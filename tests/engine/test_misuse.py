@@ -27,6 +27,7 @@ def misused(rank: int, world: int) -> list[str]:
     refused(lambda: engine.global_loss)
     refused(lambda: engine.shard(rows))
     refused(lambda: engine.backward(torch.zeros((), requires_grad=True), scale_wrt_gas=True))
+    refused(lambda: engine.scale(torch.zeros((), requires_grad=True)))
     model = tiny_llama()
     refused(lambda: longctx.initialize(model, {}, engine.mesh, mpu=engine.mesh))
     refused(lambda: longctx.initialize(None, {}, engine.mesh))
@@ -36,9 +37,10 @@ def misused(rank: int, world: int) -> list[str]:
 
 
 def test_misuse_is_named() -> None:
-    for first, window, scale, mpu, model in run_ranks(4, misused):
+    for first, window, scale, by_hand, mpu, model in run_ranks(4, misused):
         assert "no window" in first and "gradient_accumulation_steps is 2" in window
-        assert "scale_wrt_gas" in scale and "mpu" in mpu and "needs a model" in model
+        assert "scale_wrt_gas" in scale and "engine.backward(loss)" in by_hand
+        assert "mpu" in mpu and "needs a model" in model
 
 
 def local_mean(rank: int, world: int) -> str:

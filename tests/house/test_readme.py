@@ -73,11 +73,12 @@ def test_the_five_lines_run() -> None:
         assert abs(loss - truth) <= tolerance("fp32") * truth
 
 
-def custom_trainers(rank: int, world_size: int) -> dict[str, float]:
+def custom_trainers(rank: int, world_size: int, folder: str) -> dict[str, float]:
     """Run the page's blocks one after another; return what they computed."""
     names: dict[str, Any] = {
         "model": tiny_llama(0), "another_model": tiny_llama(0), "ds_config": settings(1, 3), "window": [rows(1)],
         "held_out": [rows(3), rows(4, length=17)], "pair": rows(5, batch=2), "full_x": torch.randn(1, 2, 21, 8),
+        "folder": folder,
     }
     torch.distributed.broadcast(names["full_x"], 0)
     losses = []
@@ -93,8 +94,9 @@ def custom_trainers(rank: int, world_size: int) -> dict[str, float]:
     }
 
 
-def test_custom_trainers_page_runs() -> None:
-    values = run_ranks(2, custom_trainers, timeout=280)
+def test_custom_trainers_page_runs(tmp_path: Path) -> None:
+    values = run_ranks(2, custom_trainers, str(tmp_path / "saved"), timeout=280)
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
     assert values[0] | {"attention": 0} == values[1] | {"attention": 0}, "every rank reports the same"
     first, pair = (float(tiny_llama(0)(**batch).loss) for batch in (rows(1), rows(5, batch=2)))
     assert abs(values[0]["first"] - first) <= tolerance("fp32") * first

@@ -71,7 +71,7 @@ rings = st.fixed_dictionaries(
         "names": some_extras,
         "backend": st.sampled_from(("triton", "triton-tma")),
         "dtype": st.sampled_from(sorted(DTYPES)),
-        "scale": st.sampled_from([0.5, -0.4]),
+        "scale": st.sampled_from([0.5, -0.4, 0.0]),
         "seed": st.integers(0, 1000),
     }
 )

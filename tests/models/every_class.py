@@ -141,7 +141,7 @@ def small_model(name: str, seed: int = 0, config: Any = None) -> Any:
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in kind(copy.deepcopy(config)).parameters())
     if size > _LARGEST:
-        raise ValueError(f"{name} has {size} parameters: give it smaller sizes in _MORE")
+        raise ValueError(f"{name} has {size} parameters, too many to be built here")
     torch.manual_seed(seed)
     model = kind._from_config(config, attn_implementation="eager", experts_implementation="eager")
     with torch.no_grad():

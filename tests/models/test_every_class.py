@@ -124,7 +124,7 @@ def test_every_class_is_right_or_refused_by_name() -> None:
     unnamed = [n for n, kinds in verdicts.items() if outcome(kinds) == "refused" and not is_named(n, kinds)]
     assert not unnamed, {name: verdicts[name] for name in unnamed}
     page = PAGE.read_text()
-    PAGE.write_text(page.replace(listed(page), lists(verdicts)))
+    PAGE.write_text(page.replace(BEGIN + listed(page) + END, f"{BEGIN}\n{lists(verdicts)}{END}"))
     assert PAGE.read_text() == page, "the lists in docs/models.md have been written again: look at them and commit them"
 
 

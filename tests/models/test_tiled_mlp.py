@@ -38,14 +38,15 @@ def test_dropout_inside_an_mlp_is_drawn_alike_in_backward() -> None:
     model = tiny_model(tiny_config("gpt2", resid_pdrop=0.3), "longctx").double().train()
     torch.manual_seed(3)
     wanted = gradients(model)
-    tile_mlps(model, 100, always=True)  # one tile draws what the whole MLP draws
+    tile_mlps(model, 100)  # one tile draws what the whole MLP draws
     torch.manual_seed(3)
     got = gradients(model)
     for name, gradient in wanted.items():
         assert (got[name] - gradient).norm() <= tolerance("model") * gradient.norm().clamp(min=1e-6), name
 
 
-def test_the_automatic_tile_leaves_short_sequences_alone() -> None:
+def test_short_and_long_sequences_take_one_path() -> None:
+    """Else ranks with rows of different lengths would finish gradients in different orders."""
     model = tiny_model(tiny_config("llama"), "longctx")
     kept: list[int] = []
     mlp = tile_mlps(model, "auto")[0]
@@ -56,8 +57,7 @@ def test_the_automatic_tile_leaves_short_sequences_alone() -> None:
             mlp(torch.randn(1, tokens, 32, requires_grad=True))
         return len(kept)
 
-    assert saved(128) > 1
-    assert saved(129) == 1
+    assert saved(1) == saved(128) == saved(129) == 1  # 128 tokens are a tile
 
 
 def test_blocks_of_experts_are_refused_by_name() -> None:

@@ -19,20 +19,33 @@ from distributed import RankFailure, run_ranks
 LIMIT = 280.0
 # everything that has state: dropout (random states), accumulation, a schedule, packing, clipping
 DROPOUT = ("model.architecture=gpt2", "model.extra={resid_pdrop: 0.1, embd_pdrop: 0.1}", "train.global_batch=2")
+# the first scale makes gradients overflow, and every second step without one doubles it
+FP16 = ("model.dtype=fp16", "fp16.scale_power=19", "fp16.window=2")
 CASES = {
     "zero3": ("zero.stage=3",),
     "zero2-mixed-layers": ("zero.stage=2", "attention.layers={'0': {abc: {slots: 4}}, '1': cosine}"),
     "zero2-bf16": ("zero.stage=2", "model.dtype=bf16", *DROPOUT),
+    "zero2-fp16": ("zero.stage=2", "fp16.hysteresis=1", *FP16),
+    "zero0-fp16": ("zero.stage=0", *FP16),
     "zero1": ("zero.stage=1", *DROPOUT),
     "zero0-sgd": ("zero.stage=0", "train.optimizer=sgd", "train.momentum=0.9"),
     "zero3-offload-checkpointing": ("zero.offload_optimizer=cpu", "memory.recompute=layer_keep_attention", *DROPOUT),
 }
 
 
+def allow_fp16() -> None:
+    """DeepSpeed refuses fp16 on a CPU without instructions for it; torch computes it there all the same."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+
+
 def train(rank: int, world: int, folder: str, name: str, overrides: tuple[str, ...], stop_at: int = 0) -> int:
     """Run the job on this rank; a SIGTERM reaches rank 1 alone during step ``stop_at``."""
     from longctx.train.run import run
 
+    if FP16[0] in overrides:
+        allow_fp16()
     settings = config(Path(folder), *overrides, name=name)
     step = Loop._step
 
@@ -55,7 +68,7 @@ NVME = (
     "model.intermediate_size=1031",
     "deepspeed.zero_optimization={sub_group_size: 700000}",
 )
-SLOW = ("zero3", "zero2-bf16", "zero1")  # the same path as another case, with another stage
+SLOW = ("zero3", "zero0-fp16", "zero2-bf16", "zero1")  # the same path as another case, with another stage
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
@@ -63,6 +76,11 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, case: str) -> None:
 
     write(tmp_path, "straight"), write(tmp_path, "broken")
     resumed_equals_uninterrupted(tmp_path, CASES[case])
+    if FP16[0] in CASES[case]:
+        lines = (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        assert records[0]["skipped_steps"] == 1 and records[0]["grad_norm"] is None
+        assert records[-1]["loss_scale"] < 2**19 and records[-1]["skipped_steps"] < 6
 
 
 @pytest.mark.slow

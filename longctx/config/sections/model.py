@@ -55,6 +55,8 @@ class Model(Section):
         description="further keywords for the transformers config, e.g. rope_parameters; they win over nothing that is "
         "named above; with `pretrained` only rope_parameters",
     )
-    dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="arithmetic of forward and backward; bf16 keeps fp32 master weights in the optimizer"
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="arithmetic of forward and backward; bf16 and fp16 keep fp32 master weights in the optimizer, fp16 "
+        "scales the loss (section fp16)",
     )

@@ -48,5 +48,7 @@ class Train(Section):
         1, ge=1, le=2**30, description="steps between progress lines; metrics.jsonl has every step"
     )
     non_finite: Literal["stop"] = Field(
-        "stop", description="what a nan or inf in loss or gradient does: stop before the update"
+        "stop",
+        description="what a nan or inf in loss or gradient does: stop before the update (in fp16, a gradient out of "
+        "range skips the step instead and lowers the loss scale)",
     )
