@@ -63,14 +63,14 @@ def tokenise(
         survey.progress("tokenising", done, survey.bytes)
 
     for number, document in survey.documents():
-        writer = other if held_out[number] else train
+        writer, begun = other if held_out[number] else train, False
         for behind, piece in _cut(document.pieces, survey.characters, cut):
             if behind and writer is train:
                 batch.append((train, document.name, ""))
-                writer = other
+                writer, begun = other, False
             if piece:
-                batch.append((writer, document.name, piece))
-                size += len(piece)
+                batch.append((writer, document.name, tokenizer.continuation(piece) if begun else piece))
+                size, begun = size + len(piece), True
             if size >= _BATCH_CHARACTERS:
                 flush()
         batch.append((writer, document.name, ""))

@@ -50,6 +50,7 @@ class Tokenizer(ABC):
         self.prefix, self.suffix = frame
         self.hash = tokenizer_hash(content, end_of_document, frame)
         self.special = SpecialStrings(content)
+        self._prepends_space = _prepends_space(content.get("normalizer"))
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], *, parse: bool = False) -> list[Tokens]:
@@ -66,6 +67,14 @@ class Tokenizer(ABC):
     def document(self, ids: Tokens) -> Tokens:
         """Return the (tokens,) ids of a whole document with what the post-processor puts around a text, not doubled."""
         return surround(ids, self.prefix, self.suffix)
+
+    def continuation(self, piece: str) -> str:
+        """Return the text to encode for a piece that continues a longer text.
+
+        A Prepend normalizer (Llama 2) puts a space in front of every text that it gets. In front of a later piece that
+        space would be one too many, so it stands for the one that the piece begins with.
+        """
+        return piece[1:] if self._prepends_space and len(piece) > 1 and piece[0] == " " else piece
 
     def prompt(self, text: str) -> Tokens:
         """Return the (tokens,) uint32 ids that transformers' ``tokenizer(text)`` gives."""
@@ -218,3 +227,11 @@ def _added(index: int, content: str) -> dict[str, Any]:
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _prepends_space(normalizer: dict[str, Any] | None) -> bool:
+    """Tell whether a tokenizer.json's normalizer puts a space in front of every text."""
+    if not normalizer:
+        return False
+    steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+    return any(step["type"] == "Prepend" and step["prepend"] in (" ", "\u2581") for step in steps)
