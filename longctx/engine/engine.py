@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from longctx.engine.exchange import reached
 from longctx.engine.loss import check_model_loss, check_nothing_added, refuse_additions
 from longctx.engine.lossmean import Evidence, judge, settle, token_mean
 from longctx.engine.order import ReductionOrder, check_order
-from longctx.engine.save import refuse_empty, save_pretrained
+from longctx.engine.save import refuse_empty
 from longctx.engine.stock import StockEngine
 from longctx.engine.window import shard_window, weigh_window
 from longctx.errors import EngineError, NonFiniteError
@@ -195,26 +194,15 @@ class Engine(StockEngine):
             )
         share = loss.detach()
         place = self._accumulation.current
-        if self._output is not None and place is not None and not replicated:
-            if loss is not getattr(self._output, "loss", None):
-                steps = self.gradient_accumulation_steps()
-                self._evidence += judge(share, self._output, place, self.mesh.sequence_size, steps)
+        own = loss is getattr(self._output, "loss", None)
+        if self._output is not None and place is not None and not replicated and not own:
+            steps = self.gradient_accumulation_steps()
+            self._evidence += judge(share, self._output, place, self.mesh.sequence_size, steps)
         self._output = None
         self._accumulation.backward()
         self._share += share.double() / (self.mesh.sequence_size if replicated else 1)
         super().backward(self._objective(loss), retain_graph=retain_graph, scale_wrt_gas=False)
         return share
-
-    def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """Refused: DeepSpeed divides gradients of ``engine.scale(loss).backward()`` by the number of micro-batches.
-
-        Raises:
-            EngineError: always.
-        """
-        raise EngineError(
-            "engine.scale(loss).backward() divides by the number of micro-batches a loss that is weighted over them "
-            "already, and the reported loss would not know it: call engine.backward(loss)"
-        )
 
     def _objective(self, loss: torch.Tensor) -> torch.Tensor:
         return guard.scaled(loss, self._gradient_factor * fp16.scale_left_to_us(self))
@@ -277,20 +265,6 @@ class Engine(StockEngine):
     def clip_fp32_gradients(self) -> None:
         """Clip by the norm that is reported (DeepSpeed calls this for ZeRO 0 in fp32 only)."""
         guard.clip_plain(self, self._true_norm)
-
-    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
-        """Write the model, or its PEFT adapters, as a folder that plain transformers or PEFT loads; return it.
-
-        Collective over the world, on every ZeRO stage: rank 0 writes the weights of all ranks, in the dtype of forward.
-
-        Args:
-            folder: on storage that rank 0 sees.
-            options: of the model's own ``save_pretrained``: ``max_shard_size``, or PEFT's ``selected_adapters``.
-
-        Raises:
-            EngineError: on every rank, when the model has no ``save_pretrained`` or rank 0 could not write.
-        """
-        return save_pretrained(self, folder, options)
 
     # -- what came out ---------------------------------------------------------------------------------------------
 
