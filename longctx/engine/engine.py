@@ -194,8 +194,7 @@ class Engine(StockEngine):
             )
         share = loss.detach()
         place = self._accumulation.current
-        own = loss is getattr(self._output, "loss", None)
-        if self._output is not None and place is not None and not replicated and not own:
+        if place is not None and not replicated and loss is not getattr(self._output, "loss", None):
             steps = self.gradient_accumulation_steps()
             self._evidence += judge(share, self._output, place, self.mesh.sequence_size, steps)
         self._output = None
