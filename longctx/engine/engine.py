@@ -193,10 +193,9 @@ class Engine(StockEngine):
             )
         share = loss.detach()
         place = self._accumulation.current
-        if self._output is not None and place is not None and not replicated:
-            if loss is not getattr(self._output, "loss", None):
-                steps = self.gradient_accumulation_steps()
-                self._evidence += judge(share, self._output, place, self.mesh.sequence_size, steps)
+        if place is not None and not replicated and loss is not getattr(self._output, "loss", None):
+            steps = self.gradient_accumulation_steps()
+            self._evidence += judge(share, self._output, place, self.mesh.sequence_size, steps)
         self._output = None
         self._accumulation.backward()
         self._share += share.double() / (self.mesh.sequence_size if replicated else 1)

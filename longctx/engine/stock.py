@@ -66,6 +66,31 @@ class StockEngine(DeepSpeedEngine):
         exchange([], self.mesh, "engine.save_16bit_model", self.global_steps)
         return super().save_16bit_model(*arguments, **keywords)
 
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Write the model, or its PEFT adapters, as a folder that plain transformers or PEFT loads; return it.
+
+        Collective over the world, on every ZeRO stage: rank 0 writes the weights of all ranks, in the dtype of forward.
+
+        Args:
+            folder: on storage that rank 0 sees.
+            options: of the model's own ``save_pretrained``: ``max_shard_size``, or PEFT's ``selected_adapters``.
+
+        Raises:
+            EngineError: on every rank, when the model has no ``save_pretrained`` or rank 0 could not write.
+        """
+        return save_pretrained(self, folder, options)
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """Refused: DeepSpeed divides gradients of ``engine.scale(loss).backward()`` by the number of micro-batches.
+
+        Raises:
+            EngineError: always.
+        """
+        raise EngineError(
+            "engine.scale(loss).backward() divides by the number of micro-batches a loss that is weighted over them "
+            "already, and the reported loss would not know it: call engine.backward(loss)"
+        )
+
     def load_checkpoint(self, *arguments: Any, **keywords: Any) -> Any:
         """As DeepSpeed's; no weight is computed with as it was before, and fp16's loss scale goes on by this run's
         settings. Ranks that are elsewhere are named."""
