@@ -161,7 +161,8 @@ def test_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
 
 def description(**changes: object) -> SimpleNamespace:
     sizes = {"num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 50}
-    return SimpleNamespace(**sizes | {"tie_word_embeddings": True} | changes)
+    values = sizes | {"tie_word_embeddings": True} | changes
+    return SimpleNamespace(**values, to_dict=lambda: values)
 
 
 def test_pairs_count_what_causal_attention_sees() -> None:
