@@ -78,20 +78,41 @@ class Metrics:
         if dropped := len(found) - len(kept):
             say(f"{folder / NAME}: {dropped} steps after step {resume_step} are dropped, they are trained again")
         write_atomically(folder / NAME, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = (folder / NAME).open("a", buffering=1)
+        self._path, self._say = folder / NAME, say
+        self._file = self._path.open("ab", buffering=0)
+        self._unwritten, self._full = b"", False
         self._board = _tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one step's numbers; ``record["step"]`` is required. What is not finite is written as null."""
+        """Write one step's numbers; ``record["step"]`` is required. What is not finite is written as null.
+
+        A full disk does not end the run: numbers wait in memory until there is room again.
+        """
         clean = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
-        self._file.write(json.dumps(clean) + "\n")
+        self._unwritten += json.dumps(clean).encode() + b"\n"
+        self._flush()
         if self._board is not None:
             for key, value in clean.items():
                 if isinstance(value, int | float) and key != "step":
                     self._board.add_scalar(f"train/{key}", value, clean["step"])
 
+    def _flush(self) -> None:
+        """Write what waits, as much as the disk takes; say it when that begins to fail."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                self._say(f"{self._path} cannot be written: {error.strerror}. Training goes on; make room on the disk")
+            self._full = True
+
     def close(self) -> None:
         """Flush and close the files."""
+        self._flush()
+        if self._unwritten:
+            lost = self._unwritten.count(b"\n")
+            self._say(f"{self._path}: the numbers of {lost} steps could not be written and are lost")
         self._file.close()
         if self._board is not None:
             self._board.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -86,6 +88,32 @@ def test_metrics_drop_what_will_be_done_again(tmp_path: Path) -> None:
     assert [(r["step"], r["loss"]) for r in read(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 9.0)]
     assert read(tmp_path)[0]["grad_norm"] is None
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_metrics_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def write(self, content: bytes) -> int:
+            if room:
+                return real.write(content[:5])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def close(self) -> None:
+            real.close()
+
+    said: list[str] = []
+    metrics, room = Metrics(tmp_path, say=said.append), False
+    real = metrics._file
+    monkeypatch.setattr(metrics, "_file", Full())
+    for step in (1, 2):
+        metrics.write({"step": step, "loss": 2.0})
+    assert read(tmp_path) == [] and len(said) == 1 and "No space left" in said[0]
+    room = True
+    metrics.write({"step": 3, "loss": 2.0})
+    assert [record["step"] for record in read(tmp_path)] == [1, 2, 3]
+    room = False
+    metrics.write({"step": 4, "loss": 2.0})
+    metrics.close()
+    assert len(said) == 3 and "1 steps could not be written" in said[2]
 
 
 def test_damaged_metrics_are_kept_aside_and_do_not_stop_a_run(tmp_path: Path) -> None:
