@@ -101,31 +101,6 @@ class StockEngine(DeepSpeedEngine):
         drop_copies(self.module)
         return loaded
 
-    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
-        """Write the model, or its PEFT adapters, as a folder that plain transformers or PEFT loads; return it.
-
-        Collective over the world, on every ZeRO stage: rank 0 writes the weights of all ranks, in the dtype of forward.
-
-        Args:
-            folder: on storage that rank 0 sees.
-            options: of the model's own ``save_pretrained``: ``max_shard_size``, or PEFT's ``selected_adapters``.
-
-        Raises:
-            EngineError: on every rank, when the model has no ``save_pretrained`` or rank 0 could not write.
-        """
-        return save_pretrained(self, folder, options)
-
-    def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """Refused: DeepSpeed divides gradients of ``engine.scale(loss).backward()`` by the number of micro-batches.
-
-        Raises:
-            EngineError: always.
-        """
-        raise EngineError(
-            "engine.scale(loss).backward() divides by the number of micro-batches a loss that is weighted over them "
-            "already, and the reported loss would not know it: call engine.backward(loss)"
-        )
-
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the rows of an optimizer step, over all data replicas, by the number of micro-batches of a window.
 
