@@ -246,14 +246,14 @@ class Engine(StockEngine):
 
     def _reduce_loss(self) -> float:
         """Return the window's loss, the mean over all valid tokens. Collective over the world."""
-        numbers = (*map(float, self._evidence), *self._order.take())
+        numbers = (*map(float, self._evidence), *self._order.take(), 1.0)
         found = torch.stack([self._share, *map(self._share.new_tensor, numbers)])
         self._share = torch.zeros_like(self._share)
         if self.mesh.world_size > 1:
             with reached(f"engine.step after {self.global_steps} steps", self.mesh):
                 dist.all_reduce(found, group=self.mesh.world_group)
-        share, *evidence, order, squares = found.tolist()
-        check_order(order, squares, self.mesh.world_size)
+        share, *evidence, order, squares, ranks = found.tolist()  # ranks: a rehearsal has one of many
+        check_order(order, squares, round(ranks))
         settle(Evidence(*map(round, evidence)), self.mesh, last=self._careful == 1)
         return share / self.mesh.data_size
 

@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from longctx.engine.trace import forget_with_trace
+
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
 
 def close_doors(engine: DeepSpeedEngine) -> None:
-    """Mend two things in a fresh engine's optimizer.
+    """Mend three things in a fresh engine's optimizer.
 
     ZeRO 1 and 2 look for gradients that are not finite whatever the dtype (bf16 may be told not to). The half-precision
     optimizers without partitioned gradients would add up the norms of a sequence group's ranks, which all hold the
-    same gradient, and report (and clip by) a norm √(ring·ulysses) times too large: they stop asking the mpu.
+    same gradient, and report (and clip by) a norm √(ring·ulysses) times too large: they stop asking the mpu. For ZeRO 3
+    see ``trace``.
     """
     optimizer = engine.optimizer
+    forget_with_trace(optimizer)
     if hasattr(optimizer, "check_grad_overflow"):
         optimizer.check_grad_overflow = True
     elif engine.zero_optimization_stage() < 2 and not is_plain(engine) and hasattr(optimizer, "mpu"):
