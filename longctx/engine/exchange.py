@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -149,9 +149,13 @@ def _wait(work: Any, mesh: Mesh, here: str) -> None:
 
 
 def _note(here: str, mesh: Mesh) -> None:
-    """Leave word in the job's store where this rank is; the others read it only when it is missed."""
+    """Leave word in the job's store where this rank is; the others read it only when it is missed.
+
+    A store that is a file takes no word while its disk is full; what the word is about goes on without it.
+    """
     store = dist.distributed_c10d._get_default_store()
-    store.set(f"longctx/rank/{mesh.rank}", here)
+    with suppress(RuntimeError):
+        store.set(f"longctx/rank/{mesh.rank}", here)
 
 
 def _missing(mesh: Mesh, here: str) -> str:
