@@ -14,7 +14,9 @@ _OWN = (  # sections that may differ between ranks: where numbers are written, w
     "memory_breakdown dump_state log_level autotuning aio nebula datastates_ckpt disable_python_gc timers"
 ).split()
 _FOLDERS = ("zero_optimization.offload_optimizer.nvme_path", "zero_optimization.offload_param.nvme_path")
-_NAMES = ("_name_or_path", "name_or_path", "transformers_version")  # where a model was read from, which hosts may vary
+# Where a model was read from, which hosts may vary; and what transformers' save_pretrained writes into the config of the
+# rank that saves. Dtypes are compared weight by weight.
+_LEFT_OUT = frozenset("_name_or_path name_or_path transformers_version architectures dtype torch_dtype".split())
 
 
 def describe(
@@ -47,10 +49,11 @@ def describe(
 
 
 def describe_config(config: Any) -> dict[str, str]:
-    """Return a transformers config as named strings, without where it was read from; nothing for another object."""
+    """Return a transformers config as named strings, without where it was read from; {} for another object."""
     if not hasattr(config, "to_dict"):
         return {}
-    return flatten({key: value for key, value in config.to_dict().items() if key not in _NAMES}, "model.config")
+    flat = flatten(config.to_dict(), "model.config")
+    return {key: value for key, value in flat.items() if key.rpartition(".")[2] not in _LEFT_OUT}
 
 
 def _weights(model: Any) -> list[tuple[str, Any]]:

@@ -98,7 +98,7 @@ def test_explain_with_and_without_a_file(good: Path):
 
 def test_schema_is_json_with_every_section():
     schema = json.loads(run("schema").stdout)
-    assert set(BASE) | {"deepspeed", "launch", "memory"} == set(schema["properties"])
+    assert set(BASE) | {"deepspeed", "fp16", "launch", "memory"} == set(schema["properties"])
 
 
 def test_init_writes_a_file_that_passes_check_and_spares_an_existing_one(tmp_path: Path):

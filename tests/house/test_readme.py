@@ -81,16 +81,19 @@ def custom_trainers(rank: int, world_size: int, folder: str) -> dict[str, float]
         "folder": folder,
     }
     torch.distributed.broadcast(names["full_x"], 0)
-    losses = []
+    losses, replicated = [], None
     for block in blocks("docs/custom_trainers.md"):
         names.update(run_block(block, names))
         losses.append(names["engine"].global_loss)
+        if "replicated=True" in block:
+            replicated = (losses[-1], float(names["loss"].detach()))
+    assert replicated is not None
     x = names["full_x"]
     dense = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
     return {
-        "first": losses[0], "replicated": losses[3], "tokens": names["result"].tokens,
+        "first": losses[0], "replicated": replicated[0], "tokens": names["result"].tokens,
         "theirs": names["theirs"].global_loss,
-        "attention": float((names["whole"] - dense).abs().max()), "preference": float(names["loss"].detach()),
+        "attention": float((names["whole"] - dense).abs().max()), "preference": replicated[1],
     }
 
 

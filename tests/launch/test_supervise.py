@@ -58,7 +58,8 @@ class Job:
             self.listener.close()
 
     def pids(self, kind: str = "pid") -> list[int]:
-        return [int(path.read_text()) for path in sorted(self.folder.glob(f"{kind}-*"))]
+        texts = [path.read_text() for path in sorted(self.folder.glob(f"{kind}-*"))]
+        return [int(text) for text in texts if text]  # a rank is just writing the others
 
     def when_running(self, act: object) -> None:
         """Do something in a thread as soon as all ranks run."""

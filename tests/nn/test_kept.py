@@ -105,10 +105,11 @@ def test_a_result_whose_memory_others_have_now_is_forgotten() -> None:
     x, _ = inputs()
     for _ in range(50):
         place = remade(x).untyped_storage().data_ptr()
-        other = torch.zeros_like(x, requires_grad=True) * 1
-        if other.untyped_storage().data_ptr() == place:  # malloc gives the room again at once, nearly always
-            assert source_of(other) is None
-            return
+        others = [torch.zeros_like(x, requires_grad=True) * 1 for _ in range(50)]
+        for other in others:
+            if other.untyped_storage().data_ptr() == place:  # malloc gives the room to one of the next
+                assert source_of(other) is None
+                return
     raise AssertionError("the room was never given again: this shows nothing")
 
 
