@@ -80,10 +80,13 @@ class Stream:
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{self.file}: offset {offset + error.start}: binary or not UTF-8; give UTF-8 text (if it is in "
-                    "another encoding, say Latin-1, convert it: `iconv -f LATIN1 -t UTF-8`)"
+                    "another encoding, say Latin-1, convert it: `iconv -f LATIN1 -t UTF-8`), or name it in data.exclude"
                 ) from None
             if (zero := raw.find(b"\0", 0, used)) >= 0:
-                raise DataError(f"{self.file}: offset {offset + zero}: binary (a zero byte); give UTF-8 text")
+                raise DataError(
+                    f"{self.file}: offset {offset + zero}: binary (a zero byte); give UTF-8 text, or name it in "
+                    "data.exclude"
+                )
             yield text.removeprefix("\ufeff") if offset == 0 else text
             offset, rest, data = offset + used, raw[used:], self.read()
 
@@ -107,7 +110,9 @@ class Stream:
         try:
             return call(*arguments)
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:  # what damaged archives raise
-            raise DataError(f"{self.file}: cannot be read on, it is damaged: {error}; copy it again") from None
+            raise DataError(
+                f"{self.file}: cannot be read on, it is damaged: {error}; copy it again, or name it in data.exclude"
+            ) from None
 
 
 @contextmanager

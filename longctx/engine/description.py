@@ -14,8 +14,8 @@ _OWN = (  # sections that may differ between ranks: where numbers are written, w
     "memory_breakdown dump_state log_level autotuning aio nebula datastates_ckpt disable_python_gc timers"
 ).split()
 _FOLDERS = ("zero_optimization.offload_optimizer.nvme_path", "zero_optimization.offload_param.nvme_path")
-# Where a model was read from, which hosts may vary; and what transformers' save_pretrained writes into the config of the
-# rank that saves. Dtypes are compared weight by weight.
+# Where a model was read from, which hosts may vary, and what transformers' save_pretrained writes into the config of
+# the rank that saves. Dtypes are compared weight by weight.
 _LEFT_OUT = frozenset("_name_or_path name_or_path transformers_version architectures dtype torch_dtype".split())
 
 

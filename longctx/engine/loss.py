@@ -67,7 +67,7 @@ def check_model_loss(output: Any, batch: dict[str, Any], mesh: Mesh, name: str) 
             f"{name} returned a loss of {given:.6g}, but this rank's share of the mean over all tokens is {share:.6g} "
             f"(its local mean is {mean:.6g}): the class does not divide by num_items_in_batch, or adds an auxiliary "
             "loss (set output_router_logits=False). Compute the loss from the logits instead: "
-            "longctx.engine.loss.token_loss(output.logits, batch['shift_labels'], batch['num_items_in_batch'])"
+            "engine.token_mean(losses, batch['shift_labels']), with losses per token (reduction='none')"
         )
     everyone = exchange([int(wrong), int(told)], mesh, "the check of the model's loss")
     if any(rank[0] for rank in everyone):
@@ -105,8 +105,8 @@ def check_nothing_added(output: Any, kwargs: dict[str, Any], parts: int, name: s
             raise EngineError(
                 f"{name} added something to its loss (a load-balancing or another auxiliary loss), which would be that "
                 "of one rank's tokens in one micro-batch, not of the whole batch. Turn it off in the model's config, "
-                "or compute the loss from the logits: longctx.engine.loss.token_loss(output.logits, "
-                "batch['shift_labels'], batch['num_items_in_batch'])"
+                "or compute the loss from the logits: engine.token_mean(losses, batch['shift_labels']), with losses "
+                "per token (reduction='none')"
             )
         inputs = [following for following, _ in node.next_functions if following is not None]
         node = inputs[0] if len(inputs) == 1 and type(node).__name__.startswith(_ONE_INPUT) else None
