@@ -26,7 +26,7 @@ def from_key(key: str) -> Mesh:
 
 
 class Cut:
-    """The integers that ``longctx.shard`` has cut over one mesh so far: how many tensors, and a checksum of all."""
+    """The integers that ``longctx.shard`` has sharded over one mesh so far: how many tensors, and a checksum of all."""
 
     def __init__(self) -> None:
         self.count = 0

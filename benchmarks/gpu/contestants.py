@@ -106,7 +106,7 @@ def flex(row: Row, x: Inputs) -> Call:
 def fresh_compiler() -> None:
     """Forget what torch.compile has made: a function of more than eight shapes runs unfused, and would be measured so.
 
-    Whoever meets that limit all the same raises an error.
+    Code that meets that limit all the same raises an error.
     """
     torch._dynamo.reset()
     torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -19,7 +19,7 @@ from longctx.errors import LaunchError, MissingPackageError
 
 EXTENSION = "deepspeed_shm_comm"
 BUILD_SECONDS = 900  # some 100 s of one quiet core; ranks have not started yet
-# File systems of one machine: whoever made a file there is a process of this machine.
+# File systems of one machine: a file there was made by a process of this machine.
 _LOCAL = frozenset("bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split())
 _loaded = False
 
@@ -27,7 +27,7 @@ _loaded = False
 def load_extension() -> None:
     """Load the extension into this process, so that DeepSpeed need not; compile it first if it is not there.
 
-    Once in a process; whoever starts DeepSpeed on a CPU calls it first.
+    Once per process, before DeepSpeed starts on a CPU.
 
     Raises:
         MissingPackageError, LaunchError: as ``prepare``; or another build took too long.

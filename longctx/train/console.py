@@ -50,7 +50,7 @@ class Console:
 
 
 def guard_standard_streams() -> None:
-    """Have this process survive the loss of its standard output and error, whoever writes there."""
+    """Have this process survive the loss of its standard output and error, which libraries write to as well."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, Console):

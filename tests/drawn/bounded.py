@@ -1,4 +1,4 @@
-"""Random calls of ABC, its queues and Cottention: documents, padding of any content, states handed on, any ring."""
+"""Random calls of ABC, its queues and Cottention: documents, padding of any content, states passed from call to call, any ring."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def assembled(case: BoundedCase, answers: Sequence[Sequence[torch.Tensor]]) -> l
 
 
 def _has_tokens(case: BoundedCase, place: int) -> bool:
-    """Whether an input (of -1: the output) is dealt out to the ranks; the others are weights, whole on each."""
+    """Whether an input (of -1: the output) is sharded over the ranks; the others are weights, whole on each."""
     return place < 3 or learned(case)
 
 
