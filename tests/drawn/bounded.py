@@ -1,4 +1,4 @@
-"""Random calls of ABC, its queues and Cottention: documents, padding of any content, states passed from call to call, any ring."""
+"""Random calls of ABC, its queues and Cottention: documents, any padding, states passed from call to call, any ring."""
 
 from __future__ import annotations
 
