@@ -40,16 +40,19 @@ def run_ranks(world_size: int, worker: Any, *args: Any, timeout: float = 120.0) 
     """
     timeout *= _PATIENCE
     pool = _pools.get(world_size)
-    if pool is None or not pool.alive() or pool.outgrown:
+    if pool is None or not pool.alive():
         if pool is not None:
             pool.close()
         pool = _pools[world_size] = Pool(world_size)
+    keep = False
     try:
-        return pool.run(worker, args, timeout)
-    except RankFailure:
-        pool.close()  # its ranks may be out of step with each other
-        del _pools[world_size]
-        raise
+        results = pool.run(worker, args, timeout)
+        keep = not pool.outgrown
+        return results
+    finally:
+        if not keep:  # its ranks may be out of step with each other, or hold memory that others need
+            pool.close()
+            del _pools[world_size]
 
 
 class Pool:
