@@ -29,7 +29,7 @@ options = {"max_new_tokens": 16, "num_beams": 4, "pad_token_id": 0}
 
 def show(name: str, tokens: torch.Tensor) -> None:
     if mesh.rank == 0:
-        print(f"{name}: {tokens[0, prompt.shape[1]:].tolist()}")
+        print(f"{name}: {tokens[0, prompt.shape[1] :].tolist()}")
 
 
 expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
