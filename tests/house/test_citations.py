@@ -17,7 +17,7 @@ HERE = Path("tests/house/test_citations.py")
 FOREIGN = re.compile(
     r"\bmethods(?:\.md)? \d|\bperformance(?:\.md)? [PS]\d|\breliability(?:\.md)? [A-Z]\d|(?<!\.com/)\bspec/"
 )
-PAGE = re.compile(r"(?<![\w/.-])((?:docs/|\.\./)?(?:[\w-]+/)*[\w-]+\.md)(?:#([\w-]+))?`?(?:\)|,)?(?:\s+\"([^\"\n]+)\")?")
+PAGE = re.compile(r"(?<![\w/.-])((?:docs/|\.\./)?(?:[\w-]+/)*[\w-]+\.md)(?:#([\w-]+))?`?,?((?:,?\s+\"[^\"\n]+\")*)")
 SOURCE_FILE = re.compile(r"(?<![\w/.<>*{}-])((?:[\w-]+/)*[a-z_][\w-]*\.py)\b")
 NOT_OURS = {
     "comparison.md": "written by benchmarks/bounded/summary.py",
@@ -89,12 +89,14 @@ def test_no_document_outside_the_repository_is_cited() -> None:
 def test_cited_pages_and_sections_exist() -> None:
     wrong = []
     for path in texts():
-        for cited, anchor, title in PAGE.findall(prose(path)):
+        for cited, anchor, titles in PAGE.findall(prose(path)):
             page = page_of(path, cited)
             if page is None:
                 wrong += [f"{path}: {cited}"] * (cited not in NOT_OURS)
-            elif (section := (anchor or title)) and section not in sections(page):
-                wrong.append(f"{path}: {cited} has no section {section!r}")
+                continue
+            for section in [*re.findall('"(.+?)"', titles), *filter(None, [anchor])]:
+                if section not in sections(page):
+                    wrong.append(f"{path}: {cited} has no section {section!r}")
     assert not wrong, "\n".join(wrong)
 
 

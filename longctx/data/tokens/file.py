@@ -1,7 +1,7 @@
 """Tokens on disk, mapped and never copied: what the loader reads, whoever wrote the file.
 
 ``TokenStore`` is the common shape (tokens, document offsets, vocabulary, tokenizer); ``TokenFile`` is our own format
-(tokenformat.py), and readers.py makes stores of other people's. Opening costs the same for a kilobyte and a terabyte.
+(format.py), and readers.py makes stores of other people's. Opening costs the same for a kilobyte and a terabyte.
 """
 
 from __future__ import annotations
