@@ -98,6 +98,7 @@ MOVED = {  # old name -> new name, both within longctx
     "plan.command": "cli.plan",
     "launch.rehearse": "rehearse.world",
     "plan.rehearse": "rehearse.step",
+    "train.agree": "collectives",
     "train.manifest": "train.checkpoint.manifest",
     "train.store": "train.checkpoint.store",
     "train.reshape": "train.checkpoint.reshape",
