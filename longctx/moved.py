@@ -101,6 +101,7 @@ MOVED = {  # old name -> new name, both within longctx
     "config.split": "config.ulysses",
     "launch.rehearse": "rehearse.world",
     "plan.rehearse": "rehearse.step",
+    "train.agree": "collectives",
     "train.manifest": "train.checkpoint.manifest",
     "train.store": "train.checkpoint.store",
     "train.reshape": "train.checkpoint.reshape",
