@@ -48,7 +48,7 @@ def attach(model_or_engine: Any, mesh: Mesh, layout: str | Layout = "zigzag", *,
         facts = describe(engine.module, settings, layout.name, seed, optimizer=engine.optimizer)
     except Exception as error:  # the other ranks wait in the comparison: they must hear of it
         problem = error
-    compare_ranks(facts, mesh, problem)
+    compare_ranks(facts, problem)
     return Engine.adopt(engine, mesh, layout, gradient_factor(settings, mesh, engine.mpu), seed)
 
 

@@ -75,10 +75,10 @@ def build(
     except Exception as error:  # under ZeRO-3 the other ranks wait in the comparison: they must hear of it
         problem = error
     if partitioned:
-        compare_ranks({**describe_config(description), "seed": seed, "dtype": str(dtype)}, mesh, problem)
+        compare_ranks({**describe_config(description), "seed": seed, "dtype": str(dtype)}, problem)
     elif problem is not None:
         raise problem
-    with own_group(settings, mesh), zero3.partitioned_by(settings) if partitioned else contextlib.nullcontext():
+    with own_group(settings), zero3.partitioned_by(settings) if partitioned else contextlib.nullcontext():
         if folder:
             with _agreed(mesh, partitioned), seeded(seed):  # weights that only the converted layers have
                 built = pretrained.load_pretrained(model, dtype=dtype, config=description)

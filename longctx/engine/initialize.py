@@ -75,7 +75,7 @@ def initialize(
         facts = describe(model, settings, layout.name, seed, optimizer=optimizer, memory=memory, training_rows=rows)
     except Exception as error:  # the other ranks wait in the comparison: they must hear of it
         problem = error
-    compare_ranks(facts, mesh, problem)
+    compare_ranks(facts, problem)
     factor = gradient_factor(settings, mesh, mesh)
 
     import deepspeed
@@ -83,7 +83,7 @@ def initialize(
     stock = {key: value for key, value in stock.items() if value is not None}
     if args is not None and config is not None:
         stock["args"] = args
-    with own_group(settings, mesh):
+    with own_group(settings):
         engine, optimizer, _, scheduler = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

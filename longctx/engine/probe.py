@@ -107,7 +107,7 @@ def _measure(settings: Settings, mesh: Mesh, mpu: Any) -> float:
 
     model = _Numbers()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    with own_group(settings, mesh):
+    with own_group(settings):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(settings), mpu=mpu)
     guard.close_doors(engine)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from longctx.generation.request import FIGURES
 from longctx.launch import rank as ranks
 from longctx.launch import report
-from longctx.mesh import _discover as launched_world
+from longctx.world import launched_world
 
 
 def main(path: Path) -> int:

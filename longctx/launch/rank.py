@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, TextIO
 from longctx.errors import ConfigError, LaunchError, LongctxError
 from longctx.launch import hardware, report
 from longctx.launch.environment import RESOLVED
-from longctx.mesh import _discover as launched_world
 from longctx.train.report.console import guard_standard_streams
 from longctx.train.signals import StopFlag, code_of, sentence_of
+from longctx.world import launched_world
 
 if TYPE_CHECKING:
     from longctx.config.schema import RunConfig
