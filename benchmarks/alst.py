@@ -3,8 +3,8 @@
     python -m benchmarks.alst [--quick] [--only step longest] [--length 8192] [--cap 192]
 
 The same small Llama, ranks, ZeRO-3 and rows for everyone, in one run. ``step``: engines take turns in the same ranks
-and their losses must agree; the ladder adds what ALST's paper adds, on both sides. ``longest``: every length is tried
-in new ranks, under a limit that the kernel enforces on what a rank allocates after its first (short) step, and bisected.
+and their losses must agree; the ladder adds what ALST's paper adds, on both sides. ``longest``: bisected; every
+length is tried in new ranks, under a limit that the kernel enforces on what a rank allocates after a first, short step.
 """
 
 from __future__ import annotations

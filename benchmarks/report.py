@@ -100,7 +100,7 @@ def show(rows: list[Row], columns: tuple[str, ...]) -> None:
 
 STEP_COLUMNS = {
     "tokens": "tokens", "contestant": "", "tokens_per_second": "tokens/s", "tokens_per_cpu_second": "tokens/CPU s",
-    "ours_over_theirs_speed": "ours ÷ theirs", "peak_bytes_per_rank": "peak MiB a rank",
+    "ours_over_theirs_speed": "ours ÷ theirs", "peak_bytes_per_rank": "peak MiB per rank",
     "loss_difference": "loss difference",
 }  # fmt: skip
 
@@ -137,7 +137,15 @@ def pivot(path: Path) -> str:
             *(found[shape, name]["ours_over_theirs_cpu"] or "–" for name in names[1:]),
         ])  # fmt: skip
     notes = dict.fromkeys(f"{row['contestant']}: {row['note'].split(' (')[0]}" for row in rows if row["note"])
-    headings = ["tokens", "dtype", "heads", "CPU s", "exposed", "peak MiB a rank", *(f"÷ {name}" for name in names[1:])]
+    headings = [
+        "tokens",
+        "dtype",
+        "heads",
+        "CPU s",
+        "exposed",
+        "peak MiB per rank",
+        *(f"÷ {name}" for name in names[1:]),
+    ]
     said = ("\n\n– not measured, or see the results file. " + "; ".join(notes) + ".") if notes else ""
     return _table(headings, lines) + said + _measured_on(rows)
 
