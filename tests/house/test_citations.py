@@ -23,6 +23,7 @@ NOT_OURS = {
     "comparison.md": "written by benchmarks/bounded/summary.py",
     "docs/source/blog/cp_benchmark.md": "MagiAttention's",
     "performance_long_sequence.md": "NeMo's",
+    "script.py": "the reader's",
     "your_script.py": "the reader's",
 }
 """Files of others, or written by a run."""
