@@ -148,7 +148,7 @@ def _engine(case: str, ranks: int) -> tuple[Any, Any]:
     model = build_model(config, model_config(config, vocabulary, None), settings, mesh)
     optimizer = make_optimizer(model, config.train)
     layout, memory = config.attention.layout, memory_of(config)
-    with patch("longctx.engine.memory.HostStore", Elsewhere):  # the real one leaves a CPU's tensors in place
+    with patch("longctx.engine.activations.HostStore", Elsewhere):  # the real one leaves a CPU's tensors in place
         engine = longctx.initialize(model, settings, mesh, layout=layout, optimizer=optimizer, memory=memory)[0]
 
     def step() -> None:

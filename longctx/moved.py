@@ -66,6 +66,7 @@ MOVED = {  # old name -> new name, both within longctx
     "models.el": "generation.el",
     "models.beams": "generation.beams",
     "models.projections": "generation.projections",
+    "engine.memory": "engine.activations",
     "engine.accumulation": "engine.step.accumulation",
     "engine.window": "engine.step.window",
     "engine.rows": "engine.step.rows",

@@ -23,7 +23,7 @@ from benchmarks.harness import RESULTS as FOLDER
 from benchmarks.harness import write_csv
 from benchmarks.measure import peak_bytes
 from benchmarks.peers import deepspeed_alst
-from longctx.engine.memory import Memory, save_memory
+from longctx.engine.activations import ActivationSettings, apply_settings
 from longctx.plan.memory import step_bytes
 from longctx.plan.setup import Setup, resolve_loss_tile, resolve_mlp_tile
 from longctx.plan.shape import ModelShape
@@ -35,14 +35,18 @@ TINY = replace(WIDTHS, hidden=64, heads=4, kv_heads=2, head_dim=16, inner=192, v
 TINY_LENGTHS = (1024, 2048)
 
 OURS = {
-    "longctx, checkpoints": Memory(recompute="layer"),
-    "longctx + tiled loss": Memory(recompute="layer", loss_tile="auto"),
-    "longctx + checkpoints on the host": Memory(recompute="layer", loss_tile="auto", offload_checkpoints=True),
-    "longctx + tiled MLP": Memory(recompute="layer", loss_tile="auto", offload_checkpoints=True, mlp_tile="auto"),
-    "longctx + attention kept": Memory(
+    "longctx, checkpoints": ActivationSettings(recompute="layer"),
+    "longctx + tiled loss": ActivationSettings(recompute="layer", loss_tile="auto"),
+    "longctx + checkpoints on the host": ActivationSettings(
+        recompute="layer", loss_tile="auto", offload_checkpoints=True
+    ),
+    "longctx + tiled MLP": ActivationSettings(
+        recompute="layer", loss_tile="auto", offload_checkpoints=True, mlp_tile="auto"
+    ),
+    "longctx + attention kept": ActivationSettings(
         recompute="layer_keep_attention", loss_tile="auto", offload_checkpoints=True, mlp_tile="auto"
     ),
-    "longctx + norms recomputed": Memory(
+    "longctx + norms recomputed": ActivationSettings(
         recompute="layer_keep_attention", loss_tile="auto", offload_checkpoints=True, mlp_tile="auto",
         recompute_norms=True,
     ),
@@ -70,12 +74,12 @@ def make_model(shape: ModelShape, device: torch.device, attention: str) -> Any:
         return LlamaForCausalLM(config).to(torch.bfloat16).train()
 
 
-def ours(shape: ModelShape, device: torch.device, memory: Memory) -> Step:
+def ours(shape: ModelShape, device: torch.device, memory: ActivationSettings) -> Step:
     import longctx
 
     longctx.register()
     model = make_model(shape, device, "longctx")
-    save_memory(model, memory)
+    apply_settings(model, memory)
 
     def step(ids: torch.Tensor) -> None:
         model.zero_grad(set_to_none=True)
@@ -119,7 +123,7 @@ def peak_of(step: Step, length: int, vocabulary: int, device: torch.device) -> i
     return torch.cuda.max_memory_allocated(device)
 
 
-def planned(shape: ModelShape, memory: Memory, lengths: tuple[int, int], on_gpu: bool) -> float:
+def planned(shape: ModelShape, memory: ActivationSettings, lengths: tuple[int, int], on_gpu: bool) -> float:
     """Return the planner's bytes per additional token between two lengths."""
     setup = Setup(
         0, stage=0, recompute=memory.recompute, offload_checkpoints=memory.offload_checkpoints and on_gpu, states=0,
