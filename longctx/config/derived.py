@@ -13,7 +13,7 @@ from longctx.config.topology import ulysses_limits, weights_group
 from longctx.config.ulysses import UNKNOWN_LIMITS
 from longctx.errors import ConfigError
 from longctx.layout import get_layout
-from longctx.mesh import _discover as launched_world
+from longctx.world import launched_world
 
 CPU_RANKS = 2
 

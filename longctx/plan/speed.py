@@ -37,7 +37,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Whether a stage's message hides behind its computation: methods.md 4.3 with grouped heads and causality.
+    """Whether a stage's message hides behind its computation (docs/methods/ring.md "Overlap").
 
     `least` is the fewest tokens a rank must hold: forward c >= b (G/H) F/B, backward c >= 2 ((b + 4)/5) (G/H) F/B, F
     the reached FLOP/s of attention and B the bandwidth; without causality (and for contiguous shards) half of it.

@@ -1,7 +1,7 @@
 """What a rank computes and sends in one micro-batch: FLOPs, and bytes on the wire, by their formulas.
 
-Per rank and layer, with n local tokens, R ring members, U Ulysses members and b bytes a number (methods.md 4.3; to the
-byte in `traffic.py`):
+Per rank and layer, with n local tokens, R ring members, U Ulysses members and b bytes per element
+(docs/methods/ring.md "Traffic"; to the byte in `traffic.py`):
 
     ring      forward (R - 1) blocks of 2 n G D b;  backward the same, and R blocks of dK/dV in fp32; fewer in windows
     Ulysses   (U - 1)/U of q, k, v and the result there, of their gradients back
