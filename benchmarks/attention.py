@@ -97,8 +97,8 @@ def true_results(rank: int, ranks: int, row: AttentionRow, inputs: Tensors) -> T
     for head in mine:
         query = slice(head * share, (head + 1) * share)
         q, k, v, grad = (
-            tensor[:, part].double() for tensor, part in zip(inputs, (query, slice(head, head + 1),
-                                                                      slice(head, head + 1), query), strict=True)
+            tensor[:, part].double()
+            for tensor, part in zip(inputs, (query, slice(head, head + 1), slice(head, head + 1), query), strict=True)
         )
         parts[head] = step(q, k, v, grad)
     for position, like in enumerate((inputs[0], inputs[0], inputs[1], inputs[2])):
@@ -141,7 +141,8 @@ def judge(results: list[Result], row: AttentionRow) -> None:
         raise AssertionError(f"{row.name}: the baseline itself is off by {max(base.errors):.1e}")
     for result in results:
         wrong = [
-            f"{name} {error:.0e}" for name, error in zip(NAMES, result.errors, strict=False)
+            f"{name} {error:.0e}"
+            for name, error in zip(NAMES, result.errors, strict=False)
             if not error <= LIMITS[row.dtype]
         ]
         if wrong:

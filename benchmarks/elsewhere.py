@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import torch
 
-from longctx.models.host import HostStore, Parked
+from longctx.models.activations.host import HostStore, Parked
 
 
 class Elsewhere(HostStore):

@@ -24,8 +24,8 @@ import torch
 
 from benchmarks import hardware
 from longctx.decode.cost import Shape, el_bytes, kv_bytes
-from longctx.models.beams import share_beams, unshare_beams
-from longctx.models.el import disable_el, enable_el
+from longctx.generation.beams import share_beams, unshare_beams
+from longctx.generation.el import disable_el, enable_el
 
 RESULTS = Path(__file__).parent / "results" / "generation.csv"
 METHODS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {

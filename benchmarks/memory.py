@@ -48,10 +48,20 @@ def verdicts(rows: list[dict[str, Any]]) -> list[tuple[str, bool]]:
     for (local, ranks), peak in sorted(peaks.items()):
         doubled = peaks.get((local, 2 * ranks))
         if ranks >= ALL_BUFFERS and doubled is not None:
-            said.append((f"peak at {local} local tokens, {2 * ranks} ranks ÷ {ranks} ranks = {doubled / peak:.4f}, "
-                         "required <= 1.01", doubled <= 1.01 * peak))
+            said.append(
+                (
+                    f"peak at {local} local tokens, {2 * ranks} ranks ÷ {ranks} ranks = {doubled / peak:.4f}, "
+                    "required <= 1.01",
+                    doubled <= 1.01 * peak,
+                )
+            )
         longer = peaks.get((2 * local, ranks))
         if longer is not None:
-            said.append((f"peak at {ranks} ranks, {2 * local} ÷ {local} local tokens = {longer / peak:.4f}, "
-                         "required <= 2.02", longer <= 2.02 * peak))
+            said.append(
+                (
+                    f"peak at {ranks} ranks, {2 * local} ÷ {local} local tokens = {longer / peak:.4f}, "
+                    "required <= 2.02",
+                    longer <= 2.02 * peak,
+                )
+            )
     return said

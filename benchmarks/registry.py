@@ -20,7 +20,14 @@ ULYSSES = deepspeed_ulysses.CONTESTANT
 TORCH_RING = torch_context_parallel.CONTESTANT
 PLAIN_RING = ring_attention_pytorch.CONTESTANT
 CONTESTANTS: tuple[Contestant, ...] = (
-    OURS, SDPA, torch_sdpa.ONE_THREAD, torch_sdpa.IDEAL, ours.HYBRID, ULYSSES, TORCH_RING, PLAIN_RING,
+    OURS,
+    SDPA,
+    torch_sdpa.ONE_THREAD,
+    torch_sdpa.IDEAL,
+    ours.HYBRID,
+    ULYSSES,
+    TORCH_RING,
+    PLAIN_RING,
 )
 
 
@@ -81,13 +88,20 @@ ATTENTION_ROWS = tuple(
     AttentionRow(length, dtype, heads=heads, kv_heads=kv_heads, repeats=repeats)
     for dtype in ("float32", "bfloat16")
     for length, heads, kv_heads, repeats in (
-        (2048, 8, 8, 15), (4096, 8, 8, 9), (8192, 8, 8, 7), (8192, 8, 2, 5), (16384, 4, 4, 5), (32768, 2, 2, 3),
+        (2048, 8, 8, 15),
+        (4096, 8, 8, 9),
+        (8192, 8, 8, 7),
+        (8192, 8, 2, 5),
+        (16384, 4, 4, 5),
+        (32768, 2, 2, 3),
     )
 ) + tuple(AttentionRow(4096, "float32", kv_heads=kv_heads, repeats=5, ranks=4) for kv_heads in (8, 4))  # hybrid
 QUICK_ATTENTION_ROWS = (AttentionRow(1024, "float32", repeats=3), AttentionRow(1024, "bfloat16", repeats=3))
 
 MEMORY_ROWS = (
-    *(MemoryRow(2048, ranks) for ranks in (1, 2, 4, 8)), MemoryRow(4096, 2), MemoryRow(8192, 2),
+    *(MemoryRow(2048, ranks) for ranks in (1, 2, 4, 8)),
+    MemoryRow(4096, 2),
+    MemoryRow(8192, 2),
 )
 QUICK_MEMORY_ROWS = (MemoryRow(1024, 2), MemoryRow(2048, 2))
 

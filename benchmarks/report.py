@@ -23,28 +23,44 @@ def attention_rows(measured: dict[str, Any], load: float) -> list[dict[str, Any]
     flat = []
     for result in measured["results"]:
         timed = bool(result["cpu"])
-        flat.append({
-            "row": row["name"], "tokens": row["length"], "dtype": row["dtype"], "ranks": row["ranks"],
-            "heads": row["heads"], "kv_heads": row["kv_heads"], "head_dim": row["head_dim"],
-            "contestant": result["contestant"], "version": result["version"],
-            "turns": len(result["cpu"]),
-            "cpu_seconds": f"{median(result['cpu']):.4f}" if timed else "not measured",
-            "cpu_spread": f"{(max(result['cpu']) - min(result['cpu'])) / median(result['cpu']):.3f}" if timed else "",
-            "wall_seconds": f"{median(result['wall']):.4f}" if timed else "not measured",
-            "exposed_share": f"{median(result['blocked']):.3f}" if timed else "",
-            "peak_bytes_per_rank": result["peak"] if timed else "",
-            "ours_over_theirs_cpu": f"{ratios(own, result):.3f}" if timed and own["cpu"] else "",
-            "ours_over_theirs_wall": f"{ratios(own, result, 'wall'):.3f}" if timed and own["cpu"] else "",
-            "largest_error": f"{max(result['errors']):.1e}" if result["errors"] else "",
-            "note": result["reason"], **_origin(load),
-        })
+        flat.append(
+            {
+                "row": row["name"],
+                "tokens": row["length"],
+                "dtype": row["dtype"],
+                "ranks": row["ranks"],
+                "heads": row["heads"],
+                "kv_heads": row["kv_heads"],
+                "head_dim": row["head_dim"],
+                "contestant": result["contestant"],
+                "version": result["version"],
+                "turns": len(result["cpu"]),
+                "cpu_seconds": f"{median(result['cpu']):.4f}" if timed else "not measured",
+                "cpu_spread": f"{(max(result['cpu']) - min(result['cpu'])) / median(result['cpu']):.3f}"
+                if timed
+                else "",
+                "wall_seconds": f"{median(result['wall']):.4f}" if timed else "not measured",
+                "exposed_share": f"{median(result['blocked']):.3f}" if timed else "",
+                "peak_bytes_per_rank": result["peak"] if timed else "",
+                "ours_over_theirs_cpu": f"{ratios(own, result):.3f}" if timed and own["cpu"] else "",
+                "ours_over_theirs_wall": f"{ratios(own, result, 'wall'):.3f}" if timed and own["cpu"] else "",
+                "largest_error": f"{max(result['errors']):.1e}" if result["errors"] else "",
+                "note": result["reason"],
+                **_origin(load),
+            }
+        )
     return flat
 
 
 def memory_rows(measured: list[dict[str, Any]], load: float) -> list[dict[str, Any]]:
     return [
-        {"local_tokens": entry["row"]["local"], "ranks": entry["row"]["ranks"], "peak_bytes_per_rank": entry["peak"],
-         "peak_in_local_tensors": f"{entry['peak_in_tensors']:.3f}", **_origin(load)}
+        {
+            "local_tokens": entry["row"]["local"],
+            "ranks": entry["row"]["ranks"],
+            "peak_bytes_per_rank": entry["peak"],
+            "peak_in_local_tensors": f"{entry['peak_in_tensors']:.3f}",
+            **_origin(load),
+        }
         for entry in measured
     ]
 
@@ -54,21 +70,28 @@ def step_rows(measured: dict[str, Any], load: float) -> list[dict[str, Any]]:
     row, ours, flat = measured["row"], measured["results"][0], []
     for result in measured["results"]:
         timed = bool(result["cpu"])
-        flat.append({
-            "row": f"step-{row['length']}", "tokens": row["length"], "ranks": row["ranks"],
-            "parameters": measured["parameters"], "contestant": result["contestant"], "version": result["version"],
-            "steps": len(result["cpu"]),
-            "tokens_per_cpu_second": f"{row['length'] / median(result['cpu']):.0f}" if timed else "not measured",
-            "tokens_per_second": f"{row['length'] / median(result['wall']):.0f}" if timed else "not measured",
-            "cpu_seconds": f"{median(result['cpu']):.3f}" if timed else "",
-            "wall_seconds": f"{median(result['wall']):.3f}" if timed else "",
-            "exposed_share": f"{median(result['blocked']):.3f}" if timed else "",
-            "peak_bytes_per_rank": result.get("peak", ""),
-            "ours_over_theirs_speed": f"{speed(ours, result, 'wall'):.3f}" if timed and ours["wall"] else "",
-            "ours_over_theirs_speed_cpu": f"{speed(ours, result, 'cpu'):.3f}" if timed and ours["cpu"] else "",
-            "loss_difference": f"{result['loss_difference']:.1e}" if "loss_difference" in result else "",
-            "note": result["note"], **_origin(load),
-        })
+        flat.append(
+            {
+                "row": f"step-{row['length']}",
+                "tokens": row["length"],
+                "ranks": row["ranks"],
+                "parameters": measured["parameters"],
+                "contestant": result["contestant"],
+                "version": result["version"],
+                "steps": len(result["cpu"]),
+                "tokens_per_cpu_second": f"{row['length'] / median(result['cpu']):.0f}" if timed else "not measured",
+                "tokens_per_second": f"{row['length'] / median(result['wall']):.0f}" if timed else "not measured",
+                "cpu_seconds": f"{median(result['cpu']):.3f}" if timed else "",
+                "wall_seconds": f"{median(result['wall']):.3f}" if timed else "",
+                "exposed_share": f"{median(result['blocked']):.3f}" if timed else "",
+                "peak_bytes_per_rank": result.get("peak", ""),
+                "ours_over_theirs_speed": f"{speed(ours, result, 'wall'):.3f}" if timed and ours["wall"] else "",
+                "ours_over_theirs_speed_cpu": f"{speed(ours, result, 'cpu'):.3f}" if timed and ours["cpu"] else "",
+                "loss_difference": f"{result['loss_difference']:.1e}" if "loss_difference" in result else "",
+                "note": result["note"],
+                **_origin(load),
+            }
+        )
     return flat
 
 
@@ -84,8 +107,13 @@ def verdicts(measured: dict[str, Any]) -> list[tuple[str, bool]]:
         other = by_name[required.against.name]
         if own["cpu"] and other["cpu"]:
             ratio = ratios(own, other)
-            said.append((f"{row['name']}: CPU time ÷ {required.against.name} = {ratio:.3f}, "
-                         f"required <= {required.ratio:.3f}", ratio <= required.ratio))
+            said.append(
+                (
+                    f"{row['name']}: CPU time ÷ {required.against.name} = {ratio:.3f}, "
+                    f"required <= {required.ratio:.3f}",
+                    ratio <= required.ratio,
+                )
+            )
     return said
 
 
@@ -110,8 +138,12 @@ def write(name: str, rows: list[dict[str, Any]], folder: Path) -> Path:
 
 
 STEP_COLUMNS = {
-    "tokens": "tokens", "contestant": "", "tokens_per_second": "tokens/s", "tokens_per_cpu_second": "tokens/CPU s",
-    "ours_over_theirs_speed": "ours ÷ theirs", "peak_bytes_per_rank": "peak MiB a rank",
+    "tokens": "tokens",
+    "contestant": "",
+    "tokens_per_second": "tokens/s",
+    "tokens_per_cpu_second": "tokens/CPU s",
+    "ours_over_theirs_speed": "ours ÷ theirs",
+    "peak_bytes_per_rank": "peak MiB a rank",
     "loss_difference": "loss difference",
 }
 
@@ -144,10 +176,17 @@ def pivot(path: Path) -> str:
     for shape in shapes:
         own = found[shape, names[0]]
         ratios = [found[shape, name]["ours_over_theirs_cpu"] or "–" for name in names[1:]]
-        lines.append([
-            own["tokens"], own["dtype"], f"{own['heads']}:{own['kv_heads']}", own["cpu_seconds"], own["exposed_share"],
-            f"{int(own['peak_bytes_per_rank']) / MIB:.0f}", *ratios,
-        ])
+        lines.append(
+            [
+                own["tokens"],
+                own["dtype"],
+                f"{own['heads']}:{own['kv_heads']}",
+                own["cpu_seconds"],
+                own["exposed_share"],
+                f"{int(own['peak_bytes_per_rank']) / MIB:.0f}",
+                *ratios,
+            ]
+        )
     notes = dict.fromkeys(f"{row['contestant']}: {row['note'].split(' (')[0]}" for row in rows if row["note"])
     headings = ["tokens", "dtype", "heads", "CPU s", "exposed", "peak MiB a rank", *(f"÷ {name}" for name in names[1:])]
     said = ("\n\n– not measured, or see the results file. " + "; ".join(notes) + ".") if notes else ""

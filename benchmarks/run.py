@@ -18,16 +18,25 @@ from benchmarks.ranks import run_ranks
 from longctx.launch.prepare import prepare
 
 ATTENTION_COLUMNS = (
-    "contestant", "cpu_seconds", "wall_seconds", "exposed_share", "peak_bytes_per_rank", "ours_over_theirs_cpu",
-    "ours_over_theirs_wall", "largest_error", "turns", "note",
+    "contestant",
+    "cpu_seconds",
+    "wall_seconds",
+    "exposed_share",
+    "peak_bytes_per_rank",
+    "ours_over_theirs_cpu",
+    "ours_over_theirs_wall",
+    "largest_error",
+    "turns",
+    "note",
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small rows, under a minute; nothing is judged")
-    parser.add_argument("--only", nargs="+", choices=("attention", "memory", "step"),
-                        default=["attention", "memory", "step"])
+    parser.add_argument(
+        "--only", nargs="+", choices=("attention", "memory", "step"), default=["attention", "memory", "step"]
+    )
     parser.add_argument("--rows", nargs="+", help="only the attention rows whose name contains one of these")
     parser.add_argument("--without", nargs="+", default=[], help="leave out contestants with one of these in the name")
     parser.add_argument("--output", type=Path, help="folder for the CSV files (default: benchmarks/results)")
@@ -82,10 +91,24 @@ def _step(chosen: argparse.Namespace, load: float, folder: Path | None) -> list[
     row = registry.QUICK_STEP_ROW if chosen.quick else registry.STEP_ROW
     measured = training_step.measure_row(row)
     flat = report.step_rows(measured, load)
-    print(f"\ntraining step: Llama of {measured['parameters'] / 1e6:.1f} M parameters, ZeRO-3, {row.length} tokens, "
-          f"{row.ranks} CPU ranks")
-    report.show(flat, ("contestant", "tokens_per_cpu_second", "tokens_per_second", "cpu_seconds", "wall_seconds",
-                       "peak_bytes_per_rank", "ours_over_theirs_speed", "loss_difference", "note"))
+    print(
+        f"\ntraining step: Llama of {measured['parameters'] / 1e6:.1f} M parameters, ZeRO-3, {row.length} tokens, "
+        f"{row.ranks} CPU ranks"
+    )
+    report.show(
+        flat,
+        (
+            "contestant",
+            "tokens_per_cpu_second",
+            "tokens_per_second",
+            "cpu_seconds",
+            "wall_seconds",
+            "peak_bytes_per_rank",
+            "ours_over_theirs_speed",
+            "loss_difference",
+            "note",
+        ),
+    )
     if folder:
         report.write("step_cpu", flat, folder)
     return training_step.verdicts(measured)

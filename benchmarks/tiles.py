@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks import hardware
 from benchmarks.measure import measure, peak_bytes, relative_error
 from benchmarks.peers.deepspeed_alst import TILE_BYTES, tile_mlp
-from longctx.models.mlp import tile_mlps
+from longctx.models.activations.mlp import tile_mlps
 from longctx.nn.loss import tiled_loss
 
 RESULTS = Path(__file__).parent / "results" / "tiles_cpu.csv"

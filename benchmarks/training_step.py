@@ -66,9 +66,15 @@ def make_model(row: StepRow, attention: str = "sdpa") -> torch.nn.Module:
 
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=row.vocabulary, hidden_size=row.hidden, intermediate_size=row.intermediate,
-        num_hidden_layers=row.layers, num_attention_heads=row.heads, num_key_value_heads=row.kv_heads,
-        max_position_embeddings=row.length, attn_implementation=attention, use_cache=False,
+        vocab_size=row.vocabulary,
+        hidden_size=row.hidden,
+        intermediate_size=row.intermediate,
+        num_hidden_layers=row.layers,
+        num_attention_heads=row.heads,
+        num_key_value_heads=row.kv_heads,
+        max_position_embeddings=row.length,
+        attn_implementation=attention,
+        use_cache=False,
     )
     return LlamaForCausalLM(config)
 
@@ -80,8 +86,12 @@ def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 def make_config() -> dict[str, Any]:
     """A fresh DeepSpeed configuration: ZeRO-3, fp32, clipping."""
     return {
-        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
     }
 
 

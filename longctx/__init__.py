@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from longctx import moved
+
+moved.install()
+
 __version__ = "0.1.0"
 
 _PARTS = ("bounded", "nn")  # sub-packages that are used as such: longctx.nn.ABCAttention
@@ -20,18 +24,18 @@ _HOME = {  # public name -> module it lives in
     "block_attention": "longctx.attention.block",
     "ring_attention": "longctx.attention.ring",
     "el_attention": "longctx.decode.el",
-    "enable_el": "longctx.models.el",
-    "disable_el": "longctx.models.el",
-    "generate": "longctx.models.generate",
-    "abc_attention": "longctx.bounded.abc",
-    "cosine_attention": "longctx.bounded.cosine",
+    "enable_el": "longctx.generation.el",
+    "disable_el": "longctx.generation.el",
+    "generate": "longctx.generation.generate",
+    "abc_attention": "longctx.bounded.abc.operator",
+    "cosine_attention": "longctx.bounded.cosine.operator",
     "convert": "longctx.models.convert",
     "register": "longctx.models.register",
     "initialize": "longctx.engine.initialize",
     "attach": "longctx.engine.attach",
     "build": "longctx.engine.build",
     "Engine": "longctx.engine.engine",
-    "token_logprobs": "longctx.engine.logprobs",
+    "token_logprobs": "longctx.engine.step.logprobs",
     "LongctxError": "longctx.errors",
 }
 
@@ -61,20 +65,20 @@ __all__ = [
 if TYPE_CHECKING:
     from longctx.attention.block import block_attention as block_attention
     from longctx.attention.ring import ring_attention as ring_attention
-    from longctx.bounded.abc import abc_attention as abc_attention
-    from longctx.bounded.cosine import cosine_attention as cosine_attention
+    from longctx.bounded.abc.operator import abc_attention as abc_attention
+    from longctx.bounded.cosine.operator import cosine_attention as cosine_attention
     from longctx.decode.el import el_attention as el_attention
     from longctx.engine.attach import attach as attach
     from longctx.engine.build import build as build
     from longctx.engine.engine import Engine as Engine
     from longctx.engine.initialize import initialize as initialize
-    from longctx.engine.logprobs import token_logprobs as token_logprobs
+    from longctx.engine.step.logprobs import token_logprobs as token_logprobs
     from longctx.errors import LongctxError as LongctxError
+    from longctx.generation.el import disable_el as disable_el
+    from longctx.generation.el import enable_el as enable_el
+    from longctx.generation.generate import generate as generate
     from longctx.mesh import Mesh as Mesh
     from longctx.models.convert import convert as convert
-    from longctx.models.el import disable_el as disable_el
-    from longctx.models.el import enable_el as enable_el
-    from longctx.models.generate import generate as generate
     from longctx.models.register import register as register
     from longctx.sharding import positions as positions
     from longctx.sharding import shard as shard

@@ -55,7 +55,7 @@ def ragged_rows(step: int, micro_batch: int, replica: int) -> dict[str, torch.Te
 
 def unsharded_loss(model: torch.nn.Module, rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
     """Return (sum of token losses, number of tokens) of an eager transformers model on full packed rows."""
-    from longctx.engine.rows import explicit_rows
+    from longctx.engine.step.rows import explicit_rows
 
     full = explicit_rows(rows)
     documents = full["document_ids"]

@@ -14,7 +14,10 @@ def project_files() -> tuple[Path, ...]:
     """Every file of the project, relative to the root. Outside a checkout (an sdist), all but hidden folders."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if listed.returncode == 0 and listed.stdout:
         names = [Path(line) for line in listed.stdout.splitlines()]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from longctx.config.load import loads
 from longctx.config.schema import RunConfig
-from longctx.launch import ticket
-from longctx.launch.hosts import default_world
+from longctx.launch.cluster import ticket
+from longctx.launch.cluster.hosts import default_world
 
 BASE = """
 model: {architecture: llama, hidden_size: 32, layers: 2, heads: 2}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from longctx.data.tokenizer import ByteTokenizer, Tokenizer
+from longctx.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "num_hidden_layers": 2,

@@ -37,7 +37,7 @@ def config(folder: Path, *overrides: str, name: str = "run") -> RunConfig:
 
 def losses(output: Path) -> list[str]:
     """Return every step's loss as hexadecimal, so that equal means equal to the last bit."""
-    from longctx.train.metrics import read
+    from longctx.train.report.metrics import read
 
     return [float(record["loss"]).hex() for record in read(output)]
 

@@ -59,14 +59,25 @@ def _compile_problem(compiler: str, include: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text(PROBE)
-        command = [compiler, "-std=c++17", "-fopenmp", "-shared", "-fPIC", f"-I{include}", str(source),
-                   "-o", str(source.with_suffix(".so"))]
+        command = [
+            compiler,
+            "-std=c++17",
+            "-fopenmp",
+            "-shared",
+            "-fPIC",
+            f"-I{include}",
+            str(source),
+            "-o",
+            str(source.with_suffix(".so")),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return []
     said = "\n    ".join(done.stderr.strip().splitlines()[:4])
-    return [f"the C++ compiler {compiler!r} cannot build a Python extension with OpenMP:\n    {said}\n"
-            "  Debian, Ubuntu:  apt-get install g++   (or set CXX to a complete compiler)"]
+    return [
+        f"the C++ compiler {compiler!r} cannot build a Python extension with OpenMP:\n    {said}\n"
+        "  Debian, Ubuntu:  apt-get install g++   (or set CXX to a complete compiler)"
+    ]
 
 
 def pip(python: Path, title: str, *arguments: str) -> None:
@@ -77,8 +88,10 @@ def pip(python: Path, title: str, *arguments: str) -> None:
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode != 0:
         print("failed")
-        sys.exit(f"{done.stdout}\nerror: pip could not install {title}. Its words are above; the command was\n"
-                 f"  {' '.join(command)}")
+        sys.exit(
+            f"{done.stdout}\nerror: pip could not install {title}. Its words are above; the command was\n"
+            f"  {' '.join(command)}"
+        )
     print(f"{time.monotonic() - started:.0f} s", flush=True)
 
 

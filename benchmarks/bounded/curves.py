@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from longctx.data.build import open_build
-from longctx.data.tokenfile import TokenFile
-from longctx.models.pretrained import load_pretrained
+from longctx.data.tokens.file import TokenFile
+from longctx.models.load.pretrained import load_pretrained
 
 BINS = 32
 

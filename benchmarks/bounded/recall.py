@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from benchmarks import hardware
 from longctx.models.convert import convert
-from longctx.models.pretrained import make_model
-from longctx.models.scratch import make_config
+from longctx.models.load.pretrained import make_model
+from longctx.models.load.scratch import make_config
 
 SYMBOLS, FILLER, MARK, ASK = 16, 16, 17, 18  # tokens: 0 to 15 carry information
 KEY = 4  # tokens of a pass key
@@ -98,11 +98,19 @@ def main() -> None:
                     if (task, str(length), kind, str(seed), str(arguments.steps)) in done:
                         continue
                     share = accuracy(kind, task, length, seed, arguments.steps)
-                    rows.append({
-                        "task": task, "length": length, "kind": kind, "seed": seed, "steps": arguments.steps,
-                        "accuracy": f"{share:.4f}", "chance": f"{1 / SYMBOLS:.4f}",
-                        "hardware": hardware.describe(), "commit": hardware.commit(),
-                    })
+                    rows.append(
+                        {
+                            "task": task,
+                            "length": length,
+                            "kind": kind,
+                            "seed": seed,
+                            "steps": arguments.steps,
+                            "accuracy": f"{share:.4f}",
+                            "chance": f"{1 / SYMBOLS:.4f}",
+                            "hardware": hardware.describe(),
+                            "commit": hardware.commit(),
+                        }
+                    )
                     print(f"{task:<8} {length:>4} {kind:<14} seed {seed}: {share:.3f}", flush=True)
                     _write(rows, arguments.output)
 

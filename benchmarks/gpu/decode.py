@@ -141,9 +141,7 @@ CONTESTANTS: dict[str, Callable[[Row, Inputs], Call]] = {
 }  # fmt: skip
 
 
-def run(
-    device: torch.device, wanted: Callable[[str], bool], folder: Path | None, chip: str, resume: bool
-) -> list[str]:
+def run(device: torch.device, wanted: Callable[[str], bool], folder: Path | None, chip: str, resume: bool) -> list[str]:
     """Measure every wanted row, print it, append its figures to decode_gpu.csv; returns what is wrong."""
     rows = [row for row in (ROWS if device.type == "cuda" else TINY) if wanted(row.name)]
     results = Results(folder / "decode_gpu.csv" if folder else None, ("ms", "cache_bytes"), chip, resume)

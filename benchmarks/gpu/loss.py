@@ -96,9 +96,7 @@ CONTESTANTS: dict[str, Callable[[Inputs], torch.Tensor]] = {
 }  # fmt: skip
 
 
-def run(
-    device: torch.device, wanted: Callable[[str], bool], folder: Path | None, chip: str, resume: bool
-) -> list[str]:
+def run(device: torch.device, wanted: Callable[[str], bool], folder: Path | None, chip: str, resume: bool) -> list[str]:
     """Measure every wanted row, print it, append its figures to loss_gpu.csv; returns what is wrong."""
     rows = [row for row in (ROWS if device.type == "cuda" else TINY) if wanted(row.name)]
     results = Results(folder / "loss_gpu.csv" if folder else None, ("ms", "peak_bytes"), chip, resume)

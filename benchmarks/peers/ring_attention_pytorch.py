@@ -23,7 +23,11 @@ def load() -> Step:
 
 
 CONTESTANT = Contestant(
-    "ring-attention-pytorch", "ring-attention-pytorch", "0.5.20", load, contiguous,
+    "ring-attention-pytorch",
+    "ring-attention-pytorch",
+    "0.5.20",
+    load,
+    contiguous,
     longest=16384,
     dtypes=("float32",),  # its CPU path multiplies fp32 weights with the values as they come
 )

@@ -18,7 +18,7 @@ Result = tuple[torch.Tensor, ...]
 
 
 class Store(Protocol):
-    """Where results wait for backward: ``longctx.models.host.HostStore`` for example."""
+    """Where results wait for backward: ``longctx.models.activations.host.HostStore`` for example."""
 
     def put(self, tensor: torch.Tensor) -> Any: ...
     def take(self, kept: Any) -> torch.Tensor: ...

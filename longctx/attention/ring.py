@@ -17,7 +17,7 @@ from longctx.attention.backends.base import Rows
 from longctx.attention.band import make_rule
 from longctx.attention.call import SETTINGS, make_passes
 from longctx.attention.heads import check_members
-from longctx.attention.hybrid import attention as hybrid_attention
+from longctx.attention.hybrid.operator import attention as hybrid_attention
 from longctx.attention.operator import INPUTS, fake_backward, fake_forward, per_head, register_gradient
 from longctx.attention.passes import split
 from longctx.attention.replay import replayed

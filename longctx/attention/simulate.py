@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from longctx.attention.comm import Counters, Link, Message, Pending, count
-from longctx.attention.ulysses import Members, count_exchange
+from longctx.attention.hybrid.ulysses import Members, count_exchange
 
 TIMEOUT = 60.0
 """Seconds to wait for a message: a schedule in which somebody waits for nobody must fail, not hang."""

@@ -6,7 +6,7 @@ import torch
 
 from longctx.attention.arguments import check_documents
 from longctx.attention.backends.choose import triton_problem
-from longctx.bounded.sequence import Place
+from longctx.bounded.ranks.sequence import Place
 from longctx.bounded.state import State
 from longctx.errors import AttentionError
 

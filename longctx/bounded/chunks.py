@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from longctx.bounded import monoid
+from longctx.bounded.ranks import monoid
 
 
 class Block(NamedTuple):

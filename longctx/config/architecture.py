@@ -7,9 +7,9 @@ from typing import Any
 from longctx.config.schema import RunConfig
 from longctx.config.sections.model import Model
 from longctx.errors import ModelError
-from longctx.models.expected import count_parameters
-from longctx.models.headers import read_weights
-from longctx.models.settings import read_settings
+from longctx.models.load.expected import count_parameters
+from longctx.models.load.headers import read_weights
+from longctx.models.load.settings import read_settings
 
 WINDOWED = frozenset({"mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"})
 """architectures whose attention can have a sliding window"""

@@ -94,9 +94,7 @@ def _finish(document: Document, name: str, overrides: Iterable[str], default_wor
     return loaded
 
 
-def load_for_rank(
-    path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS
-) -> RunConfig:
+def load_for_rank(path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS) -> RunConfig:
     """Like ``load`` for a rank that another launcher has started, where no command has looked at the model's folder.
 
     Raises:

@@ -15,7 +15,7 @@ from longctx.config.hosts import parse_hostfile, require_users
 from longctx.config.pretrained import built_findings, pretrained_findings, tokenizer_findings
 from longctx.config.rules import Finding
 from longctx.config.schema import RunConfig
-from longctx.data.folder import would_read
+from longctx.data.sources.folder import would_read
 from longctx.errors import LaunchError
 
 _SPECIAL_SOURCES = ("python-stdlib",)

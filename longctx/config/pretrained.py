@@ -10,13 +10,13 @@ from typing import Any
 from longctx.config.problems import show
 from longctx.config.rules import Finding
 from longctx.config.schema import RunConfig
-from longctx.data.tokenizer_file import NAME, read_tokenizer_file, tokenizer_file, vocabulary_size_in
+from longctx.data.tokenizers.file import NAME, read_tokenizer_file, tokenizer_file, vocabulary_size_in
 from longctx.errors import DataError, LongctxError, ModelError
-from longctx.models.classes import require_causal
-from longctx.models.expected import mismatches
-from longctx.models.headers import Weight, read_weights
-from longctx.models.reach import reach_of
-from longctx.models.settings import read_settings, text_settings, whole_number
+from longctx.models.load.classes import require_causal
+from longctx.models.load.expected import mismatches
+from longctx.models.load.headers import Weight, read_weights
+from longctx.models.load.reach import reach_of
+from longctx.models.load.settings import read_settings, text_settings, whole_number
 
 _SHOWN = 4
 _KEY = "model.pretrained"
@@ -159,14 +159,14 @@ def _foreign(name: str, content: dict[str, Any] | None, folder: str) -> Iterator
 
 
 def _named(content: dict[str, Any]) -> str:
-    from longctx.data.tokenizer import tokenizer_hash  # imports numpy
+    from longctx.data.tokenizers.tokenizer import tokenizer_hash  # imports numpy
 
     return tokenizer_hash(content, None)
 
 
 def _equal(name: str, other: str) -> bool:
     """Whether two tokenizers whose files differ are one, loaded: some classes of transformers rewrite the file."""
-    from longctx.data.tokenizer import load_tokenizer
+    from longctx.data.tokenizers.tokenizer import load_tokenizer
 
     try:
         return load_tokenizer(name).hash == load_tokenizer(other).hash
@@ -175,6 +175,6 @@ def _equal(name: str, other: str) -> bool:
 
 
 def _bytes() -> str:
-    from longctx.data.tokenizer import ByteTokenizer
+    from longctx.data.tokenizers.tokenizer import ByteTokenizer
 
     return _named(ByteTokenizer().json)

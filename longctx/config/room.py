@@ -9,7 +9,7 @@ from math import gcd
 from longctx.config.schema import RunConfig
 from longctx.config.split import Room
 from longctx.errors import ModelError
-from longctx.models.settings import read_settings, text_settings, whole_number
+from longctx.models.load.settings import read_settings, text_settings, whole_number
 from longctx.nn.kinds import ABC, Cosine, read_layers
 
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_SIZE")

@@ -17,17 +17,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longctx.data.document import Source
-from longctx.data.folder import would_read
-from longctx.data.lock import locked
-from longctx.data.record import HELD_OUT, RECORD, TOKENIZER, TRAIN, Settings, recorded, require_settings, require_text
-from longctx.data.special import CHOICES, COUNT, Special
+from longctx.data.sources.document import Source
+from longctx.data.sources.folder import would_read
+from longctx.data.sources.text import AUTO, open_source, summarise
 from longctx.data.survey import Progress, Survey
-from longctx.data.text import AUTO, open_source, summarise
-from longctx.data.tokenfile import TokenFile
 from longctx.data.tokenise import tokenise
-from longctx.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from longctx.data.tokenwriter import TokenWriter, disk_errors, publish_bytes, sync_folder
+from longctx.data.tokenizers.special import CHOICES, COUNT, Special
+from longctx.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from longctx.data.tokens import record as records
+from longctx.data.tokens.file import TokenFile
+from longctx.data.tokens.lock import locked
+from longctx.data.tokens.record import HELD_OUT, RECORD, TOKENIZER, TRAIN, Settings
+from longctx.data.tokens.writer import TokenWriter, disk_errors, publish_bytes, sync_folder
 from longctx.errors import DataError
 
 _ASIDE = ".building"
@@ -124,19 +125,19 @@ def build_tokens(
         list(exclude),
     )
     if continues is not None:
-        require_settings(continues, settings)
+        records.require_settings(continues, settings)
     opened = [open_source(source, text_field, plain=format != AUTO, exclude=exclude) for source in given]
     with locked(folder) as writable:
-        found = recorded(folder) if reuse else None
+        found = records.recorded(folder) if reuse else None
         stamp = _stamp(opened)
         if found and stamp is not None and found["stamp"] == stamp and found["settings"] == asdict(settings):
             if continues is not None:
-                require_text(continues, settings, found["key"])
+                records.require_text(continues, settings, found["key"])
             return _opened(folder, found, reused=True)
         survey = Survey(opened, seed, progress or (lambda *_: None))
         key = settings.key(survey.content)
         if continues is not None:
-            require_text(continues, settings, key)
+            records.require_text(continues, settings, key)
         reused = found is not None and found["key"] == key
         if found is None or not reused:
             if not writable:
@@ -151,7 +152,7 @@ def build_tokens(
 
 def open_build(folder: str | Path) -> TokenBuild:
     """Return what an earlier ``build_tokens`` left in ``folder``, fully verified. Raises: DataError."""
-    found = recorded(Path(folder))
+    found = records.recorded(Path(folder))
     if found is None:
         raise DataError(f"{folder}: no complete token files there; make them with `longctx data build`")
     return _opened(Path(folder), found, reused=True)

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from longctx.data.pack import Pieces
 from longctx.data.rows import PackedRows
-from longctx.data.tokenfile import TokenFile, TokenStore
-from longctx.data.tokenizer import Tokenizer, load_tokenizer
+from longctx.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from longctx.data.tokens.file import TokenFile, TokenStore
 from longctx.errors import DataError
 from longctx.layout import Layout, get_layout
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longctx.data.pack import Pieces, pack
-from longctx.data.tokenfile import TokenFile, TokenStore, bad_token
+from longctx.data.tokens.file import TokenFile, TokenStore, bad_token
 from longctx.errors import DataError
 
 IGNORED = -100  # label of a token that predicts nothing

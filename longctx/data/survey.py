@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from longctx.data.document import Document, Source
+from longctx.data.sources.document import Document, Source
 from longctx.errors import DataError
 
 Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all (0 while unknown)

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from longctx.data.special import surround
 from longctx.data.survey import Survey
-from longctx.data.tokenizer import Tokenizer
-from longctx.data.tokenwriter import TokenWriter
+from longctx.data.tokenizers.special import surround
+from longctx.data.tokenizers.tokenizer import Tokenizer
+from longctx.data.tokens.writer import TokenWriter
 from longctx.data.words import Tokens
 
 _BATCH_CHARACTERS = 2**20

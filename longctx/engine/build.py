@@ -15,10 +15,10 @@ import torch
 
 from longctx.engine.description import describe_config
 from longctx.engine.exchange import exchange
-from longctx.engine.fp16 import require_supported
-from longctx.engine.hpz import own_group
 from longctx.engine.save import refuse_empty
 from longctx.engine.settings import Settings, load_settings
+from longctx.engine.zero.fp16 import require_supported
+from longctx.engine.zero.hpz import own_group
 from longctx.errors import ModelError
 from longctx.mesh import Mesh
 from longctx.sameness import compare_ranks
@@ -51,8 +51,8 @@ def build(
             models, seeds or dtypes.
         ModelError: the folder is incomplete, unsafe or of an unknown architecture.
     """
-    from longctx.models import pretrained, zero3
     from longctx.models.convert import convert
+    from longctx.models.load import pretrained, zero3
 
     mesh = (Mesh() if mesh is None else mesh).connect()
     settings = load_settings({} if config is None else config, mesh)

@@ -13,7 +13,7 @@ import torch
 
 from longctx.data.order import mix
 from longctx.mesh import Mesh
-from longctx.models.binding import binding_of
+from longctx.models.hook.binding import binding_of
 
 KEYWORD = "dropout_seeds"
 

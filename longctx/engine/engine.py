@@ -16,23 +16,23 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from longctx.engine import fp16, guard
-from longctx.engine.accumulation import Accumulation, find_mark, size_problem
 from longctx.engine.dropout import add_seeds
 from longctx.engine.evaluate import Evaluation, evaluate
 from longctx.engine.exchange import reached
-from longctx.engine.loss import check_model_loss, check_nothing_added, refuse_additions
-from longctx.engine.lossmean import Evidence, judge, settle, token_mean
-from longctx.engine.order import ReductionOrder, check_order
 from longctx.engine.save import refuse_empty
+from longctx.engine.step.accumulation import Accumulation, find_mark, size_problem
+from longctx.engine.step.loss import check_model_loss, check_nothing_added, refuse_additions
+from longctx.engine.step.lossmean import Evidence, judge, settle, token_mean
+from longctx.engine.step.window import shard_window, weigh_window
 from longctx.engine.stock import StockEngine
-from longctx.engine.window import shard_window, weigh_window
+from longctx.engine.zero import fp16, guard
+from longctx.engine.zero.order import ReductionOrder, check_order
 from longctx.errors import EngineError, NonFiniteError
 from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
-from longctx.models.binding import binding_of
-from longctx.models.positions import PLAIN, PositionRule
-from longctx.models.probe import position_rule
+from longctx.models.hook.binding import binding_of
+from longctx.models.hook.positions import PLAIN, PositionRule
+from longctx.models.hook.probe import position_rule
 from longctx.sharding import unshard
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from longctx.engine.exchange import exchange
-from longctx.engine.loss import token_loss
-from longctx.engine.rows import IGNORED, Batch
-from longctx.engine.window import cut_rows, row_checksum
+from longctx.engine.step.loss import token_loss
+from longctx.engine.step.rows import IGNORED, Batch
+from longctx.engine.step.window import cut_rows, row_checksum
 from longctx.errors import EngineError
 from longctx.models.modes import evaluating
 

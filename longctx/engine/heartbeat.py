@@ -30,12 +30,12 @@ ENDED = "ended"
 FROZEN_SECONDS = 120  # a library call that holds Python's lock for so long is no training
 _PHASES = {  # outermost first: where in a loop a rank is
     "longctx.train.corpus": "preparing the data",
-    "longctx.train.checkpoint": "a checkpoint",
+    "longctx.train.checkpoint.checkpointer": "a checkpoint",
     "longctx.engine.evaluate": "an evaluation",
-    "longctx.engine.window": "engine.weigh",
+    "longctx.engine.step.window": "engine.weigh",
     "longctx.engine.exchange": "an exchange of all ranks",
     "longctx.attention.passes": "ring attention",
-    "longctx.attention.ulysses": "the exchange of heads",
+    "longctx.attention.hybrid.ulysses": "the exchange of heads",
     "longctx.bounded": "bounded attention",
     "deepspeed.runtime.zero": "DeepSpeed's ZeRO",
 }

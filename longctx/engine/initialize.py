@@ -10,15 +10,15 @@ import torch
 from longctx.engine.description import describe
 from longctx.engine.engine import Engine
 from longctx.engine.exchange import control_group
-from longctx.engine.extension import load_extension
-from longctx.engine.fp16 import require_supported
 from longctx.engine.heartbeat import watch
-from longctx.engine.hpz import check_model, own_group
 from longctx.engine.loader import RowLoader
 from longctx.engine.memory import Memory, read_memory, save_memory
-from longctx.engine.nvme import mend_reads
 from longctx.engine.probe import gradient_factor
 from longctx.engine.settings import Settings, load_settings
+from longctx.engine.zero.extension import load_extension
+from longctx.engine.zero.fp16 import require_supported
+from longctx.engine.zero.hpz import check_model, own_group
+from longctx.engine.zero.nvme import mend_reads
 from longctx.errors import EngineError
 from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
@@ -143,7 +143,7 @@ def attach_attention(model: Any, mesh: Mesh, layout: Layout) -> None:
     """Have the attention of transformers models run over ``mesh``, wrapped ones too; leave other modules alone."""
     parts = model.modules() if isinstance(model, torch.nn.Module) else (model,)
     if any(hasattr(getattr(part, "config", None), "_attn_implementation") for part in parts):
-        from longctx.engine.rowcheck import watch_rows
+        from longctx.engine.step.rowcheck import watch_rows
         from longctx.models.attach import attach_attention as attach
 
         attach(model, mesh, layout.name)

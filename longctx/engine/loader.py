@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import default_collate
 
 from longctx.data.order import permute
-from longctx.engine.rows import Batch
+from longctx.engine.step.rows import Batch
 from longctx.errors import EngineError
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from longctx.errors import EngineError
-from longctx.models.host import HostStore
-from longctx.models.loss import tile_loss, why_not_tiled
-from longctx.models.mlp import find_mlps, tile_mlps
-from longctx.models.norms import recompute_norms
-from longctx.models.recompute import Policy, recompute_layers
-from longctx.models.wrapped import inner_model
+from longctx.models.activations.host import HostStore
+from longctx.models.activations.loss import tile_loss, why_not_tiled
+from longctx.models.activations.mlp import find_mlps, tile_mlps
+from longctx.models.activations.norms import recompute_norms
+from longctx.models.activations.recompute import Policy, recompute_layers
+from longctx.models.hook.wrapped import inner_model
 from longctx.nn.entropy import Backend
 from longctx.nn.tiling import Tile
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from longctx.engine import fp16, guard
 from longctx.engine.exchange import exchange
-from longctx.engine.hpz import own_group
 from longctx.engine.settings import Settings
+from longctx.engine.zero import fp16, guard
+from longctx.engine.zero.hpz import own_group
 from longctx.errors import EngineError
 from longctx.mesh import Mesh
 

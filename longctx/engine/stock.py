@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from longctx.engine import fp16
 from longctx.engine.exchange import exchange, reached
-from longctx.engine.hpz import drop_copies
 from longctx.engine.save import save_pretrained
+from longctx.engine.zero import fp16
+from longctx.engine.zero.hpz import drop_copies
 from longctx.errors import EngineError
 from longctx.mesh import Mesh
 

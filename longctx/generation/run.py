@@ -12,21 +12,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from longctx.data.tokenizer import Tokenizer, load_tokenizer
+from longctx.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from longctx.decode.caches.size import cache_bytes
 from longctx.decode.cost import Choice, Shape, choose, size
 from longctx.errors import ConfigError, LongctxError
+from longctx.generation.beams import share_beams, unshare_beams
+from longctx.generation.el import disable_el, enable_el
+from longctx.generation.generate import generate
+from longctx.generation.projections import family_of, refuse
 from longctx.generation.request import Request
 from longctx.generation.stream import TextStream
 from longctx.mesh import Mesh
-from longctx.models.beams import share_beams, unshare_beams
 from longctx.models.convert import converted
-from longctx.models.el import disable_el, enable_el
-from longctx.models.generate import generate
-from longctx.models.memories import memory_of
-from longctx.models.positions import table_of_positions
-from longctx.models.pretrained import load_pretrained
-from longctx.models.projections import family_of, refuse
+from longctx.models.hook.bounded_layer import memory_of
+from longctx.models.hook.positions import table_of_positions
+from longctx.models.load.pretrained import load_pretrained
 
 
 class Generated(NamedTuple):

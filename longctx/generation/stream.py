@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from longctx.data.tokenizer import Tokenizer
+from longctx.data.tokenizers.tokenizer import Tokenizer
 
 _LONGEST, _CONTEXT = 64, 8  # tokens
 _UNFINISHED = "\ufffd"

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-from longctx.engine.extension import (
+from longctx.engine.zero.extension import (
     BUILD_SECONDS,
     EXTENSION,
     build_folders,

@@ -20,7 +20,7 @@ from longctx.errors import ConfigError, LaunchError, LongctxError
 from longctx.launch import hardware, report
 from longctx.launch.environment import RESOLVED
 from longctx.mesh import _discover as launched_world
-from longctx.train.console import guard_standard_streams
+from longctx.train.report.console import guard_standard_streams
 from longctx.train.signals import StopFlag, code_of, sentence_of
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _train(path: Path, overrides: list[str], rank: int, stop: StopFlag) -> int:
     threads = hardware.threads_per_rank(_local_ranks())
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if hardware.gpus() == 0:
-        from longctx.engine.extension import load_extension
+        from longctx.engine.zero.extension import load_extension
 
         os.environ["DS_ACCELERATOR"] = "cpu"
         load_extension()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from longctx.errors import LaunchError
 from longctx.mesh import launched_by
-from longctx.train.console import guard_standard_streams
+from longctx.train.report.console import guard_standard_streams
 
 if TYPE_CHECKING:
     from longctx.config.derived import Derived
@@ -38,7 +38,7 @@ def start(config: RunConfig, sizes: Derived, config_path: Path, overrides: Seque
     """
     guard_standard_streams()  # losing the console must not end the run
     if config.launch.launcher != "local":
-        from longctx.launch import cluster
+        from longctx.launch.cluster import run as cluster
 
         return cluster.train(config, sizes)
     from longctx.launch import hardware, local

@@ -12,12 +12,12 @@ import torch
 from longctx.errors import ModelError
 from longctx.layout import get_layout
 from longctx.mesh import Mesh
-from longctx.models.binding import Binding, binding_of
-from longctx.models.dropout import drops_attention
+from longctx.models.hook.binding import Binding, binding_of
+from longctx.models.hook.dropout import drops_attention
+from longctx.models.hook.rope import attach_rope
+from longctx.models.hook.verify import refuse_added_loss, watch
+from longctx.models.hook.wrapped import inner_models, refuse_prompts
 from longctx.models.register import NAME, register
-from longctx.models.rope import attach_rope
-from longctx.models.verify import refuse_added_loss, watch
-from longctx.models.wrapped import inner_models, refuse_prompts
 
 # Heads that pick or compare tokens of the whole sequence: on a shard each rank would pick among its own.
 _GLOBAL_HEADS = re.compile(

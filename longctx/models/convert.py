@@ -7,7 +7,7 @@ import difflib
 from typing import Any
 
 from longctx.errors import ModelError
-from longctx.models.families import FAMILIES, MixedLayers, family_of, give_memories, mixed_classes
+from longctx.models.hook.families import FAMILIES, MixedLayers, family_of, give_memories, mixed_classes
 from longctx.models.register import NAME, register
 from longctx.nn.kinds import read_layers, write_layers
 

@@ -26,9 +26,9 @@ def register() -> None:
             f"transformers {transformers.__version__} is too old: pip install 'transformers>={OLDEST[0]}.{OLDEST[1]}'"
         )
 
-    from longctx.models.families import register_families
-    from longctx.models.hook import longctx_attention
-    from longctx.models.masks import document_mask
+    from longctx.models.hook.attention import longctx_attention
+    from longctx.models.hook.families import register_families
+    from longctx.models.hook.masks import document_mask
 
     AttentionInterface.register(NAME, longctx_attention)
     AttentionMaskInterface.register(NAME, document_mask)

@@ -2,7 +2,7 @@
 
 A norm's result is kept by whoever multiplies it with weights, beside the norm's own input. Here the next in line asks
 the norm for it instead (`source_of`), and backward makes it once for all who ask. The norm in turn may have its input
-from somebody else: a layer's is on the host (`models/host.py`).
+from somebody else: a layer's is on the host (`models/activations/host.py`).
 """
 
 from __future__ import annotations

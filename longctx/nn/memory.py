@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from longctx.attention.arguments import GOLDEN
-from longctx.bounded import control as controls
-from longctx.bounded.abc import abc_attention
-from longctx.bounded.cosine import cosine_attention
+from longctx.bounded.abc import control as controls
+from longctx.bounded.abc.operator import abc_attention
+from longctx.bounded.cosine.operator import cosine_attention
 from longctx.errors import ModelError
 from longctx.nn.kinds import ABC, Cosine, Kind, Ring, Window
 from longctx.nn.window import WindowMemory

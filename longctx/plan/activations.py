@@ -64,7 +64,7 @@ def layer_kept(shape: ModelShape, setup: Setup) -> int:
 
 
 def fetched(shape: ModelShape, setup: Setup, *, attended: bool = False) -> int:
-    """Per token: offloaded checkpoints that are on the device while a layer's backward runs (`models/host.py`).
+    """Per token: offloaded checkpoints on the device while a layer's backward runs (`models/activations/host.py`).
 
     Until ``attended``, when its attention has its gradients, its own; without its input, if its norms are recomputed
     and get that once more. Then both, and those of the next layer.

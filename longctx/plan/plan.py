@@ -86,8 +86,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "longest": plan.longest,
         "further": [
-            {"change": change.what, "longest": change.longest, "peak_bytes": change.peak}
-            for change in plan.further
+            {"change": change.what, "longest": change.longest, "peak_bytes": change.peak} for change in plan.further
         ],
     }
 

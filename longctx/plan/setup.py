@@ -118,7 +118,7 @@ def resolve_loss_tile(tile: Any, shape: ModelShape, on_gpu: bool) -> int | None:
 
 
 def resolve_mlp_tile(tile: Any, shape: ModelShape) -> int | None:
-    """Tokens that an MLP computes at once; None: all. The rule of longctx.models.mlp."""
+    """Tokens that an MLP computes at once; None: all. The rule of longctx.models.activations.mlp."""
     if tile == "none" or tile is None:
         return None
     return max(_LEAST_TILE, shape.hidden // 2) if tile == "auto" else int(tile)

@@ -9,9 +9,9 @@ from longctx.config.architecture import UNGATED, intermediate_size, parameter_co
 from longctx.config.architecture import head_dim as head_dim_of
 from longctx.config.schema import RunConfig
 from longctx.errors import ConfigError, ModelError
-from longctx.models.expected import tied
-from longctx.models.experts import Experts, experts_of
-from longctx.models.settings import read_settings, text_settings
+from longctx.models.load.expected import tied
+from longctx.models.load.experts import Experts, experts_of
+from longctx.models.load.settings import read_settings, text_settings
 from longctx.nn.kinds import ABC, Ring, Window, read_layers
 
 

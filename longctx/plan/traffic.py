@@ -1,8 +1,8 @@
 """What one rank sends for one layer, to the byte and message: blocks on the ring, heads exchanged, states of memories.
 
 Integers only, from what decides them in training: who needs whose block (`attention/schedule.py`), who computes which
-heads (`attention/heads.py`), which rank's state is needed where (`bounded/scan.py`). docs/ring.md and docs/hybrid.md
-have the same formulas; tests/plan/test_rehearse.py holds them to what the code really sends.
+heads (`attention/heads.py`), which rank's state is needed where (`bounded/ranks/scan.py`). docs/ring.md and
+docs/hybrid.md have the same formulas; tests/plan/test_rehearse.py holds them to what the code really sends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from longctx.attention.schedule import make_schedule
 
 IDS = 4  # bytes of a token's document id
 _ALIGNMENT = 16  # bytes: where a part of an exchange's message begins
-GATHER_RING, GATHER_BYTES = 8, 64 << 20  # bounded/scan.py: up to these, states go straight to all who need them
+GATHER_RING, GATHER_BYTES = 8, 64 << 20  # bounded/ranks/scan.py: up to these, states go straight to all who need them
 _LARGEST = 256  # ranks of a ring whose windowed schedule is worked out here; in larger ones blocks count as going round
 
 

@@ -12,13 +12,14 @@ from typing import Any
 from longctx.config.machine import token_folder
 from longctx.config.schema import RunConfig
 from longctx.data.build import TokenBuild, build_tokens, open_build
-from longctx.data.folder import would_read
-from longctx.data.record import RECORD
-from longctx.data.special import note
-from longctx.data.tokenfile import TokenFile
-from longctx.data.tokenizer import ByteTokenizer, load_tokenizer, require_kept
+from longctx.data.sources.folder import would_read
+from longctx.data.tokenizers.special import note
+from longctx.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer, require_kept
+from longctx.data.tokens.file import TokenFile
+from longctx.data.tokens.record import RECORD
 from longctx.errors import DataError
-from longctx.train import durable, store
+from longctx.train import durable
+from longctx.train.checkpoint import store
 
 Say = Callable[[str], None]
 TOKENIZER_TO_TRAIN = "bpe"  # what data.tokenizer: auto is without a pretrained model: no tokenizer is asked for

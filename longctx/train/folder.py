@@ -10,7 +10,9 @@ import json
 from pathlib import Path
 
 from longctx.errors import CheckpointError
-from longctx.train import durable, manifest, metrics, store
+from longctx.train import durable
+from longctx.train.checkpoint import manifest, store
+from longctx.train.report import metrics
 
 CHECKPOINTS = "checkpoints"
 SAVED = "saved.json"

@@ -15,22 +15,22 @@ from longctx.config.schema import RunConfig
 from longctx.config.write import dump
 from longctx.data.loader import EvaluationLoader, ShardedLoader
 from longctx.engine.engine import Engine
-from longctx.engine.fp16 import require_supported
 from longctx.engine.initialize import initialize
+from longctx.engine.zero.fp16 import require_supported
 from longctx.errors import ConfigError
 from longctx.mesh import Mesh
-from longctx.models.binding import binding_of
+from longctx.models.hook.binding import binding_of
 from longctx.sameness import compare_ranks, flatten
 from longctx.train import folder
 from longctx.train.agree import broadcast_json, gather_json, ranks, together
-from longctx.train.checkpoint import Checkpoints, Progress
+from longctx.train.checkpoint.checkpointer import Checkpoints, Progress
+from longctx.train.checkpoint.export import Source, read_source
+from longctx.train.checkpoint.manifest import Manifest
+from longctx.train.checkpoint.same_run import settings_of
 from longctx.train.corpus import Corpus, Say, prepare_corpus
 from longctx.train.environment import git_commit, versions
-from longctx.train.export import Source, read_source
-from longctx.train.manifest import Manifest
 from longctx.train.model import build_model, hash_of_model, memory_of, model_config
 from longctx.train.optimizer import make_optimizer
-from longctx.train.same_run import settings_of
 
 
 @dataclass

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from longctx.engine.fp16 import loss_scale
+from longctx.engine.zero.fp16 import loss_scale
 from longctx.errors import NonFiniteError
 from longctx.train.agree import gather_floats
-from longctx.train.checkpoint import Progress
-from longctx.train.flops import FlopsModel, peak_flops
+from longctx.train.checkpoint.checkpointer import Progress
 from longctx.train.job import Job
-from longctx.train.metrics import Metrics
 from longctx.train.optimizer import set_learning_rate
-from longctx.train.progress import Progress as Display
+from longctx.train.report.flops import FlopsModel, peak_flops
+from longctx.train.report.metrics import Metrics
+from longctx.train.report.progress import Progress as Display
 from longctx.train.schedule import learning_rate
 from longctx.train.signals import StopFlag
 

@@ -15,8 +15,8 @@ from longctx.engine.memory import Memory
 from longctx.errors import ModelError
 from longctx.mesh import Mesh
 from longctx.models.convert import convert
-from longctx.models.pretrained import read_config
-from longctx.models.scratch import make_config
+from longctx.models.load.pretrained import read_config
+from longctx.models.load.scratch import make_config
 
 
 def model_config(

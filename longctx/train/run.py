@@ -14,21 +14,23 @@ from longctx.config.write import dump
 from longctx.engine.heartbeat import watch
 from longctx.errors import CheckpointError, MissingPackageError
 from longctx.mesh import Mesh
-from longctx.train import durable, folder, metrics, store
+from longctx.train import durable, folder
 from longctx.train.agree import ranks, together
+from longctx.train.checkpoint import store
+from longctx.train.checkpoint.export import export_model
+from longctx.train.checkpoint.swap import swap_folder
 from longctx.train.environment import environment, git_commit
-from longctx.train.export import export_model
 from longctx.train.job import Job, find_checkpoint, set_up, sizes_of
 from longctx.train.lock import FolderLock
 from longctx.train.loop import Loop, Outcome
-from longctx.train.metrics import Metrics
-from longctx.train.plot import plot_loss
-from longctx.train.progress import Progress as Display
-from longctx.train.progress import duration
+from longctx.train.report import metrics
+from longctx.train.report.metrics import Metrics
+from longctx.train.report.plot import plot_loss
+from longctx.train.report.progress import Progress as Display
+from longctx.train.report.progress import duration
+from longctx.train.report.sample import draw_sample
 from longctx.train.same_start import compare_start
-from longctx.train.sample import draw_sample
 from longctx.train.signals import PREEMPTED, StopFlag
-from longctx.train.swap import swap_folder
 
 
 def run(

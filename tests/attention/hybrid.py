@@ -9,10 +9,10 @@ from longctx.attention import simulate
 from longctx.attention.backends.choose import choose_backend
 from longctx.attention.band import Rule
 from longctx.attention.comm import Counters, Link
-from longctx.attention.hybrid_passes import HybridPasses
+from longctx.attention.hybrid.passes import HybridPasses
+from longctx.attention.hybrid.ulysses import Members
 from longctx.attention.passes import Passes
 from longctx.attention.scores import Scores
-from longctx.attention.ulysses import Members
 from longctx.layout import get_layout
 
 

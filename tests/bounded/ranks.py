@@ -10,7 +10,9 @@ from bounded import direct
 
 from longctx.attention import simulate
 from longctx.attention.comm import Counters, Link
-from longctx.bounded import abc, control, cosine
+from longctx.bounded.abc import control
+from longctx.bounded.abc import operator as abc
+from longctx.bounded.cosine import operator as cosine
 from longctx.layout import get_layout
 
 

@@ -10,8 +10,9 @@ from bounded import direct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.bounded import abc_chunks, control
-from longctx.bounded.abc import abc_attention
+from longctx.bounded.abc import chunks as abc_chunks
+from longctx.bounded.abc import control
+from longctx.bounded.abc.operator import abc_attention
 from longctx.bounded.state import ABCState
 from longctx.errors import AttentionError
 from longctx.kernels.abc import reference

@@ -8,8 +8,8 @@ import pytest
 import torch
 from bounded import direct
 
-from longctx.bounded import clusters, control
-from longctx.bounded.abc import abc_attention
+from longctx.bounded.abc import clusters, control
+from longctx.bounded.abc.operator import abc_attention
 from longctx.errors import AttentionError
 
 from tolerances import tolerance

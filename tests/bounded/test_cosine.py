@@ -10,8 +10,8 @@ from bounded import direct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.bounded import cosine_chunks
-from longctx.bounded.cosine import cosine_attention
+from longctx.bounded.cosine import chunks as cosine_chunks
+from longctx.bounded.cosine.operator import cosine_attention
 from longctx.errors import AttentionError
 from longctx.kernels.cosine import reference
 
@@ -78,7 +78,7 @@ def test_over_all_tokens(queries: int, keys: int, widths: tuple[int, int], docs:
 
 
 def test_both_orders_of_the_product_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from longctx.bounded import cosine_forms
+    from longctx.bounded.cosine import forms as cosine_forms
 
     leaves, weight, _ = make()
     answers = []

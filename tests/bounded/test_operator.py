@@ -9,7 +9,7 @@ import torch
 from bounded import direct
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from longctx.bounded.cosine import cosine_attention
+from longctx.bounded.cosine.operator import cosine_attention
 
 from tolerances import tolerance
 
@@ -47,7 +47,7 @@ def test_compiled_without_a_break() -> None:
 
 
 def test_a_checkpoint_that_keeps_the_operator_computes_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from longctx.bounded import cosine_chunks
+    from longctx.bounded.cosine import chunks as cosine_chunks
 
     calls = []
     plain = cosine_chunks._Walk.forward

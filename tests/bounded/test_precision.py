@@ -6,8 +6,8 @@ import pytest
 import torch
 from bounded import direct
 
-from longctx.bounded.abc import abc_attention
-from longctx.bounded.cosine import cosine_attention
+from longctx.bounded.abc.operator import abc_attention
+from longctx.bounded.cosine.operator import cosine_attention
 
 from tolerances import tolerance
 

@@ -11,7 +11,7 @@ from bounded import direct, ranks
 
 from longctx.attention import simulate
 from longctx.attention.comm import Link, Message, Pending
-from longctx.bounded import cosine_chunks
+from longctx.bounded.cosine import chunks as cosine_chunks
 
 from tolerances import tolerance
 

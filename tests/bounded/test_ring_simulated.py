@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from longctx.attention import simulate
 from longctx.attention.comm import Link
-from longctx.bounded import clusters
+from longctx.bounded.abc import clusters
 from longctx.errors import AttentionError
 
 from tolerances import tolerance

@@ -12,7 +12,7 @@ from bounded.ring_states import DOCUMENTS, LENGTH, check, cut, setting, vector
 
 from longctx.attention import simulate
 from longctx.attention.comm import Link
-from longctx.bounded import clusters
+from longctx.bounded.abc import clusters
 
 from tolerances import tolerance
 

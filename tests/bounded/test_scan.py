@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from longctx.attention import simulate
 from longctx.attention.comm import Link, LocalLink
-from longctx.bounded import monoid
-from longctx.bounded.exchange import Value
-from longctx.bounded.scan import associative_exclusive_scan, chain_of
+from longctx.bounded.ranks import monoid
+from longctx.bounded.ranks.exchange import Value
+from longctx.bounded.ranks.scan import associative_exclusive_scan, chain_of
 from longctx.errors import AttentionError
 
 from tolerances import tolerance

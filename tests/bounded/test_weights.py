@@ -8,7 +8,7 @@ import pytest
 import torch
 from bounded import direct
 
-from longctx.bounded.abc import abc_attention
+from longctx.bounded.abc.operator import abc_attention
 
 from tolerances import tolerance
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BLOCKED = (
     "import sys\n"
     "for name in ('torch', 'deepspeed', 'transformers', 'triton', 'numpy', 'tokenizers'): sys.modules[name] = None\n"
-    "from longctx.cli import main\n"
+    "from longctx.cli.main import main\n"
     "main(sys.argv[1:])\n"
 )
 LIBRARIES = "import typer, pydantic, yaml; pydantic.create_model('M', x=(int, 1))"
@@ -138,7 +138,7 @@ def test_doctor_names_what_it_saw():
 
 
 def test_doctor_asks_for_the_versions_that_the_package_declares():
-    from longctx.launch.doctor import _TESTED
+    from longctx.cli.doctor import _TESTED
     from longctx.models.register import OLDEST
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.cli import main
+from longctx.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
@@ -53,6 +53,6 @@ def test_any_error_of_the_system_is_one_line(
     def full(*arguments: object, **keywords: object) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "loss.png"))
 
-    monkeypatch.setattr("longctx.train.plot.plot_loss", full)
+    monkeypatch.setattr("longctx.train.report.plot.plot_loss", full)
     assert exits(["plot", str(tmp_path)]) == 1
     assert "loss.png: No space left on device; make it available" in capsys.readouterr().err

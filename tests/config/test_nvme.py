@@ -17,7 +17,7 @@ from longctx.config.load import loads, require_machine
 from longctx.config.problems import InvalidConfig
 from longctx.config.schema import RunConfig
 from longctx.errors import ConfigError
-from longctx.train.swap import swap_folder
+from longctx.train.checkpoint.swap import swap_folder
 
 
 class _Usage(NamedTuple):

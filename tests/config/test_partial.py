@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from longctx.cli import app
+from longctx.cli.main import app
 from longctx.config.keys import leaves
 from longctx.config.load import load_for_machine
 from longctx.config.partial import STAND_INS, partial_config

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from longctx.config.load import loads, require_machine
 from longctx.config.problems import InvalidConfig
 from longctx.data.build import build_tokens
-from longctx.data.tokenizer import train_bpe
+from longctx.data.tokenizers.tokenizer import train_bpe
 
 FROM_FOLDER: dict[str, Any] = {f"model__{key}": ... for key in BASE["model"] if key != "dtype"}
 FROM_FOLDER |= {"data__tokenizer": ..., "data__vocab_size": ...}

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longctx.data.tokenfile import TokenFile
-from longctx.data.tokenwriter import TokenWriter
+from longctx.data.tokens.file import TokenFile
+from longctx.data.tokens.writer import TokenWriter
 
 HASH = "ab" * 32
 

@@ -16,9 +16,9 @@ import pytest
 import longctx
 from longctx.data.build import build_tokens, open_build
 from longctx.data.survey import Survey
-from longctx.data.tokenfile import TokenFile
-from longctx.data.tokenizer import ByteTokenizer, load_tokenizer
-from longctx.data.tokenwriter import TokenWriter
+from longctx.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
+from longctx.data.tokens.file import TokenFile
+from longctx.data.tokens.writer import TokenWriter
 from longctx.errors import DataError
 
 FILES = [".lock", "build.json", "held_out.tokens", "tokenizer", "train.tokens"]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from longctx.data.build import build_tokens
-from longctx.data.document import LeftOut
-from longctx.data.folder import walk, would_read
-from longctx.data.text import open_source
+from longctx.data.sources.document import LeftOut
+from longctx.data.sources.folder import walk, would_read
+from longctx.data.sources.text import open_source
 from longctx.errors import DataError
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.data.text import open_source
+from longctx.data.sources.text import open_source
 from longctx.errors import DataError, MissingPackageError
 
 ROWS = [{"text": "first, with a comma"}, {"text": 'sec"ond\nline', "id": 2}, {"id": 3, "text": "dritte – ß"}]

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from longctx.data.build import build_tokens
 from longctx.data.inspect import inspect
-from longctx.data.tokenfile import TokenFile
+from longctx.data.tokens.file import TokenFile
 from longctx.errors import DataError
 
 

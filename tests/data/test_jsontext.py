@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from longctx.data import jsontext
-from longctx.data.text import open_source
+from longctx.data.sources import jsontext
+from longctx.data.sources.text import open_source
 from longctx.errors import DataError
 
 PARTS = ["a", "é", "語", "\U0001f600", '"', "\\", "\n", "\x01", "/", "u0041", "\\ud83d", "{", "]"]
@@ -43,8 +43,8 @@ def test_any_text_is_read_as_json_reads_it(tmp_path: Path, ascii_only: bool, wri
     [
         (r'{"text": "' + "a" * 50 + r'\ud83d and more"}', "half of a surrogate pair"),
         (r'{"text": "' + "a" * 50 + r'\x"}', "not a JSON object on one line"),
-        ('{"text": "' + "a" * 50 + "\t\"}", "not a JSON object on one line.*control character"),
-        ('{"text": "' + "a" * 50 + "\n\"}", ":1 .byte 0.: not a JSON object on one line"),
+        ('{"text": "' + "a" * 50 + '\t"}', "not a JSON object on one line.*control character"),
+        ('{"text": "' + "a" * 50 + '\n"}', ":1 .byte 0.: not a JSON object on one line"),
         ('{"text": "' + "a" * 50 + '", }', "not a JSON object on one line"),
         ('{"body": "' + "a" * 50 + '"}', "no text under the key 'text' .found: 'body'"),
         ('{"text": null, "x": "' + "a" * 50 + '"}', "the value of the key 'text' is null"),

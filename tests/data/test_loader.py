@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from longctx.data.loader import EvaluationLoader, ShardedLoader, local_positions
 from longctx.data.rows import PackedRows
-from longctx.data.tokenfile import TokenFile
+from longctx.data.tokens.file import TokenFile
 from longctx.errors import DataError
 from longctx.layout import get_layout
 from longctx.mesh import Mesh

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longctx.data import pieces as module
 from longctx.data.build import build_tokens
-from longctx.data.pieces import pieces
-from longctx.data.tokenfile import TokenFile
-from longctx.data.tokenizer import load_tokenizer, train_bpe
+from longctx.data.sources import pieces as module
+from longctx.data.sources.pieces import pieces
+from longctx.data.tokenizers.tokenizer import load_tokenizer, train_bpe
+from longctx.data.tokens.file import TokenFile
 
 TEXTS = ("word \n\n  next\n" * 30, "x" * 333, "\n" * 333, " ", "a\n" * 100, "eins zwei, drei!  vier\n" * 40)
 

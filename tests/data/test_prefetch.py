@@ -10,7 +10,7 @@ import pytest
 
 from longctx.data.loader import ShardedLoader
 from longctx.data.prefetch import Prefetcher
-from longctx.data.tokenfile import TokenFile
+from longctx.data.tokens.file import TokenFile
 from longctx.errors import DataError
 
 Make = Callable[..., TokenFile]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.data.loader import ShardedLoader
-from longctx.data.readers import (
+from longctx.data.sources.readers import (
     import_tokens,
     read_datatrove,
     read_megatron,
@@ -21,7 +21,7 @@ from longctx.data.readers import (
     write_megatron,
     write_nanogpt,
 )
-from longctx.data.tokenfile import TokenFile, TokenStore
+from longctx.data.tokens.file import TokenFile, TokenStore
 from longctx.errors import DataError
 
 HASH = "cd" * 32

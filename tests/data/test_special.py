@@ -9,9 +9,9 @@ import pytest
 from tokenizer_folders import write_tokenizer
 
 from longctx.data.build import build_tokens
-from longctx.data.special import SpecialStrings, note, surround
-from longctx.data.tokenfile import TokenFile
-from longctx.data.tokenizer import ByteTokenizer
+from longctx.data.tokenizers.special import SpecialStrings, note, surround
+from longctx.data.tokenizers.tokenizer import ByteTokenizer
+from longctx.data.tokens.file import TokenFile
 from longctx.errors import DataError
 
 
@@ -65,7 +65,7 @@ def test_strings_in_documents_are_spelled_or_parsed(tmp_path: Path, tokenizer: s
         built = build_tokens(source, given, tmp_path / "out", vocabulary_size=300, held_out=0, special_tokens=special)
         assert built.report["special_strings"] == 80 and not built.reused
         made[special] = documents(built.train)[0]
-        from longctx.data.tokenizer import load_tokenizer
+        from longctx.data.tokenizers.tokenizer import load_tokenizer
 
         loaded = load_tokenizer(built.tokenizer)
         name = "<|endoftext|>"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.data.text import open_source
+from longctx.data.sources.text import open_source
 from longctx.errors import DataError, MissingPackageError
 
 

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.data.rows import PackedRows
-from longctx.data.tokenfile import TokenFile
-from longctx.data.tokenformat import HEADER_BYTES, MAGIC, Header, parse
-from longctx.data.tokenwriter import TokenWriter
+from longctx.data.tokens.file import TokenFile
+from longctx.data.tokens.format import HEADER_BYTES, MAGIC, Header, parse
+from longctx.data.tokens.writer import TokenWriter
 from longctx.errors import DataError
 
 HASH = "ab" * 32

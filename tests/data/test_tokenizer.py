@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.data.text import open_source
-from longctx.data.tokenizer import (
+from longctx.data.sources.text import open_source
+from longctx.data.tokenizers.tokenizer import (
     END_OF_DOCUMENT,
     ByteTokenizer,
     LibraryTokenizer,

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from longctx.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
-from longctx.data.tokenizer_file import (
+from longctx.data.tokenizers.file import (
     endless,
     read_tokenizer_file,
     tokenizer_file,
     vocabulary_size_in,
     vocabulary_size_of,
 )
+from longctx.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from longctx.errors import DataError
 
 GPT4 = (

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizer_folders import FAMILIES, write_tokenizer
 
-from longctx.data import tokenizer_folder
-from longctx.data.tokenizer import ByteTokenizer, load_tokenizer, require_kept
+from longctx.data.tokenizers import folder as tokenizer_folder
+from longctx.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer, require_kept
 from longctx.errors import DataError
 
 TEXT = "It was a <|endoftext|> bright\n\n  day in April </s> naïve <eos>"

@@ -11,7 +11,7 @@ from bounded import ranks
 from longctx import abc_attention, block_attention, cosine_attention, ring_attention
 from longctx.attention import simulate
 from longctx.attention.comm import Link
-from longctx.bounded import control
+from longctx.bounded.abc import control
 from longctx.derivative import first_only
 from longctx.nn.loss import tiled_loss
 from longctx.nn.tokenwise import tiled

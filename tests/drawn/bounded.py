@@ -12,7 +12,11 @@ from drawn.draw import Draw, normal, places, worst
 
 from longctx.attention import simulate
 from longctx.attention.comm import Link
-from longctx.bounded import abc, abc_chunks, control, cosine, cosine_chunks
+from longctx.bounded.abc import chunks as abc_chunks
+from longctx.bounded.abc import control
+from longctx.bounded.abc import operator as abc
+from longctx.bounded.cosine import chunks as cosine_chunks
+from longctx.bounded.cosine import operator as cosine
 
 from tolerances import tolerance
 

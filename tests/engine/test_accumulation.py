@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_tiny import make_engine, make_optimizer, ragged_rows, run_ranks, tiny_llama, unsharded_loss, weights_of
 
-from longctx.engine.accumulation import Accumulation, find_mark, mark
+from longctx.engine.step.accumulation import Accumulation, find_mark, mark
 from longctx.errors import EngineError
 
 from tolerances import tolerance

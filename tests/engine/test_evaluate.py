@@ -15,7 +15,7 @@ from tolerances import tolerance
 
 
 def evaluated(rank: int, world: int, stage: int, counts: list[int]) -> Any:
-    import longctx.engine.window as window
+    import longctx.engine.step.window as window
 
     engine = make_engine(2, stage)
     engine.module.model.layers[0].eval()  # frozen, say

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from engine_tiny import tiny_llama
 
-from longctx.engine import extension
+from longctx.engine.zero import extension
 from longctx.errors import LaunchError, LongctxError
 from longctx.mesh import Mesh
 

@@ -22,7 +22,7 @@ from engine_tiny import (
     weights_of,
 )
 
-from longctx.engine.fp16 import loss_scale
+from longctx.engine.zero.fp16 import loss_scale
 from longctx.errors import EngineError, NonFiniteError
 
 from tolerances import tolerance

@@ -35,7 +35,7 @@ def preferred(rank: int, world: int, stage: int) -> Any:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_preference_loss_on_gathered_log_probabilities(stage: int) -> None:
-    from longctx.engine.rows import explicit_rows
+    from longctx.engine.step.rows import explicit_rows
 
     model, losses = tiny_llama(), []
     for replica in range(2):

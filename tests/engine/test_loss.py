@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine_tiny import make_engine, ragged_rows, run_ranks
 
-from longctx.engine.loss import check_nothing_added, token_loss
+from longctx.engine.step.loss import check_nothing_added, token_loss
 from longctx.errors import EngineError, ModelError
 
 WEIGHTED = {"num_items_in_batch": 7.0}

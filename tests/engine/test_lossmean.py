@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from engine_tiny import make_engine, ragged_rows, run_ranks
 
-from longctx.engine import lossmean
-from longctx.engine.rows import IGNORED
+from longctx.engine.step import lossmean
+from longctx.engine.step.rows import IGNORED
 from longctx.errors import EngineError
 
 from tolerances import tolerance

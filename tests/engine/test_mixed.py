@@ -33,7 +33,7 @@ def optimizer(parameters: Any) -> torch.optim.Optimizer:
 @functools.cache
 def truth() -> dict[str, Any]:
     """Plain training in one process on whole rows."""
-    from longctx.engine.rows import explicit_rows
+    from longctx.engine.step.rows import explicit_rows
 
     whole = model()
     rule, losses = optimizer(whole.parameters()), []

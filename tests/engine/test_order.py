@@ -19,8 +19,8 @@ from engine_tiny import (
 
 import longctx
 from longctx.engine.memory import Memory, save_memory
-from longctx.engine.order import ReductionOrder, check_order
-from longctx.engine.window import shard_window
+from longctx.engine.step.window import shard_window
+from longctx.engine.zero.order import ReductionOrder, check_order
 from longctx.errors import EngineError
 
 from tolerances import tolerance

@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_tiny import make_engine, ragged_rows, run_ranks, tiny_llama
 
-from longctx.engine import rowcheck
+from longctx.engine.step import rowcheck
 from longctx.errors import EngineError
 from longctx.sharding import shard
 

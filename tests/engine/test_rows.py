@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from longctx.engine.rows import explicit_rows, find_documents, shift_labels
+from longctx.engine.step.rows import explicit_rows, find_documents, shift_labels
 from longctx.errors import EngineError, ModelError
-from longctx.models.positions import PositionRule
+from longctx.models.hook.positions import PositionRule
 
 
 def rows(**keys: torch.Tensor) -> dict[str, torch.Tensor]:

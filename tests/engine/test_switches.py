@@ -114,7 +114,7 @@ LEGAL = [
 
 def train(rank: int, world: int, cell: Cell) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     import longctx.engine.memory as engine_memory
-    from longctx.models.host import HostStore
+    from longctx.models.activations.host import HostStore
 
     ring, ulysses, _ = cell["mesh"]
     names = ("recompute", "loss_tile", "mlp_tile", "offload_checkpoints", "recompute_norms")

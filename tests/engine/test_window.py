@@ -8,8 +8,8 @@ import pytest
 import torch
 from engine_tiny import run_ranks
 
-from longctx.engine.rows import explicit_rows
-from longctx.engine.window import shard_window, tokens_to_divide_by, weigh_window
+from longctx.engine.step.rows import explicit_rows
+from longctx.engine.step.window import shard_window, tokens_to_divide_by, weigh_window
 from longctx.errors import EngineError
 from longctx.mesh import Mesh
 from longctx.sharding import unshard
@@ -79,7 +79,7 @@ def test_no_label_at_all_divides_by_something() -> None:
 
 def test_a_dict_gives_a_dict_and_other_keys_are_cut_or_passed_on() -> None:
     mesh = Mesh(ring=2, world_size=2, rank=1, data=1)
-    from longctx.engine.window import _cut
+    from longctx.engine.step.window import _cut
 
     batch = {"input_ids": torch.arange(8)[None], "token_type_ids": torch.arange(8)[None], "name": "row", "scale": 2.0}
     local = _cut(explicit_rows({**batch, "weight": torch.ones(3)}), mesh, "zigzag")
@@ -90,7 +90,7 @@ def test_a_dict_gives_a_dict_and_other_keys_are_cut_or_passed_on() -> None:
 
 def test_padding_is_never_a_label() -> None:
     mesh = Mesh(ring=2, world_size=2, rank=0, data=1)  # rank 0 of a zigzag holds the end of the padded row
-    from longctx.engine.window import _cut
+    from longctx.engine.step.window import _cut
 
     ids = torch.arange(5)[None]
     more = {name: ids.clone() for name in ("mtp_labels", "labels_2", "next_targets", "token_type_ids", "label_mask")}

@@ -13,7 +13,7 @@ import pytest
 from models.zoo import tiny_config, tiny_model
 
 import longctx
-from longctx.data.tokenizer import ByteTokenizer, train_bpe
+from longctx.data.tokenizers.tokenizer import ByteTokenizer, train_bpe
 from longctx.errors import ConfigError
 from longctx.generation import run
 from longctx.generation.request import Request, model_folder

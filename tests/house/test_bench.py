@@ -15,7 +15,11 @@ from house_files import ROOT
 def test_quick_bench(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.run", "--quick", "--output", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, timeout=1400, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1400,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     tables = {path.stem: list(csv.DictReader(path.open(newline=""))) for path in tmp_path.glob("*.csv")}

@@ -97,5 +97,10 @@ def test_wheel_and_sdist(checkout: Path, tmp_path: Path) -> None:
     block = "import sys\nfor name in ('triton', 'mpi4py'):\n    sys.modules[name] = None\n"
     out = run(sys.executable, "-c", block + ASK, cwd=tmp_path, PYTHONPATH=str(site))
     assert out.startswith(str(site))
-    run(sys.executable, "-c", "import longctx; [getattr(longctx, n) for n in longctx.__all__]", cwd=tmp_path,
-        PYTHONPATH=str(site))
+    run(
+        sys.executable,
+        "-c",
+        "import longctx; [getattr(longctx, n) for n in longctx.__all__]",
+        cwd=tmp_path,
+        PYTHONPATH=str(site),
+    )

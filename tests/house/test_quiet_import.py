@@ -12,7 +12,7 @@ HEAVY = ("torch", "triton", "deepspeed", "transformers", "numpy", "mpi4py", "mat
 BLOCK = "import sys\nfor name in {heavy!r}:\n    sys.modules[name] = None\n"
 OPTIONAL = ("triton", "mpi4py", "matplotlib", "datasets", "tensorboard")
 IMPORT_ALL = "import importlib\nfor name in {names!r}:\n    importlib.import_module(name)"
-QUICK = ("longctx.config", "longctx.launch", "longctx.cli")
+QUICK = ("longctx.config", "longctx.launch", "longctx.cli.main")
 
 
 def run(code: str) -> tuple[str, float]:

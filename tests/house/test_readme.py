@@ -39,10 +39,17 @@ def tiny_llama(seed: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    ))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        )
+    )
 
 
 def rows(seed: int, batch: int = 1, length: int = 42) -> dict[str, torch.Tensor]:
@@ -52,8 +59,11 @@ def rows(seed: int, batch: int = 1, length: int = 42) -> dict[str, torch.Tensor]
 
 def settings(accumulation: int, stage: int) -> dict[str, Any]:
     return {
-        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulation,
-        "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
     }
 
@@ -76,8 +86,13 @@ def test_the_five_lines_run() -> None:
 def custom_trainers(rank: int, world_size: int, folder: str) -> dict[str, float]:
     """Run the page's blocks one after another; return what they computed."""
     names: dict[str, Any] = {
-        "model": tiny_llama(0), "another_model": tiny_llama(0), "ds_config": settings(1, 3), "window": [rows(1)],
-        "held_out": [rows(3), rows(4, length=17)], "pair": rows(5, batch=2), "full_x": torch.randn(1, 2, 21, 8),
+        "model": tiny_llama(0),
+        "another_model": tiny_llama(0),
+        "ds_config": settings(1, 3),
+        "window": [rows(1)],
+        "held_out": [rows(3), rows(4, length=17)],
+        "pair": rows(5, batch=2),
+        "full_x": torch.randn(1, 2, 21, 8),
         "folder": folder,
     }
     torch.distributed.broadcast(names["full_x"], 0)
@@ -91,9 +106,12 @@ def custom_trainers(rank: int, world_size: int, folder: str) -> dict[str, float]
     x = names["full_x"]
     dense = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
     return {
-        "first": losses[0], "replicated": replicated[0], "tokens": names["result"].tokens,
+        "first": losses[0],
+        "replicated": replicated[0],
+        "tokens": names["result"].tokens,
         "theirs": names["theirs"].global_loss,
-        "attention": float((names["whole"] - dense).abs().max()), "preference": replicated[1],
+        "attention": float((names["whole"] - dense).abs().max()),
+        "preference": replicated[1],
     }
 
 
@@ -140,7 +158,7 @@ def test_commands_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     from typer.main import get_command
 
-    from longctx.cli import app
+    from longctx.cli.main import app
 
     commands = set(get_command(app).commands)  # type: ignore[attr-defined]
     wrong = []

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx import abc_attention, cosine_attention
-from longctx.bounded.control import window
+from longctx.bounded.abc.control import window
 from longctx.bounded.state import ABCState, CosineState
 from longctx.errors import AttentionError
 

@@ -14,10 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from launch_samples import HOSTILE, config, hostile, make_ticket
 
-from longctx.cli import main
+from longctx.cli.main import main
 from longctx.errors import ConfigError, LaunchError
-from longctx.launch import ticket
-from longctx.launch.commands import commands, remote, ssh
+from longctx.launch.cluster import ticket
+from longctx.launch.cluster.commands import commands, remote, ssh
 
 HOSTS = (("a", 2), ("b", 2))
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=30)
@@ -69,7 +69,7 @@ def test_the_command_line_holds_the_path_of_the_ticket_and_nothing_else(launcher
             words = listed.stdout.rstrip("\0").split("\0")
         start = words.index("env")
         assert words[start : start + 4] == ["env", "PYTHONPATH=/src/$(id)", "/opt/my python", "-m"]
-        assert words[-2:] == ["longctx.launch.agent", "/run dir/ticket.json"]
+        assert words[-2:] == ["longctx.launch.cluster.agent", "/run dir/ticket.json"]
 
 
 def test_each_launcher_by_its_own_words() -> None:
@@ -79,11 +79,11 @@ def test_each_launcher_by_its_own_words() -> None:
     assert argv("{launcher: openmpi, hosts: [a, b], ssh_port: 22, interface: eth0}") == (
         "mpirun -n 4 --host a:2,b:2 --map-by slot --bind-to none --prtemca plm_ssh_args -p 22 --prtemca "
         "oob_tcp_keepalive_time 7 --prtemca oob_tcp_keepalive_intvl 4 --prtemca oob_tcp_keepalive_probes 3 --prtemca "
-        "prte_if_include eth0 python -m longctx.launch.agent t"
+        "prte_if_include eth0 python -m longctx.launch.cluster.agent t"
     )
     assert argv("{launcher: mpich, hosts: [a, b]}") == (
         "mpiexec.hydra -launcher ssh -genvlist HOME,LANG,LD_LIBRARY_PATH,LOGNAME,PATH,SHELL,TMPDIR,TZ,USER,"
-        "XDG_CACHE_HOME -n 4 -hosts a:2,b:2 python -m longctx.launch.agent t"
+        "XDG_CACHE_HOME -n 4 -hosts a:2,b:2 python -m longctx.launch.cluster.agent t"
     )
     assert argv("{launcher: mpich, hosts: [a, b], ssh_port: 22, ssh_options: [User=x]}").startswith(
         "env HYDRA_LAUNCHER_EXTRA_ARGS=-o User=x -p 22 mpiexec.hydra "

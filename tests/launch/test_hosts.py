@@ -13,10 +13,10 @@ from launch_samples import config
 from longctx.config.derived import derive
 from longctx.config.hosts import Host, once_each, parse_host, parse_hostfile, ssh_option
 from longctx.errors import ConfigError, LaunchError
-from longctx.launch.cluster import plan, without
+from longctx.launch.cluster.hosts import default_world, hosts_of, with_slots
+from longctx.launch.cluster.placement import place, table
+from longctx.launch.cluster.run import plan, without
 from longctx.launch.environment import travelling
-from longctx.launch.hosts import default_world, hosts_of, with_slots
-from longctx.launch.placement import place, table
 from longctx.network import address_towards, interface_with, sockets
 
 
@@ -96,8 +96,21 @@ def test_the_same_host_in_other_letters_is_the_same() -> None:
 
 @pytest.mark.parametrize(
     "option",
-    ["ProxyCommand=x", "LocalCommand=x", "PermitLocalCommand=yes", "Include=/x", "User=a b", "x", "User=$(id)",
-     "-oUser=x", "Match=exec", "KnownHostsCommand=x", "SetEnv=A=b", "SendEnv=*", "PKCS11Provider=x"],
+    [
+        "ProxyCommand=x",
+        "LocalCommand=x",
+        "PermitLocalCommand=yes",
+        "Include=/x",
+        "User=a b",
+        "x",
+        "User=$(id)",
+        "-oUser=x",
+        "Match=exec",
+        "KnownHostsCommand=x",
+        "SetEnv=A=b",
+        "SendEnv=*",
+        "PKCS11Provider=x",
+    ],
 )
 def test_ssh_options_that_run_something_are_refused(option: str) -> None:
     assert ssh_option(option)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.engine import extension
+from longctx.engine.zero import extension
 from longctx.errors import LaunchError, MissingPackageError
 from longctx.launch import hardware, prepare
 

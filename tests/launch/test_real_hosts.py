@@ -32,7 +32,7 @@ from real_jobs import (
 )
 from tiny_run import losses
 
-from longctx.launch.commands import ssh
+from longctx.launch.cluster.commands import ssh
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
 # OpenMPI refuses root, who alone can make namespaces

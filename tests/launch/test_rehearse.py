@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from longctx.errors import ConfigError
-from longctx.launch import rehearse
+from longctx.rehearse import world as rehearse
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = """

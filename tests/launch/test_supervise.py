@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from launch_samples import make_ticket
 
-from longctx.launch import control, facts, ticket
-from longctx.launch.commands import Command
-from longctx.launch.supervise import Outcome, Supervisor
+from longctx.launch.cluster import control, facts, ticket
+from longctx.launch.cluster.commands import Command
+from longctx.launch.cluster.supervise import Outcome, Supervisor
 
 SCRIPT = Path(__file__).with_name("ranks_for_tests.py")
 
@@ -48,7 +48,7 @@ class Job:
 
     def commands(self, ranks: tuple[int, ...] = (0, 1, 2)) -> list[Command]:
         """One shell-less command for every rank, in place of ssh or mpirun."""
-        agent = [sys.executable, "-m", "longctx.launch.agent", str(self.path)]
+        agent = [sys.executable, "-m", "longctx.launch.cluster.agent", str(self.path)]
         return [Command(f"r{rank}", ("env", f"RANK={rank}", "WORLD_SIZE=3", *agent)) for rank in ranks]
 
     def run(self, commands: list[Command] | None = None) -> Outcome:
@@ -96,8 +96,10 @@ def test_every_rank_gets_its_place_and_only_what_travels(tmp_path: Path, monkeyp
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(3)] == ["6", "6", "6"]
     listed = Job(tmp_path, "environment", environment={"NCCL_DEBUG": "$(x) '\"\n"})
     assert listed.run().code == 0
-    shown = [dict(line.split("=", 1) for line in (tmp_path / f"environment-{rank}").read_text().split("\0"))
-             for rank in range(3)]
+    shown = [
+        dict(line.split("=", 1) for line in (tmp_path / f"environment-{rank}").read_text().split("\0"))
+        for rank in range(3)
+    ]
     assert [item["LOCAL_RANK"] + item["LOCAL_WORLD_SIZE"] for item in shown] == ["02", "12", "01"]
     assert all(item["GLOO_SOCKET_IFNAME"] == item["NCCL_SOCKET_IFNAME"] == "lo" for item in shown)
     assert all(item["NCCL_DEBUG"] == "$(x) '\"\n" and "HF_TOKEN" not in item for item in shown)
@@ -111,16 +113,12 @@ def test_a_bug_is_shown_once_with_its_host(tmp_path: Path, capsys: pytest.Captur
     assert shown.endswith("RuntimeError: a bug in rank one\n") and all_gone(job)
 
 
-def test_a_users_mistake_is_one_line_and_is_not_tried_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_users_mistake_is_one_line_and_is_not_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Job(tmp_path, "user").run() == Outcome(1, False)
     assert capsys.readouterr().err == "longctx: corpus.bin is truncated\n"
 
 
-def test_a_killed_rank_is_named_and_what_ranks_started_dies(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_rank_is_named_and_what_ranks_started_dies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = Job(tmp_path, "child")
     job.when_running(lambda: os.kill(job.pids()[2], signal.SIGKILL))
     started = time.monotonic()
@@ -164,7 +162,9 @@ def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
 
 def test_another_job_lives_on(tmp_path: Path) -> None:
     """Nothing is killed by a name: a process with the same command line is not ours."""
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "longctx.launch.agent", "rank"])
+    other = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)", "longctx.launch.cluster.agent", "rank"]
+    )
     try:
         assert Job(tmp_path, "raise").run().code == 1
         assert other.poll() is None

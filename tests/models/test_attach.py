@@ -11,7 +11,7 @@ from models.zoo import tiny_config, tiny_model
 
 import longctx
 from longctx.models.attach import attach_attention
-from longctx.models.binding import binding_of
+from longctx.models.hook.binding import binding_of
 
 
 def one() -> longctx.Mesh:

@@ -8,7 +8,7 @@ import torch
 from longctx.errors import LongctxError
 from longctx.mesh import Mesh
 from longctx.models.attach import attach_attention
-from longctx.models.binding import binding_of
+from longctx.models.hook.binding import binding_of
 
 
 def test_the_backend_of_a_binding_is_the_one_that_computes(monkeypatch: pytest.MonkeyPatch):

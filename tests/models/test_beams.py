@@ -12,7 +12,7 @@ from models.zoo import tiny_config, tiny_model
 from longctx.decode.caches.size import cache_bytes
 from longctx.decode.cost import kv_bytes
 from longctx.errors import ModelError
-from longctx.models.beams import share_beams, unshare_beams
+from longctx.generation.beams import share_beams, unshare_beams
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beam", "two of four beams", "sampling", "static beams"])

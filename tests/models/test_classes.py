@@ -10,7 +10,7 @@ import pytest
 from transformers.models.auto import modeling_auto
 
 from longctx.errors import ModelError
-from longctx.models.classes import require_causal, tables
+from longctx.models.load.classes import require_causal, tables
 
 
 def test_the_tables_are_those_of_the_installed_transformers() -> None:
@@ -25,7 +25,7 @@ def test_the_tables_are_those_of_the_installed_transformers() -> None:
 
 def test_reading_the_tables_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from longctx.models.classes import tables; assert tables(); "
+        "import sys; from longctx.models.load.classes import tables; assert tables(); "
         "print({'torch', 'transformers'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -15,9 +15,9 @@ from models.zoo import documents, eager_mask, positions_of, tiny_config, tiny_mo
 import longctx
 from longctx.errors import ModelError
 from longctx.models.convert import convert, converted
-from longctx.models.families import FAMILIES
-from longctx.models.memories import memory_of
-from longctx.models.pretrained import load_pretrained, read_config
+from longctx.models.hook.bounded_layer import memory_of
+from longctx.models.hook.families import FAMILIES
+from longctx.models.load.pretrained import load_pretrained, read_config
 
 from tolerances import tolerance
 

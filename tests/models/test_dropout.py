@@ -14,7 +14,7 @@ import longctx
 from longctx.errors import ModelError
 from longctx.kernels.flash.dropout import kept
 from longctx.models.attach import attach_attention
-from longctx.models.dropout import drops_attention, layer_seeds
+from longctx.models.hook.dropout import drops_attention, layer_seeds
 
 from distributed import run_ranks
 from tolerances import tolerance

@@ -13,7 +13,7 @@ import torch
 from models.test_el import make, prompts
 
 import longctx
-from longctx.models.beams import share_beams
+from longctx.generation.beams import share_beams
 
 GROUPS, EACH, NEW = 2, 2, 7
 

@@ -126,5 +126,3 @@ def test_every_class_is_right_or_refused_by_name() -> None:
     page = PAGE.read_text()
     PAGE.write_text(page.replace(BEGIN + listed(page) + END, f"{BEGIN}\n{lists(verdicts)}{END}"))
     assert PAGE.read_text() == page, "the lists in docs/models.md have been written again: look at them and commit them"
-
-

@@ -12,7 +12,7 @@ from models.zoo import tiny_config, tiny_model
 import longctx
 from longctx.decode.sharded import counters
 from longctx.errors import ModelError
-from longctx.models.generate import generate, same_everywhere
+from longctx.generation.generate import generate, same_everywhere
 
 from distributed import run_ranks
 

@@ -15,7 +15,7 @@ from longctx.decode.caches.size import cache_bytes
 from longctx.decode.norm import Norm
 from longctx.decode.sharded import counters
 from longctx.errors import AttentionError, ModelError
-from longctx.models.generate import generate, same_everywhere
+from longctx.generation.generate import generate, same_everywhere
 
 from distributed import run_ranks
 from tolerances import tolerance

@@ -12,9 +12,9 @@ from models.zoo import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from longctx.errors import ModelError
-from longctx.models.expected import mismatches, tied
-from longctx.models.headers import read_weights
-from longctx.models.settings import read_settings
+from longctx.models.load.expected import mismatches, tied
+from longctx.models.load.headers import read_weights
+from longctx.models.load.settings import read_settings
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n"
 MODELS = ["llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "gpt2", "olmo", "olmo2", "phi", "gpt-oss", "qwen2"]

@@ -15,9 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from longctx.attention.passes import Passes
 from longctx.errors import ModelError
-from longctx.models.host import HostStore, Parked
-from longctx.models.norms import recompute_norms
-from longctx.models.recompute import recompute_layers
+from longctx.models.activations.host import HostStore, Parked
+from longctx.models.activations.norms import recompute_norms
+from longctx.models.activations.recompute import recompute_layers
 
 from tolerances import tolerance
 

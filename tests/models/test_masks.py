@@ -9,7 +9,7 @@ import torch
 from transformers import masking_utils as hf
 
 from longctx.errors import ModelError
-from longctx.models.masks import document_mask, documents_from_positions, read_rule
+from longctx.models.hook.masks import document_mask, documents_from_positions, read_rule
 
 LENGTH = 14
 POSITIONS = torch.tensor([[*range(5), *range(9)], [*range(8), *range(6)]])

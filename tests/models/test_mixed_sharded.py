@@ -13,7 +13,7 @@ from models.zoo import documents, positions_of
 import longctx
 from longctx.errors import ModelError
 from longctx.models.attach import attach_attention
-from longctx.models.memories import memory_of
+from longctx.models.hook.bounded_layer import memory_of
 
 from distributed import run_ranks
 from tolerances import tolerance

@@ -7,7 +7,7 @@ import torch
 from models.zoo import tiny_config, tiny_model
 
 import longctx
-from longctx.models.generate import generate
+from longctx.generation.generate import generate
 from longctx.models.modes import evaluating
 
 from distributed import run_ranks

@@ -10,7 +10,7 @@ from models.zoo import VOCABULARY, tiny_config, tiny_model
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import peak_bytes
-from longctx.models.norms import recompute_norms
+from longctx.models.activations.norms import recompute_norms
 
 from tolerances import tolerance
 

@@ -9,7 +9,7 @@ import torch
 from models.zoo import CAUSAL, eager_mask, tiny_config, tiny_model
 
 from longctx.errors import ModelError
-from longctx.models.masks import documents_from_positions
+from longctx.models.hook.masks import documents_from_positions
 
 from tolerances import tolerance
 

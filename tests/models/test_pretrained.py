@@ -12,9 +12,9 @@ import torch
 from models.zoo import tiny_config, tiny_model
 
 from longctx.errors import ModelError
-from longctx.models.headers import weight_files
-from longctx.models.pretrained import load_pretrained, make_model, read_config
-from longctx.models.scratch import make_config
+from longctx.models.load.headers import weight_files
+from longctx.models.load.pretrained import load_pretrained, make_model, read_config
+from longctx.models.load.scratch import make_config
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from models.every_class import small_model
 import longctx
 from longctx.errors import ModelError
 from longctx.models.attach import attach_attention
-from longctx.models.binding import binding_of
-from longctx.models.positions import PositionRule
-from longctx.models.probe import position_rule
+from longctx.models.hook.binding import binding_of
+from longctx.models.hook.positions import PositionRule
+from longctx.models.hook.probe import position_rule
 
 
 def found(model: Any, ring: int = 2) -> PositionRule:

@@ -11,8 +11,8 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from longctx.errors import ModelError
-from longctx.models.pretrained import read_config
-from longctx.models.read_keys import accepted_keys
+from longctx.models.load.pretrained import read_config
+from longctx.models.load.read_keys import accepted_keys
 
 # Image models whose configuration names a backbone to download, or an attention implementation to take.
 REFUSED = {

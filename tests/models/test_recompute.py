@@ -10,9 +10,9 @@ from models.zoo import CAUSAL, VOCABULARY, tiny_config, tiny_model
 
 from longctx.attention.passes import Passes
 from longctx.errors import ModelError
+from longctx.models.activations.mlp import tile_mlps
+from longctx.models.activations.recompute import recompute_layers
 from longctx.models.convert import convert
-from longctx.models.mlp import tile_mlps
-from longctx.models.recompute import recompute_layers
 
 
 def step(model: Any) -> dict[str, torch.Tensor]:

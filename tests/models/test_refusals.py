@@ -29,7 +29,7 @@ def half_of_two() -> longctx.Mesh:
 @pytest.fixture
 def mute_ring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that sends nothing, for hybrids whose attention layers come before the refusal."""
-    import longctx.models.hook as hook
+    import longctx.models.hook.attention as hook
 
     def silent(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
@@ -75,7 +75,7 @@ def test_models_that_bypass_the_hook(name: str, mute_ring: None) -> None:
 
 @pytest.mark.parametrize("keyword, message", [("position_bias", "additive position bias"), ("indices", "not know it")])
 def test_keywords_that_are_not_honoured(keyword: str, message: str) -> None:
-    from longctx.models.hook import longctx_attention
+    from longctx.models.hook.attention import longctx_attention
 
     q = torch.randn(1, 2, 8, 4)
     with pytest.raises(ModelError, match=f"{keyword}=.*{message}"):

@@ -11,8 +11,8 @@ import torch
 from models.zoo import CAUSAL, VOCABULARY, tiny_config, tiny_model
 
 from longctx.errors import ModelError
+from longctx.models.activations.loss import TILED, tile_loss, why_not_tiled
 from longctx.models.convert import convert
-from longctx.models.loss import TILED, tile_loss, why_not_tiled
 from longctx.nn import entropy
 
 from tolerances import tolerance

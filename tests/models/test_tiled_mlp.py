@@ -9,7 +9,7 @@ import torch
 from models.zoo import CAUSAL, VOCABULARY, tiny_config, tiny_model
 
 from longctx.errors import ModelError
-from longctx.models.mlp import find_mlps, tile_mlps
+from longctx.models.activations.mlp import find_mlps, tile_mlps
 
 from tolerances import tolerance
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from models.zoo import tiny_config, tiny_model
 
-from longctx.models.wrapped import adapter_parts, inner_model, inner_models
+from longctx.models.hook.wrapped import adapter_parts, inner_model, inner_models
 
 
 def test_the_model_inside_is_found_unless_there_are_several() -> None:

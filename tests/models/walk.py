@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from models.every_class import VOCABULARY, small_model
 
-from longctx.engine.loss import token_loss
-from longctx.engine.window import shard_window
+from longctx.engine.step.loss import token_loss
+from longctx.engine.step.window import shard_window
 from longctx.errors import EngineError, ModelError
 from longctx.models.attach import attach_attention
-from longctx.models.binding import binding_of
-from longctx.models.probe import position_rule
+from longctx.models.hook.binding import binding_of
+from longctx.models.hook.probe import position_rule
 
 from tolerances import tolerance
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from longctx.models.load.scratch import make_config
 from longctx.models.register import register
-from longctx.models.scratch import make_config
 
 WINDOW = 10
 VOCABULARY = 64

@@ -55,8 +55,10 @@ def abc_by_loops(layer: Any, x: torch.Tensor) -> torch.Tensor:
             for t in range(len(row)):
                 keys, values = [], []
                 for slot in range(kind.slots):
+
                     def weights(control: torch.Tensor, tokens: torch.Tensor, own: int, slot: int, t: int) -> Any:
                         return torch.stack([control[own, slot] @ tokens[j] for j in range(t + 1)]).softmax(0)
+
                     read = {"x": (row, row), "kv": (k[:, group], v[:, group])}[kind.control_input]
                     first = weights(layer.memory.key_control, read[0], own, slot, t)
                     second = first

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models.zoo import tiny_config, tiny_model
 
 from benchmarks.measure import peak_bytes
-from longctx.models import mlp as tiling
+from longctx.models.activations import mlp as tiling
 from longctx.nn.gated import Gated
 from longctx.nn.tokenwise import tiled
 

@@ -22,7 +22,7 @@ BIG = "configs/llama-8b_1m_ring64-zero3_64-gpu.yaml"
 BLOCKED = (
     "import sys\n"
     "for name in ('torch', 'deepspeed', 'transformers', 'triton', 'numpy', 'matplotlib'): sys.modules[name] = None\n"
-    "from longctx.cli import main\n"
+    "from longctx.cli.main import main\n"
     "main(sys.argv[1:])\n"
 )
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from longctx.bounded import scan
+from longctx.bounded.ranks import scan
 from longctx.errors import MeshError
 from longctx.plan import traffic
 from longctx.plan.cluster import Kernel, attention_pass
 from longctx.plan.machines import MACHINES
-from longctx.plan.rehearse import Seen, as_rank, rehearse_attention
 from longctx.plan.traffic import Layer, Sent, exchange_sent, ring_sent, scan_sent
+from longctx.rehearse.step import Seen, as_rank, rehearse_attention
 
 H100, KERNEL = MACHINES["h100"], Kernel(600e12, 500e12)
 

@@ -17,7 +17,7 @@ from longctx.errors import ConfigError
 from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape, shape_of, shape_of_settings
 from longctx.plan.work import flops_of
-from longctx.train.flops import FlopsModel
+from longctx.train.report.flops import FlopsModel
 
 MIXTRAL_8X7B = {
     "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,

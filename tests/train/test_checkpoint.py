@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from longctx.errors import CheckpointError
-from longctx.train import checkpoint, durable, folder, manifest, store
-from longctx.train.checkpoint import Checkpoints
-from longctx.train.manifest import Manifest, Progress
+from longctx.train import durable, folder
+from longctx.train.checkpoint import checkpointer as checkpoint
+from longctx.train.checkpoint import manifest, store
+from longctx.train.checkpoint.checkpointer import Checkpoints
+from longctx.train.checkpoint.manifest import Manifest, Progress
 
 from distributed import run_ranks
 

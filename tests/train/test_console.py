@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from tiny_run import config, losses, write
 
-from longctx.train.console import Console, guard_standard_streams
-from longctx.train.progress import Progress
+from longctx.train.report.console import Console, guard_standard_streams
+from longctx.train.report.progress import Progress
 from longctx.train.run import run
 
 from distributed import run_ranks

@@ -15,9 +15,9 @@ from tokenizer_folders import write_folder
 
 import longctx
 from longctx.models.attach import attach_attention
-from longctx.models.pretrained import load_pretrained, read_config
-from longctx.train.export import read_source, write_model
-from longctx.train.export_run import export_run
+from longctx.models.load.pretrained import load_pretrained, read_config
+from longctx.train.checkpoint.export import read_source, write_model
+from longctx.train.checkpoint.export_run import export_run
 from longctx.train.run import run
 
 from distributed import run_ranks
@@ -154,7 +154,7 @@ def test_export_as_a_user_types_it(trained: Path, tmp_path: Path, capsys: pytest
 
 
 def main_exits(arguments: list[str], code: int) -> None:
-    from longctx.cli import main
+    from longctx.cli.main import main
 
     with pytest.raises(SystemExit) as end:
         main(arguments)

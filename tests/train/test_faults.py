@@ -14,7 +14,9 @@ from tiny_run import config, losses, write
 
 from longctx.data.build import build_tokens
 from longctx.errors import LongctxError
-from longctx.train import checkpoint, durable, manifest
+from longctx.train import durable
+from longctx.train.checkpoint import checkpointer as checkpoint
+from longctx.train.checkpoint import manifest
 from longctx.train.lock import FolderLock
 from longctx.train.run import run
 

@@ -12,7 +12,8 @@ import pytest
 from tiny_run import config, losses, write
 
 from longctx.errors import CheckpointError
-from longctx.train import folder, manifest, store
+from longctx.train import folder
+from longctx.train.checkpoint import manifest, store
 from longctx.train.run import run
 
 from distributed import run_ranks

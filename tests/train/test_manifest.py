@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.errors import CheckpointError
-from longctx.train import durable, manifest
-from longctx.train.manifest import FileEntry, Manifest
+from longctx.train import durable
+from longctx.train.checkpoint import manifest
+from longctx.train.checkpoint.manifest import FileEntry, Manifest
 
 FACTS = Manifest(
     step=20,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_run import losses, write
 
 from longctx.config.load import load
-from longctx.data.tokenizer import load_tokenizer, train_bpe
+from longctx.data.tokenizers.tokenizer import load_tokenizer, train_bpe
 from longctx.launch import rank as rank_entry
 from longctx.train.run import run
 

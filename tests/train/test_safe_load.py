@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from longctx.errors import CheckpointError
-from longctx.train.safe_load import safe_load
+from longctx.train.checkpoint.safe_load import safe_load
 
 
 class Calls:

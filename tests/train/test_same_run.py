@@ -11,9 +11,9 @@ import pytest
 from tiny_run import config, losses, write
 
 from longctx.errors import CheckpointError
-from longctx.train import same_run
+from longctx.train.checkpoint import same_run
+from longctx.train.checkpoint.manifest import Manifest
 from longctx.train.loop import Loop
-from longctx.train.manifest import Manifest
 from longctx.train.run import run
 
 from distributed import run_ranks

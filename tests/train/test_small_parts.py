@@ -19,12 +19,13 @@ import torch
 
 from longctx.config.sections.train import Train
 from longctx.errors import CheckpointError, DataError
-from longctx.train import flops, rng
+from longctx.train.checkpoint import rng
 from longctx.train.lock import FolderLock
-from longctx.train.metrics import Metrics, read
 from longctx.train.optimizer import make_optimizer, set_learning_rate
-from longctx.train.plot import plot_loss
-from longctx.train.progress import Progress, duration
+from longctx.train.report import flops
+from longctx.train.report.metrics import Metrics, read
+from longctx.train.report.plot import plot_loss
+from longctx.train.report.progress import Progress, duration
 from longctx.train.schedule import SCHEDULES, learning_rate
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from longctx.errors import CheckpointError
-from longctx.train import durable, manifest, store
-from longctx.train.manifest import FileEntry, Manifest
+from longctx.train import durable
+from longctx.train.checkpoint import manifest, store
+from longctx.train.checkpoint.manifest import FileEntry, Manifest
 
 EMPTY = Manifest(0, 0, 0, 0, {"size": 1}, "zigzag", 1, "", None, {})
 

@@ -45,9 +45,7 @@ class TritonBackend:
     def prepare_backward(self, rows: Rows) -> fused.Prepared:
         with on_device(rows.q.device):
             dlse = None if rows.dlse is None else dense(rows.dlse)
-            launch, prepared = fused.prepare(
-                dense(rows.q), dense(rows.out), dense(rows.lse), dense(rows.dout), dlse
-            )
+            launch, prepared = fused.prepare(dense(rows.q), dense(rows.out), dense(rows.lse), dense(rows.dout), dlse)
             launch()
         return prepared
 

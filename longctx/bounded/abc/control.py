@@ -1,0 +1,212 @@
+"""ABC's control strategies: what decides which slots a token is written to. Each is a small frozen value.
+
+A strategy gives, a token and slot, one of three things:
+
+    logits   the normalizer makes weights of them (a learned control gives its logits directly, without a strategy)
+    slots    logits 0 and -inf: a token belongs to slots or does not; the normalizer "sum" adds without dividing
+    weights  used as they are, and summed: no normalizer applies
+
+or, for memories that are queues of tokens (`Fifo`), the ranges of tokens in view. What depends on a token's place uses
+its index within its document, so the ranks of a ring, and any split of a sequence, agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from longctx.attention.arguments import wrapped
+from longctx.bounded.abc import clusters
+from longctx.bounded.ranks.sequence import Place
+from longctx.bounded.state import ABCState
+from longctx.errors import AttentionError
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control strategy; see the functions below, which make them."""
+
+    kind: ClassVar[str] = "logits"
+    positional: ClassVar[bool] = False
+    """Whether it needs the index of a token in its document: a state must count tokens."""
+
+    def control(self, k: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None, causal: bool) -> torch.Tensor:
+        """(B, G, T, M) for keys k (B, G, T, D) at `index` (B or 1, T) of their documents."""
+        raise AttentionError(f"{type(self).__name__} writes no weights: it is a queue of tokens")
+
+
+@dataclass(frozen=True)
+class Random(Control):
+    """Every token belongs to one slot, drawn at random from the seed, the head and the token's index."""
+
+    slots: int
+    seed: int = 0
+    kind: ClassVar[str] = "slots"
+    positional: ClassVar[bool] = True
+
+    def control(self, k: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None, causal: bool) -> torch.Tensor:
+        heads = torch.arange(k.shape[1], device=k.device)[:, None]
+        mixed = _mix(_mix(index[:, None] + _mix(heads + wrapped(self.seed))))
+        slot = (mixed & (2**62 - 1)) % self.slots
+        return _members(slot.expand(k.shape[0], -1, -1), self.slots, k.dtype)
+
+
+@dataclass(frozen=True)
+class Identity(Control):
+    """Token i is slot i: softmax attention over all tokens so far, for tests; `slots` bounds the length."""
+
+    slots: int | None = None
+    kind: ClassVar[str] = "slots"
+    positional: ClassVar[bool] = True
+
+    def control(self, k: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None, causal: bool) -> torch.Tensor:
+        slots = k.shape[2] if self.slots is None else self.slots
+        _check_room("identity", slots, index, valid)
+        slot = index.clamp_max(slots - 1)[:, None]
+        return _members(slot.expand(k.shape[0], k.shape[1], -1), slots, k.dtype)
+
+
+@dataclass(frozen=True)
+class Linformer(Control):
+    """Learned weights by position: token i is written with column i of `weight` (G or 1, M, S_max)."""
+
+    weight: torch.Tensor
+    kind: ClassVar[str] = "weights"
+    positional: ClassVar[bool] = True
+
+    def control(self, k: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None, causal: bool) -> torch.Tensor:
+        weight = self.weight
+        if weight.shape[0] not in (1, k.shape[1]):
+            raise AttentionError(
+                f"linformer weight {tuple(weight.shape)}: expected (1, M, S_max), or ({k.shape[1]}, M, S_max) for "
+                f"{k.shape[1]} key heads"
+            )
+        _check_room("linformer", weight.shape[2], index, valid)
+        columns = weight.permute(2, 0, 1)[index.clamp(0, weight.shape[2] - 1)]  # (B or 1, T, G or 1, M)
+        return columns.transpose(1, 2).expand(k.shape[0], k.shape[1], -1, -1)
+
+
+@dataclass(frozen=True)
+class Cluster(Control):
+    """A token belongs to the slot whose centroid is nearest its key; a slot's memory is then a centroid itself.
+
+    Bidirectional: k-means over all keys, `iterations` rounds from evenly spaced tokens. Causal: the first M tokens of a
+    document found the slots, later tokens join the nearest as it stood at the last of every 64 tokens. No gradient
+    flows through the choice.
+    """
+
+    slots: int
+    iterations: int = 5
+    kind: ClassVar[str] = "slots"
+    positional: ClassVar[bool] = True
+
+    def control(self, k: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None, causal: bool) -> torch.Tensor:
+        index = index.expand(k.shape[0], -1)
+        begins = index == 0  # so does every document
+        ids = begins.cumsum(1) if valid is None else (begins & valid).cumsum(1).masked_fill(~valid, -1)
+        return _members(clusters.assign(k.detach(), ids, self.slots, self.iterations), self.slots, k.dtype)
+
+    def online(
+        self, k: torch.Tensor, index: torch.Tensor, place: Place, state: ABCState | None, total: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the control of causal attention, what the state carries on of it, on a ring only if `total`)."""
+        if state is None or state.clusters is None:
+            seen, document = clusters.empty(k, self.slots), torch.full((k.shape[0],), -1, device=k.device)
+        else:
+            known = state.document
+            seen = state.clusters.detach()
+            document = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device) if known is None else known
+        slot, seen = clusters.over_ranks(k.detach(), index.expand(k.shape[0], -1), place, seen, document, total)
+        return _members(slot, self.slots, k.dtype), seen
+
+
+@dataclass(frozen=True)
+class Fifo(Control):
+    """A queue of tokens of the document.
+
+    recent: tokens always in view, the token itself included. strided: older entries in view, one every `stride`
+    tokens; each is the last token of its stride, or with `pooled` the mean of the stride, seen once all of it has left
+    the recent ones.
+    """
+
+    recent: int
+    strided: int = 0
+    stride: int = 1
+    pooled: bool = False
+    kind: ClassVar[str] = "fifo"
+
+
+def random(slots: int, seed: int = 0) -> Control:
+    """ABC_RD: each token is written to one slot, drawn at random."""
+    _check_positive("random", slots=slots)
+    return Random(slots, seed)
+
+
+def identity(slots: int | None = None) -> Control:
+    """Each token has a slot of its own (softmax attention); for tests."""
+    return Identity(slots)
+
+
+def linformer(weight: torch.Tensor) -> Control:
+    """Linformer's projection, learned by position, causal or not; weight (G or 1, M, S_max), differentiable."""
+    if weight.dim() != 3 or not weight.is_floating_point():
+        raise AttentionError(f"linformer weight {tuple(weight.shape)} of {weight.dtype}: expected (G or 1, M, S_max)")
+    return Linformer(weight)
+
+
+def cluster(slots: int, iterations: int = 5) -> Control:
+    """ABC_CL: centroids of clustered keys."""
+    _check_positive("cluster", slots=slots, iterations=iterations)
+    return Cluster(slots, iterations)
+
+
+def window(slots: int) -> Control:
+    """ABC_WD: a queue of the last `slots` tokens."""
+    _check_positive("window", slots=slots)
+    return Fifo(slots)
+
+
+def dilated(slots: int, rate: int) -> Control:
+    """A queue that moves on at every `rate`-th token, its newest slot holding the latest token in between: the token
+    itself and the last tokens of the `slots - 1` strides before it."""
+    _check_positive("dilated", slots=slots, rate=rate)
+    return Fifo(slots) if rate == 1 else Fifo(1, slots - 1, rate)
+
+
+def compressive(slots: int, ratio: int) -> Control:
+    """The Compressive Transformer's memory: half of the slots hold the last tokens, the others means of `ratio` tokens
+    each that left it."""
+    _check_positive("compressive", slots=slots, ratio=ratio)
+    return Fifo(slots - slots // 2, slots // 2, ratio, pooled=True)
+
+
+def _members(slot: torch.Tensor, slots: int, dtype: torch.dtype) -> torch.Tensor:
+    """Logits 0 in the slot of each token and -inf elsewhere: (B, G, T) -> (B, G, T, M)."""
+    belongs = slot[..., None] == torch.arange(slots, device=slot.device)
+    return torch.zeros(belongs.shape, dtype=dtype, device=slot.device).masked_fill_(~belongs, -torch.inf)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of int64 that leaves no pattern (the finalizer of splitmix64)."""
+    x = x + wrapped(0x9E3779B97F4A7C15)
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * wrapped(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * wrapped(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def _check_positive(name: str, **sizes: int) -> None:
+    for field, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise AttentionError(f"{name}({field}={size!r}): give a positive integer")
+
+
+def _check_room(name: str, room: int, index: torch.Tensor, valid: torch.Tensor | None) -> None:
+    last = index if valid is None else index.masked_fill(~valid, 0)
+    longest = int(last.max()) + 1
+    if longest > room:
+        raise AttentionError(
+            f"{name}: a document of {longest} tokens, and the control has {room} positions; make it longer, or "
+            "choose a control without positions"
+        )

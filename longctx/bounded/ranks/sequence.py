@@ -1,0 +1,144 @@
+"""Where a call's tokens stand: on which rank of which ring, at which index, in which document."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from longctx.attention.comm import Link, LocalLink, ProcessLink
+from longctx.bounded.chunks import Runs
+from longctx.bounded.ranks import monoid
+from longctx.bounded.ranks.exchange import Chain
+from longctx.bounded.ranks.scan import associative_exclusive_scan, chain_of
+from longctx.errors import AttentionError
+from longctx.layout import Layout, get_layout
+from longctx.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Place:
+    """The local tokens of one call.
+
+    parts: the stretches of the sequence held here, as slices of the local tokens, beside `chain.chunks[link.rank]`.
+    index: (T,) int64 global indices. ids: (B, T) int64 documents with -1 at padding, None for one and no padding.
+    """
+
+    link: Link
+    chain: Chain
+    parts: tuple[slice, ...]
+    index: torch.Tensor
+    ids: torch.Tensor | None
+
+    @property
+    def valid(self) -> torch.Tensor | None:
+        """(B, T) bool: no padding."""
+        return None if self.ids is None else self.ids >= 0
+
+    def counts(
+        self, count: torch.Tensor | None, document: torch.Tensor | None, total: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """((B or 1, T) int64: the tokens of each token's document up to and with it, whichever ranks hold them;
+        (B or 1,) those of the document that ends the sequence, on a ring only if `total`, else of this rank's tokens).
+
+        Args:
+            count, document: (B,) each, of the state before the first token of the sequence.
+        """
+        if self.ids is None:
+            found, last = self.index[None] + 1, self.index.new_full((1,), self.link.ring * len(self.index))
+            return (found, last) if count is None else (found + count[:, None], last + count)
+        here = [Runs(self.ids[:, part], None) for part in self.parts]
+        starts = [(count, document)]
+        if self.link.ring > 1:
+            ends = [(run.tail().sum(1), run.ending) for run in here]
+            zero = torch.zeros_like(ends[0][0])
+            starts = associative_exclusive_scan(  # type: ignore[assignment]
+                ends, monoid.latest, (zero, zero - 1), self.link, self.chain, total=total
+            )
+            if count is not None and document is not None:
+                starts = [monoid.latest((count, document), start) for start in starts]  # type: ignore[misc,arg-type]
+            starts = [(done, monoid.name(before)) for done, before in starts]  # type: ignore[arg-type]
+        pieces = [
+            Runs(self.ids[:, part], before).counts(done)
+            for part, (done, before) in zip(self.parts, starts, strict=False)
+        ]
+        found = torch.cat(pieces, 1)
+        whole = starts[-1][0] if total and self.link.ring > 1 else None
+        return found, found[:, -1] if whole is None else whole
+
+
+_SEVERAL = -2
+
+
+def only_document(ids: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
+    """(B,) the one document of each row here, -1 if there is none, a mark if there are several."""
+    if ids is None:
+        return torch.zeros(batch, dtype=torch.int64, device=device)
+    top = ids.amax(1)
+    several = ((ids >= 0) & (ids != top[:, None])).any(1)
+    return top.clamp_min(-1).masked_fill(several, _SEVERAL)
+
+
+def check_one_document(documents: list[torch.Tensor]) -> None:
+    """Every rank sees all ranks' `only_document`, so that all raise or none does.
+
+    Raises:
+        AttentionError: a row holds several documents.
+    """
+    found = torch.stack(documents)
+    top = found.amax(0)
+    if bool(((found == _SEVERAL) | ((found >= 0) & (found != top))).any()):
+        raise AttentionError(
+            "packed documents without causal have a memory each: there is no one state, and in cross attention it is "
+            "not known which one a query belongs to"
+        )
+
+
+def locate(
+    tokens: int,
+    batch: int,
+    device: torch.device,
+    *,
+    mesh: Mesh | None,
+    layout: str | Layout,
+    document_ids: torch.Tensor | None,
+    length: int | None,
+    link: Link | None = None,
+) -> Place:
+    """Find the place of `tokens` local tokens.
+
+    Raises:
+        AttentionError: the mesh splits heads, the layout interleaves tokens, or the length does not fit.
+    """
+    if mesh is not None and mesh.ulysses_size > 1:
+        raise AttentionError(
+            f"a mesh with ulysses={mesh.ulysses_size}: splitting heads is not supported in this version; use "
+            f"Mesh(ring={mesh.sequence_size})"
+        )
+    if link is None:
+        link = LocalLink() if mesh is None or mesh.ring_size == 1 else ProcessLink(mesh)
+    layout = get_layout(layout)
+    chain = chain_of(layout, link.ring)
+    padded = tokens * link.ring
+    if padded % layout.multiple(link.ring) and link.ring > 1:
+        raise AttentionError(
+            f"{tokens} tokens a rank over a ring of {link.ring} make {padded}, and layout {layout.name!r} needs a "
+            f"multiple of {layout.multiple(link.ring)}; pad with longctx.shard"
+        )
+    if length is not None and not 0 < length <= padded:
+        raise AttentionError(
+            f"length={length}: the ring holds {padded} tokens; give the true global length, 1 to {padded}"
+        )
+    spans = layout.spans(link.rank, link.ring, padded) if link.ring > 1 else None
+    pieces = [torch.arange(tokens)] if spans is None else [torch.arange(s.start, s.last + 1) for s in spans]
+    ends = accumulate(len(piece) for piece in pieces)
+    parts = tuple(slice(end - len(piece), end) for end, piece in zip(ends, pieces, strict=True))
+    index = torch.cat(pieces).to(device)
+    if document_ids is not None:
+        document_ids = document_ids.to(torch.int64)
+    if length is not None and length < padded:
+        if document_ids is None:
+            document_ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
+        document_ids = document_ids.masked_fill(index >= length, -1)
+    return Place(link, chain, parts, index, document_ids)

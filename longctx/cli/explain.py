@@ -1,0 +1,57 @@
+"""`longctx explain`: what keys mean, the values they have in a configuration, and where each was written."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from longctx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longctx.config.explain import Row
+
+
+def explain(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [KEY|KEY=VALUE]...")] = None,
+) -> None:
+    """Say what keys mean, their values in CONFIG (if given), and where each value came from."""
+    from longctx.config.derived import CPU_RANKS
+    from longctx.config.explain import explain as rows_of
+    from longctx.config.load import load_with_sources
+    from longctx.launch.cluster.hosts import default_world
+
+    words = list(arguments or [])
+    given = words.pop(0) if words and _names_a_file(words[0]) else None
+    overrides = [word for word in words if "=" in word]
+    keys = [word for word in words if "=" not in word]
+    if overrides and given is None:
+        raise ConfigError("explain: overrides change a configuration; give its file first")
+    loaded = load_with_sources(given, overrides, default_world=default_world) if given else None
+    world = default_world(loaded.config) if loaded else CPU_RANKS
+    _print_rows(rows_of(loaded, keys, default_world=world), long=bool(keys))
+
+
+def _names_a_file(word: str) -> bool:
+    return word.endswith((".yaml", ".yml")) or os.sep in word or ("=" not in word and Path(word).is_file())
+
+
+def _print_rows(rows: list[Row], long: bool) -> None:
+    if long:
+        for row in rows:
+            value = f" = {row.value}" if row.value else ""
+            typer.echo(f"{row.key}{value}  ({row.source})\n    {row.meaning}\n    {row.expected}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("key", no_wrap=True)
+    for name in ("value", "source", "meaning"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(row.key, row.value, row.source, row.meaning)
+    Console(width=None if sys.stdout.isatty() else 2000, markup=False, highlight=False).print(table)

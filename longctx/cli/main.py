@@ -1,0 +1,234 @@
+"""The command line: `longctx train|launch|check|plan|rehearse|explain|schema|init|data|generate|export|plot|doctor`.
+
+Nothing heavy is imported up here, so that whatever only reads a configuration answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from longctx.cli.explain import explain
+from longctx.cli.export import export
+from longctx.cli.generate import generate
+from longctx.cli.plan import plan
+from longctx.errors import ConfigError, LaunchError, LongctxError
+from longctx.launch.early import StoppedEarly
+from longctx.launch.surroundings import settle
+from longctx.rehearse.world import rehearse
+from longctx.train.signals import code_of, sentence_of
+
+if TYPE_CHECKING:
+    from longctx.config.derived import Derived
+    from longctx.config.load import Loaded
+
+app = typer.Typer(
+    name="longctx",
+    help="Train transformers on sequences sharded over a ring of devices.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Make token files from text, and look into them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.command()(explain)
+app.command()(generate)
+app.command()(export)
+app.command()(plan)
+app.command()(rehearse)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (`longctx init` writes one)")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=100")]
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train: on this machine, or on the hosts of the `launch` section."""
+    from longctx.launch.early import stopping_early
+    from longctx.launch.start import require_own_shell, start
+
+    with stopping_early():
+        require_own_shell(config)
+        loaded, derived = _checked(config, overrides or [])
+        raise typer.Exit(start(loaded.config, derived, config, overrides or []))
+
+
+@app.command()
+def launch(
+    config: Config,
+    overrides: Overrides = None,
+    print_only: Annotated[bool, typer.Option("--print", help="show what would run, and where; run nothing")] = False,
+    check_only: Annotated[bool, typer.Option("--check", help="ask every host whether it is ready; train nothing")] = (
+        False
+    ),
+) -> None:
+    """Like `train`; or only show the commands and the placement; or only check the hosts."""
+    if not (print_only or check_only):
+        return train(config, overrides)
+    loaded, derived = _checked(config, overrides or [], starting=False)
+    if print_only:
+        from longctx.cli.launch_print import show
+
+        typer.echo(show(loaded.config, derived, config, overrides or []))
+        return
+    if loaded.config.launch.launcher == "local":
+        raise LaunchError("launcher local has no hosts to check; `longctx doctor` looks at this machine")
+    from longctx.launch.cluster import run as cluster
+
+    code = cluster.train(loaded.config, derived, only_check=True)
+    if code == 0:
+        typer.echo("every host is ready")
+    raise typer.Exit(code)
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Find every mistake in a configuration before anything starts."""
+    loaded, derived = _checked(config, overrides or [], starting=False)
+    run, size = loaded.config, derived
+    what = run.model.architecture or run.model.pretrained
+    count = f", about {size.parameters / 1e6:,.1f} M parameters" if size.parameters else ""
+    typer.echo(f"{config}: no mistake found")
+    typer.echo(f"  model  {what}{count}, {run.model.dtype}, ZeRO-{run.zero.stage}")
+    typer.echo(f"  ranks  {size.world} = data {size.data} x ring {size.ring} x ulysses {size.ulysses}")
+    typer.echo(
+        f"  rows   {run.data.sequence_length:,} tokens, {size.local_length:,} on each rank ({run.attention.layout})"
+    )
+    batch = f"{size.global_batch} rows = {size.micro_batch} x {size.accumulation} accumulated x {size.data} replicas"
+    typer.echo(f"  step   {batch}, {size.tokens_per_step:,} tokens; {run.train.steps:,} steps")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a configuration, for editors."""
+    from longctx.config.schema import RunConfig
+
+    typer.echo(
+        json.dumps(
+            RunConfig.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}, indent=1
+        )
+    )
+
+
+@app.command()
+def init(
+    output: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="default: print it")] = None,
+    preset: Annotated[str, typer.Option(help="cpu-tiny, 1-gpu-32k, 8-gpu-1M, 32-gpu-8M, …: see configs/")] = "cpu-tiny",
+) -> None:
+    """Write a commented configuration to start from."""
+    from longctx.config.presets import PRESETS, render
+
+    if preset not in PRESETS:
+        raise ConfigError(f"init --preset {preset}: there is no such preset; choose one of {', '.join(PRESETS)}")
+    text = render(preset)
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        with output.open("x") as stream:
+            stream.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{output} exists already and is left alone; give another name") from None
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}; give another name") from None
+    name = shlex.quote(str(output))
+    typer.echo(f"wrote {output}; next: longctx check {name} && longctx train {name}")
+
+
+@data_app.command("build")
+def data_build(config: Config, overrides: Overrides = None) -> None:
+    """Turn the text of a configuration's `data` section into token files (training does it by itself)."""
+    loaded, _ = _checked(config, overrides or [])
+    from longctx.train.corpus import build_corpus
+
+    built = build_corpus(loaded.config, lambda line: typer.echo(line, err=True))
+    counts = {name: value for name, value in built.report.items() if isinstance(value, int | float)}
+    typer.echo(f"{built.folder}: {'unchanged since the last build' if built.reused else 'built'}")
+    typer.echo("  " + ", ".join(f"{name} {value:,}" for name, value in counts.items()))
+
+
+@data_app.command("inspect")
+def data_inspect(
+    file: Annotated[Path, typer.Argument(help="a .tokens file, or a folder that `data build` made")],
+    row: Annotated[int, typer.Option(help="which packed row to show", min=0)] = 0,
+    sequence_length: Annotated[int, typer.Option(help="tokens of a row", min=2)] = 8192,
+    packing: Annotated[str, typer.Option(help="concat or best_fit")] = "concat",
+    ring: Annotated[int, typer.Option(help="ring members to deal the row out to", min=1)] = 2,
+    layout: Annotated[str, typer.Option(help="zigzag, contiguous or striped")] = "zigzag",
+) -> None:
+    """Verify a token file and show one packed row of it: its documents, and which rank holds what."""
+    from longctx.data.inspect import inspect
+
+    path = file / "train.tokens" if file.is_dir() else file
+    inspect(path, row, sequence_length=sequence_length, packing=packing, ring=ring, layout=layout)
+
+
+@app.command()
+def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:
+    """Draw loss.png from a run's metrics.jsonl."""
+    from longctx.train.report.plot import plot_loss
+
+    typer.echo(str(plot_loss(run)))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Is this machine ready to train? Names what is missing, and the fix."""
+    from longctx.cli.doctor import FAIL, examine
+
+    checks = examine()
+    if as_json:
+        typer.echo(json.dumps([item._asdict() for item in checks], indent=1))
+    else:
+        for item in checks:
+            typer.secho(f"{item.status:<5}", nl=False, fg={"ok": "green", "warn": "yellow"}.get(item.status, "red"))
+            typer.echo(f"{item.name:<16} {item.seen}" + (f"\n      -> {item.fix}" if item.fix else ""))
+    raise typer.Exit(1 if any(item.status == FAIL for item in checks) else 0)
+
+
+def _checked(config: Path, overrides: list[str], starting: bool = True) -> tuple[Loaded, Derived]:
+    """Load, cross-check, and look at the machine; raises with everything that is wrong."""
+    from longctx.config.derived import derive, world_size
+    from longctx.config.load import load_for_machine
+    from longctx.launch.cluster.hosts import default_world
+
+    loaded, notes = load_for_machine(config, overrides, default_world=default_world, starting=starting)
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+    return loaded, derive(loaded.config, world_size(loaded.config, default_world(loaded.config)))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. A user's mistake is one message on stderr and exit code 2 (configuration) or 1."""
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some reads every package's metadata
+    try:
+        settle()
+        app(args=arguments)
+    except ConfigError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(2)
+    except LongctxError as error:
+        typer.echo(f"longctx: {error}", err=True)
+        sys.exit(1)
+    except StoppedEarly as stop:
+        typer.echo(f"longctx: {sentence_of(stop.number)}", err=True)
+        sys.exit(code_of(stop.number))
+    except OSError as error:  # a missing folder, a full disk, no permission: the user's to mend, wherever it came up
+        if error.strerror is None:
+            raise
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        typer.echo(f"longctx: {where}{error.strerror}; make it available, or name another file or folder", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

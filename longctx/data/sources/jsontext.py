@@ -1,0 +1,166 @@
+"""The text in JSON: objects a line, objects one after another, or an array of them; long ones never parsed as a whole.
+
+A parsed string takes up to four bytes a character in Python. So where an object is large, its long strings are cut out
+before it is parsed, and the one that holds the text is decoded in parts.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+from longctx.data.sources.streams import Stream
+from longctx.errors import DataError
+
+MAX_BYTES = 2**30  # of one line, or one object
+_LARGE = 2**22
+_LONG_STRING = 2**16
+_PART_BYTES = 2**19
+_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_STRINGS = re.compile(_STRING, re.DOTALL)
+_TOKENS = re.compile(_STRING + rb'|[\[\]{}]|"', re.DOTALL)
+_BETWEEN = re.compile(rb"[\s,]*")
+# Whole characters and escapes, with both halves of a surrogate pair together.
+_UNITS = re.compile(
+    rb"(?:[^\\]++|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\[^u])*+",
+    re.DOTALL,
+)
+_Found = Iterator[tuple[str, Iterator[str]]]
+
+
+def json_lines(stream: Stream, field: str) -> _Found:
+    """Yield (place, text in parts) of each line that is not blank. Raises: DataError (naming line and byte)."""
+    offset = 0
+    for number, line in enumerate(stream.lines(MAX_BYTES), 1):
+        if number == 1 and line.startswith(codecs.BOM_UTF8):
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.isspace():
+            where = f"{stream.file}:{number} (byte {offset})"
+            yield str(number), text_of(line, field, where, "a JSON object on one line")
+        offset += len(line)
+
+
+def json_values(stream: Stream, field: str) -> _Found:
+    """Yield (number, text in parts) of each object of an array, or of objects one after another. Raises: DataError."""
+    for number, (offset, raw) in enumerate(_objects(stream), 1):
+        where = f"{stream.file}: object {number} (byte {offset})"
+        yield str(number), text_of(raw, field, where, "a JSON object")
+
+
+def text_of(raw: bytes | bytearray, field: str, where: str, what: str) -> Iterator[str]:
+    """Yield the text under ``field`` of a JSON object, in parts.
+
+    Raises:
+        DataError: not ``what``, no such key, another value than text, or half of a surrogate pair.
+    """
+    mark, cuts = "", []
+    if len(raw) > _LARGE:
+        mark = secrets.token_hex(16)
+
+        def shorten(found: re.Match[bytes]) -> bytes:
+            if found.end() - found.start() < _LONG_STRING:
+                return found[0]
+            cuts.append(found.span())
+            return f'"{mark}{len(cuts) - 1}"'.encode()
+
+        skeleton = _STRINGS.sub(shorten, raw)
+    try:
+        value = json.loads((skeleton if mark else raw).decode())
+        text = _field(value, field, where, what)
+        if mark and text.startswith(mark):
+            begin, end = cuts[int(text.removeprefix(mark))]
+            parts = _unescaped(raw, begin + 1, end - 1)
+        else:
+            parts = iter([text])
+        for part in parts:
+            part.encode()
+            yield part
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: half of a surrogate pair at character {error.start}; repair the line") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{where}: not {what} ({error}); repair or remove it") from None
+
+
+def _field(value: Any, field: str, where: str, what: str) -> str:
+    if isinstance(value, dict) and isinstance(value.get(field), str):
+        return str(value[field])
+    if isinstance(value, dict) and field in value:
+        kind = {"NoneType": "null", "dict": "an object", "list": "an array", "bool": "true or false"}.get(
+            type(value[field]).__name__, "a number"
+        )
+        raise DataError(f"{where}: the value of the key {field!r} is {kind}, not text; repair or remove it")
+    found = ", ".join(map(repr, list(value)[:8])) if isinstance(value, dict) else type(value).__name__
+    raise DataError(
+        f"{where}: no text under the key {field!r} (found: {found}); give the key that holds the text as "
+        "data.text_field, or read whole files as they are with data.format: text"
+    )
+
+
+def _unescaped(raw: bytes | bytearray, begin: int, end: int) -> Iterator[str]:
+    """Decode the inside of a JSON string, in parts."""
+    while begin < end:
+        place = min(begin + _PART_BYTES, end)
+        if place < end:
+            found = _UNITS.match(raw, begin, place)
+            place = found.end() if found and found.end() > begin else place
+            while place > begin + 1 and raw[place] & 0xC0 == 0x80:  # inside a character
+                place -= 1
+        yield json.loads(b'"' + bytes(raw[begin:place]) + b'"')
+        begin = place
+
+
+def _objects(stream: Stream) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, bytes) of each object: of an array, or one after another."""
+    buffer, offset, ended = stream.read().removeprefix(codecs.BOM_UTF8), 0, False
+    gap = len(buffer) - len(buffer.lstrip())
+    array = buffer[gap : gap + 1] == b"["
+    begin, closed = gap + int(array), False
+    while True:
+        begin = _BETWEEN.match(buffer, begin).end()  # type: ignore[union-attr]  # it matches nothing, too
+        first = buffer[begin : begin + 1]
+        if first == b"{" and not closed:
+            end = _end_of_object(buffer, begin)
+            if end:
+                yield offset + begin, buffer[begin:end]
+                begin = end
+                continue
+        elif first == b"]" and array and not closed:
+            closed, begin = True, begin + 1
+            continue
+        elif first:
+            raise DataError(
+                f"{stream.file}: byte {offset + begin}: {first!r} where an object or the end should be; only JSON "
+                "objects, JSON lines and arrays of objects are read: repair it, or set data.format: text"
+            )
+        if ended:
+            break
+        offset, buffer, begin = offset + begin, buffer[begin:], 0
+        data = stream.read(max(len(buffer), 2**20))
+        ended = not data
+        buffer += data
+        if len(buffer) > 2 * MAX_BYTES:
+            raise DataError(f"{stream.file}: byte {offset}: an object of more than {MAX_BYTES} bytes; make JSON lines")
+    if first or (array and not closed):
+        raise DataError(f"{stream.file}: byte {offset + len(buffer)}: the JSON ends too early; copy the file again")
+
+
+def _end_of_object(buffer: bytes, begin: int) -> int:
+    """Return where the object that begins there ends, or 0 where the buffer ends before."""
+    depth = 0
+    for found in _TOKENS.finditer(buffer, begin):
+        token = buffer[found.start() : found.start() + 1]
+        if token in b"{[":
+            depth += 1
+        elif token in b"}]":
+            depth -= 1
+            if depth == 0:
+                return found.end()
+        elif found.end() - found.start() == 1:  # a string that goes on behind the buffer
+            return 0
+    return 0

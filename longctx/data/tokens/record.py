@@ -1,0 +1,117 @@
+"""What a build records beside its files, and whether a run's checkpoints may continue with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from longctx.data.tokenizers.tokenizer import load_tokenizer
+from longctx.data.tokens.file import TokenFile
+from longctx.errors import DataError
+
+RECORD = "build.json"
+TRAIN, HELD_OUT, TOKENIZER = "train.tokens", "held_out.tokens", "tokenizer"
+_RECIPE = 3  # raise when the same text and settings would give other files
+_TEXT_SETTINGS = {
+    "sources": "data.sources",
+    "text_field": "data.text_field",
+    "format": "data.format",
+    "exclude": "data.exclude",
+}
+_OTHER_SETTINGS = {
+    "seed": "data.seed",
+    "tokenizer": "data.tokenizer",
+    "vocabulary_size": "data.vocab_size",
+    "held_out": "data.held_out",
+    "sample_bytes": "data.sample_bytes",
+    "special_tokens": "data.special_tokens",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the files of a build besides the text. ``tokenizer`` is its hash, or "bpe" for one to be trained."""
+
+    tokenizer: str
+    vocabulary_size: int | None
+    held_out: float
+    seed: int
+    sample_bytes: int | None
+    special_tokens: str
+    sources: list[str]
+    text_field: str
+    format: str
+    exclude: list[str]
+    recipe: int = _RECIPE
+
+    def key(self, content: str) -> str:
+        """Return the name of a build from texts of this hash: the same text from another place is the same build."""
+        named = {name: value for name, value in asdict(self).items() if name not in _TEXT_SETTINGS}
+        return hashlib.sha256(json.dumps({**named, "content": content}, sort_keys=True).encode()).hexdigest()
+
+
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """Return the record of a complete build whose files are all there and unchanged, or None."""
+    try:
+        found: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
+        for name, identity in found["files"].items():
+            if name not in (TRAIN, HELD_OUT):
+                return None
+            with TokenFile(folder / name, tokenizer_hash=found["tokenizer_hash"]) as file:
+                if file.identity != identity:
+                    return None
+                file.verify()
+        if load_tokenizer(folder / TOKENIZER).hash != found["tokenizer_hash"]:
+            return None
+        return found if {"key", "settings", "stamp", "report", "vocabulary_size"} <= found.keys() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # DataError is a ValueError
+        return None
+
+
+def require_settings(continues: Mapping[str, Any], settings: Settings) -> None:
+    """Raise DataError, naming the key, if a run's checkpoints go on with data of other settings.
+
+    Args:
+        continues: the record (``TokenBuild.record``) of the data that the checkpoints count.
+    """
+    now = asdict(settings)
+    for name, key in _OTHER_SETTINGS.items():
+        before = continues["settings"].get(name)
+        if before != now[name]:
+            shown = (f"{str(value)[:12]}" if name == "tokenizer" else value for value in (before, now[name]))
+            raise DataError(
+                "{}: the checkpoints of this run were saved with {} {}, this run has {}: set it back, or choose "
+                "another output.folder".format(key, key, *shown)
+            )
+    if continues["settings"].get("recipe") != settings.recipe:
+        raise DataError(
+            "data.sources: the checkpoints of this run count token files that another version of longctx made, and "
+            "this one would make others of the same text; give the folder of those files as data.sources, or choose "
+            "another output.folder"
+        )
+
+
+def require_text(continues: Mapping[str, Any], settings: Settings, key: str) -> None:
+    """Raise DataError if a run's checkpoints go on with data made from other text.
+
+    Args:
+        continues: as in ``require_settings``, which was called before.
+        key: of the build that is asked for.
+    """
+    if continues["key"] == key:
+        return
+    now, before = asdict(settings), continues["settings"]
+    changed = [
+        f"{yaml} was {before.get(name)}, now {now[name]}"
+        for name, yaml in _TEXT_SETTINGS.items()
+        if before.get(name) != now[name]
+    ]
+    why = "; ".join(changed) or "files were changed, added or removed"
+    raise DataError(
+        f"data.sources: the text is not the one that the checkpoints of this run were trained on ({why}); restore it, "
+        "give the folder of the token files themselves as data.sources, or choose another output.folder"
+    )

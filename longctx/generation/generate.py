@@ -1,0 +1,172 @@
+"""generate(): transformers' own generate() over a context that no single rank holds.
+
+The prompt runs through the model once, sharded, by ring attention, and its keys and values (under `enable_el` its
+layer inputs) stay where they lie. From then on every rank computes the same new token: attention is the only place
+where they exchange anything, D + 1 numbers a query head and layer. A layer with a bounded memory exchanges nothing
+any more: every rank has its state of the whole prompt. Sampling draws from generators that start equal on all ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.decode.caches.sharded import ReplicatedState, ShardedCache, ShardedHidden, ShardedLayer
+from longctx.decode.sharded import Places
+from longctx.errors import ModelError
+from longctx.generation.el import el_layers, spread_source
+from longctx.mesh import Mesh
+from longctx.models.attach import attach_attention
+from longctx.models.hook.binding import Binding, binding_of
+from longctx.models.hook.bounded_layer import memory_of
+from longctx.models.modes import evaluating
+from longctx.sharding import positions, shard
+
+_OTHER_CACHES = ("cache_implementation", "prompt_lookup_num_tokens")
+"""options that choose another cache; on a ring, a generation config that has them is overruled"""
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    *,
+    mesh: Mesh,
+    layout: str = "zigzag",
+    attention_mask: torch.Tensor | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Any:
+    """Continue a prompt whose context is spread over the ranks of ``mesh``; call it on all of them alike.
+
+    Args:
+        model: a causal transformers model, whole on every rank; on a ring its attention becomes longctx's. Or, under
+            `enable_el`, an encoder-decoder: ranks keep their parts of the encoder's output, which each of them runs.
+        input_ids: (B, S) int64, the whole prompt, equal on every rank of the sequence group; S >= 2 on a ring.
+        attention_mask: (B, S), 0 at padding, which must be on the left.
+        seed: of sampling.
+        options: of transformers' generate(): max_new_tokens, do_sample, num_beams, streamer, … What is not given comes
+            from the model's generation config, as there.
+
+    Returns:
+        what generate() returns, the same on every rank. Every module is in the mode (train or eval) that it was in.
+
+    Raises:
+        ModelError: the model or an option cannot be generated from sharded; see docs/decode.md.
+    """
+    _check(model, input_ids, attention_mask, options, mesh.sequence_size)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    beams = max(int(_option(model, options, name) or 1) for name in ("num_beams", "num_return_sequences"))
+    devices = [mesh.device] if mesh.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        if mesh.sequence_size == 1:
+            return model.generate(input_ids, attention_mask=mask, **(options | {"use_cache": True}))
+        if model.config.is_encoder_decoder:
+            return _from_source(model, input_ids, mask, mesh, options)
+        if binding_of(model) is None or binding_of(model).mesh is not mesh:  # type: ignore[union-attr]
+            attach_attention(model, mesh, layout)
+        binding = binding_of(model)
+        assert binding is not None
+        try:
+            cache = binding.cache = _prefill(model, input_ids[:, :-1], mask[:, :-1], binding)
+            if beams > 1:
+                cache.batch_repeat_interleave(beams)
+            own = dict.fromkeys(_OTHER_CACHES) | {"use_cache": True}
+            return model.generate(input_ids, attention_mask=mask, past_key_values=cache, **(options | own))
+        finally:
+            binding.cache = None
+
+
+def _from_source(model: Any, ids: torch.Tensor, mask: torch.Tensor, mesh: Mesh, options: dict[str, Any]) -> Any:
+    """Generate from an encoder's output of which this rank keeps its part; self-attention is that of one process."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    with spread_source(model, mesh):
+        hidden = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        mine, visible = (x.tensor_split(mesh.sequence_size, 1)[mesh.sequence_rank].clone() for x in (hidden, mask))
+        del hidden
+        source = BaseModelOutput(last_hidden_state=mine)
+        return model.generate(encoder_outputs=source, attention_mask=visible, **(options | {"use_cache": True}))
+
+
+def _prefill(model: Any, ids: torch.Tensor, mask: torch.Tensor, binding: Binding) -> ShardedCache:
+    """Run the prompt but its last token through the model, sharded, and keep what each rank computes."""
+    length, mesh, layout = ids.shape[1], binding.mesh, binding.layout
+    documents = shard(torch.where(mask > 0, 0, -1).to(torch.int32), mesh, layout=layout, pad_value=-1)
+    places = Places(
+        mesh.sequence_rank, mesh.sequence_size, length, positions(length, mesh, layout).to(ids.device), documents
+    )
+    layers = _layers(model, places, mask.sum(-1))
+    cache = binding.cache = ShardedCache(mesh, layers, places)
+    model(
+        input_ids=shard(ids, mesh, layout=layout),
+        position_ids=shard((mask.cumsum(-1) - 1).clamp(min=0), mesh, layout=layout),
+        document_ids=documents,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    if not cache.filled:
+        raise ModelError(
+            f"{type(model).__name__} did not fill its cache of {len(layers)} layers: only models whose every layer "
+            "caches keys and values, or has a bounded memory of longctx, can be generated from sharded"
+        )
+    cache.ready = True
+    return cache
+
+
+def _layers(model: Any, places: Places, tokens: torch.Tensor) -> list[ShardedLayer | ReplicatedState]:
+    """What each layer keeps: a bounded state, layer inputs where EL-attention is enabled, or keys and values."""
+    count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    layers: list[ShardedLayer | ReplicatedState] = [ShardedLayer(places) for _ in range(count)]
+    for index in el_layers(model):
+        layers[index] = ShardedHidden(places)
+    for module in model.modules():
+        if memory_of(module) is not None:
+            layers[int(module.layer_idx)] = ReplicatedState(places, tokens)
+    return layers
+
+
+def _check(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any], ranks: int) -> None:
+    name = type(model).__name__
+    if not hasattr(model, "generate"):
+        raise ModelError(f"{name}: sharded generation is for models with generate()")
+    least = ranks if getattr(model.config, "is_encoder_decoder", False) else min(ranks, 2)
+    if ids.dim() != 2 or ids.shape[1] < least or ids.is_floating_point():
+        raise ModelError(
+            f"input_ids {tuple(ids.shape)} of {ids.dtype}: expected (B, S) token numbers with S >= {least}"
+        )
+    left = not model.config.is_encoder_decoder
+    if mask is not None and (mask.shape != ids.shape or left and bool((mask[:, -1] == 0).any())):
+        raise ModelError(
+            f"attention_mask {tuple(mask.shape)} for input_ids {tuple(ids.shape)}: give one of the same shape, for "
+            "decoders with padding on the left"
+        )
+    for option in (*_OTHER_CACHES, "past_key_values", "assistant_model"):
+        if options.get(option) is not None:
+            raise ModelError(f"generate({option}=…): the cache of a sharded generation is its own; leave it out")
+    if options.get("use_cache") is False:
+        raise ModelError("generate(use_cache=False): a sharded generation lives on its cache; leave it out")
+    if ranks > 1 and _option(model, options, "guidance_scale") not in (None, 1, 1.0):
+        raise ModelError(
+            "generate(guidance_scale=…): guidance reads a second prompt, which has no cache on a ring; give "
+            "guidance_scale=1, in the folder's generation_config.json if it stands there, or generate in one process"
+        )
+
+
+def _option(model: Any, options: dict[str, Any], name: str) -> Any:
+    """Return what an option of generate() will be: as given, else as the model's generation config says."""
+    return options[name] if name in options else getattr(model.generation_config, name, None)
+
+
+def same_everywhere(tokens: torch.Tensor, mesh: Mesh) -> bool:
+    """Tell whether all ranks of the sequence group hold the same tokens (collective)."""
+    if mesh.sequence_size == 1:
+        return True
+    low, high = tokens.clone(), tokens.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=mesh.sequence_group)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=mesh.sequence_group)
+    return bool(torch.equal(low, high))

@@ -1,0 +1,177 @@
+"""A job on many hosts, from its configuration to its exit code; and what would be run, without running it."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from longctx import slurm
+from longctx.config.derived import Derived
+from longctx.config.hosts import bare
+from longctx.config.schema import RunConfig
+from longctx.config.write import dump
+from longctx.errors import LaunchError
+from longctx.launch import hardware
+from longctx.launch.cluster import control, ticket
+from longctx.launch.cluster.commands import Command, commands, require_tools
+from longctx.launch.cluster.hosts import hosts_of, with_slots
+from longctx.launch.cluster.placement import Placement, place
+from longctx.launch.cluster.supervise import Outcome, Supervisor
+from longctx.launch.environment import travelling
+from longctx.network import address_of, address_towards
+from longctx.train.folder import require_usable
+from longctx.train.lock import FolderLock, require_free
+
+
+class Plan(NamedTuple):
+    """Everything about a job that is known before it starts."""
+
+    config: RunConfig
+    placement: Placement
+    commands: list[Command]
+    environment: dict[str, str]
+    """what travels"""
+    ticket: Path
+    folder: str
+    python: str
+
+
+def plan(config: RunConfig, sizes: Derived) -> Plan:
+    """Work out placement, commands and environment; nothing is run or written.
+
+    Raises:
+        LaunchError: the mesh does not fit the hosts, or the hosts are not known.
+    """
+    hosts = with_slots(hosts_of(config.launch), config.launch, sizes.world)
+    return _plan(config, hosts, (sizes.ring, sizes.ulysses, sizes.data))
+
+
+def _plan(config: RunConfig, hosts: Sequence[tuple[str, int]], grid: tuple[int, int, int]) -> Plan:
+    launch, placement = config.launch, place(hosts, *grid)
+    python, folder = launch.python or sys.executable, launch.folder or os.getcwd()
+    path = Path(folder, config.output.folder).absolute() / ticket.FOLDER / ticket.NAME
+    found = commands(launch, placement.hosts, python, hardware.python_path(), str(path))
+    return Plan(config, placement, found, travelling(os.environ, launch.environment), path, folder, python)
+
+
+def train(config: RunConfig, sizes: Derived, *, only_check: bool = False) -> int:
+    """Run the job and return its exit code, as ``local.train`` does; a failure is tried again `launch.restarts` times.
+
+    Raises:
+        LaunchError: it cannot be started from here.
+    """
+    job = plan(config, sizes)
+    require_tools(config.launch)
+    if not only_check:
+        require_usable(job.ticket.parent.parent)
+        require_free(job.ticket.parent.parent)
+    private = job.ticket.parent
+    ticket.make_private(private)
+    with FolderLock(private):
+        outcome = _attempt(job, only_check)
+        for left in range(config.launch.restarts - 1, -1, -1):
+            if not outcome.again:
+                break
+            print(f"longctx: starting again from the newest checkpoint ({left} more times)", file=sys.stderr)
+            time.sleep(1)
+            outcome = _attempt(job, only_check)
+            fewer = without(job, sizes, outcome.absent)
+            if fewer is not None:  # the host that died has not come back
+                job = fewer
+                outcome = _attempt(job, only_check)
+    return outcome.code
+
+
+def without(job: Plan, sizes: Derived, absent: frozenset[str]) -> Plan | None:
+    """Return the plan for the hosts that are left: fewer replicas, each step still on as many rows. None if no host is
+    absent, or if what is left has no room for one replica.
+    """
+    left = [(name, count) for name, count in job.placement.hosts if name not in absent]
+    room = sum(count for _, count in left)
+    of_one, batch, micro = sizes.ring * sizes.ulysses, sizes.global_batch, sizes.micro_batch
+    data = next((d for d in range(room // of_one, 0, -1) if batch % (micro * d) == 0), 0)
+    if not absent or data == 0:
+        return None
+    names = ", ".join(sorted(absent))
+    print(f"longctx: going on without {names}: mesh.data is now {data}", file=sys.stderr, flush=True)
+    changes = {
+        "mesh": job.config.mesh.model_copy(
+            update={"ring": sizes.ring, "ulysses": sizes.ulysses, "data": data, "world": "auto"}
+        ),
+        "train": job.config.train.model_copy(update={"global_batch": batch}),
+    }
+    return _plan(job.config.model_copy(update=changes), left, (sizes.ring, sizes.ulysses, data))
+
+
+def _attempt(job: Plan, only_check: bool) -> Outcome:
+    text = dump(job.config)
+    config = job.ticket.with_name(ticket.CONFIG)
+    ticket.write_private(config, text)
+    try:
+        with control.listen(_address(job)) as listener:
+            _announce(*listener.getsockname()[:2])
+            given = _ticket(job, listener.getsockname(), text)
+            ticket.save(given, job.ticket)
+            supervisor = Supervisor(given, listener, job.config.launch.start_seconds)
+            return supervisor.check(job.commands) if only_check else supervisor.run(job.commands)
+    except OSError as error:
+        raise LaunchError(f"the launcher cannot listen for its hosts: {error}; name launch.interface") from None
+    finally:
+        job.ticket.unlink(missing_ok=True)
+
+
+def _announce(address: str, port: int) -> None:
+    """Say where this process listens. Ranks talk to each other and to us without encryption."""
+    print(f"longctx: hosts call back at {address} port {port}", file=sys.stderr, flush=True)
+    if ipaddress.ip_address(address).is_global:
+        print(
+            f"longctx: warning: {address} is a public address, and what ranks send is not encrypted; name a private "
+            "network's interface in launch.interface",
+            file=sys.stderr,
+        )
+
+
+def _address(job: Plan) -> str:
+    """Return the address of this machine that the hosts are to call."""
+    wanted = job.config.launch.interface
+    if wanted != "auto":
+        found = address_of(wanted)
+        if found is not None:
+            return found
+    for name, _ in reversed(job.placement.hosts):  # the last host is the likeliest not to be this one
+        try:
+            return address_towards(slurm.address(name) if job.config.launch.launcher == "slurm" else bare(name))
+        except OSError:
+            continue
+    names = ", ".join(name for name, _ in job.placement.hosts[:8])
+    raise LaunchError(f"none of the hosts has an address here ({names}); write names that this machine knows")
+
+
+def _ticket(job: Plan, listening: Sequence[object], text: str) -> ticket.Ticket:
+    launch = job.config.launch
+    config = str(job.ticket.with_name(ticket.CONFIG))
+    return ticket.Ticket(
+        address=str(listening[0]),
+        port=int(str(listening[1])),
+        token=secrets.token_hex(16),
+        hosts=job.placement.hosts,
+        folder=job.folder,
+        output=str(job.ticket.parent.parent),
+        config=config,
+        config_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        environment=job.environment,
+        interface=launch.interface,
+        python=job.python,
+        python_path=hardware.python_path(),
+        silence_seconds=launch.silence_seconds,
+        columns=shutil.get_terminal_size().columns if sys.stdout.isatty() else 0,
+        command=(job.python, "-m", "longctx.launch.rank", "--config", config),
+    )

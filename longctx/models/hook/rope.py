@@ -1,0 +1,89 @@
+"""Rotary embeddings on a shard: the true length of the sequence, and frequencies in fp32.
+
+Two things go wrong when transformers' rotary modules run inside a sharded, mixed-precision job:
+
+- dynamic NTK and longrope choose their frequencies by the largest position **of this rank** and remember it, so ranks
+  disagree and results depend on what came before. Here the frequencies are a function of the largest position of the
+  unsharded batch, and of nothing else.
+- a cast of the model to bf16 (DeepSpeed's, or ``model.bfloat16()``) rounds the frequencies too, and a position of
+  100,000 times a relative error of 2⁻⁹ is noise. transformers itself keeps them in fp32 when it loads in bf16; here
+  they are put back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.models.hook.binding import Binding
+
+_NEUTRAL = "longctx"  # a rope_type that transformers' per-forward update leaves alone
+
+
+def attach_rope(model: torch.nn.Module, binding: Binding) -> None:
+    """Make every rotary module of ``model`` use the true length and fp32 frequencies, by forward hooks."""
+    for module in model.modules():
+        if hasattr(module, "rope_type") and _inverse_frequencies(module):
+            rotary = Rotary(module, binding)
+            binding.handles.append(module.register_forward_pre_hook(rotary.before, with_kwargs=True))
+            binding.handles.append(module.register_forward_hook(rotary.after, always_call=True))
+
+
+class Rotary:
+    """The hooks of one rotary module, and the fp32 frequencies that its class computes from its config."""
+
+    def __init__(self, module: Any, binding: Binding) -> None:
+        self.binding = binding
+        with torch.device("cpu"):
+            twin = type(module)(module.config)  # built outside zero.Init and before any cast
+        self.frequencies = _inverse_frequencies(twin)
+        kinds: dict[str | None, str] = (
+            module.rope_type if isinstance(module.rope_type, dict) else {None: module.rope_type}
+        )
+        self.growing = {layer: kind for layer, kind in kinds.items() if "dynamic" in kind or kind == "longrope"}
+        self.kept = module.rope_type
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Set this forward's frequencies, and keep transformers from replacing them."""
+        for name, frequencies in self.frequencies.items():
+            buffer = getattr(module, name)
+            if buffer.dtype != torch.float32:
+                setattr(module, name, frequencies.to(buffer.device))
+        position_ids = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+        layer = kwargs.get("layer_type", args[2] if len(args) > 2 else None)
+        if layer not in self.growing or position_ids is None:
+            return
+        kind = self.growing[layer]
+        name = "inv_freq" if layer is None else f"{layer}_inv_freq"
+        length = self.true_length(position_ids)
+        setattr(module, name, _frequencies(kind, module.config, length, layer))
+        module.rope_type = _NEUTRAL if layer is None else {**self.kept, layer: _NEUTRAL}
+
+    def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Give the module its own rope_type back (called even if its forward raised)."""
+        module.rope_type = self.kept
+
+    def true_length(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Return the largest position of the unsharded batch plus one, () int64; padding does not count."""
+        ids = self.binding.document_ids
+        if ids is not None and ids.shape == position_ids.shape:
+            position_ids = position_ids.masked_fill(ids < 0, 0)
+        length = position_ids.max() + 1
+        if self.binding.sharded:
+            dist.all_reduce(length, op=dist.ReduceOp.MAX, group=self.binding.mesh.sequence_group)
+        return length
+
+
+def _inverse_frequencies(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")}
+
+
+def _frequencies(kind: str, config: Any, length: torch.Tensor, layer: str | None) -> torch.Tensor:
+    """Return the (rotated dimensions / 2,) fp32 frequencies that transformers would choose for ``length``."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    arguments = {} if layer is None else {"layer_type": layer}
+    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, length.device, seq_len=length, **arguments)
+    return frequencies.to(torch.float32)

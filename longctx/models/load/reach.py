@@ -1,0 +1,64 @@
+"""How many positions a pretrained folder's model was made for, and whether a key can raise that number."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+from longctx.models.load.classes import PREFIX
+from longctx.models.load.headers import Weight
+from longctx.models.load.settings import text_settings, whole_number
+
+_NAMES = ("max_position_embeddings", "n_positions")
+_TABLE = re.compile(r"(?:^|\.)(wpe|embed_positions|position_embeddings?|positions_embed)\.weight$")
+# RoBERTa's positions begin behind its padding id.
+_OFFSET = frozenset(
+    {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod"}
+)
+# Kinds of RoPE that read max_position_embeddings as the length that the weights were trained on.
+_MEANT = frozenset({"dynamic", "yarn", "longrope"})
+
+
+class Reach(NamedTuple):
+    """The positions of a model."""
+
+    positions: int
+    """tokens of the longest sequence"""
+    learned: bool
+    """they are rows of a table, so that no setting adds to them"""
+    scaling: str | None
+    """the kind of RoPE, where raising the number alone would change what it means"""
+
+
+def reach_of(settings: dict[str, Any], weights: dict[str, Weight]) -> Reach | None:
+    """Return how far the model of a folder reaches; None if it has no such number (ALiBi, state spaces).
+
+    Args:
+        settings: the content of config.json.
+        weights: what ``read_weights`` returned; empty if it is not known.
+    """
+    settings = text_settings(settings)
+    declared = whole_number(settings, *_NAMES)
+    kind = str(settings.get("model_type")).removeprefix(PREFIX)
+    tables = [weight.shape[0] for name, weight in weights.items() if _TABLE.search(name) and len(weight.shape) == 2]
+    if not tables and (declared is None or settings.get("alibi") is True):
+        return None
+    known = [*tables, *([] if declared is None else [declared])]
+    padding = settings.get("pad_token_id")
+    offset = (padding if isinstance(padding, int) else 1) + 1 if kind in _OFFSET else 0
+    rope = _kinds_of_rope(settings)
+    if declared is not None and "dynamic" in rope and not tables:
+        return None  # it rescales itself beyond the declared length
+    scaling = next((kind for kind in sorted(rope) if kind in _MEANT), None)
+    return Reach(min(known) - offset, bool(tables) or "n_positions" in settings, scaling)
+
+
+def _kinds_of_rope(settings: dict[str, Any]) -> set[str]:
+    """Return the kinds of RoPE that config.json names, old spelling or new, of all kinds of layers."""
+    found = set()
+    for key in ("rope_parameters", "rope_scaling"):
+        block = settings.get(key)
+        if isinstance(block, dict):
+            for part in (block, *(inner for inner in block.values() if isinstance(inner, dict))):
+                found.add(part.get("rope_type") or part.get("type"))
+    return {kind for kind in found if isinstance(kind, str)}

@@ -1,0 +1,114 @@
+"""`longctx export`: the model of a run that was stopped, from its newest checkpoint, in one process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from longctx.config.load import load
+from longctx.config.machine import token_folder
+from longctx.config.schema import RunConfig
+from longctx.data.build import RECORD
+from longctx.data.tokenizers.tokenizer import load_tokenizer
+from longctx.errors import CheckpointError, ConfigError
+from longctx.models.load.pretrained import make_model
+from longctx.train.checkpoint import manifest, store
+from longctx.train.checkpoint.export import FOLDER, Weights, read_source, write_model
+from longctx.train.checkpoint.manifest import Manifest
+from longctx.train.checkpoint.safe_load import safe_load
+from longctx.train.model import model_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export_run(run: Path, output: Path | None = None, step: int | None = None, dtype: str | None = None) -> Path:
+    """Write the model of a checkpoint as a folder that plain transformers loads, and return it.
+
+    Args:
+        run: a run directory. Nothing in it is changed but ``run/model``, and that only if ``output`` is None.
+        output: the folder to write; it must not exist yet. None replaces ``run/model``.
+        step: of the checkpoint; None takes the newest that is whole.
+        dtype: "fp32", "bf16" or "fp16"; None for that of the pretrained folder, or of training.
+
+    Raises:
+        ConfigError: no run there, an unknown dtype, or ``output`` exists.
+        CheckpointError: no checkpoint of that step, none that is whole, or one whose optimizer state is on NVMe.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"export --dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if output is not None and output.exists():
+        raise ConfigError(f"export --output {output}: exists already and is left alone; give another folder")
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"export {run}: no config.yaml there; give the output.folder of a run")
+    folder, found = _checkpoint(run / "checkpoints", step)
+    config = load(run / "config.yaml", default_world=found.world["size"])
+    tokenizer = _tokenizer(config, run)
+    loaded = load_tokenizer(tokenizer)
+    description = model_config(config, loaded.vocabulary_size, loaded.end_of_document, loaded.beginning)
+    weights = _weights(folder, found)
+    trained = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+    weights = {name: x.to(trained) if x.is_floating_point() else x for name, x in weights.items()}
+    with torch.device("meta"):
+        module = make_model(description)
+    target = output or run / FOLDER
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_model(module, weights, tokenizer, target, read_source(config.model.pretrained), DTYPES.get(dtype or ""))
+    except OSError as error:
+        shutil.rmtree(target.with_name(f".{target.name}.tmp"), ignore_errors=True)
+        raise CheckpointError(f"{target} cannot be written: {error.strerror}; give another --output") from None
+    return target
+
+
+def _checkpoint(root: Path, step: int | None) -> tuple[Path, Manifest]:
+    """Return the folder and manifest of a whole checkpoint, every file of which hashes right."""
+    folders = [path for path in store.published(root) if step is None or path.name == store.name_of(step)]
+    reasons = []
+    for folder in folders:
+        try:
+            found = store.read(folder)
+            manifest.verify_files(folder, found)
+            return folder, found
+        except CheckpointError as error:
+            reasons.append(str(error))
+    if reasons:
+        raise CheckpointError(f"export: no checkpoint in {root} is whole: " + "; ".join(reasons))
+    wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+    there = ", ".join(path.name for path in store.published(root)) or "nothing"
+    raise CheckpointError(f"export: {wanted} in {root}, which holds {there}; give a run that has saved one")
+
+
+def _tokenizer(config: RunConfig, run: Path) -> Path:
+    """Return the folder of a run's tokenizer, which lies beside its token files."""
+    built = [Path(source) for source in config.data.sources if (Path(source) / RECORD).is_file()]
+    places = [folder / "tokenizer" for folder in (*built[:1], token_folder(config), run / "tokens")]
+    for place in places:
+        if (place / "tokenizer.json").is_file():
+            return place
+    raise ConfigError(
+        f"export {run}: no tokenizer in {places[0]}; restore the run's token files, or build them again with `longctx "
+        f"data build {run / 'config.yaml'}`"
+    )
+
+
+def _weights(folder: Path, found: Manifest) -> Weights:
+    """Return the whole state dict of a checkpoint, in fp32 where the optimizer keeps fp32 weights."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed
+    from longctx.engine.zero import nvme, universal
+
+    if any(entry.path.startswith(nvme.PREFIX) for entry in found.files):
+        raise CheckpointError(
+            f"{folder}: its weights are in NVMe files, which only the run itself reads; let it run to its end, or "
+            "resume it with train.steps one above its last step"
+        )
+    if found.zero_stage == 0:
+        content = safe_load(folder / "mp_rank_00_model_states.pt", "cpu")
+        weights: Weights = content["module"]
+        return weights
+    try:
+        return universal.whole_weights(folder, safe_load)
+    except (OSError, RuntimeError, AssertionError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{folder}: DeepSpeed cannot put its weights together: {error}") from None
