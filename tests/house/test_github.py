@@ -11,7 +11,7 @@ import yaml
 from house_files import ROOT
 from typer.main import get_command
 
-from longctx.cli import app
+from longctx.cli.main import app
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
