@@ -44,6 +44,7 @@ def test_a_ring(tmp_path: Path) -> None:
     assert {row["chip"] for row in table} == {"triton's interpreter"}
 
 
+@pytest.mark.deep
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
     """Each figure is in the file as soon as it is measured; --resume measures what is missing, wrong or of another."""
     path = tmp_path / "attention_gpu.csv"
