@@ -89,7 +89,7 @@ def predicted(case: str) -> tuple[int, str]:
     """Return the planner's peak of a case in bytes, and at which moment it is."""
     from longctx.config.derived import derive
     from longctx.config.load import loads
-    from longctx.plan.memory import memory_of
+    from longctx.plan.memory import step_bytes
     from longctx.plan.setup import setup_of
     from longctx.plan.shape import shape_of
 
@@ -98,7 +98,7 @@ def predicted(case: str) -> tuple[int, str]:
     shape = shape_of(config)
     setup = setup_of(config, derive(config, ranks), shape, on_gpu=False)
     setup = replace(setup, offload_checkpoints=config.memory.offload_checkpoints)
-    peak = memory_of(shape, setup).peak
+    peak = step_bytes(shape, setup).peak
     return peak.total, peak.name
 
 

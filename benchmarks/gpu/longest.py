@@ -22,7 +22,7 @@ from benchmarks import hardware
 from benchmarks.measure import peak_bytes
 from benchmarks.peers import deepspeed_alst
 from longctx.engine.memory import Memory, save_memory
-from longctx.plan.memory import memory_of
+from longctx.plan.memory import step_bytes
 from longctx.plan.setup import Setup, resolve_loss_tile, resolve_mlp_tile
 from longctx.plan.shape import ModelShape
 
@@ -124,7 +124,7 @@ def planned(shape: ModelShape, memory: Memory, lengths: tuple[int, int], on_gpu:
         loss_tile=resolve_loss_tile(memory.loss_tile, shape, on_gpu), mlp_tile=resolve_mlp_tile(memory.mlp_tile, shape),
         recompute_norms=memory.recompute_norms, on_gpu=on_gpu,
     )  # fmt: skip
-    short, long = (memory_of(shape, replace(setup, tokens=tokens)).peak.total for tokens in lengths)
+    short, long = (step_bytes(shape, replace(setup, tokens=tokens)).peak.total for tokens in lengths)
     return (long - short) / (lengths[1] - lengths[0])
 
 

@@ -6,8 +6,8 @@ from pydantic import Field
 
 from longctx.config.architecture import parameter_count
 from longctx.config.fields import Section
-from longctx.config.room import room_of, weights_group
 from longctx.config.schema import RunConfig
+from longctx.config.topology import ulysses_limits, weights_group
 from longctx.errors import ConfigError
 from longctx.layout import get_layout
 from longctx.mesh import _discover as launched_world
@@ -62,7 +62,7 @@ def derive(config: RunConfig, world: int | None = None) -> Derived:
         ConfigError: the mesh does not fill the world, or the batch cannot be split over it.
     """
     world = world_size(config) if world is None else world
-    grid = config.mesh.grid(world, room_of(config, world))
+    grid = config.mesh.sizes(world, ulysses_limits(config, world))
     train, length = config.train, config.data.sequence_length
     at_once = train.micro_batch * grid.data
     global_batch = at_once if train.global_batch is None else train.global_batch

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from longctx.config.hosts import is_interface, is_variable, once_each, parse_host, require_users, ssh_option
 from longctx.config.problems import show
-from longctx.config.sections.launch import Launch
+from longctx.config.sections.launch import LaunchSection
 from longctx.errors import LaunchError
 
 Broken = tuple[str, str, str]  # key, message, code
@@ -15,7 +15,7 @@ _OVER_SSH = ("deepspeed", "openmpi", "mpich")
 _WITH_OPTIONS = ("openmpi", "mpich", "slurm")
 
 
-def broken_launch(launch: Launch, resume: str) -> Iterator[Broken]:
+def broken_launch(launch: LaunchSection, resume: str) -> Iterator[Broken]:
     """Yield every rule that the section breaks; ``resume`` is checkpoint.resume."""
     yield from _hosts(launch)
     if launch.interface != "auto" and not is_interface(launch.interface):
@@ -31,7 +31,7 @@ def broken_launch(launch: Launch, resume: str) -> Iterator[Broken]:
         yield "options", message, "idle-key"
 
 
-def _hosts(launch: Launch) -> Iterator[Broken]:
+def _hosts(launch: LaunchSection) -> Iterator[Broken]:
     if launch.hosts:
         try:
             require_users(once_each([parse_host(text) for text in launch.hosts]), launch.launcher)
@@ -48,7 +48,7 @@ def _hosts(launch: Launch) -> Iterator[Broken]:
         yield "hosts", f"is missing; launcher {launch.launcher} needs hosts, or a hostfile", "missing"
 
 
-def _ssh(launch: Launch) -> Iterator[Broken]:
+def _ssh(launch: LaunchSection) -> Iterator[Broken]:
     for text in launch.ssh_options:
         wrong = ssh_option(text)
         if wrong:

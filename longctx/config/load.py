@@ -15,10 +15,10 @@ from longctx.config.keys import expected, leaves, sections
 from longctx.config.machine import inspect
 from longctx.config.partial import partial_config, told_of
 from longctx.config.pretrained import built_findings, pretrained_findings, tokenizer_findings
-from longctx.config.problems import InvalidConfig, Place, Problem, show
+from longctx.config.problems import InvalidConfig, Location, Problem, show
 from longctx.config.rules import Finding, broken
 from longctx.config.schema import RunConfig
-from longctx.config.strict_yaml import Document, Key, parse, read, show_key
+from longctx.config.strict_yaml import Key, YamlDocument, parse, read, show_key
 from longctx.config.tidy import tidy, unread
 
 World = int | Callable[[RunConfig], int]
@@ -28,9 +28,9 @@ class Loaded(NamedTuple):
     """A valid configuration, and where each given key was written."""
 
     config: RunConfig
-    sources: dict[str, Place]
+    sources: dict[str, Location]
     """dotted key -> place; a key that is missing here has its default"""
-    document: Document
+    document: YamlDocument
     name: str
     unknown: frozenset[str] = frozenset()
     """keys whose value in ``config`` is a stand-in, because the given one is wrong or missing"""
@@ -67,11 +67,11 @@ def loads(
     return _finish(parse(text, name), name, overrides, default_world)
 
 
-def _finish(document: Document, name: str, overrides: Iterable[str], default_world: World) -> Loaded:
+def _finish(document: YamlDocument, name: str, overrides: Iterable[str], default_world: World) -> Loaded:
     if not isinstance(document.value, dict):
         what = "is empty" if document.value is None else f"got {show(document.value)}; expected sections"
         hint = f"write {', '.join(sections())}, or let `longctx init` write a first one"
-        raise InvalidConfig([Problem(Place(name, 1, 1), "", f"{what}; {hint}", "empty"), *document.problems])
+        raise InvalidConfig([Problem(Location(name, 1, 1), "", f"{what}; {hint}", "empty"), *document.problems])
     command_line.apply(document, overrides)
     tidy(document)
     problems, unknown = list(document.problems), frozenset[str]()
@@ -155,16 +155,16 @@ def require_machine(loaded: Loaded, starting: bool = True) -> list[str]:
     return report.notes
 
 
-def _place(document: Document, path: Key, name: str) -> Place:
+def _place(document: YamlDocument, path: Key, name: str) -> Location:
     """Return where ``path`` is written, or the innermost block around it that is."""
     for length in range(len(path), 0, -1):
         found = document.values.get(path[:length]) if length == len(path) else document.keys.get(path[:length])
         if found:
             return found
-    return Place(name, 1, 1)
+    return Location(name, 1, 1)
 
 
-def _translate(error: ValidationError, document: Document, name: str) -> list[Problem]:
+def _translate(error: ValidationError, document: YamlDocument, name: str) -> list[Problem]:
     """Turn pydantic's errors into ours: one per key, in the words of the schema."""
     found: dict[Key, Problem] = {}
     told = {problem.key for problem in document.problems}

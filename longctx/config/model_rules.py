@@ -6,19 +6,19 @@ from collections.abc import Iterator
 
 from longctx.config import architecture
 from longctx.config.fields import changed
-from longctx.config.sections.model import Model
+from longctx.config.sections.model import ModelSection
 
 Broken = tuple[str, str, str]  # key, message, code
 
 
-def broken_model(model: Model) -> Iterator[Broken]:
+def broken_model(model: ModelSection) -> Iterator[Broken]:
     """Yield every rule that the section breaks."""
     yield from _model_source(model)
     yield from _heads(model)
     yield from _extra(model)
 
 
-def _model_source(model: Model) -> Iterator[Broken]:
+def _model_source(model: ModelSection) -> Iterator[Broken]:
     sizes = ("hidden_size", "layers", "heads")
     if model.pretrained is None and model.architecture is None:
         yield ("model", "give architecture and sizes (from scratch), or pretrained (a folder)", "model-source")
@@ -35,7 +35,7 @@ def _model_source(model: Model) -> Iterator[Broken]:
                 yield (f"model.{name}", message, "missing")
 
 
-def _heads(model: Model) -> Iterator[Broken]:
+def _heads(model: ModelSection) -> Iterator[Broken]:
     name, heads, hidden = model.architecture, model.heads, model.hidden_size
     if name is None or heads is None or hidden is None:
         return
@@ -60,7 +60,7 @@ def _heads(model: Model) -> Iterator[Broken]:
         yield (key, f"a head of {size} is odd, and rotary positions need an even size; use {size + 1}", "heads")
 
 
-def _extra(model: Model) -> Iterator[Broken]:
+def _extra(model: ModelSection) -> Iterator[Broken]:
     for key in model.extra:
         if model.pretrained is not None and key != "rope_parameters":
             message = "the pretrained folder decides this; only rope_parameters can be given with model.pretrained"

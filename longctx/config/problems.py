@@ -15,7 +15,7 @@ _KEY_SHAPED = re.compile(
 )
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where something was written: a file, or an override of the command line (line 0)."""
 
     file: str
@@ -29,7 +29,7 @@ class Place(NamedTuple):
 class Problem(NamedTuple):
     """One thing to mend: where, which key, what is wrong and what to write instead, and a code to look it up by."""
 
-    place: Place
+    place: Location
     key: str
     message: str
     code: str

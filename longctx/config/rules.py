@@ -14,9 +14,9 @@ from longctx.config.launch_rules import broken_launch
 from longctx.config.layer_rules import broken_layers
 from longctx.config.model_rules import broken_model
 from longctx.config.problems import redact, show
-from longctx.config.room import has_memories, room_of
-from longctx.config.room import heads as query_heads
 from longctx.config.schema import RunConfig
+from longctx.config.topology import has_bounded_layers, ulysses_limits
+from longctx.config.topology import heads as query_heads
 from longctx.engine.settings import load_settings, parts_of
 from longctx.errors import ConfigError, LongctxError
 from longctx.mesh import Mesh
@@ -70,7 +70,7 @@ def _mesh(config: RunConfig) -> Iterator[Finding]:
     if heads is not None and ulysses > heads:
         message = f"got {ulysses}, above the model's {heads} heads; use at most {heads}, and mesh.ring for other ranks"
         yield Finding("mesh.ulysses", message, "heads")
-    if has_memories(config):
+    if has_bounded_layers(config):
         message = (
             f"got {ulysses}, but the bounded memories of attention.layers pass their state along a ring only; use 1 "
             "and a larger mesh.ring"
@@ -251,7 +251,7 @@ def _sizes(config: RunConfig, world: int, others: bool) -> Iterator[Finding]:
     if isinstance(group, int) and (group >= world or world % group):
         yield Finding("zero.group", f"got {group}; {parts_of(world)}", "zero-group")
     try:
-        grid = mesh.grid(world, room_of(config, world))
+        grid = mesh.sizes(world, ulysses_limits(config, world))
     except ConfigError as error:
         key = next((name for name in ("ring", "data", "world", "ulysses") if name in mesh.model_fields_set), "ring")
         yield Finding(f"mesh.{key}", str(error).removeprefix("mesh: "), "mesh")

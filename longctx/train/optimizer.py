@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from longctx.config.sections.train import Train
+from longctx.config.sections.train import TrainSection
 
 STATE = ("params", "step")  # what of a parameter group is no setting
 
 
-def make_optimizer(model: torch.nn.Module, settings: Train) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, settings: TrainSection) -> torch.optim.Optimizer:
     """Return AdamW or SGD over the parameters of ``model`` that train.
 
     Matrices are decayed, vectors (norms, biases) are not. Under ZeRO-3 a parameter is a shard; ``ds_shape`` tells.

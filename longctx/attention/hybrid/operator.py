@@ -1,6 +1,6 @@
 """Heads exchanged for tokens inside, a ring outside (DeepSpeed Ulysses, 2309.14509, within Ring Attention).
 
-`hybrid_passes.py` says how; nothing of the ring's masks, layouts and backends changes. Forward sends q, k, v in one
+`passes.py` says how; nothing of the ring's masks, layouts and backends changes. Forward sends q, k, v in one
 message a member and out in one, backward dout in one and the gradients in one.
 
 What backward needs is kept as it is after the exchange. Within `keep_attention` it is not: there only out and lse

@@ -9,7 +9,7 @@ from pydantic import Field
 from longctx.config.fields import HumanInt, Raw, Section
 
 
-class Attention(Section):
+class AttentionSection(Section):
     """Exact softmax attention over the ring, and layers whose memory does not grow."""
 
     layout: Literal["zigzag", "contiguous", "striped"] = Field(

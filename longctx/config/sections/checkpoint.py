@@ -9,7 +9,7 @@ from pydantic import Field
 from longctx.config.fields import HumanInt, Section
 
 
-class Checkpoint(Section):
+class CheckpointSection(Section):
     """Checkpoints live in <output.folder>/checkpoints; each is complete and verified, or invisible."""
 
     every: HumanInt = Field(0, ge=0, le=2**40, description="steps between checkpoints; 0: only after the last step")

@@ -9,7 +9,7 @@ from pydantic import Field
 from longctx.config.fields import HumanInt, Section, Texts, environment_field
 
 
-class Data(Section):
+class DataSection(Section):
     """Text sources, the tokenizer, and how documents are packed into rows."""
 
     sources: Annotated[Texts, Field(min_length=1)] = environment_field(

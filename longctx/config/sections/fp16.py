@@ -7,7 +7,7 @@ from pydantic import Field
 from longctx.config.fields import HumanInt, Section
 
 
-class FP16(Section):
+class Fp16Section(Section):
     """Loss scaling under model.dtype fp16: losses are multiplied so that small gradients do not become 0."""
 
     scale_power: HumanInt = Field(16, ge=0, le=32, description="the first loss scale is 2 to this power")

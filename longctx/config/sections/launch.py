@@ -24,7 +24,7 @@ TRAVELLING = (
 )
 
 
-class Launch(Section):
+class LaunchSection(Section):
     """One machine or many. Hosts share output.folder; values travel by a private file there, never as arguments."""
 
     launcher: Literal["local", "deepspeed", "openmpi", "mpich", "slurm"] = Field(

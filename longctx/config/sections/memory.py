@@ -9,7 +9,7 @@ from pydantic import Field
 from longctx.config.fields import Section, Tile
 
 
-class Memory(Section):
+class MemorySection(Section):
     """Logits, activations and checkpoints, which grow with the sequence: how little of them exists at once."""
 
     loss_tile: Tile = Field(

@@ -7,11 +7,11 @@ from typing import NamedTuple
 from pydantic import Field
 
 from longctx.config.fields import AutoInt, Section
-from longctx.config.split import NO_ROOM, Room, choose_ulysses
+from longctx.config.ulysses import UNKNOWN_LIMITS, UlyssesLimits, choose_ulysses
 from longctx.errors import ConfigError
 
 
-class Grid(NamedTuple):
+class MeshSizes(NamedTuple):
     """The mesh with every `auto` filled in."""
 
     ring: int
@@ -24,7 +24,7 @@ class Grid(NamedTuple):
         return self.ring * self.ulysses * self.data
 
 
-class Mesh(Section):
+class MeshSection(Section):
     """The grid of ranks. One sequence is split over ring x ulysses ranks; data is the number of replicas."""
 
     ring: AutoInt = Field(
@@ -46,7 +46,7 @@ class Mesh(Section):
         "auto", description="ranks in all; auto: what the launcher started, else one per GPU, else 2 CPU processes"
     )
 
-    def grid(self, world: int, room: Room = NO_ROOM) -> Grid:
+    def sizes(self, world: int, room: UlyssesLimits = UNKNOWN_LIMITS) -> MeshSizes:
         """Fill in `auto` for a world of `world` ranks.
 
         Args:
@@ -67,7 +67,7 @@ class Mesh(Section):
         else:
             ring = known_ring
             data = known_data or max(world // (ring * ulysses), 1)
-        grid = Grid(ring, ulysses, data)
+        grid = MeshSizes(ring, ulysses, data)
         if grid.world != world:
             raise ConfigError(
                 f"mesh: ring {ring} x ulysses {ulysses} x data {data} is {grid.world} ranks, but the world has "

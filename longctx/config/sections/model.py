@@ -13,7 +13,7 @@ Architecture = Literal[
 ]
 
 
-class Model(Section):
+class ModelSection(Section):
     """The model: `architecture` and sizes to start from random weights, or `pretrained` to start from a folder."""
 
     architecture: Architecture | None = Field(

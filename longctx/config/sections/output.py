@@ -7,7 +7,7 @@ from pydantic import Field
 from longctx.config.fields import HumanInt, Section, environment_field
 
 
-class Output(Section):
+class OutputSection(Section):
     """The run directory: resolved config, metrics.jsonl, checkpoints, loss.png, summary.json, logs."""
 
     folder: str = environment_field(min_length=1, description="the run directory; made if missing")

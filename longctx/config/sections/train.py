@@ -9,7 +9,7 @@ from pydantic import Field
 from longctx.config.fields import HumanInt, Pair, Section
 
 
-class Train(Section):
+class TrainSection(Section):
     """One optimizer step trains on `global_batch` rows = micro_batch x accumulation x data replicas."""
 
     steps: HumanInt = Field(ge=1, le=2**40, description="optimizer steps in all")

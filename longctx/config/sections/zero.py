@@ -9,7 +9,7 @@ from pydantic import Field
 from longctx.config.fields import Group, HumanInt, Section, environment_field
 
 
-class Zero(Section):
+class ZeroSection(Section):
     """Optimizer states (1), gradients (2) and parameters (3) sharded over every rank of the mesh."""
 
     stage: HumanInt = Field(

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 from longctx.engine.settings import Settings, group_size
 from longctx.errors import EngineError
 from longctx.mesh import Mesh
+from longctx.patched import patched
 
 
 @contextmanager
@@ -30,10 +30,7 @@ def own_group(settings: Settings, mesh: Mesh) -> Iterator[None]:
     def make(size: int) -> None:
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = neighbours(mesh, size)
 
-    with (
-        patch.object(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", None),
-        patch.object(groups, "_create_zero_param_parallel_group", make),
-    ):
+    with patched(groups, _ZERO_PARAM_INTRA_PARALLEL_GROUP=None, _create_zero_param_parallel_group=make):
         yield
 
 

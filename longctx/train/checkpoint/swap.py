@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from longctx.config import nvme
-from longctx.config.room import ranks_per_host
 from longctx.config.schema import RunConfig
+from longctx.config.topology import ranks_per_host
 from longctx.errors import ConfigError
 from longctx.train.agree import ranks, together
 
