@@ -17,7 +17,7 @@ help:  ## this list
 
 install: $(INSTALLED)  ## make .venv and install longctx with everything the other targets need
 
-$(INSTALLED): tools/bootstrap.py tools/bootstrap.sh pyproject.toml setup.py constraints.txt
+$(INSTALLED): tools/bootstrap.py tools/bootstrap.sh pyproject.toml constraints.txt
 	@sh tools/bootstrap.sh .venv
 
 quickstart: $(INSTALLED)  ## train a small Llama on this machine's own text, sequences sharded over a ring of ranks

@@ -1,7 +1,7 @@
-"""A ring in sequence on one GPU: every rank's every step, one after another, as one differentiable function.
+"""A ring in sequence on one GPU: all steps of all ranks, one after another, as one differentiable function.
 
-The same pairs as one call, cut into ring ** 2 steps, with no message: what it takes longer is the price of splitting
-(the running state read and written once a step, smaller launches).
+It computes the same pairs as one call in ring ** 2 steps, without messages: the difference in time is the cost of
+splitting (the running state is read and written once per step, and launches are smaller).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def attention(row: Row, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> to
 
 
 def order(row: Row) -> torch.Tensor:
-    """(T,): the global index of every token in the ring's order."""
+    """Return (T,): the global index of every token in the ring's order."""
     spans = [span for rank in range(row.ring) for span in _spans(row, rank)]
     return torch.cat([torch.arange(span.start, span.last + 1) for span in spans])
 
@@ -39,15 +39,9 @@ class _Ring(torch.autograd.Function):
         for own, visits in _steps(row):
             for turn, (there, mask) in enumerate(visits):
                 _BACKEND.forward_step(
-                    q[:, :, own],
-                    k[:, :, there],
-                    v[:, :, there],
-                    mask,
-                    _scores(q),
-                    out[:, :, own],
-                    lse[:, :, own],
+                    q[:, :, own], k[:, :, there], v[:, :, there], mask, _scores(q), out[:, :, own], lse[:, :, own],
                     not turn,
-                )
+                )  # fmt: skip
         ctx.row = row
         result = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, result, lse)
@@ -84,7 +78,7 @@ def _spans(row: Row, rank: int) -> tuple[Span, ...]:
 
 
 def _steps(row: Row) -> Iterator[tuple[slice, list[tuple[slice, BlockMask]]]]:
-    """(a rank's tokens, [(a block's tokens, who sees whom) in the order the ring brings them])."""
+    """Yield (a rank's tokens, [(a block's tokens, their mask) in the order of the ring])."""
     part, rule = row.length // row.ring, make_rule(row.causal, row.window)
     for rank in range(row.ring):
         visits = []

@@ -244,7 +244,7 @@ def test_rotary_models_are_refused_with_the_reason() -> None:
     )
     with pytest.raises(ModelError, match="RoPE is applied between the query"):
         longctx.enable_el(transformers.LlamaForCausalLM(config))
-    with pytest.raises(ModelError, match="no attention module that EL-attention knows"):
+    with pytest.raises(ModelError, match="no attention module that EL-attention supports"):
         longctx.enable_el(torch.nn.Linear(2, 2))
 
 

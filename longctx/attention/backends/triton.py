@@ -7,6 +7,7 @@ triton, so only `choose.py` does, when the backend is asked for.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
@@ -25,7 +26,7 @@ from longctx.layout import Span
 class TritonBackend:
     """fp32, bf16, fp16; head dimensions up to 256. `choose` picks tile sizes (kernels/flash/tiles.py)."""
 
-    choose: object = fused.tiles.choose
+    choose: Callable[..., fused.tiles.Config] = fused.tiles.choose
     name: str = "triton"
 
     def forward_step(

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from longctx.errors import ModelError
+from longctx.models.names import PREFIX
 
-PREFIX = "longctx_"
-"""of the model types of converted models (see ``longctx.models.hook.families``)"""
 _DECODERS = frozenset({"bart", "mbart", "mvp", "reformer", "xlm"})  # types with a causal class of another kind
 _SUFFIX = "_MAPPING_NAMES"
 

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from longctx.models.load.classes import PREFIX
 from longctx.models.load.headers import Weight
 from longctx.models.load.settings import text_settings, whole_number
+from longctx.models.names import PREFIX
 
 PLAIN = frozenset(
     {"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "smollm3"}

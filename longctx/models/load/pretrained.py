@@ -16,6 +16,7 @@ from longctx.models.load.headers import read_weights, weight_files
 from longctx.models.load.read_keys import accepted_keys
 from longctx.models.load.scratch import REFUSALS
 from longctx.models.load.settings import read_settings
+from longctx.models.names import NAME
 
 
 def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> Any:
@@ -81,7 +82,7 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
 
     from longctx.models.convert import converted
     from longctx.models.hook.bounded_layer import CHILD
-    from longctx.models.register import NAME, register
+    from longctx.models.register import register
 
     register()
     loader: Any = AutoModelForCausalLM
@@ -111,7 +112,7 @@ def make_model(config: Any, *, dtype: Any = None) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    from longctx.models.register import NAME, register
+    from longctx.models.register import register
 
     register()
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME, trust_remote_code=False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from longctx.models.load.classes import PREFIX
 from longctx.models.load.headers import Weight
 from longctx.models.load.settings import text_settings, whole_number
+from longctx.models.names import PREFIX
 
 _NAMES = ("max_position_embeddings", "n_positions")
 _TABLE = re.compile(r"(?:^|\.)(wpe|embed_positions|position_embeddings?|positions_embed)\.weight$")
