@@ -116,6 +116,7 @@ def test_stop_on_request_then_resume(tmp_path: Path) -> None:
     assert not ranks_of(config)
 
 
+@pytest.mark.deep
 def test_a_frozen_rank_is_named_and_the_job_ends(tmp_path: Path) -> None:
     config = write(tmp_path)
     more = ["train.steps=100000", "checkpoint.every=0", "train.eval_every=0", "launch.frozen_seconds=6"]
