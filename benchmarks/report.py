@@ -137,15 +137,8 @@ def pivot(path: Path) -> str:
             *(found[shape, name]["ours_over_theirs_cpu"] or "–" for name in names[1:]),
         ])  # fmt: skip
     notes = dict.fromkeys(f"{row['contestant']}: {row['note'].split(' (')[0]}" for row in rows if row["note"])
-    headings = [
-        "tokens",
-        "dtype",
-        "heads",
-        "CPU s",
-        "exposed",
-        "peak MiB per rank",
-        *(f"÷ {name}" for name in names[1:]),
-    ]
+    headings = ["tokens", "dtype", "heads", "CPU s", "exposed", "peak MiB per rank"]
+    headings += [f"÷ {name}" for name in names[1:]]
     said = ("\n\n– not measured, or see the results file. " + "; ".join(notes) + ".") if notes else ""
     return _table(headings, lines) + said + _measured_on(rows)
 

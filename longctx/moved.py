@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {  # old name -> new name, both within longctx
+    "attention.call": "attention.operator",
     "attention.hybrid_passes": "attention.hybrid.passes",
     "attention.ulysses": "attention.hybrid.ulysses",
     "bounded.abc_block": "bounded.abc.block",

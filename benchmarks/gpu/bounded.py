@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ import torch.nn.functional as F
 import longctx
 from benchmarks.bounded.contestants import truth
 from benchmarks.gpu import figures, measure
-from benchmarks.gpu.figures import OURS, Figure, Table
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.figures import OURS, Figure, Run, Table
 from benchmarks.harness import Verdict, judge
 from benchmarks.measure import relative_error
 from benchmarks.peers import NotMeasured
@@ -195,17 +193,16 @@ def verdicts(found: list[Figure], rate: float) -> Iterator[Verdict]:
             yield f"{name}: {share:.2f} of the bandwidth floor, required {FLOOR}", share >= FLOOR
 
 
-def run(wanted: list[Row], device: torch.device, folder: Path | None, chip: str, resume: bool) -> list[Figure]:
-    """Measure the rows, print one line per row and every verdict, and append each figure to bounded_gpu.csv."""
+def run(this: Run) -> list[Figure]:
+    """Measure the wanted rows, print one line per row and every verdict, append each figure to bounded_gpu.csv."""
     columns = ("forward_ms", "backward_ms")
-    results = Results(folder / "bounded_gpu.csv" if folder else None, columns, chip, resume)
-    found: list[Figure] = []
+    results, found = this.results("bounded", columns), []
     for operator, contestants in CONTESTANTS.items():
         ours = tuple(name for name in contestants if name.startswith(OURS))
-        table = Table(results, columns, contestants, partial(_measure, device), _line, ours=ours)
-        found += table.run(row for row in wanted if row.operator == operator)
-    if found and device.type == "cuda":
-        judge(verdicts(found, copy_rate(device)))
+        table = Table(results, columns, contestants, partial(_measure, this.device), _line, ours=ours)
+        found += table.run(row for row in this.rows(ROWS, TINY) if row.operator == operator)
+    if found and this.device.type == "cuda":
+        judge(verdicts(found, copy_rate(this.device)))
     return found
 
 

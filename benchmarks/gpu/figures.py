@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +13,7 @@ from benchmarks.gpu.results import Results, milliseconds
 from benchmarks.peers import NotMeasured
 
 OURS = "longctx"
+R = TypeVar("R", bound=Any)
 
 
 @dataclass
@@ -25,6 +27,33 @@ class Figure:
     note: str = ""
     wrong: bool = False
     bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all tables of one run share.
+
+    Attributes:
+        device: a GPU, or the CPU where Triton's interpreter runs tiny rows.
+        wanted: whether a row of that name is measured.
+        folder: of the CSV files; None writes none.
+        chip: its name.
+        resume: skip what the files have.
+    """
+
+    device: torch.device
+    wanted: Callable[[str], bool]
+    folder: Path | None
+    chip: str
+    resume: bool
+
+    def rows(self, rows: Sequence[R], tiny: Sequence[R]) -> list[R]:
+        """Return the wanted rows, of the tiny ones without a GPU."""
+        return [row for row in (rows if self.device.type == "cuda" else tiny) if self.wanted(row.name)]
+
+    def results(self, name: str, columns: Sequence[str]) -> Results:
+        """Open one table's file."""
+        return Results(self.folder / f"{name}_gpu.csv" if self.folder else None, columns, self.chip, self.resume)
 
 
 @dataclass(frozen=True)

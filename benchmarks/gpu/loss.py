@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu import figures, measure
-from benchmarks.gpu.figures import OURS, Figure, Table, need_gpu
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.figures import OURS, Figure, Run, Table, need_gpu
 from benchmarks.measure import relative_error
 from benchmarks.peers import NotMeasured
 from longctx.nn.loss import tiled_loss
@@ -95,12 +93,11 @@ CONTESTANTS: dict[str, Callable[[Inputs], torch.Tensor]] = {
 }  # fmt: skip
 
 
-def run(device: torch.device, wanted: Callable[[str], bool], folder: Path | None, chip: str, resume: bool) -> list[str]:
+def run(this: Run) -> list[str]:
     """Measure every wanted row, append its figures to loss_gpu.csv, return what is wrong."""
-    rows = [row for row in (ROWS if device.type == "cuda" else TINY) if wanted(row.name)]
-    results = Results(folder / "loss_gpu.csv" if folder else None, ("ms", "peak_bytes"), chip, resume)
-    table = Table(results, ("ms",), CONTESTANTS, partial(_measure, device), _line, lambda figure: (figure.bytes,))
-    return figures.wrong(table.run(rows))
+    results, measured = this.results("loss", ("ms", "peak_bytes")), partial(_measure, this.device)
+    table = Table(results, ("ms",), CONTESTANTS, measured, _line, lambda figure: (figure.bytes,))
+    return figures.wrong(table.run(this.rows(ROWS, TINY)))
 
 
 def _measure(device: torch.device, figure: Figure) -> None:

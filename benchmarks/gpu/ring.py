@@ -1,7 +1,7 @@
-"""A ring in sequence on one GPU: all steps of all ranks, one after another, as one differentiable function.
+"""A ring in sequence on one GPU: every rank's every step, one after another, as one differentiable function.
 
-It computes the same pairs as one call in ring ** 2 steps, without messages: the difference in time is the cost of
-splitting (the running state is read and written once per step, and launches are smaller).
+The same pairs as one call, cut into ring ** 2 steps, with no message: what it takes longer is the price of splitting
+(the running state read and written once a step, smaller launches).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.rows import Row
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import KeyBlock, Rows, StepGradients
 from longctx.attention.backends.triton import TritonBackend
 from longctx.attention.band import make_rule, sees
 from longctx.attention.mask import BlockMask
@@ -26,7 +26,7 @@ def attention(row: Row, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> to
 
 
 def order(row: Row) -> torch.Tensor:
-    """Return (T,): the global index of every token in the ring's order."""
+    """(T,): the global index of every token in the ring's order."""
     spans = [span for rank in range(row.ring) for span in _spans(row, rank)]
     return torch.cat([torch.arange(span.start, span.last + 1) for span in spans])
 
@@ -38,10 +38,8 @@ class _Ring(torch.autograd.Function):
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         for own, visits in _steps(row):
             for turn, (there, mask) in enumerate(visits):
-                _BACKEND.forward_step(
-                    q[:, :, own], k[:, :, there], v[:, :, there], mask, _scores(q), out[:, :, own], lse[:, :, own],
-                    not turn,
-                )  # fmt: skip
+                block = KeyBlock(k[:, :, there], v[:, :, there], mask, _scores(q))
+                _BACKEND.forward_step(q[:, :, own], block, out[:, :, own], lse[:, :, own], not turn)
         ctx.row = row
         result = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, result, lse)
@@ -56,11 +54,9 @@ class _Ring(torch.autograd.Function):
             rows = Rows(q[:, :, own], out[:, :, own], lse[:, :, own], dout[:, :, own], None)
             prepared = _BACKEND.prepare_backward(rows)
             for turn, (there, mask) in enumerate(visits):
-                keys, values = k[:, :, there], v[:, :, there]
-                part_k, part_v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (keys, values))
-                _BACKEND.backward_step(
-                    prepared, keys, values, mask, _scores(q), dq[:, :, own], part_k, part_v, not turn, None
-                )
+                block = KeyBlock(k[:, :, there], v[:, :, there], mask, _scores(q))
+                part_k, part_v = (torch.empty(x.shape, dtype=dq.dtype, device=x.device) for x in (block.k, block.v))
+                _BACKEND.backward_step(prepared, block, StepGradients(dq[:, :, own], part_k, part_v, None), not turn)
                 dk[:, :, there] += part_k
                 dv[:, :, there] += part_v
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
@@ -78,7 +74,7 @@ def _spans(row: Row, rank: int) -> tuple[Span, ...]:
 
 
 def _steps(row: Row) -> Iterator[tuple[slice, list[tuple[slice, BlockMask]]]]:
-    """Yield (a rank's tokens, [(a block's tokens, their mask) in the order of the ring])."""
+    """(a rank's tokens, [(a block's tokens, who sees whom) in the order the ring brings them])."""
     part, rule = row.length // row.ring, make_rule(row.causal, row.window)
     for rank in range(row.ring):
         visits = []

@@ -22,9 +22,8 @@ import torch
 
 from benchmarks import hardware
 from benchmarks.gpu import bounded, decode, figures, loss, measure, rows
-from benchmarks.gpu.contestants import CONTESTANTS, OURS, RING, TMA
-from benchmarks.gpu.figures import Figure, Table
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.contestants import CONTESTANTS, RING, TMA
+from benchmarks.gpu.figures import OURS, Figure, Run, Table
 from benchmarks.gpu.rows import Row
 from benchmarks.harness import RESULTS, Verdict, judge
 
@@ -56,7 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
     def chosen_row(name: str) -> bool:
         return not chosen.rows or any(part in name for part in chosen.rows)
 
-    wanted = [r for r in (rows.TINY if chosen.interpret else rows.ROWS) if chosen_row(r.name)]
     chip = "triton's interpreter" if chosen.interpret else torch.cuda.get_device_name()
     roof = None if chosen.interpret else measure.matmul_rate(device)
     print(
@@ -64,27 +62,25 @@ def main(arguments: list[str] | None = None) -> int:
         + (f"; 8192^3 bf16 product {roof / 1e12:.0f} TFLOP/s" if roof else "")
     )
     folder = chosen.output or (None if chosen.interpret else RESULTS)
-    deadline = time.monotonic() + 60 * chosen.minutes
-    found = table(device, folder, chip, chosen.resume, roof).run(_until(deadline, wanted))
-    bad = figures.wrong(found) + decode.run(device, chosen_row, folder, chip, chosen.resume)
-    bad += loss.run(device, chosen_row, folder, chip, chosen.resume)
+    this = Run(device, chosen_row, folder, chip, chosen.resume)
+    found = attention(this, roof).run(_until(time.monotonic() + 60 * chosen.minutes, this.rows(rows.ROWS, rows.TINY)))
+    bad = figures.wrong(found) + decode.run(this) + loss.run(this)
     print()
     judge(_verdicts(found))
-    memories = [r for r in (bounded.TINY if chosen.interpret else bounded.ROWS) if chosen_row(r.name)]
-    bad += figures.wrong(bounded.run(memories, device, folder, chip, chosen.resume))
+    bad += figures.wrong(bounded.run(this))
     print("\n".join(f"WRONG   {what}" for what in bad) or "every result within its limit of fp64")
     return int(bool(bad))
 
 
-def table(device: torch.device, folder: Path | None, chip: str, resume: bool, roof: float | None) -> Table:
+def attention(this: Run, roof: float | None) -> Table:
     """Return the attention table; `roof`: FLOP/s of a large matrix product."""
-    results = Results(folder / "attention_gpu.csv" if folder else None, COLUMNS, chip, resume)
 
     def others(figure: Figure) -> tuple[str, ...]:
         rates = (f"{rate(figure, direction) / 1e12:.1f}" if figure.forward else "" for direction in PASSES)
         return *rates, f"{roof / 1e12:.1f}" if roof else ""
 
-    return Table(results, COLUMNS[:2], CONTESTANTS, partial(_measure, device), _line, others, (OURS, TMA, RING))
+    results, measured = this.results("attention", COLUMNS), partial(_measure, this.device)
+    return Table(results, COLUMNS[:2], CONTESTANTS, measured, _line, others, (OURS, TMA, RING))
 
 
 def _until(deadline: float, wanted: list[Row]) -> Iterator[Row]:
