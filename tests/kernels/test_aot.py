@@ -63,6 +63,7 @@ def test_the_record_is_complete_and_good() -> None:
     assert not [problem for entry in record.values() for problem in aot.problems(entry)]
 
 
+@pytest.mark.deep
 def test_what_changed_and_a_tenth_of_the_rest() -> None:
     record, turn = recorded(), commit()
     cases = [
