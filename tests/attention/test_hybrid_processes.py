@@ -80,8 +80,8 @@ def worker(rank: int, world: int, ring: int, length: int, dtype: torch.dtype) ->
         (1, 2, torch.float64),
         (2, 2, torch.float64),
         (1, 4, torch.float64),
-        pytest.param(2, 3, torch.float64, marks=pytest.mark.slow),
-        pytest.param(2, 2, torch.float32, marks=pytest.mark.slow),
+        pytest.param(2, 3, torch.float64, marks=pytest.mark.deep),
+        pytest.param(2, 2, torch.float32, marks=pytest.mark.deep),
     ],
 )
 def test_equals_dense(ring: int, ulysses: int, dtype: torch.dtype) -> None:
@@ -132,7 +132,7 @@ def ways_worker(rank: int, world: int, ring: int) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize("ring", [1, 2])
+@pytest.mark.parametrize("ring", [pytest.param(1, marks=pytest.mark.deep), 2])
 def test_a_checkpoint_that_keeps_the_results_repeats_neither_exchange_nor_hop(ring: int) -> None:
     for results in run_ranks(2 * ring, ways_worker, ring):
         hops, exchanges, nbytes, gradients = results["plain"]

@@ -84,7 +84,7 @@ def test_equals_dense(
     ("layout", "ring"),
     [
         ("contiguous", 16), ("striped", 16), ("zigzag", 16), ("zigzag", 32),
-        pytest.param("zigzag", 64, marks=pytest.mark.slow),
+        pytest.param("zigzag", 64, marks=pytest.mark.deep),
     ],
 )  # fmt: skip
 def test_large_rings_equal_dense_and_send_the_closed_form(layout: str, ring: int) -> None:

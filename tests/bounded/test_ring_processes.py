@@ -38,7 +38,7 @@ def on_a_mesh(rank: int, world_size: int, layout: str) -> list[tuple[str, bool, 
 
 @pytest.mark.parametrize(
     ("ring", "layout"),
-    [(2, "zigzag"), (3, "contiguous"), pytest.param(4, "zigzag", marks=pytest.mark.slow)],
+    [(2, "zigzag"), (3, "contiguous"), pytest.param(4, "zigzag", marks=pytest.mark.deep)],
 )
 def test_processes_are_one_device(ring: int, layout: str) -> None:
     by_rank = run_ranks(ring, on_a_mesh, layout)
@@ -73,7 +73,7 @@ def states_on_a_mesh(rank: int, world_size: int, names: list[str], layout: str) 
     return answers
 
 
-@pytest.mark.parametrize(("ring", "layout"), [(2, "zigzag"), pytest.param(4, "contiguous", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("ring", "layout"), [(2, "zigzag"), pytest.param(4, "contiguous", marks=pytest.mark.deep)])
 def test_states_of_processes_are_those_of_one_device(ring: int, layout: str) -> None:
     names = ["prefix", "running pair", "linformer", "cluster", "compressive", "cosine value"]
     by_rank = run_ranks(ring, states_on_a_mesh, names, layout)

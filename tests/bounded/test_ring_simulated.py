@@ -107,7 +107,7 @@ def test_packed_documents_without_causal_are_as_defined(ring: int, layout: str, 
     assert max(direct.differences(found, expected)) <= EXACT
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("documents", DOCUMENTS | CROSSING)
 @pytest.mark.parametrize("name", ranks.CASES)
 def test_larger_rings(name: str, documents: str) -> None:

@@ -55,7 +55,7 @@ def test_over_all_tokens(name: str) -> None:
     on_rings(name, "none", [(2, "contiguous"), (3, "zigzag")])
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("documents", DOCUMENTS)
 def test_more_rings(name: str, documents: str) -> None:

@@ -79,7 +79,7 @@ def errors(rank: int, world: int, layouts: list[str]) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.deep)])
 def test_parts_on_a_ring(world: int) -> None:
     """As ring attention leaves them."""
     results = run_ranks(world, errors, ["zigzag", "contiguous", "striped"], timeout=120)

@@ -62,7 +62,7 @@ def truth() -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": {n: p.detach() for n, p in model.named_parameters()}}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.deep)])
 def test_short_windows_and_one_step_a_window_equal_one_process(stage: int, truth: dict[str, Any]) -> None:
     for results in run_ranks(2, styles, stage):
         for found in results:

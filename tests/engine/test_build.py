@@ -140,10 +140,10 @@ def adapted(model: Any, what: str) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("tokens", "pissa")]
+SLOW = [pytest.param(kind, marks=pytest.mark.deep) for kind in ("tokens", "pissa")]
 
 
-@pytest.mark.parametrize("what", ["resize", "dora", *SLOW])
+@pytest.mark.parametrize("what", [pytest.param("resize", marks=pytest.mark.deep), "dora", *SLOW])
 def test_weights_touched_after_they_were_partitioned(what: str, tmp_path: Path) -> None:
     (whole,) = run_ranks(1, touched, what, str(tmp_path))
     for result in run_ranks(2, touched, what, str(tmp_path)):

@@ -51,7 +51,7 @@ SLOW = ((0, "model"), (1, "layers"), (2, "model"), (3, "model"))
     [
         (1, "engine"),
         pytest.param(3, "layers", marks=pytest.mark.deep),
-        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in SLOW),
+        *(pytest.param(*cell, marks=pytest.mark.deep) for cell in SLOW),
     ],
 )
 def test_a_compiled_model_trains_alike(stage: int, how: str) -> None:

@@ -87,7 +87,9 @@ for step in range(3):
 """
 
 
-@pytest.mark.parametrize("fault", [pytest.param("gone", marks=pytest.mark.slow), "skips"])
+@pytest.mark.parametrize(
+    "fault", [pytest.param("gone", marks=pytest.mark.deep), pytest.param("skips", marks=pytest.mark.deep)]
+)
 def test_a_rank_that_is_missed_in_a_message_of_the_model_is_named(fault: str, tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(JOB)

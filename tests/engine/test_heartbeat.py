@@ -51,7 +51,7 @@ def jobs(frozen: int) -> list[subprocess.Popen[str]]:
     ]
 
 
-@pytest.mark.parametrize("frozen", [1, 0])
+@pytest.mark.parametrize("frozen", [1, pytest.param(0, marks=pytest.mark.deep)])
 def test_a_stopped_rank_is_named_and_the_job_ends(frozen: int) -> None:
     """Rank 0 keeps the store: where it is frozen, nothing can be asked any more."""
     ranks = jobs(frozen)

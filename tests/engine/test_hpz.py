@@ -64,10 +64,10 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "
     ("ring", "ulysses", "zero", "recompute"),
     [
         (2, 1, {}, "none"),
-        pytest.param(4, 1, {}, "layer", marks=pytest.mark.slow),
-        pytest.param(2, 2, {"overlap_comm": True}, "layer_keep_attention", marks=pytest.mark.slow),
-        pytest.param(2, 1, {"reduce_scatter": False}, "mlp", marks=pytest.mark.slow),
-        pytest.param(2, 1, OFFLOAD, "layer", marks=pytest.mark.slow),
+        pytest.param(4, 1, {}, "layer", marks=pytest.mark.deep),
+        pytest.param(2, 2, {"overlap_comm": True}, "layer_keep_attention", marks=pytest.mark.deep),
+        pytest.param(2, 1, {"reduce_scatter": False}, "mlp", marks=pytest.mark.deep),
+        pytest.param(2, 1, OFFLOAD, "layer", marks=pytest.mark.deep),
     ],
 )
 def test_the_copy_trains_the_same_model(ring: int, ulysses: int, zero: dict[str, Any], recompute: str) -> None:

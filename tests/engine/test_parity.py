@@ -118,14 +118,12 @@ def name(value: Any) -> str | None:
     return "+".join([f"zero{value[0]}", *(key for key, on in list(options)[1:] if on)])
 
 
-FIRST = [(0, True, False, False), (1, False, False, False), (2, True, True, False), (3, True, True, False)]
+FIRST = [(2, True, True, False), (3, True, True, False)]
 
 
 def by_tier() -> list[Any]:
-    """One cell per stage first. Of the others, those with an even number of options on hold every pair of values."""
-    marks = [pytest.mark.slow if cell[0] and sum(cell[1:]) % 2 else pytest.mark.deep for cell in legal_cells()]
-    cells = zip(legal_cells(), marks, strict=True)
-    return [cell if cell in FIRST else pytest.param(cell, marks=mark) for cell, mark in cells]
+    """One cell of stages 2 and 3 first (``test_other_meshes_pairwise`` has stages 0 and 1), the others deep."""
+    return [cell if cell in FIRST else pytest.param(cell, marks=pytest.mark.deep) for cell in legal_cells()]
 
 
 @pytest.mark.parametrize("cell", by_tier(), ids=name)
@@ -150,7 +148,7 @@ PAIRWISE = [  # every pair of (mesh, stage), (mesh, option), (stage, option), (o
     (2, 1, (0, True, False, False), "sgd"),
     (2, 2, (2, True, True, False), "adamw"),
     pytest.param(2, 2, (3, False, True, True), "sgd", marks=pytest.mark.deep),
-    (2, 2, (0, True, False, False), "sgd"),
+    pytest.param(2, 2, (0, True, False, False), "sgd", marks=pytest.mark.deep),
     (2, 2, (1, False, False, False), "sgd"),
     pytest.param(4, 4, (3, True, False, True), "adamw", marks=pytest.mark.deep),
     pytest.param(4, 4, (1, False, True, False), "sgd", marks=pytest.mark.deep),
@@ -175,13 +173,13 @@ def test_other_layouts(layout: str, stage: int) -> None:
 HYBRID = [  # ring x ulysses 2 on four ranks
     pytest.param(2, (3, True, False, False), "sgd", "zigzag", marks=pytest.mark.deep),
     (1, (1, True, False, False), "adamw", "zigzag"),
-    pytest.param(2, (0, True, False, False), "sgd", "zigzag", marks=pytest.mark.slow),
-    pytest.param(2, (1, False, True, False), "sgd", "striped", marks=pytest.mark.slow),
-    pytest.param(2, (2, True, False, True), "adamw", "contiguous", marks=pytest.mark.slow),
-    pytest.param(2, (3, True, True, True), "adamw", "zigzag", marks=pytest.mark.slow),
-    pytest.param(1, (0, True, False, False), "sgd", "zigzag", marks=pytest.mark.slow),
-    pytest.param(1, (2, True, True, False), "sgd", "zigzag", marks=pytest.mark.slow),
-    pytest.param(1, (3, False, False, False), "sgd", "zigzag", marks=pytest.mark.slow),
+    pytest.param(2, (0, True, False, False), "sgd", "zigzag", marks=pytest.mark.deep),
+    pytest.param(2, (1, False, True, False), "sgd", "striped", marks=pytest.mark.deep),
+    pytest.param(2, (2, True, False, True), "adamw", "contiguous", marks=pytest.mark.deep),
+    pytest.param(2, (3, True, True, True), "adamw", "zigzag", marks=pytest.mark.deep),
+    pytest.param(1, (0, True, False, False), "sgd", "zigzag", marks=pytest.mark.deep),
+    pytest.param(1, (2, True, True, False), "sgd", "zigzag", marks=pytest.mark.deep),
+    pytest.param(1, (3, False, False, False), "sgd", "zigzag", marks=pytest.mark.deep),
 ]
 
 
@@ -190,12 +188,16 @@ def test_heads_exchanged_in_a_ring_and_between_replicas(ring: int, cell: tuple, 
     check(4, ring, cell, optimizer, layout, layers=1, ulysses=2)
 
 
-def grid() -> list[tuple[int, int, tuple, str]]:
+def grid() -> list[Any]:
     meshes = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4)]
-    return [(*mesh, cell, optimizer) for mesh in meshes for cell in legal_cells() for optimizer in ("sgd", "adamw")]
+    return [
+        pytest.param(world, ring, cell, optimizer, marks=pytest.mark.deep if world <= 2 else pytest.mark.slow)
+        for world, ring in meshes
+        for cell in legal_cells()
+        for optimizer in ("sgd", "adamw")
+    ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("world", "ring", "cell", "optimizer"), grid(), ids=name)
 def test_the_full_grid(world: int, ring: int, cell: tuple, optimizer: str) -> None:
     check(world, ring, cell, optimizer)

@@ -139,7 +139,7 @@ def smoke(rank: int, world: int, stage: int, config: dict[str, Any]) -> list[flo
     [
         (0, {}),
         (1, {}),
-        (1, {"data_types": {"grad_accum_dtype": "fp32"}}),
+        pytest.param(1, {"data_types": {"grad_accum_dtype": "fp32"}}, marks=pytest.mark.deep),
         pytest.param(2, {"offload": True}, marks=pytest.mark.deep),
         (3, {}),
         pytest.param(3, {"data_types": {"grad_accum_dtype": "fp32"}}, marks=pytest.mark.deep),

@@ -59,7 +59,7 @@ def continued(rank: int, world: int, ring: int, stage: int, folder: str, tag: st
     return losses
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("stage", [1, 3])
 def test_four_ranks_save_and_two_go_on(stage: int, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"

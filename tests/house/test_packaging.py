@@ -105,7 +105,7 @@ def test_constraints_pin_what_pyproject_asks_for() -> None:
     assert all("==" not in requirement for requirement in asked), "pins belong in constraints.txt"
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_wheel_and_sdist(checkout: Path, tmp_path: Path) -> None:
     build = "from setuptools import build_meta as b; import sys; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"
     run(sys.executable, "-c", build, "sdist", str(tmp_path), cwd=checkout)

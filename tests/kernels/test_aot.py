@@ -1,6 +1,6 @@
 """Every configuration the chooser can return, compiled for its chip: nothing spilled, shared memory within the chip's,
 tensor cores used. The results are recorded beside the kernels; what changed since, and a tenth of the rest, is compiled
-in every run of the suite, everything by `make test-aot`."""
+by `make test-deep`, everything by `make test-aot`."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def test_the_record_is_complete_and_good() -> None:
     assert not [problem for entry in record.values() for problem in aot.problems(entry)]
 
 
+@pytest.mark.deep
 def test_what_changed_and_a_tenth_of_the_rest() -> None:
     record, turn = recorded(), commit()
     cases = [

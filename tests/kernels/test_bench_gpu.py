@@ -123,6 +123,7 @@ def test_every_tiny_row(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.deep
 def test_bounded_memories(tmp_path: Path) -> None:
     done = run("--interpret", "--output", str(tmp_path), "--rows", "cosine-")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

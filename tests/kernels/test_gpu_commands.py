@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from house_files import ROOT
 
 # Runs `python -m MODULE ARGUMENTS...` where importing one of these fails, as on a machine that lacks them.
@@ -40,6 +41,7 @@ def test_the_gpu_tests_start() -> None:
     assert re.search(r"^\d+ deselected, 1 error in", done.stdout.splitlines()[-1])
 
 
+@pytest.mark.deep
 def test_the_gpu_benchmark_starts() -> None:
     done = start("benchmarks.gpu.run")
     assert done.returncode == 2 and "no GPU here" in done.stdout, done.stderr[-2000:]

@@ -19,7 +19,7 @@ OPERATORS = torch.ops.longctx
 CELLS = [
     ("block_attention", False),
     ("ring_attention", True),
-    *(pytest.param(*cell, marks=pytest.mark.slow) for cell in (("block_attention", True), ("ring_attention", False))),
+    *(pytest.param(*cell, marks=pytest.mark.deep) for cell in (("block_attention", True), ("ring_attention", False))),
 ]
 EXTRAS = {"softcap": 2.0, "dropout_p": 0.3, "dropout_seed": 7}
 

@@ -79,7 +79,8 @@ def wait_for_steps(config: Path, steps: int) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("other", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.deep)])
+@pytest.mark.deep
+@pytest.mark.parametrize("other", ["torchrun", "deepspeed"])
 def test_every_launcher_runs_the_same_job(tmp_path: Path, other: str) -> None:
     for launcher in ("longctx", other):
         config = write(tmp_path, launcher)
@@ -130,7 +131,7 @@ def test_a_frozen_rank_is_named_and_the_job_ends(tmp_path: Path) -> None:
     assert time.monotonic() - stopped < 120 and not ranks_of(config)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_rank_with_another_setting_under_torchrun_is_named(tmp_path: Path) -> None:
     """Each rank reads the YAML by itself there; here the second one finds another learning rate in it."""
     config = write(tmp_path)

@@ -85,7 +85,7 @@ def test_every_kind_of_model_on_a_ring_of_two() -> None:
     check(2, [case(name, padded=name not in EAGER_ONLY) for name in NAMES])
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("world", [1, pytest.param(3, marks=pytest.mark.deep), 4])
 def test_every_size_and_mode(world: int) -> None:
     check(world, [case("llama", mode) for mode in MODES] + [case("mistral", "beam", padded=False)])
 

@@ -54,7 +54,7 @@ def train_with_a_full_disk(rank: int, world: int, folder: str, overrides: tuple[
     return "no error"
 
 
-@pytest.mark.parametrize("full", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("full", [pytest.param(0, marks=pytest.mark.deep), pytest.param(1, marks=pytest.mark.deep)])
 def test_a_full_disk_on_any_rank_is_named_on_all_and_older_checkpoints_stay(tmp_path: Path, full: int) -> None:
     write(tmp_path)
     answers = run_ranks(2, train_with_a_full_disk, str(tmp_path), (), full, timeout=LIMIT)
@@ -139,6 +139,7 @@ def contradict(rank: int, world: int, folder: str) -> list[str]:
     return answers
 
 
+@pytest.mark.deep
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path)
     run_ranks(2, train, str(tmp_path), ("train.steps=2", "output.sample_tokens=0"), timeout=LIMIT)
@@ -174,6 +175,7 @@ def test_data_that_cannot_be_used_and_a_folder_in_use_are_named_on_all_ranks(tmp
         assert all(f"in use by another run (process {os.getpid()} on" in answer for answer in answers), answers
 
 
+@pytest.mark.deep
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
     write(tmp_path)
     explode = ("train.optimizer=sgd", "train.lr=1000", "train.clip=null", "train.warmup_steps=0", "train.steps=50")

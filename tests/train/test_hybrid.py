@@ -32,6 +32,7 @@ def train(rank: int, world: int, folder: str) -> dict[str, tuple[int, int]]:
     return found
 
 
+@pytest.mark.deep
 def test_a_yaml_with_exchanged_heads_trains_alike(tmp_path: Path) -> None:
     for name in RUNS:
         write(tmp_path, name)

@@ -44,7 +44,7 @@ LARGER = ((4, 3, "fp32"), (4, 1, "fp32"), (4, 2, "fp32"), (4, 3, "bf16"))  # a r
 
 
 @pytest.mark.parametrize(
-    "world, stage, dtype", [(2, 3, "fp32"), *(pytest.param(*one, marks=pytest.mark.slow) for one in LARGER)]
+    "world, stage, dtype", [(2, 3, "fp32"), *(pytest.param(*one, marks=pytest.mark.deep) for one in LARGER)]
 )
 def test_other_numbers_of_ranks_give_the_same_run(tmp_path: Path, world: int, stage: int, dtype: str) -> None:
     ring, back = world // 2, world == 4
@@ -59,7 +59,7 @@ def test_other_numbers_of_ranks_give_the_same_run(tmp_path: Path, world: int, st
     require_equal(tmp_path, dtype)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_copies_of_the_weights_come_and_go_with_the_ranks(tmp_path: Path) -> None:
     """Four ranks with a copy in every two, two ranks that have no room for one, four again."""
     same = ("zero.stage=3", "mesh.ring=2", "train.schedule=constant")

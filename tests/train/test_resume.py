@@ -69,7 +69,7 @@ NVME = (
     "deepspeed.zero_optimization={sub_group_size: 700000}",
 )
 LATER = {  # the same path as another case, with another stage
-    **dict.fromkeys(("zero3", "zero0-fp16", "zero2-bf16", "zero1"), pytest.mark.slow),
+    **dict.fromkeys(("zero3", "zero0-fp16", "zero2-bf16", "zero1"), pytest.mark.deep),
     **dict.fromkeys(("zero2-mixed-layers", "zero2-fp16"), pytest.mark.deep),
 }
 
@@ -120,6 +120,7 @@ def resumed_equals_uninterrupted(tmp_path: Path, overrides: tuple[str, ...]) -> 
     ]  # fmt: skip
 
 
+@pytest.mark.deep
 def test_a_finished_run_has_everything_and_is_not_trained_again(tmp_path: Path) -> None:
 
     write(tmp_path)
@@ -176,7 +177,7 @@ def test_the_exported_folder_is_the_trained_model(tmp_path: Path) -> None:
     assert abs(total / count - measured) <= 1e-5 * measured
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_run_with_a_copy_of_the_weights_is_the_run_without_and_resumes(tmp_path: Path) -> None:
     """To the last bit: without the copy, with it, and stopped and resumed with it."""
     grid = ("mesh.ring=2", "mesh.data=2", "zero.stage=3")
