@@ -1,7 +1,7 @@
-"""share_beams(): keys and values of a prompt and of an encoder's output kept once for all beams of generate().
+"""share_beams(): cache keys and values of a prompt and of an encoder's output once for all beams of generate().
 
-The strongest plain cache there is: what a beam search usually keeps ``beams`` times lies there once, and all beams of a
-row read it in one product. It works for any model whose attention goes through transformers' interface, RoPE included.
+Beam search usually stores them ``beams`` times. Here they are stored once, and all beams of a row read them in one
+matrix product. It works for any model whose attention uses transformers' interface, also with RoPE.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _REPLACED = ("_expand_inputs_for_generation", "_prepare_cache_for_generation")
 
 
 class Beams:
-    """What is known of the generation in progress."""
+    """State of the current generation: its number of beams, and whether the model has cross attention."""
 
     def __init__(self) -> None:
         self.crosses = False
@@ -28,10 +28,10 @@ class Beams:
 
 
 def share_beams(model: Any) -> None:
-    """Keep prompts and encoder outputs once for all beams in ``model.generate()``, until `unshare_beams`.
+    """Cache prompts and encoder outputs once for all beams in ``model.generate()``, until `unshare_beams`.
 
     Raises:
-        ModelError: the model adds a bias to its logits (T5), or does not attend through transformers' interface.
+        ModelError: the model adds a bias to its logits (T5), or does not use transformers' attention interface.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -39,7 +39,9 @@ def share_beams(model: Any) -> None:
     if hasattr(model, _STATE):
         unshare_beams(model)
     if any(hasattr(module, "relative_attention_bias") for module in model.modules()):
-        raise ModelError(f"{type(model).__name__} adds a bias of positions to its logits, which shared beams do not")
+        raise ModelError(
+            f"{type(model).__name__} adds a position bias to its logits, which shared beams do not support"
+        )
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     state = Beams()
@@ -51,7 +53,7 @@ def share_beams(model: Any) -> None:
 
 
 def unshare_beams(model: Any) -> None:
-    """Give a model its own caches back; does nothing to a model that has them."""
+    """Restore a model's own caches; a no-op if beams are not shared."""
     if hasattr(model, _STATE):
         model.set_attn_implementation(getattr(model, _STATE)[1])
         for name in (*_REPLACED, _STATE):
@@ -60,9 +62,9 @@ def unshare_beams(model: Any) -> None:
 
 def expand_once(original: Any, state: Beams) -> Any:
     def expand(self: Any, expand_size: int = 1, **kwargs: Any) -> Any:
-        """Repeat what the decoder is given for every beam, but not the encoder's output and its padding.
+        """Repeat the decoder's inputs for every beam, but not the encoder's output and its padding mask.
 
-        The three stay together: transformers makes the mask of the cross attention with the encoder's rows.
+        These two have equally many rows, because transformers builds the mask of cross attention from both.
         """
         state.beams = expand_size
         if kwargs.get("encoder_outputs") is None or not state.crosses:
@@ -99,7 +101,7 @@ def _attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """torch's fused attention, or where beams share keys one product for all of them."""
+    """Run torch's fused attention, or one matrix product for all beams where they share keys."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     prompt: tuple[torch.Tensor, torch.Tensor] | None = getattr(key, "longctx_prompt", None)
@@ -107,7 +109,7 @@ def _attention(
     if beams == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     if others.get("softcap") is not None or others.get("s_aux") is not None:
-        raise ModelError(f"{type(module).__name__}: softcaps and sinks are not built for shared beams")
+        raise ModelError(f"{type(module).__name__}: softcaps and sinks are not supported with shared beams")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     folded = query.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)  # (B, H, beams * T, D), beams outside
     if prompt is None:
@@ -126,7 +128,7 @@ def _attention(
 def _part(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of few queries (B, H, N, D) to k, v (B, G, S, D), its whole row at once: out and lse (B, H, N) fp32."""
+    """Attend from few queries (B, H, N, D) to k, v (B, G, S, D), without blocks; return out and lse (B, H, N) fp32."""
     grouped = q.unflatten(1, (k.shape[1], -1))
     logits = (grouped * scale) @ k[:, :, None].mT
     logits = logits.float() if logits.dtype != torch.float64 else logits
@@ -139,7 +141,7 @@ def _part(
 
 
 def _folded(mask: torch.Tensor | None, beams: int, rows: int) -> torch.Tensor | None:
-    """(rows or rows * beams, 1, T, S) -> (rows, 1, beams * T, S), or with T = 1 what broadcasts."""
+    """Return a mask (rows or rows * beams, 1, T, S) as (rows, 1, beams * T, S), or as one that broadcasts if T = 1."""
     if mask is None:
         return None
     mask = mask if mask.shape[0] in (1, rows) else mask[::beams]
@@ -147,12 +149,12 @@ def _folded(mask: torch.Tensor | None, beams: int, rows: int) -> torch.Tensor | 
 
 
 def _unfold(x: torch.Tensor, beams: int) -> torch.Tensor:
-    """(B, H, beams * T, D) -> (B * beams, T, H, D)."""
+    """Reshape (B, H, beams * T, D) to (B * beams, T, H, D)."""
     return x.unflatten(2, (beams, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
 
 
 def _causal(query: torch.Tensor, keys: int) -> torch.Tensor | None:
-    """(1, 1, T, S) of the last T tokens, or None for one, which sees everything."""
+    """Return the causal mask of the last T tokens, (1, 1, T, S); None for one token, which sees everything."""
     tokens = query.shape[2]
     if tokens == 1:
         return None

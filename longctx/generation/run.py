@@ -1,4 +1,4 @@
-"""Load a checkpoint, continue a prompt, and say how fast it was and what it kept."""
+"""Load a checkpoint, continue a prompt, and report speed and cache size."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from longctx.errors import ConfigError, LongctxError
 from longctx.generation.beams import share_beams, unshare_beams
 from longctx.generation.el import disable_el, enable_el
 from longctx.generation.generate import generate
-from longctx.generation.projections import family_of, refuse
+from longctx.generation.projections import refuse, spec_of
 from longctx.generation.request import Request
 from longctx.generation.stream import TextStream
 from longctx.mesh import Mesh
 from longctx.models.convert import converted
-from longctx.models.hook.bounded_layer import memory_of
+from longctx.models.hook.bounded_layer import bounded_child
 from longctx.models.hook.positions import table_of_positions
 from longctx.models.load.pretrained import load_pretrained
 
 
 class Generated(NamedTuple):
-    """One answer and its figures."""
+    """One generated text and its figures."""
 
     text: str
     prompt_tokens: int
     tokens: int
     seconds: float
     reading: float | None
-    """Seconds until the first token, the prompt's forward included; None for beams, which write at the end."""
+    """Seconds until the first token, with the prompt's forward; None for beam search, which returns all at the end."""
     cache_bytes: int
     attention: Choice
 
     def summary(self, ranks: int) -> str:
-        """Two lines for the terminal."""
+        """Return two lines for the terminal."""
         shared = f" on this rank, one of {ranks}" if ranks > 1 else ""
         after = self.tokens if self.reading is None else self.tokens - 1
         rate = after / max(self.seconds - (self.reading or 0.0), 1e-9)
@@ -61,16 +61,16 @@ class Generator:
         self.mesh = mesh
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.model: Any = load_pretrained(folder).to(mesh.device).eval()
-        if mesh.sequence_size == 1 and not converted(self.model.config):  # bounded memories are longctx's to compute
+        if mesh.sequence_size == 1 and not converted(self.model.config):  # only longctx computes bounded states
             self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
 
     def answer(self, request: Request, write: Callable[[str], Any]) -> Generated:
-        """Continue ``request.prompt`` and write text as it is made.
+        """Continue ``request.prompt``, and write the text while it is generated.
 
         Raises:
-            ConfigError: the prompt is too short, the model has no positions for it and what is asked, or transformers
-                refuses the options and the folder's generation_config.json together.
-            ModelError: --attention el on a model that cannot.
+            ConfigError: the prompt is too short, prompt and new tokens exceed the model's positions, or transformers
+                rejects the options together with the folder's generation_config.json.
+            ModelError: --attention el on a model that does not support it.
         """
         ids = torch.from_numpy(self.tokenizer.prompt(request.prompt).astype("int64"))[None].to(self.mesh.device)
         least = min(self.mesh.sequence_size, 2)
@@ -102,7 +102,7 @@ class Generator:
         return Generated(text, ids.shape[1], len(new), seconds, reading, kept, attention)
 
     def _check_length(self, prompt: int, new: int) -> None:
-        """Refuse what a table of positions has no row for; the last token is written and not read."""
+        """Raise if the table of positions is too small; the last new token is not read, so it needs none."""
         rows = table_of_positions(self.model)
         if rows is not None and prompt + new - 1 > rows:
             room = rows - prompt + 1
@@ -113,7 +113,7 @@ class Generator:
             )
 
     def _attend(self, request: Request, prompt: int) -> Choice:
-        """Set the model up for the asked, or the cheaper, kind of attention; the same choice on every rank."""
+        """Set the model up for the requested, or the cheaper, kind of attention; the same on every rank."""
         disable_el(self.model)
         unshare_beams(self.model)
         choice = Choice(request.attention, "as asked")
@@ -126,22 +126,22 @@ class Generator:
         return choice
 
     def _choose(self, request: Request, prompt: int) -> Choice:
-        modules = [module for module in self.model.modules() if family_of(module) and memory_of(module) is None]
+        modules = [module for module in self.model.modules() if spec_of(module) and bounded_child(module) is None]
         if not modules:
-            bounded = sum(memory_of(module) is not None for module in self.model.modules())
+            bounded = sum(bounded_child(module) is not None for module in self.model.modules())
             if bounded:
-                return Choice("kv", f"{bounded} of {self.model.config.num_hidden_layers} layers have a bounded memory")
+                return Choice("kv", f"{bounded} of {self.model.config.num_hidden_layers} layers have a bounded state")
             return Choice("kv", str(refuse(self.model)).split(":")[0])
         ranks = self.mesh.sequence_size
         free = torch.tensor(_free_memory(self.mesh.device) // 2, device=self.mesh.device)
-        if ranks > 1:  # of the rank that has least, lest they choose differently
+        if ranks > 1:  # the minimum over ranks, so that all make the same choice
             dist.all_reduce(free, op=dist.ReduceOp.MIN, group=self.mesh.sequence_group)
         shared = ranks > 1 or self._beams_can_share()
         shape = replace(_shape(self.model, request, prompt), layers=len(modules))
         return choose(shape, memory=int(free) * ranks, shared_prompt=shared)
 
     def _beams_can_share(self) -> bool:
-        """Whether keys and values of the prompt can lie in this process once for all beams (a ring's always do)."""
+        """Return whether this process can cache the prompt once for all beams; on a ring that is always so."""
         config = self.model.config
         odd = converted(config) or getattr(config, "attn_logit_softcapping", None) is not None
         for module in self.model.modules():
@@ -152,21 +152,23 @@ class Generator:
 def options_of(request: Request, folder: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the options of transformers' generate() for a request.
 
-    What a request does not say (stop tokens, penalties, suppressed tokens) is left to the model's generation config.
+    Other options (stop tokens, penalties, suppressed tokens) are those of the model's generation config.
 
     Args:
-        folder: that generation config.
+        folder: the generation config of the checkpoint.
     """
     sampling = request.temperature > 0 and request.beams == 1
     options: dict[str, Any] = {
         "do_sample": sampling, "num_beams": request.beams, "num_return_sequences": 1,
         "max_new_tokens": request.max_new_tokens,
-        "temperature": request.temperature if sampling else 1.0,  # transformers warns of settings that do nothing
+        "temperature": request.temperature if sampling else 1.0,  # transformers warns about settings without effect
         "top_k": request.top_k if sampling else 50, "top_p": request.top_p if sampling else 1.0,
     }  # fmt: skip
     stop = folder.eos_token_id
     if folder.pad_token_id is None and stop is not None:
-        options["pad_token_id"] = stop[0] if isinstance(stop, list) else stop  # as transformers does, which warns
+        options["pad_token_id"] = (
+            stop[0] if isinstance(stop, list) else stop
+        )  # as transformers does, but without its warning
     if folder.stop_strings is not None:
         options["tokenizer"] = tokenizer.transformers
     return options

@@ -1,4 +1,4 @@
-"""Text as it is made: what transformers calls a streamer, for our tokenizers."""
+"""Print text while it is generated: a transformers streamer for longctx's tokenizers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _UNFINISHED = "\ufffd"
 
 
 class TextStream:
-    """Write what each new token adds to the text; a character whose bytes are not all there waits for them."""
+    """Write what each new token adds to the text; incomplete multi-byte characters are held back."""
 
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], Any]) -> None:
         self.tokenizer, self.write = tokenizer, write
         self.ids: list[int] = []
-        self.start = 0  # of the tokens that are decoded again: only the last few can change
+        self.start = 0  # first token that is decoded again: only the last few can change
         self.shown = ""
         self.prompt = True
         self.first: float | None = None
-        """time.perf_counter() when the first new token came."""
+        """time.perf_counter() at the first new token."""
 
     def put(self, tokens: Any) -> None:
-        """Take the prompt (once, not shown), then new tokens."""
+        """Receive the prompt (the first call, not shown), then new tokens."""
         if self.prompt:
             self.prompt = False
             return
@@ -36,12 +36,12 @@ class TextStream:
             return
         self.write(text[len(self.shown) :])
         self.shown = text
-        if len(self.ids) - self.start > _LONGEST:  # from here on, decode again behind a few known tokens only
-            self.start = len(self.ids) - _CONTEXT  # some decoders drop a space before the first token they are given
+        if len(self.ids) - self.start > _LONGEST:  # bound the number of tokens that are decoded again
+            self.start = len(self.ids) - _CONTEXT  # context, because some decoders drop a space before the first token
             self.shown = self.tokenizer.decode(self.ids[self.start :])
 
     def end(self) -> None:
-        """Write what is left."""
+        """Write the remaining text."""
         text = self.tokenizer.decode(self.ids[self.start :])
         self.write(text[len(self.shown) :])
         self.shown = text

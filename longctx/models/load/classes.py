@@ -1,6 +1,6 @@
-"""Which class of transformers a model type has for which task, from transformers' own tables, without importing it.
+"""Look up transformers' model classes per task and model type without importing transformers.
 
-Importing transformers' tables imports torch, which takes seconds; the tables are literals in one source file, which is
+Importing transformers' tables would import torch, which takes seconds. They are literals in one source file, which is
 parsed instead.
 """
 
@@ -15,15 +15,17 @@ from typing import Any
 from longctx.errors import ModelError
 from longctx.models.names import PREFIX
 
-_DECODERS = frozenset({"bart", "mbart", "mvp", "reformer", "xlm"})  # types with a causal class of another kind
+_DECODERS = frozenset(
+    {"bart", "mbart", "mvp", "reformer", "xlm"}
+)  # encoder-decoder types that also have a causal class
 _SUFFIX = "_MAPPING_NAMES"
 
 
 @cache
 def tables() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Return {task: {model type: class names}} of the installed transformers; empty without it.
+    """Return {task: {model type: class names}} of the installed transformers, {} without it.
 
-    Tasks are named as in transformers: ``MODEL_FOR_CAUSAL_LM``, ``MODEL``, ….
+    Tasks have transformers' names: ``MODEL_FOR_CAUSAL_LM``, ``MODEL``, ….
     """
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
@@ -43,7 +45,7 @@ def tables() -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 def require_causal(settings: dict[str, Any], where: str) -> None:
-    """Refuse the config.json of anything but a causal language model, by the name of its class.
+    """Raise unless a config.json describes a causal language model.
 
     Args:
         settings: the content of config.json.
@@ -55,7 +57,7 @@ def require_causal(settings: dict[str, Any], where: str) -> None:
     """
     kind, causal = settings.get("model_type"), tables().get("MODEL_FOR_CAUSAL_LM", {})
     if not causal:
-        return  # no transformers here, or another layout of it: loading will say
+        return  # transformers is missing or has another layout: loading reports it
     if not isinstance(kind, str):
         raise ModelError(f"{where}: its config.json has no model_type; give a transformers folder")
     plain = kind.removeprefix(PREFIX)
@@ -84,7 +86,7 @@ def require_causal(settings: dict[str, Any], where: str) -> None:
 
 
 def _require_left_to_right(settings: dict[str, Any], kind: str, who: str) -> None:
-    """Refuse encoders: with a causal head they would predict a token from itself unless ``is_decoder`` is set."""
+    """Raise for encoders: with a causal head they would predict a token from itself unless ``is_decoder`` is set."""
     masked = kind in tables().get("MODEL_FOR_MASKED_LM", {}) and kind not in _DECODERS
     if masked and settings.get("is_decoder") is not True:
         raise ModelError(
@@ -94,7 +96,7 @@ def _require_left_to_right(settings: dict[str, Any], kind: str, who: str) -> Non
 
 
 def _pairs(node: ast.expr) -> dict[str, tuple[str, ...]]:
-    """Return the literal pairs of an ``OrderedDict([...])``; what is no literal is left out."""
+    """Return the literal pairs of an ``OrderedDict([...])``, without entries that are not literals."""
     found: dict[str, tuple[str, ...]] = {}
     for item in node.elts if isinstance(node, ast.List) else []:
         try:

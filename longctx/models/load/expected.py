@@ -1,7 +1,7 @@
-"""Whether a folder's weights are those of the model that its config.json describes: names and shapes, no torch.
+"""Check names and shapes of a folder's weights against its config.json, without torch.
 
-What every language model has is held for all of them: rows of the embedding and of the output layer, and the number of
-layers. For plain Llama-like models and GPT-2 every weight of every layer is.
+Checked for all language models: the rows of the embedding and of the output layer, and the number of layers. For
+Llama-like models and GPT-2: every projection and MLP weight of every layer.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def tied(settings: dict[str, Any]) -> bool:
-    """Whether the output layer shares the embedding's weights; where the file is silent, as its class has it."""
+    """Return whether the output layer shares the embedding's weights: config.json's value, else the class's default."""
     given = settings.get("tie_word_embeddings")
     kind = str(settings.get("model_type")).removeprefix(PREFIX)
     return bool(given) if isinstance(given, bool) else kind in _TIED
 
 
 def count_parameters(settings: dict[str, Any], weights: dict[str, Weight]) -> int:
-    """Return the parameters of a folder's model: without layers beyond its own, which only guess further tokens, and
-    without a second copy of a tied embedding."""
+    """Return the number of parameters of a folder's model, without multi-token-prediction layers and without a second
+    copy of a tied embedding."""
     settings = text_settings(settings)
     count, total = whole_number(settings, "num_hidden_layers", "n_layer", "n_layers", "num_layers"), 0
     for name, weight in weights.items():
@@ -54,7 +54,7 @@ def count_parameters(settings: dict[str, Any], weights: dict[str, Weight]) -> in
 
 
 def mismatches(settings: dict[str, Any], weights: dict[str, Weight]) -> Iterator[str]:
-    """Yield what is wrong with ``weights`` for the model that ``settings`` describe, a sentence each, the worst first.
+    """Yield each mismatch between ``weights`` and the model of ``settings`` as a sentence, the most important first.
 
     Args:
         settings: the content of config.json.
@@ -70,7 +70,7 @@ def mismatches(settings: dict[str, Any], weights: dict[str, Weight]) -> Iterator
     yield from _layer_count(settings, layers)
     kind = str(settings.get("model_type")).removeprefix(PREFIX)
     shapes = _gpt2(settings) if kind == "gpt2" else _plain(settings, kind) if kind in PLAIN else {}
-    converted = kind != settings.get("model_type")  # its layers may have other weights besides
+    converted = kind != settings.get("model_type")  # converted layers may have additional weights
     common = _common(layers) - set(shapes) if shapes and not converted else set()
     for index, found in sorted(layers.items()):
         yield from _layer(index, found, shapes)
@@ -118,7 +118,7 @@ def _layer(index: int, found: dict[str, Weight], shapes: dict[str, tuple[int | N
 
 
 def _by_layer(weights: dict[str, Weight]) -> dict[int, dict[str, Weight]]:
-    """Group weights by layer, under the names that they have inside it."""
+    """Return weights by layer index, and by name within the layer."""
     found: dict[int, dict[str, Weight]] = {}
     for name, weight in weights.items():
         match = _LAYER.search(name)
@@ -143,11 +143,11 @@ def _plain(settings: dict[str, Any], kind: str) -> dict[str, tuple[int | None, .
         return {}
     size = whole_number(settings, "head_dim")
     if size is None and (kind.startswith("gemma") or kind == "qwen3"):
-        return {}  # their classes have a default of their own
+        return {}  # their classes have another default
     size = size or hidden // heads
     queries = heads * size
     groups = whole_number(settings, "num_key_value_heads") or (heads if kind in ("llama", "olmo", "olmo2") else None)
-    keys = groups and groups * size  # None: the class has a default of its own
+    keys = groups and groups * size  # None: the class has another default
     projections: dict[str, tuple[int | None, ...]] = {
         "self_attn.q_proj.weight": (queries, hidden),
         "self_attn.k_proj.weight": (keys, hidden),

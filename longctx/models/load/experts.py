@@ -1,6 +1,6 @@
-"""Mixtures of experts as a config.json describes them: how many weights there are, and how many a token uses.
+"""Read mixtures of experts from a config.json: the number of weights, in total and used per token.
 
-No torch: the planner and the count of FLOPs read it.
+Without torch, for the planner and the FLOPs count.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k",
 
 @dataclass(frozen=True)
 class Experts:
-    """The sparse MLPs of a model: `layers` of them, the other layers being dense.
+    """The mixture-of-experts MLPs of a model.
 
     Attributes:
-        count, active: experts of a layer, and those that one token passes.
-        inner: width of one expert.
-        shared: width of the experts that every token passes.
-        shared_gate: whether a gate of one output weighs the shared expert.
+        layers: number of layers with experts; the others are dense.
+        count, active: experts per layer, and experts per token.
+        inner: hidden width of one expert.
+        shared: total hidden width of the shared experts, which every token uses.
+        shared_gate: whether the shared expert's output is scaled by a learned gate.
     """
 
     layers: int
@@ -33,16 +34,16 @@ class Experts:
     shared_gate: bool = False
 
     def weights(self, hidden: int) -> int:
-        """Weights of one sparse MLP of gated experts, its router included."""
+        """Return the weights of one layer's gated experts and router."""
         return 3 * hidden * (self.count * self.inner + self.shared) + hidden * (self.count + self.shared_gate)
 
     def used(self, hidden: int) -> int:
-        """Of these, those that take part in products for one token."""
+        """Return the weights that one token is multiplied with."""
         return self.weights(hidden) - 3 * hidden * (self.count - self.active) * self.inner
 
     @property
     def width(self) -> int:
-        """Inner results of one token."""
+        """Hidden width per token."""
         return self.active * self.inner + self.shared
 
 
@@ -55,7 +56,7 @@ def experts_of(settings: dict[str, Any]) -> Experts | None:
     if count is None or inner is None or total is None or count == 1 or settings.get("enable_moe_block") is False:
         return None
     if settings.get("model_type") == "llama4_text":
-        shared: int | None = inner  # one expert for every token, as wide as the others
+        shared: int | None = inner  # one shared expert, as wide as the others
     else:
         number = whole_number(settings, "n_shared_experts", "num_shared_experts", "moe_num_shared_experts") or 0
         own = whole_number(settings, "shared_expert_intermediate_size", "shared_intermediate_size")
@@ -65,7 +66,7 @@ def experts_of(settings: dict[str, Any]) -> Experts | None:
 
 
 def _sparse_layers(settings: dict[str, Any], total: int) -> int:
-    """Count the layers with experts."""
+    """Return the number of layers with experts; model families describe it by different keys."""
     kinds = settings.get("mlp_layer_types")
     if isinstance(kinds, list) and kinds:
         return sum(kind == "sparse" for kind in kinds)

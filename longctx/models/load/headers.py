@@ -1,4 +1,4 @@
-"""What the safetensors files of a pretrained folder hold, by their headers alone: names, dtypes, shapes; no torch."""
+"""Read names, dtypes and shapes of a pretrained folder's weights from its safetensors headers, without torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from longctx.errors import ModelError
 from longctx.models.load.settings import is_pointer, read_json
 
-_LARGEST_HEADER = 100_000_000  # the format's own bound
+_LARGEST_HEADER = 100_000_000  # limit of the format
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -20,7 +20,7 @@ _BITS = {
 
 
 class Weight(NamedTuple):
-    """One tensor of a folder."""
+    """Header entry of one tensor."""
 
     dtype: str
     """as safetensors writes it: F32, BF16, …"""
@@ -29,7 +29,7 @@ class Weight(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        """How many numbers it has."""
+        """Its number of elements."""
         product = 1
         for size in self.shape:
             product *= size
@@ -40,7 +40,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     """Return the safetensors files of a pretrained folder, in order.
 
     Raises:
-        ModelError: there are none, one is missing, a name leaves the folder, or the folder is an adapter.
+        ModelError: there are none, one is missing, a name points outside the folder, or the folder holds an adapter.
     """
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
@@ -62,11 +62,11 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def read_weights(folder: str | Path) -> dict[str, Weight]:
-    """Return every weight of a pretrained folder by name, from the headers; no tensor is read.
+    """Return every weight of a pretrained folder by name, from the headers; tensors are not read.
 
     Raises:
-        ModelError: see ``weight_files``; or a file is a Git LFS pointer, cut short or no safetensors file, or the index
-            names a weight that its file does not hold.
+        ModelError: see ``weight_files``; or a file is a Git LFS pointer, truncated or not a safetensors file, or the
+            index names a weight that its file does not contain.
     """
     folder = Path(folder)
     found: dict[str, Weight] = {}
@@ -89,7 +89,7 @@ def _weight_map(index: Path) -> dict[str, Any]:
 
 
 def _header(path: Path) -> dict[str, Weight]:
-    """Read one file's header: 8 bytes of length, and as many of JSON."""
+    """Read one file's header: 8 bytes of length, then so many bytes of JSON."""
     size, length, raw = _start(path)
     try:
         entries = json.loads(raw)
@@ -106,7 +106,7 @@ def _header(path: Path) -> dict[str, Weight]:
 
 
 def _start(path: Path) -> tuple[int, int, bytes]:
-    """Return a file's size, the length of its header, and the header."""
+    """Return (file size, header length, header)."""
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -115,7 +115,7 @@ def _start(path: Path) -> tuple[int, int, bytes]:
             if is_pointer(start):
                 raise ModelError(f"{path} is a Git LFS pointer, not the weights; fetch them: git lfs pull")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-                raise ModelError(f"{path} is cut short or no safetensors file ({size:,} bytes); copy it again")
+                raise ModelError(f"{path} is truncated or no safetensors file ({size:,} bytes); copy it again")
             stream.seek(8)
             return size, length, stream.read(length)
     except OSError as problem:

@@ -1,8 +1,8 @@
-"""A pretrained model from a local folder: safetensors only, nothing downloaded, nothing in the folder executed.
+"""Load a pretrained model from a local folder: safetensors only, no downloads, no code from the folder.
 
-A config.json is input from a stranger. transformers has followed fields of it to code before (``auto_map``; the field
-``_attn_implementation_internal`` of CVE-2026-4372 named a kernel repository), so a config is built from keys that its
-class declares, dangerous ones are refused, and the rest is left out.
+A config.json is untrusted input. transformers has run code that its fields point to (``auto_map``; in CVE-2026-4372
+``_attn_implementation_internal`` named a kernel repository). So a config is built from keys that its class declares,
+dangerous keys raise, and other keys are ignored.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from longctx.models.names import NAME
 
 
 def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> Any:
-    """Return the transformers config of a local pretrained folder: ``AutoConfig``'s, from keys that its class knows.
+    """Return the transformers config of a local pretrained folder, as ``AutoConfig`` would, from its class's own keys.
 
     Args:
-        changes: keys of config.json that get another value, such as ``{"max_position_embeddings": 131072}``.
+        changes: values that replace those of config.json, such as ``{"max_position_embeddings": 131072}``.
 
     Raises:
-        ModelError: no such folder, no or broken config.json, an unknown architecture, or a refused key.
+        ModelError: no such folder, no or broken config.json, an unknown architecture, or a dangerous key.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from longctx.models.register import register
 
-    register()  # converted models have types of their own
+    register()  # for the model types of converted models
     path = Path(folder) / "config.json"
     raw = _floats(read_settings(folder))
     if changes:
@@ -41,7 +41,7 @@ def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> An
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ModelError(f"{path}: model_type {kind!r} is no architecture of the installed transformers")
     if kind == "mistral" and "layer_types" in raw:
-        kind = "ministral"  # as AutoConfig does: Mistral's own class has one kind of layer
+        kind = "ministral"  # as AutoConfig does: Mistral's own class has no layer types
     config_class: Any = CONFIG_MAPPING[kind]
     known = accepted_keys(config_class)
     try:
@@ -52,7 +52,7 @@ def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> An
 
 
 def stored_dtype(folder: str | Path, config: Any) -> Any:
-    """Return the torch dtype of a folder's weights: what its config says, else that of the first one.
+    """Return the torch dtype of a folder's weights: the config's, else that of the first weight.
 
     Raises:
         ModelError: see ``read_weights``.
@@ -71,8 +71,8 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
 
     Args:
         dtype: torch dtype of the weights; None keeps the folder's.
-        config: what ``read_config`` returned, if it has been read (and changed) already. If it has been converted, the
-            weights that the folder lacks for its layers are drawn at random.
+        config: what ``read_config`` returned, perhaps changed; None reads it. If it was converted, the weights that
+            the folder lacks for converted layers are drawn at random.
 
     Raises:
         ModelError: see ``read_config`` and ``weight_files``; or a weight is missing or has another shape.
@@ -108,7 +108,7 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
 def make_model(config: Any, *, dtype: Any = None) -> Any:
     """Return a causal language model with random weights and longctx's attention, built from a config.
 
-    Run it inside ``deepspeed.zero.Init`` to build it partitioned.
+    Call it within ``deepspeed.zero.Init`` to build the model partitioned.
     """
     from transformers import AutoModelForCausalLM
 
@@ -119,7 +119,7 @@ def make_model(config: Any, *, dtype: Any = None) -> Any:
 
 
 def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return ``raw`` with other values; new RoPE parameters replace all of the old ones, but for its base."""
+    """Return ``raw`` with ``changes``; new RoPE parameters replace all of the old ones except the base."""
     new = {**raw, **changes}
     if "rope_parameters" in changes:
         new.pop("rope_scaling", None)
@@ -133,7 +133,7 @@ def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _floats(value: Any) -> Any:
-    """Undo how transformers writes infinity and NaN into JSON: ``{"__float__": "Infinity"}``."""
+    """Decode transformers' JSON form of infinity and NaN: ``{"__float__": "Infinity"}``."""
     if isinstance(value, dict):
         if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
             return float(value["__float__"])

@@ -1,4 +1,4 @@
-"""How many positions a pretrained folder's model was made for, and whether a key can raise that number."""
+"""Read from a pretrained folder how many positions its model supports, and whether a setting can raise the number."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from longctx.models.names import PREFIX
 
 _NAMES = ("max_position_embeddings", "n_positions")
 _TABLE = re.compile(r"(?:^|\.)(wpe|embed_positions|position_embeddings?|positions_embed)\.weight$")
-# RoBERTa's positions begin behind its padding id.
+# RoBERTa's positions start after its padding id.
 _OFFSET = frozenset(
     {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod"}
 )
-# Kinds of RoPE that read max_position_embeddings as the length that the weights were trained on.
+# Kinds of RoPE that interpret max_position_embeddings as the length of training.
 _MEANT = frozenset({"dynamic", "yarn", "longrope"})
 
 
 class Reach(NamedTuple):
-    """The positions of a model."""
+    """Maximum sequence length of a model."""
 
     positions: int
-    """tokens of the longest sequence"""
+    """tokens in the longest sequence"""
     learned: bool
-    """they are rows of a table, so that no setting adds to them"""
+    """positions are rows of a learned table, so no setting can add to them"""
     scaling: str | None
-    """the kind of RoPE, where raising the number alone would change what it means"""
+    """the kind of RoPE, if raising the number alone would change its meaning"""
 
 
 def reach_of(settings: dict[str, Any], weights: dict[str, Weight]) -> Reach | None:
-    """Return how far the model of a folder reaches; None if it has no such number (ALiBi, state spaces).
+    """Return the maximum sequence length of a folder's model; None if it has no limit (ALiBi, state spaces).
 
     Args:
         settings: the content of config.json.
-        weights: what ``read_weights`` returned; empty if it is not known.
+        weights: what ``read_weights`` returned; empty if unknown.
     """
     settings = text_settings(settings)
     declared = whole_number(settings, *_NAMES)
@@ -54,7 +54,7 @@ def reach_of(settings: dict[str, Any], weights: dict[str, Weight]) -> Reach | No
 
 
 def _kinds_of_rope(settings: dict[str, Any]) -> set[str]:
-    """Return the kinds of RoPE that config.json names, old spelling or new, of all kinds of layers."""
+    """Return the kinds of RoPE in config.json, by its old and its new key, for all layer types."""
     found = set()
     for key in ("rope_parameters", "rope_scaling"):
         block = settings.get(key)

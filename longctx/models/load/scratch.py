@@ -1,4 +1,4 @@
-"""A transformers config from an architecture's name and sizes, one vocabulary of sizes for every architecture."""
+"""Make a transformers config from an architecture and sizes, with the same size names for all architectures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _RENAMED = {
 }
 _NO_KV_HEADS = frozenset({"gpt2"})
 _WIDE_MLP = frozenset({"gpt2", "phi"})  # two matrices of 4 x hidden_size; the gated ones have three of 8/3
-# Dropout of activations makes a run depend on how many ranks computed it: all of it is off unless asked for.
+# Dropout is off by default: with it, results depend on the number of ranks.
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout")
 
 
@@ -52,11 +52,11 @@ def make_config(
     tie_embeddings: bool = False,
     extra: dict[str, Any] | None = None,
 ) -> Any:
-    """Return the transformers config of ``architecture`` with these sizes; None leaves transformers' default.
+    """Return the transformers config of ``architecture`` with these sizes; None keeps transformers' default.
 
     Args:
         architecture: a transformers model type with a causal language model ("llama", "gemma3_text", …).
-        intermediate_size: default 8/3 of hidden_size (4 of it for gpt2 and phi), rounded up to a multiple of 64.
+        intermediate_size: default 8/3 × hidden_size (4 × for gpt2 and phi), rounded up to a multiple of 64.
         extra: further keywords of the config class, by transformers' names.
 
     Raises:
@@ -101,7 +101,7 @@ def make_config(
 
 
 def known_keys(config_class: type) -> set[str]:
-    """Return the keywords that a transformers config class declares, its mapped names included."""
+    """Return the keywords that a transformers config class declares, with its mapped names."""
     names = {field.name for field in dataclasses.fields(config_class)}
     names |= set(getattr(config_class, "attribute_map", {}))
     return {name for name in names if not name.startswith("_")}
