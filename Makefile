@@ -17,7 +17,7 @@ help:  ## this list
 
 install: $(INSTALLED)  ## make .venv and install longctx with everything the other targets need
 
-$(INSTALLED): tools/bootstrap.py tools/bootstrap.sh pyproject.toml setup.py constraints.txt
+$(INSTALLED): tools/bootstrap.py tools/bootstrap.sh pyproject.toml constraints.txt
 	@sh tools/bootstrap.sh .venv
 
 quickstart: $(INSTALLED)  ## train a small Llama on this machine's own text, sequences sharded over a ring of ranks
@@ -67,8 +67,9 @@ $(PEERS): $(INSTALLED)
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[peers]'
 	@touch $@
 
-lint: $(INSTALLED)  ## ruff and mypy alone
+lint: $(INSTALLED)  ## ruff (rules and format) and mypy alone
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:  ## remove what builds and tests leave behind (.venv and runs/ stay)

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {  # old name -> new name, both within longctx
+    "attention.call": "attention.operator",
     "attention.hybrid_passes": "attention.hybrid.passes",
     "attention.ulysses": "attention.hybrid.ulysses",
     "bounded.abc_block": "bounded.abc.block",
@@ -87,10 +88,10 @@ MOVED = {  # old name -> new name, both within longctx
     "launch.control": "launch.cluster.control",
     "launch.facts": "launch.cluster.facts",
     "launch.hosts": "launch.cluster.hosts",
-    "launch.members": "launch.cluster.members",
+    "launch.members": "launch.cluster.connections",
     "launch.placement": "launch.cluster.placement",
     "launch.supervise": "launch.cluster.supervise",
-    "launch.ticket": "launch.cluster.ticket",
+    "launch.ticket": "launch.cluster.jobspec",
     "launch.generate": "cli.generate",
     "launch.doctor": "cli.doctor",
     "launch.show": "cli.launch_print",
@@ -118,6 +119,7 @@ MOVED = {  # old name -> new name, both within longctx
     "train.sample": "train.report.sample",
     "train.flops": "train.report.flops",
     "train.console": "train.report.console",
+    "train.schedule": "train.optimizer",
     "data.tokenizer": "data.tokenizers.tokenizer",
     "data.tokenizer_file": "data.tokenizers.file",
     "data.tokenizer_folder": "data.tokenizers.folder",

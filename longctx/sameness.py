@@ -13,8 +13,8 @@ import platform
 import sys
 from collections.abc import Mapping
 from functools import cache
+from glob import glob
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,9 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, str]:
 def code_and_packages() -> dict[str, str]:
     """Return a digest of longctx's source, and the versions of Python and of the packages that training uses."""
     digest = hashlib.sha256()
-    kernels = find_spec("longctx.kernels")  # in a checkout they are beside the package
-    for root in (Path(__file__).parent, *map(Path, (kernels and kernels.submodule_search_locations) or ())):
-        for path in sorted(root.rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    root = Path(__file__).parent
+    for name in sorted(glob("**/*.py", root_dir=root, recursive=True)):  # follows a checkout's links to the operators
+        digest.update(name.encode() + b"\0" + (root / name).read_bytes())
     found = {"source of longctx": digest.hexdigest()[:16], "python": platform.python_version()}
     for name in _PACKAGES:
         try:

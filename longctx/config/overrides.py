@@ -30,7 +30,9 @@ def apply(document: YamlDocument, overrides: Iterable[str]) -> None:
         try:
             _set(document, tuple(key.split(".")), _value(text, leaf, place), place)
         except InvalidConfig as error:
-            document.problems.extend(problem._replace(place=place) for problem in error.problems)
+            document.problems.extend(
+                problem._replace(place=place, key=problem.key or key) for problem in error.problems
+            )
 
 
 def _leaf(key: str) -> Leaf | None:

@@ -21,13 +21,13 @@ from longctx.config.sections.zero import ZeroSection
 class RunConfig(Section):
     """A training run. Validated once by `longctx.config.load.load`, then only read."""
 
-    model: ModelSection = Field(description="what is trained")
+    model: ModelSection = Field(description="the model to train")
     mesh: MeshSection = Field(MeshSection(), description="how ranks are arranged")
     attention: AttentionSection = Field(AttentionSection(), description="how attention is computed")
-    data: DataSection = Field(description="what it is trained on")
+    data: DataSection = Field(description="text, tokenizer and rows")
     train: TrainSection = Field(description="the loop")
     fp16: Fp16Section = Field(Fp16Section(), description="the loss scale of runs in fp16")
-    memory: MemorySection = Field(MemorySection(), description="what a training step keeps in memory")
+    memory: MemorySection = Field(MemorySection(), description="how much of logits and activations a step holds")
     zero: ZeroSection = Field(ZeroSection(), description="what DeepSpeed shards")
     checkpoint: CheckpointSection = Field(CheckpointSection(), description="saving and resuming")
     output: OutputSection = Field(description="the run directory")

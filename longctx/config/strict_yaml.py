@@ -97,24 +97,21 @@ class StrictLoader(yaml.SafeLoader):
             raise _Refused(f"more than {MAX_NODES} values, aliases expanded", event.start_mark, "too-large")
 
 
-def read(path: str | Path) -> YamlDocument:
-    """Read and parse a file; see ``parse``.
+def read(path: str | Path) -> bytes:
+    """Return the content of a file, of one that is too large only as much as `parse` needs to say so.
 
     Raises:
-        InvalidConfig: there is no such file, it cannot be read, or what ``parse`` raises.
+        InvalidConfig: there is no such file, or it cannot be read.
     """
-    file = Path(path)
+    file, location = Path(path), Location(str(path))
     try:
         if not file.is_file():
             what = "is a folder" if file.is_dir() else "does not exist" if not file.exists() else "is not a plain file"
-            raise _stop(Location(str(path)), f"{what}; give the path of a YAML file", "no-file")
+            raise _stop(location, f"{what}; give the path of a YAML file", "no-file")
         with file.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
+            return stream.read(MAX_BYTES + 1)
     except OSError as error:
-        raise InvalidConfig(
-            [Problem(Location(str(path)), "", f"cannot be read: {error.strerror}", "no-file")]
-        ) from None
-    return parse(content, str(path))
+        raise _stop(location, f"cannot be read: {error.strerror}", "no-file") from None
 
 
 def parse(content: bytes | str, name: str) -> YamlDocument:

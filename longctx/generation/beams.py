@@ -1,7 +1,7 @@
-"""share_beams(): cache keys and values of a prompt and of an encoder's output once for all beams of generate().
+"""share_beams(): cache the keys and values of a prompt and of an encoder's output once for all beams of generate().
 
-Beam search usually stores them ``beams`` times. Here they are stored once, and all beams of a row read them in one
-matrix product. It works for any model whose attention uses transformers' interface, also with RoPE.
+A beam search usually caches the prompt ``beams`` times; here it is cached once, and all beams of a row read it in one
+matrix product. It works for any model whose attention goes through transformers' interface, RoPE included.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _REPLACED = ("_expand_inputs_for_generation", "_prepare_cache_for_generation")
 
 
 class Beams:
-    """State of the current generation: its number of beams, and whether the model has cross attention."""
+    """State of the generation in progress."""
 
     def __init__(self) -> None:
         self.crosses = False
@@ -53,7 +53,7 @@ def share_beams(model: Any) -> None:
 
 
 def unshare_beams(model: Any) -> None:
-    """Restore a model's own caches; a no-op if beams are not shared."""
+    """Restore a model's own caches; no effect if they are in use."""
     if hasattr(model, _STATE):
         model.set_attn_implementation(getattr(model, _STATE)[1])
         for name in (*_REPLACED, _STATE):
@@ -62,9 +62,9 @@ def unshare_beams(model: Any) -> None:
 
 def expand_once(original: Any, state: Beams) -> Any:
     def expand(self: Any, expand_size: int = 1, **kwargs: Any) -> Any:
-        """Repeat the decoder's inputs for every beam, but not the encoder's output and its padding mask.
+        """Repeat the decoder's inputs for every beam, but not the encoder's output and its padding.
 
-        These two have equally many rows, because transformers builds the mask of cross attention from both.
+        These three must agree: transformers builds the cross-attention mask with the encoder's rows.
         """
         state.beams = expand_size
         if kwargs.get("encoder_outputs") is None or not state.crosses:
@@ -101,7 +101,7 @@ def _attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Run torch's fused attention, or one matrix product for all beams where they share keys."""
+    """torch's fused attention; if beams share keys, one product for all beams."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     prompt: tuple[torch.Tensor, torch.Tensor] | None = getattr(key, "longctx_prompt", None)
@@ -128,7 +128,7 @@ def _attention(
 def _part(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend from few queries (B, H, N, D) to k, v (B, G, S, D), without blocks; return out and lse (B, H, N) fp32."""
+    """Attention of few queries (B, H, N, D) to all of k, v (B, G, S, D): out and lse (B, H, N), fp32."""
     grouped = q.unflatten(1, (k.shape[1], -1))
     logits = (grouped * scale) @ k[:, :, None].mT
     logits = logits.float() if logits.dtype != torch.float64 else logits
@@ -141,7 +141,7 @@ def _part(
 
 
 def _folded(mask: torch.Tensor | None, beams: int, rows: int) -> torch.Tensor | None:
-    """Return a mask (rows or rows * beams, 1, T, S) as (rows, 1, beams * T, S), or as one that broadcasts if T = 1."""
+    """(rows or rows * beams, 1, T, S) -> (rows, 1, beams * T, S), or a broadcastable mask if T = 1."""
     if mask is None:
         return None
     mask = mask if mask.shape[0] in (1, rows) else mask[::beams]
@@ -154,7 +154,7 @@ def _unfold(x: torch.Tensor, beams: int) -> torch.Tensor:
 
 
 def _causal(query: torch.Tensor, keys: int) -> torch.Tensor | None:
-    """Return the causal mask of the last T tokens, (1, 1, T, S); None for one token, which sees everything."""
+    """Causal mask (1, 1, T, S) of the last T tokens; None for a single token, which attends to all."""
     tokens = query.shape[2]
     if tokens == 1:
         return None

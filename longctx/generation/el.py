@@ -1,8 +1,8 @@
 """enable_el(): make a transformers model generate from hidden states instead of cached keys and values, exactly.
 
 The model's own generate() is unchanged: decoder layers cache their inputs, cross attention reads the encoder's output
-directly (stored once for all layers and beams), and prompts are stored once for all of their beams. Prompts run through
-the model's own attention, whose keys and values are then dropped. Weights are not modified.
+directly (once for all layers and beams), and prompts are cached once for all beams. Prompts run through the model's own
+attention, whose keys and values are then discarded. Weights are unchanged.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def enable_el(model: torch.nn.Module, *, cross: bool = True, causal: bool = True
     """Use EL-attention in every layer where it is exact, until `disable_el`.
 
     Args:
-        model: a transformers model with generate(); training and forward without a cache do not change.
-        cross: cross attention reads the encoder's output itself: 2 · layers · beams times fewer bytes.
+        model: a transformers model with generate(); training and forward without a cache are unchanged.
+        cross: cross attention reads the encoder's output itself: 2 * layers * beams times fewer bytes.
         causal: self-attention of the decoder caches its inputs: half the bytes, and the prompt once for all beams.
-            Bounded-state layers do not change.
+            Layers with a bounded state are unchanged.
 
     Returns:
-        the names of the changed modules.
+        names of the modules that were changed.
 
     Raises:
         ModelError: no layer of the model supports it, with the reason (RoPE rotates keys by their positions).
@@ -71,7 +71,7 @@ def enable_el(model: torch.nn.Module, *, cross: bool = True, causal: bool = True
 
 
 def disable_el(model: torch.nn.Module) -> None:
-    """Restore a model's own attention; a no-op if EL-attention is not enabled."""
+    """Restore a model's own attention; no effect if it is in use."""
     state = getattr(model, _STATE, None)
     if state is None:
         return
@@ -84,16 +84,16 @@ def disable_el(model: torch.nn.Module) -> None:
 
 @contextmanager
 def spread_source(model: Any, mesh: Mesh) -> Iterator[None]:
-    """Within the block, treat the encoder's output given to cross attention as this rank's shard of it.
+    """Treat the encoder's output that cross attention gets as this rank's shard of it.
 
     Raises:
-        ModelError: EL-attention is not enabled in the model's cross attention.
+        ModelError: the model's cross attention computes keys and values.
     """
     state = getattr(model, _STATE, None)
     if state is None or not state.crosses:
         raise ModelError(
-            f"{type(model).__name__} is an encoder-decoder whose cross attention caches keys and values of its source: "
-            "call longctx.enable_el(model) to shard the source over ranks, or generate on one (mesh of ring 1)"
+            f"{type(model).__name__} is an encoder-decoder whose cross attention caches keys and values: "
+            "call longctx.enable_el(model) to share the source between ranks, or generate on one (mesh of ring 1)"
         )
     state.mesh = mesh
     try:
@@ -103,19 +103,19 @@ def spread_source(model: Any, mesh: Mesh) -> Iterator[None]:
 
 
 def el_layers(model: torch.nn.Module) -> list[int]:
-    """Return the indices of the decoder layers that cache their inputs since `enable_el`."""
+    """Indices of the decoder layers that cache their inputs since `enable_el`."""
     state = getattr(model, _STATE, None)
     return [] if state is None else list(state.layers)
 
 
 class _State(Beams):
-    """What enable_el changed in one model, and the number of beams of the current generation."""
+    """The changes that enable_el made to a model, and the number of beams of the generation in progress."""
 
     def __init__(self) -> None:
         super().__init__()
         self.changed: list[str] = []
         self.layers: list[int] = []
-        self.mesh: Mesh | None = None  # whose ranks hold shards of the encoder's output, during a generation
+        self.mesh: Mesh | None = None  # its ranks hold shards of the encoder's output during a generation
 
 
 def _cross(spec: AttentionSpec, original: Any, state: _State) -> Any:
@@ -169,7 +169,7 @@ def _self(spec: AttentionSpec, original: Any) -> Any:
 def _sharded(
     module: Any, spec: AttentionSpec, original: Any, x: torch.Tensor, cache: ShardedCache, kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """Run EL-attention over a sharded context: W_v comes before the reduction of D + 1 numbers per query and head."""
+    """The same over a context sharded over ranks; W_v is applied before the merge: D + 1 numbers per query head."""
     held: Any = cache.layers[int(module.layer_idx)]
     prompt = not held.is_initialized
     held.update(x[:, None], x[:, None, :, :0])
@@ -200,8 +200,8 @@ def _attend(
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Run EL-attention over a cache in parts, which ends with x's own tokens: partial results are merged by lse."""
-    weights, heads = spec.projections(module), getattr(module, spec.heads)
+    """EL-attention over a cache in parts, the last of which holds x itself: partial results, merged by lse."""
+    weights, heads = family.projections(module), getattr(module, family.heads)
     q = torch.nn.functional.linear(x, weights.w_q, weights.b_q).unflatten(-1, (heads, -1)).transpose(1, 2)
     keys = sum(part.shape[1] for part in parts)
     partials, start = [], 0
@@ -221,7 +221,7 @@ def _attend(
 
 
 def _table(bias: torch.Tensor) -> Any:
-    """Return a (1, H, T, S) bias as the function of positions that EL-attention takes."""
+    """Wrap a (1, H, T, S) tensor as the function of positions that EL-attention expects."""
 
     def look_up(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return bias[0, :, :, keys]
@@ -230,7 +230,7 @@ def _table(bias: torch.Tensor) -> Any:
 
 
 def _position_bias(module: Any, given: torch.Tensor | None, past: int, tokens: int) -> torch.Tensor:
-    """Return T5's bias of the new tokens, (1, H, T, past + T), which the first layer computes for all layers."""
+    """T5's bias of the new tokens, (1, H, T, past + T): the first layer's table, passed from layer to layer."""
     if given is not None:
         return given
     if not module.has_relative_attention_bias:
@@ -245,7 +245,7 @@ def _scale(module: Any, spec: AttentionSpec) -> float:
 
 
 def _of_prompt(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
-    """Return the model's mask without keys that a static cache has not filled yet."""
+    """The model's own mask without the slots that a static cache has not filled yet."""
     return mask if mask is None else mask[..., :tokens]
 
 

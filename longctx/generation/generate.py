@@ -1,9 +1,9 @@
-"""generate(): transformers' own generate() over a context that is sharded over ranks.
+"""generate(): transformers' own generate() over a context sharded over ranks.
 
-The prompt runs through the model once, sharded, with ring attention, and its keys and values (under `enable_el` its
-layer inputs) stay on their ranks. Then every rank computes the same new tokens. Only attention communicates: it reduces
-D + 1 numbers per query, head and layer. A bounded-state layer does not communicate, because every rank has the state
-of the whole prompt. Random generators have the same seed on all ranks.
+The prompt runs through the model once, sharded, with ring attention; each rank keeps its shard of the keys and values
+(under `enable_el`, of the layer inputs). Every rank then computes the same new token: ranks communicate in attention
+only, D + 1 numbers per query head and layer. A layer with a bounded state needs no communication: every rank has the
+state of the whole prompt. Sampling uses random generators with the same seed on all ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from longctx.models.modes import evaluating
 from longctx.sharding import positions, shard
 
 _OTHER_CACHES = ("cache_implementation", "prompt_lookup_num_tokens")
-"""options that select another cache; on a ring, those of a generation config are overridden"""
+"""options that choose another cache; on a ring, those of the generation config are ignored"""
 
 
 @torch.no_grad()
@@ -39,19 +39,19 @@ def generate(
     seed: int = 0,
     **options: Any,
 ) -> Any:
-    """Continue a prompt whose context is sharded over the ranks of ``mesh``. Collective over the sequence group.
+    """Continue a prompt whose context is sharded over the ranks of ``mesh``. Collective.
 
     Args:
-        model: a causal transformers model, whole on every rank; on a ring its attention is replaced by longctx's. Or,
-            under `enable_el`, an encoder-decoder: each rank runs the encoder and keeps its shard of the output.
+        model: a causal transformers model, replicated on every rank; on a ring its attention becomes longctx's. Or,
+            under `enable_el`, an encoder-decoder: every rank runs the encoder and keeps its shard of the output.
         input_ids: (B, S) int64, the whole prompt, equal on every rank of the sequence group; S >= 2 on a ring.
-        attention_mask: (B, S), 0 at padding, which must be on the left.
-        seed: of sampling.
-        options: of transformers' generate(): max_new_tokens, do_sample, num_beams, streamer, …; defaults are those of
-            the model's generation config.
+        attention_mask: (B, S), 0 at padding; left padding only.
+        seed: for sampling.
+        options: of transformers' generate(): max_new_tokens, do_sample, num_beams, streamer, … Defaults come from the
+            model's generation config.
 
     Returns:
-        what generate() returns, the same on every rank. The train or eval mode of every module is restored.
+        the result of transformers' generate(), equal on every rank. The train or eval mode of modules is restored.
 
     Raises:
         ModelError: sharded generation does not support the model or an option; see docs/decode.md.
@@ -81,7 +81,7 @@ def generate(
 
 
 def _from_source(model: Any, ids: torch.Tensor, mask: torch.Tensor, mesh: Mesh, options: dict[str, Any]) -> Any:
-    """Generate from an encoder's output of which each rank keeps a shard; self-attention is not sharded."""
+    """Generate from a sharded encoder output; self-attention runs unsharded on every rank."""
     from transformers.modeling_outputs import BaseModelOutput
 
     with spread_source(model, mesh):
@@ -93,7 +93,7 @@ def _from_source(model: Any, ids: torch.Tensor, mask: torch.Tensor, mesh: Mesh, 
 
 
 def _prefill(model: Any, ids: torch.Tensor, mask: torch.Tensor, binding: Binding) -> ShardedCache:
-    """Run the prompt except its last token through the model, sharded, and return the cache of this rank."""
+    """Run all but the last token of the prompt through the sharded model; each rank caches its shard."""
     length, mesh, layout = ids.shape[1], binding.mesh, binding.layout
     documents = shard(torch.where(mask > 0, 0, -1).to(torch.int32), mesh, layout=layout, pad_value=-1)
     places = Places(
@@ -119,7 +119,7 @@ def _prefill(model: Any, ids: torch.Tensor, mask: torch.Tensor, binding: Binding
 
 
 def _layers(model: Any, places: Places, tokens: torch.Tensor) -> list[ShardedLayer | ReplicatedState]:
-    """Return each layer's cache: a bounded state, layer inputs if EL-attention is enabled, or keys and values."""
+    """Return each layer's cache: a bounded state, layer inputs (EL-attention), or keys and values."""
     count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     layers: list[ShardedLayer | ReplicatedState] = [ShardedLayer(places) for _ in range(count)]
     for index in el_layers(model):
@@ -152,18 +152,18 @@ def _check(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, options: di
         raise ModelError("generate(use_cache=False): sharded generation needs its cache; leave it out")
     if ranks > 1 and _option(model, options, "guidance_scale") not in (None, 1, 1.0):
         raise ModelError(
-            "generate(guidance_scale=…): guidance reads a second prompt, which has no cache on a ring; give "
+            "generate(guidance_scale=…): guidance reads a second prompt, which has no sharded cache; give "
             "guidance_scale=1, in the folder's generation_config.json if it is set there, or generate in one process"
         )
 
 
 def _option(model: Any, options: dict[str, Any], name: str) -> Any:
-    """Return the effective value of an option: as passed, else the model's generation config's."""
+    """Return the value of an option of generate(): as given, else from the model's generation config."""
     return options[name] if name in options else getattr(model.generation_config, name, None)
 
 
 def same_everywhere(tokens: torch.Tensor, mesh: Mesh) -> bool:
-    """Return whether all ranks of the sequence group hold the same tokens. Collective."""
+    """Return whether all ranks of the sequence group have the same tokens. Collective."""
     if mesh.sequence_size == 1:
         return True
     low, high = tokens.clone(), tokens.clone()

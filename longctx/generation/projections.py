@@ -1,4 +1,4 @@
-"""Read the four projections of an attention module, which each class names differently, for EL-attention."""
+"""Find the q, k, v and output projections of an attention module, which EL-attention folds into queries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longctx.errors import ModelError
 
 @dataclass(frozen=True, eq=False)
 class Projections:
-    """Views of a module's weights in torch.nn.Linear's layout, (out, in); nothing is copied."""
+    """Views of a module's weights in torch.nn.Linear's layout, (out, in), without a copy."""
 
     w_q: torch.Tensor
     w_k: torch.Tensor
@@ -26,17 +26,8 @@ class Projections:
 
 
 @dataclass(frozen=True)
-class AttentionSpec:
-    """How to read the attention modules of one model family.
-
-    Attributes:
-        projections: returns a module's weights.
-        heads: name of the attribute with the number of heads.
-        scaled: logits are multiplied by ``module.scaling``; T5's are not.
-        crosses, decodes: f(module, path): whether it is cross attention, and whether it belongs to a decoder.
-        hidden, mask, bias: names of forward's keywords for the encoder's output, the mask and the position bias.
-        outputs: length of the tuple that forward returns.
-    """
+class Family:
+    """How to read the projections of one class of attention modules."""
 
     projections: Callable[[Any], Projections]
     heads: str
@@ -98,8 +89,8 @@ _SPECS = {
 }
 
 
-def spec_of(module: Any) -> AttentionSpec | None:
-    """Return how to read ``module``, or None if it is not an attention module that EL-attention supports."""
+def family_of(module: Any) -> Family | None:
+    """Return how to read ``module``, or None if EL-attention does not support its class."""
     name = type(module).__name__
     return _SPECS.get(name.removesuffix("Attention")) if name.endswith("Attention") else None
 
@@ -109,11 +100,11 @@ def refuse(model: torch.nn.Module) -> ModelError:
     rotary = sorted({type(m).__name__ for m in model.modules() if "Rotary" in type(m).__name__})
     if rotary:
         return ModelError(
-            f"{type(model).__name__} rotates its keys by their positions ({rotary[0]}): RoPE is between the query "
-            "and W_k, so keys cannot be folded into queries and hidden states cannot replace the cache. Generate with "
-            "keys and values (leave the model as it is)"
+            f"{type(model).__name__} rotates its keys by their positions ({rotary[0]}): RoPE is applied between the "
+            "query and W_k, so W_k cannot be folded into queries and hidden states cannot replace the cache. Generate "
+            "with keys and values (leave the model as it is)"
         )
     return ModelError(
         f"{type(model).__name__} has no attention module that EL-attention supports; it supports those of "
-        f"{', '.join(sorted(_SPECS))}"
+        f"{', '.join(sorted(_FAMILIES))}"
     )

@@ -1,4 +1,4 @@
-"""The options of `longctx generate`: a frozen value that is passed to every rank as JSON."""
+"""The request of `longctx generate`: a frozen value that every rank reads as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from longctx.errors import ConfigError
 
 FIGURES = "figures.txt"
-"""File with the lines for stderr that rank 0 of a ring writes into the request's folder."""
+"""File beside the request to which rank 0 of a ring writes the lines for stderr."""
 ATTENTION = ("auto", "el", "kv")
 
 
@@ -53,7 +53,7 @@ class Request:
 
     @classmethod
     def read(cls, path: Path) -> Request:
-        """Read a request that `write` wrote."""
+        """Read a request that `write` has written."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -1,4 +1,4 @@
-"""Print text while it is generated: a transformers streamer for longctx's tokenizers."""
+"""Write text while it is generated: a streamer for transformers' generate(), with our tokenizers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _UNFINISHED = "\ufffd"
 
 
 class TextStream:
-    """Write what each new token adds to the text; incomplete multi-byte characters are held back."""
+    """Write the text that each new token adds; an incomplete character is written when its last byte arrives."""
 
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], Any]) -> None:
         self.tokenizer, self.write = tokenizer, write
         self.ids: list[int] = []
-        self.start = 0  # first token that is decoded again: only the last few can change
+        self.start = 0  # first token that is decoded again: only the last few can change the text
         self.shown = ""
         self.prompt = True
         self.first: float | None = None
@@ -36,8 +36,8 @@ class TextStream:
             return
         self.write(text[len(self.shown) :])
         self.shown = text
-        if len(self.ids) - self.start > _LONGEST:  # bound the number of tokens that are decoded again
-            self.start = len(self.ids) - _CONTEXT  # context, because some decoders drop a space before the first token
+        if len(self.ids) - self.start > _LONGEST:  # decode again only a few known tokens before the new one
+            self.start = len(self.ids) - _CONTEXT  # some decoders drop a space before their first token
             self.shown = self.tokenizer.decode(self.ids[self.start :])
 
     def end(self) -> None:

@@ -24,7 +24,7 @@ from longctx.models.hook.binding import binding_of
 from longctx.sameness import compare_ranks, flatten
 from longctx.train import folder
 from longctx.train.checkpoint.checkpointer import Checkpoints, Progress
-from longctx.train.checkpoint.export import Source, read_source
+from longctx.train.checkpoint.export import PretrainedFiles, read_source
 from longctx.train.checkpoint.manifest import Manifest
 from longctx.train.checkpoint.same_run import settings_of
 from longctx.train.corpus import Corpus, Say, prepare_corpus
@@ -49,7 +49,7 @@ class Job:
     start: Progress
     parameters: int
     description: Any  # the transformers config
-    source: Source | None  # of the export, where the model was pretrained
+    source: PretrainedFiles | None  # of the export, where the model was pretrained
 
 
 def find_checkpoint(config: RunConfig, sizes: Derived, say: Say) -> tuple[Checkpoints, Manifest | None]:

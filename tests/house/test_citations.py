@@ -19,10 +19,12 @@ FOREIGN = re.compile(
 )
 PAGE = re.compile(r"(?<![\w/.-])((?:docs/|\.\./)?(?:[\w-]+/)*[\w-]+\.md)(?:#([\w-]+))?`?,?((?:,?\s+\"[^\"\n]+\")*)")
 SOURCE_FILE = re.compile(r"(?<![\w/.<>*{}-])((?:[\w-]+/)*[a-z_][\w-]*\.py)\b")
+NAME_IN_FILE = re.compile(r"`([\w.]+)` of\s+`((?:[\w-]+/)+[\w-]+\.py)`")
 NOT_OURS = {
     "comparison.md": "written by benchmarks/bounded/summary.py",
     "docs/source/blog/cp_benchmark.md": "MagiAttention's",
     "performance_long_sequence.md": "NeMo's",
+    "script.py": "the reader's",
     "your_script.py": "the reader's",
 }
 """Files of others, or written by a run."""
@@ -108,5 +110,16 @@ def test_cited_files_exist() -> None:
         for path in texts()
         for cited in SOURCE_FILE.findall(prose(path))
         if cited not in NOT_OURS and not any(file.endswith("/" + cited) for file in ours)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_cited_names_are_in_their_files() -> None:
+    """In "`Overlap` of `longctx/plan/speed.py`" the file has that name."""
+    wrong = [
+        f"{path}: {file} has no {name}"
+        for path in texts()
+        for name, file in NAME_IN_FILE.findall(prose(path))
+        if not (ROOT / file).is_file() or not re.search(rf"\b{name.split('.')[-1]}\b", (ROOT / file).read_text())
     ]
     assert not wrong, "\n".join(wrong)

@@ -99,9 +99,15 @@ def plain_losses(steps: int) -> list[float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-    ))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        )
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     ids = torch.arange(2048)[None] % 50
     losses = []

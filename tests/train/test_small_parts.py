@@ -21,12 +21,11 @@ from longctx.config.sections.train import TrainSection
 from longctx.errors import CheckpointError, DataError
 from longctx.train.checkpoint import rng
 from longctx.train.lock import FolderLock
-from longctx.train.optimizer import make_optimizer, set_learning_rate
+from longctx.train.optimizer import SCHEDULES, learning_rate, make_optimizer, set_learning_rate
 from longctx.train.report import flops
 from longctx.train.report.metrics import Metrics, read
 from longctx.train.report.plot import plot_loss
-from longctx.train.report.progress import Progress, duration
-from longctx.train.schedule import SCHEDULES, learning_rate
+from longctx.train.report.progress import ProgressDisplay, duration
 
 
 def draw() -> list[float]:
@@ -152,7 +151,7 @@ RECORD = {
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
-    progress = Progress(stream, total=8, every=2)
+    progress = ProgressDisplay(stream, total=8, every=2)
     for step in (3, 4):
         progress.step(RECORD | {"step": step})
     progress.close()
@@ -161,7 +160,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 
 
 def test_other_ranks_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(None, total=8)
+    progress = ProgressDisplay(None, total=8)
     progress.say("x")
     progress.step(RECORD)
     progress.close()

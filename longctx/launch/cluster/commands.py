@@ -33,12 +33,12 @@ class Command(NamedTuple):
     argv: tuple[str, ...]
 
 
-def commands(launch: LaunchSection, hosts: Hosts, python: str, python_path: str, ticket: str) -> list[Command]:
-    """Return what starts an agent for every rank of ``hosts``; agents then read ``ticket``."""
-    agent = ["-m", "longctx.launch.cluster.agent", ticket]
+def commands(launch: LaunchSection, hosts: Hosts, python: str, python_path: str, spec_path: str) -> list[Command]:
+    """Return what starts an agent for every rank of ``hosts``; agents then read the job spec at ``spec_path``."""
+    agent = ["-m", "longctx.launch.cluster.agent", spec_path]
     if launch.launcher == "deepspeed":
         return [
-            Command(name, ssh(name, remote(python, python_path, _deepspeed(hosts, index, ticket)), launch))
+            Command(name, ssh(name, remote(python, python_path, _deepspeed(hosts, index, spec_path)), launch))
             for index, (name, _) in enumerate(hosts)
         ]
     build = {"openmpi": _openmpi, "mpich": _mpich, "slurm": _slurm}[launch.launcher]
@@ -65,7 +65,7 @@ def ssh(host: str, arguments: Sequence[str], launch: LaunchSection) -> tuple[str
     return ("ssh", *_ssh_options(launch), *_SSH, "-o", "ConnectTimeout=15", "--", host, shlex.join(arguments))
 
 
-def _deepspeed(hosts: Hosts, index: int, ticket: str) -> list[str]:
+def _deepspeed(hosts: Hosts, index: int, spec_path: str) -> list[str]:
     """DeepSpeed's own launcher of one host, as `deepspeed --hostfile` runs it, but not through a shell string.
 
     The meeting point given here is a placeholder that it insists on: agents bring the real one.
@@ -82,7 +82,7 @@ def _deepspeed(hosts: Hosts, index: int, ticket: str) -> list[str]:
         "--no_local_rank",
         "--module",
         "longctx.launch.cluster.agent",
-        ticket,
+        spec_path,
     ]
 
 

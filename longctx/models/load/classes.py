@@ -1,4 +1,4 @@
-"""Look up transformers' model classes per task and model type without importing transformers.
+"""Map model types to transformers classes per task, from transformers' own tables, without importing transformers.
 
 Importing transformers' tables would import torch, which takes seconds. They are literals in one source file, which is
 parsed instead.
@@ -45,7 +45,7 @@ def tables() -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 def require_causal(settings: dict[str, Any], where: str) -> None:
-    """Raise unless a config.json describes a causal language model.
+    """Reject the config.json of any model but a causal language model, by the name of its class.
 
     Args:
         settings: the content of config.json.
@@ -86,7 +86,7 @@ def require_causal(settings: dict[str, Any], where: str) -> None:
 
 
 def _require_left_to_right(settings: dict[str, Any], kind: str, who: str) -> None:
-    """Raise for encoders: with a causal head they would predict a token from itself unless ``is_decoder`` is set."""
+    """Reject encoders: with a causal head they predict a token from itself unless ``is_decoder`` is set."""
     masked = kind in tables().get("MODEL_FOR_MASKED_LM", {}) and kind not in _DECODERS
     if masked and settings.get("is_decoder") is not True:
         raise ModelError(
@@ -96,7 +96,7 @@ def _require_left_to_right(settings: dict[str, Any], kind: str, who: str) -> Non
 
 
 def _pairs(node: ast.expr) -> dict[str, tuple[str, ...]]:
-    """Return the literal pairs of an ``OrderedDict([...])``, without entries that are not literals."""
+    """Return the literal pairs of an ``OrderedDict([...])``; others are left out."""
     found: dict[str, tuple[str, ...]] = {}
     for item in node.elts if isinstance(node, ast.List) else []:
         try:

@@ -1,7 +1,7 @@
-"""Check names and shapes of a folder's weights against its config.json, without torch.
+"""Check that a folder's weights match its config.json: names and shapes, without torch.
 
-Checked for all language models: the rows of the embedding and of the output layer, and the number of layers. For
-Llama-like models and GPT-2: every projection and MLP weight of every layer.
+For every language model: rows of the embedding and of the output layer, and the number of layers. For plain Llama-like
+models and GPT-2: every weight of every layer.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def tied(settings: dict[str, Any]) -> bool:
-    """Return whether the output layer shares the embedding's weights: config.json's value, else the class's default."""
+    """Return whether the output layer shares the embedding's weights; by default, as the class does."""
     given = settings.get("tie_word_embeddings")
     kind = str(settings.get("model_type")).removeprefix(PREFIX)
     return bool(given) if isinstance(given, bool) else kind in _TIED
 
 
 def count_parameters(settings: dict[str, Any], weights: dict[str, Weight]) -> int:
-    """Return the number of parameters of a folder's model, without multi-token-prediction layers and without a second
-    copy of a tied embedding."""
+    """Return the number of parameters of a folder's model, without extra layers for multi-token prediction and without
+    a second copy of a tied embedding."""
     settings = text_settings(settings)
     count, total = whole_number(settings, "num_hidden_layers", "n_layer", "n_layers", "num_layers"), 0
     for name, weight in weights.items():
@@ -54,7 +54,7 @@ def count_parameters(settings: dict[str, Any], weights: dict[str, Weight]) -> in
 
 
 def mismatches(settings: dict[str, Any], weights: dict[str, Weight]) -> Iterator[str]:
-    """Yield each mismatch between ``weights`` and the model of ``settings`` as a sentence, the most important first.
+    """Yield one sentence per mismatch between ``weights`` and the model that ``settings`` describe, the worst first.
 
     Args:
         settings: the content of config.json.
@@ -118,7 +118,7 @@ def _layer(index: int, found: dict[str, Weight], shapes: dict[str, tuple[int | N
 
 
 def _by_layer(weights: dict[str, Weight]) -> dict[int, dict[str, Weight]]:
-    """Return weights by layer index, and by name within the layer."""
+    """Group weights by layer, by their names within the layer."""
     found: dict[int, dict[str, Weight]] = {}
     for name, weight in weights.items():
         match = _LAYER.search(name)

@@ -1,6 +1,6 @@
-"""Read mixtures of experts from a config.json: the number of weights, in total and used per token.
+"""Mixture-of-experts sizes from a config.json: the number of weights, and how many are active per token.
 
-Without torch, for the planner and the FLOPs count.
+Without torch: the planner and the FLOPs counter use it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ class Experts:
     """The mixture-of-experts MLPs of a model.
 
     Attributes:
-        layers: number of layers with experts; the others are dense.
         count, active: experts per layer, and experts per token.
-        inner: hidden width of one expert.
-        shared: total hidden width of the shared experts, which every token uses.
-        shared_gate: whether the shared expert's output is scaled by a learned gate.
+        inner: width of one expert.
+        shared: total width of the shared experts, which process every token.
+        shared_gate: whether a scalar gate weights the shared expert.
     """
 
     layers: int
@@ -38,12 +37,12 @@ class Experts:
         return 3 * hidden * (self.count * self.inner + self.shared) + hidden * (self.count + self.shared_gate)
 
     def used(self, hidden: int) -> int:
-        """Return the weights that one token is multiplied with."""
+        """Weights that are active per token."""
         return self.weights(hidden) - 3 * hidden * (self.count - self.active) * self.inner
 
     @property
     def width(self) -> int:
-        """Hidden width per token."""
+        """Intermediate activations per token."""
         return self.active * self.inner + self.shared
 
 

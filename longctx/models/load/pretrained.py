@@ -1,8 +1,8 @@
-"""Load a pretrained model from a local folder: safetensors only, no downloads, no code from the folder.
+"""Load a pretrained model from a local folder: safetensors only, nothing downloaded, nothing in the folder executed.
 
-A config.json is untrusted input. transformers has run code that its fields point to (``auto_map``; in CVE-2026-4372
-``_attn_implementation_internal`` named a kernel repository). So a config is built from keys that its class declares,
-dangerous keys raise, and other keys are ignored.
+A config.json is untrusted input. Some of its fields have led transformers to execute code (``auto_map``;
+``_attn_implementation_internal`` of CVE-2026-4372 named a kernel repository). So a config is built only from keys that
+its class declares; dangerous keys are rejected, others are ignored.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> An
     """Return the transformers config of a local pretrained folder, as ``AutoConfig`` would, from its class's own keys.
 
     Args:
-        changes: values that replace those of config.json, such as ``{"max_position_embeddings": 131072}``.
+        changes: overrides for keys of config.json, such as ``{"max_position_embeddings": 131072}``.
 
     Raises:
-        ModelError: no such folder, no or broken config.json, an unknown architecture, or a dangerous key.
+        ModelError: no such folder, no or broken config.json, an unknown architecture, or a rejected key.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -41,18 +41,18 @@ def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> An
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ModelError(f"{path}: model_type {kind!r} is no architecture of the installed transformers")
     if kind == "mistral" and "layer_types" in raw:
-        kind = "ministral"  # as AutoConfig does: Mistral's own class has no layer types
+        kind = "ministral"  # as AutoConfig does: Mistral's own class has one layer type
     config_class: Any = CONFIG_MAPPING[kind]
     known = accepted_keys(config_class)
     try:
         config = config_class.from_dict({key: value for key, value in raw.items() if key in known})
     except (*REFUSALS, ImportError) as problem:
-        raise ModelError(f"{path}: transformers refuses this {kind} config: {problem}") from problem
+        raise ModelError(f"{path}: transformers rejects this {kind} config: {problem}") from problem
     return config
 
 
 def stored_dtype(folder: str | Path, config: Any) -> Any:
-    """Return the torch dtype of a folder's weights: the config's, else that of the first weight.
+    """Return the torch dtype of a folder's weights: the one in its config, else that of the first weight.
 
     Raises:
         ModelError: see ``read_weights``.
@@ -71,8 +71,8 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
 
     Args:
         dtype: torch dtype of the weights; None keeps the folder's.
-        config: what ``read_config`` returned, perhaps changed; None reads it. If it was converted, the weights that
-            the folder lacks for converted layers are drawn at random.
+        config: the result of ``read_config``, if it was already read (and changed). If it is a converted config,
+            weights of its layers that the folder lacks are initialised at random.
 
     Raises:
         ModelError: see ``read_config`` and ``weight_files``; or a weight is missing or has another shape.
@@ -108,7 +108,7 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
 def make_model(config: Any, *, dtype: Any = None) -> Any:
     """Return a causal language model with random weights and longctx's attention, built from a config.
 
-    Call it within ``deepspeed.zero.Init`` to build the model partitioned.
+    Inside ``deepspeed.zero.Init`` it is built partitioned.
     """
     from transformers import AutoModelForCausalLM
 
@@ -119,7 +119,7 @@ def make_model(config: Any, *, dtype: Any = None) -> Any:
 
 
 def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return ``raw`` with ``changes``; new RoPE parameters replace all of the old ones except the base."""
+    """Return ``raw`` with overrides; new RoPE parameters replace all old ones except the base."""
     new = {**raw, **changes}
     if "rope_parameters" in changes:
         new.pop("rope_scaling", None)
@@ -133,7 +133,7 @@ def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _floats(value: Any) -> Any:
-    """Decode transformers' JSON form of infinity and NaN: ``{"__float__": "Infinity"}``."""
+    """Decode infinity and NaN as transformers writes them into JSON: ``{"__float__": "Infinity"}``."""
     if isinstance(value, dict):
         if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
             return float(value["__float__"])

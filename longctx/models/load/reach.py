@@ -1,4 +1,4 @@
-"""Read from a pretrained folder how many positions its model supports, and whether a setting can raise the number."""
+"""The number of positions that a pretrained model supports, and whether a setting can raise it."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from longctx.models.names import PREFIX
 
 _NAMES = ("max_position_embeddings", "n_positions")
 _TABLE = re.compile(r"(?:^|\.)(wpe|embed_positions|position_embeddings?|positions_embed)\.weight$")
-# RoBERTa's positions start after its padding id.
+# RoBERTa's positions begin after its padding id.
 _OFFSET = frozenset(
     {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod"}
 )
-# Kinds of RoPE that interpret max_position_embeddings as the length of training.
+# RoPE types that take max_position_embeddings as the length of the training data.
 _MEANT = frozenset({"dynamic", "yarn", "longrope"})
 
 
 class Reach(NamedTuple):
-    """Maximum sequence length of a model."""
+    """The supported positions of a model."""
 
     positions: int
-    """tokens in the longest sequence"""
+    """longest sequence in tokens"""
     learned: bool
-    """positions are rows of a learned table, so no setting can add to them"""
+    """positions are rows of a table, which no setting extends"""
     scaling: str | None
-    """the kind of RoPE, if raising the number alone would change its meaning"""
+    """RoPE type, if raising the number alone would change the rotation"""
 
 
 def reach_of(settings: dict[str, Any], weights: dict[str, Weight]) -> Reach | None:
-    """Return the maximum sequence length of a folder's model; None if it has no limit (ALiBi, state spaces).
+    """Return the supported positions of a folder's model; None if unlimited (ALiBi, state-space models).
 
     Args:
         settings: the content of config.json.
-        weights: what ``read_weights`` returned; empty if unknown.
+        weights: the result of ``read_weights``; empty if unknown.
     """
     settings = text_settings(settings)
     declared = whole_number(settings, *_NAMES)
@@ -48,13 +48,13 @@ def reach_of(settings: dict[str, Any], weights: dict[str, Weight]) -> Reach | No
     offset = (padding if isinstance(padding, int) else 1) + 1 if kind in _OFFSET else 0
     rope = _kinds_of_rope(settings)
     if declared is not None and "dynamic" in rope and not tables:
-        return None  # it rescales itself beyond the declared length
+        return None  # dynamic RoPE rescales beyond the declared length
     scaling = next((kind for kind in sorted(rope) if kind in _MEANT), None)
     return Reach(min(known) - offset, bool(tables) or "n_positions" in settings, scaling)
 
 
 def _kinds_of_rope(settings: dict[str, Any]) -> set[str]:
-    """Return the kinds of RoPE in config.json, by its old and its new key, for all layer types."""
+    """Return the RoPE types in config.json, in old or new spelling, of all layer types."""
     found = set()
     for key in ("rope_parameters", "rope_scaling"):
         block = settings.get(key)

@@ -1,6 +1,6 @@
-"""Read and validate the config.json of a pretrained folder, without torch or transformers.
+"""Read the config.json of a pretrained folder as plain data: no torch, no transformers, size limits, no code executed.
 
-``check``, the planner and the loader all read it through this module, so that they agree on its meaning.
+Every reader of such a folder (``check``, the planner, the loader) uses it, so that all agree.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ REFUSED = {
     "auto_map": "names Python code to run; convert the model to an architecture of transformers",
     "custom_pipelines": "names Python code to run",
     "trust_remote_code": "asks for code to be run",
-    "attn_implementation": "chooses an attention implementation; longctx sets its own",
+    "attn_implementation": "chooses an attention implementation, which longctx must choose",
     "experts_implementation": "chooses an implementation that may be downloaded",
     "kernel_config": "names kernels to download",
     "quantization_config": "quantised weights cannot be trained here; give the original weights",
@@ -24,9 +24,9 @@ REFUSED = {
     "configuration_files": "points to other configuration files; keep the one for this transformers as config.json",
 }
 _IMPLEMENTATION = re.compile(r"^_(attn|attention|experts|kernel).*")  # the field of CVE-2026-4372, and similar ones
-_POINTER = b"version https://git-lfs.github.com/"
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _LARGEST_FILE = 64 * 2**20
-# Config classes build lists with one entry per layer, expert or label; a model allocates one row per word.
+# Config classes build lists with one entry per layer, expert or label; a model allocates one row per vocabulary entry.
 _BOUNDS = (
     (re.compile(r"layers?$|^n_layers?$|^depth$|^num_blocks$"), 4096),
     (re.compile(r"experts"), 2**16),
@@ -40,10 +40,10 @@ _BOUNDS = (
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """Return the config.json of a local pretrained folder; keys that could lead to code or downloads raise.
+    """Return the config.json of a local pretrained folder; keys that lead to code or to a download are rejected.
 
     Raises:
-        ModelError: no such folder or file, no JSON object, a dangerous key, or an implausible size.
+        ModelError: no such folder or file, no JSON object, a rejected key, or an implausible size.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -78,7 +78,7 @@ def read_json(path: Path, largest: int = _LARGEST_FILE) -> Any:
 
 
 def is_pointer(start: bytes) -> bool:
-    """Return whether a file's first bytes are those of a Git LFS pointer, which stands for a file not yet fetched."""
+    """Return whether a file that starts with ``head`` is a Git LFS pointer: a placeholder for a file not fetched."""
     return start.startswith(_POINTER)
 
 
@@ -101,7 +101,7 @@ def whole_number(settings: dict[str, Any], *names: str) -> int | None:
 
 
 def _refuse_keys(found: dict[str, Any], where: str) -> None:
-    """Raise for keys that lead to code or downloads, at any depth."""
+    """Reject keys that lead to code or downloads, at any depth."""
     for key, value in found.items():
         if key in REFUSED and value not in (None, False):
             raise ModelError(f"{where}: {key!r} {REFUSED[key]}")
@@ -115,7 +115,7 @@ def _refuse_keys(found: dict[str, Any], where: str) -> None:
 
 
 def _require_bounds(found: dict[str, Any], where: str) -> None:
-    """Raise for sizes with which the config alone would exhaust memory, at any depth."""
+    """Reject sizes for which building the config alone would exhaust memory, at any depth."""
     for key, value in found.items():
         if isinstance(value, dict):
             _require_bounds(value, where)
