@@ -201,7 +201,7 @@ def _attend(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """EL-attention over a cache in parts, the last of which holds x itself: partial results, merged by lse."""
-    weights, heads = family.projections(module), getattr(module, family.heads)
+    weights, heads = spec.projections(module), getattr(module, spec.heads)
     q = torch.nn.functional.linear(x, weights.w_q, weights.b_q).unflatten(-1, (heads, -1)).transpose(1, 2)
     keys = sum(part.shape[1] for part in parts)
     partials, start = [], 0

@@ -26,8 +26,17 @@ class Projections:
 
 
 @dataclass(frozen=True)
-class Family:
-    """How to read the projections of one class of attention modules."""
+class AttentionSpec:
+    """How to read one class of attention modules.
+
+    Attributes:
+        projections: returns a module's weights.
+        heads: name of the attribute with the number of heads.
+        scaled: logits are multiplied by ``module.scaling``; T5's are not.
+        crosses, decodes: f(module, path): whether it is cross attention, and whether it belongs to a decoder.
+        hidden, mask, bias: names of forward's keywords for the encoder's output, the mask and the position bias.
+        outputs: length of the tuple that forward returns.
+    """
 
     projections: Callable[[Any], Projections]
     heads: str
@@ -89,7 +98,7 @@ _SPECS = {
 }
 
 
-def family_of(module: Any) -> Family | None:
+def spec_of(module: Any) -> AttentionSpec | None:
     """Return how to read ``module``, or None if EL-attention does not support its class."""
     name = type(module).__name__
     return _SPECS.get(name.removesuffix("Attention")) if name.endswith("Attention") else None
@@ -106,5 +115,5 @@ def refuse(model: torch.nn.Module) -> ModelError:
         )
     return ModelError(
         f"{type(model).__name__} has no attention module that EL-attention supports; it supports those of "
-        f"{', '.join(sorted(_FAMILIES))}"
+        f"{', '.join(sorted(_SPECS))}"
     )
