@@ -123,10 +123,9 @@ def longctx_attention(
             module, query, key, value, attention_mask, position_ids, causal=causal, window=window, extras=extras
         )
         return out.transpose(1, 2).contiguous(), None
-    backend = binding.backend if binding is not None else "auto"
     out = ring_attention(  # type: ignore[assignment]  # return_lse is off: one tensor
-        query, key, value, mesh=mesh, layout=layout, causal=causal, window=window, document_ids=ids, backend=backend,
-        **extras,
+        query, key, value, mesh=mesh, layout=layout, causal=causal, window=window, document_ids=ids,
+        backend="auto" if binding is None else binding.backend, **extras,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
