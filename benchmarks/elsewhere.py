@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import torch
 
-from longctx.models.activations.host import HostStore, Parked
+from longctx.models.activations.host import HostStore, Offloaded
 
 
 class Elsewhere(HostStore):
@@ -14,7 +14,7 @@ class Elsewhere(HostStore):
     def __init__(self) -> None:
         super().__init__(everything=True)
 
-    def _copy_out(self, tensor: torch.Tensor) -> Parked:
+    def _copy_out(self, tensor: torch.Tensor) -> Offloaded:
         away = torch.from_numpy(numpy.empty(tensor.nbytes, numpy.uint8)).view(tensor.dtype).view(tensor.shape)
         self.leaving.append((self.layers, tensor, None))
-        return Parked(self, away.copy_(tensor), tensor.device, None)
+        return Offloaded(self, away.copy_(tensor), tensor.device, None)

@@ -1,8 +1,8 @@
-"""Refuse gradients of gradients where a torch.autograd.Function computes its first derivative alone.
+"""Raise for second derivatives through a torch.autograd.Function that only implements the first.
 
-`torch.autograd.function.once_differentiable` does so only if the incoming gradient has a history, and only where the
+`torch.autograd.function.once_differentiable` raises only if the incoming gradient requires grad, and only where the
 second backward visits it. With `torch.autograd.grad(loss, x, create_graph=True)` neither holds: the first derivative
-would be taken for a constant, and whatever else depends on x would hide that a part of the second one is missing.
+would be treated as a constant, and other terms that depend on x would hide the missing part of the second derivative.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ Function = type[torch.autograd.Function]
 
 
 def first_only(function: Function) -> Function:
-    """Decorate a torch.autograd.Function whose backward is no function of autograd.
+    """Decorate a torch.autograd.Function whose backward is not differentiable.
 
-    With `create_graph=True` its gradients are right, and depend on its inputs by a node that raises RuntimeError as
-    soon as a second derivative asks for it.
+    With `create_graph=True` its gradients are right, and are connected to its inputs by a node that raises RuntimeError
+    in a second backward.
     """
     forward, backward = function.forward, function.backward
 
@@ -43,14 +43,14 @@ def first_only(function: Function) -> Function:
 
 
 def _ties(ctx: Any, inputs: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    """Empty tensors that depend on the inputs and keep nothing of their memory."""
+    """Return empty tensors that depend on the inputs in autograd but keep none of their memory."""
     with torch.enable_grad():
         needed = (x for x, need in zip(inputs, ctx.needs_input_grad, strict=True) if need)
         return tuple(x.as_strided((0,), (1,)).clone() for x in needed)
 
 
 class _Refuse(torch.autograd.Function):
-    """(name, n, n gradients or None, whatever they depend on) -> the gradients."""
+    """Identity on n gradients; further arguments are the tensors that they depend on. Its backward raises."""
 
     @staticmethod
     def forward(ctx: Any, name: str, count: int, *given: Any) -> Any:

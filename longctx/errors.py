@@ -1,14 +1,13 @@
-"""The one family of errors meant for users: what was given, what is allowed, what to change.
+"""Errors for users. Their messages say what was given, what is allowed and what to change.
 
-Everything here is a ``ValueError``, so a caller who knows nothing of longctx can still catch it.
-``assert`` is kept for our own invariants.
+All are ``ValueError``s, so callers can catch them without importing longctx. ``assert`` is for internal invariants.
 """
 
 from __future__ import annotations
 
 
 class LongctxError(ValueError):
-    """Base of every error that a user can cause and mend."""
+    """Base of all errors that a user can cause and fix."""
 
 
 class MeshError(LongctxError):
@@ -16,15 +15,15 @@ class MeshError(LongctxError):
 
 
 class LayoutError(LongctxError):
-    """A sequence cannot be laid out over the ranks as asked."""
+    """A sequence cannot be sharded over the ranks as requested."""
 
 
 class AttentionError(LongctxError):
-    """Arguments of an attention operator do not fit together, or are not supported."""
+    """Arguments of an attention operator are inconsistent or not supported."""
 
 
 class ModelError(LongctxError):
-    """A transformers model uses something that a sharded sequence would get silently wrong."""
+    """A transformers model uses a feature that would be silently wrong on a sharded sequence."""
 
 
 class DataError(LongctxError):
@@ -40,7 +39,7 @@ class CheckpointError(LongctxError):
 
 
 class EngineError(LongctxError):
-    """DeepSpeed was asked for something that a sharded sequence would get wrong."""
+    """A DeepSpeed setting or call would be wrong on a sharded sequence."""
 
 
 class LaunchError(LongctxError):
@@ -52,4 +51,4 @@ class NonFiniteError(LongctxError):
 
 
 class MissingPackageError(LongctxError, ImportError):
-    """An optional package, compiler or header is needed and absent."""
+    """A required optional package, compiler or header is missing."""

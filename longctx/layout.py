@@ -1,8 +1,7 @@
-"""Which token of the global sequence lives on which rank: pure index arithmetic, no torch, no communication.
+"""Which token of the global sequence is on which rank: index arithmetic, without torch and communication.
 
-A layout answers one question, ``spans``: the global indices a ring member holds, in local order, as a few
-arithmetic progressions. Masks, sharding, positions and the data loader all read their indices from here, so a
-token can never be in two places.
+A layout defines ``spans``: the global indices of a ring member's tokens, in local order, as a few arithmetic
+progressions. Masks, sharding, positions and the data loader all take their indices from here, so they agree.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ class Span(NamedTuple):
     """The global indices ``start, start + stride, …`` (``count`` of them), contiguous in local memory."""
 
     start: int
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody asks of a span
+    count: int  # type: ignore[assignment]  # hides tuple.count
     stride: int = 1
 
     def slice(self, offset: int, count: int) -> Span:
@@ -31,17 +30,17 @@ class Span(NamedTuple):
 
 
 class Layout(ABC):
-    """How a padded sequence is dealt out to ``ring`` members; see the three subclasses."""
+    """How a padded sequence is sharded over ``ring`` members; see the three subclasses."""
 
     name: ClassVar[str]
     chunks_per_rank: ClassVar[int] = 1
 
     def multiple(self, ring: int, ulysses: int = 1) -> int:
-        """Return what a padded length must be a multiple of."""
+        """Return the number that padded lengths must be a multiple of."""
         return self.chunks_per_rank * ring * ulysses
 
     def padded_length(self, length: int, ring: int, ulysses: int = 1) -> int:
-        """Return the smallest legal length that is not below ``length`` (at least one token a chunk).
+        """Return the smallest valid length that is at least ``length``, with one token per chunk or more.
 
         Raises:
             LayoutError: ``length`` is not positive.
@@ -63,7 +62,7 @@ class Layout(ABC):
         self, ring_rank: int, ring: int, ulysses_rank: int, ulysses: int, padded_length: int
     ) -> tuple[Span, ...]:
         """Return the indices of one rank: the ring member's local sequence, split contiguously over its ulysses
-        members (so that the heads-to-sequence exchange restores exactly that local sequence)."""
+        members, so that the all-to-all from heads to sequence restores that local sequence."""
         self._check(ring * ulysses, padded_length)
         part = padded_length // (ring * ulysses)
         begin, end = ulysses_rank * part, (ulysses_rank + 1) * part
@@ -88,7 +87,7 @@ class Layout(ABC):
 
 
 class Contiguous(Layout):
-    """Rank r holds the r-th of ``ring`` equal chunks. Simple; causal work is unbalanced by (2R − 1)/R."""
+    """Rank r holds the r-th of ``ring`` equal chunks. The last rank has (2R − 1)/R of the mean causal work."""
 
     name = "contiguous"
 
@@ -99,7 +98,7 @@ class Contiguous(Layout):
 
 
 class Zigzag(Layout):
-    """Rank r holds chunks r and 2R − 1 − r of 2R: causal work is exactly equal on every rank and ring step."""
+    """Rank r holds chunks r and 2R − 1 − r of 2R: causal work is equal on every rank and in every ring step."""
 
     name = "zigzag"
     chunks_per_rank = 2
@@ -113,7 +112,7 @@ class Zigzag(Layout):
 
 
 class Striped(Layout):
-    """Rank r holds tokens r, r + R, r + 2R, … (Striped Attention): every ring step is a triangle."""
+    """Rank r holds tokens r, r + R, r + 2R, … (Striped Attention): every block is causal (a triangle)."""
 
     name = "striped"
 

@@ -193,7 +193,7 @@ class Mesh:
 
     @property
     def device(self) -> torch.device:
-        """This rank's device: the local GPU if the machine has one (and DS_ACCELERATOR does not say cpu)."""
+        """This rank's device: its local GPU, or the CPU if there is none or DS_ACCELERATOR is cpu."""
         from longctx import rendezvous
 
         return rendezvous.local_device()

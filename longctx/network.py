@@ -1,4 +1,4 @@
-"""Which of this host's addresses and interfaces lead to another host. Nothing is sent, and torch is not needed."""
+"""Find the address and the interface of this host that lead to another host. Sends nothing; without torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import struct
 
 
 def address_towards(peer: str) -> str:
-    """Return this host's own address on the way to ``peer``. Nothing is sent.
+    """Return this host's address on the route to ``peer``. Sends nothing.
 
     Raises:
-        OSError: there is no such host, or no way to it.
+        OSError: the host is unknown, or there is no route to it.
     """
     family, _, _, _, target = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -21,7 +21,7 @@ def address_towards(peer: str) -> str:
 
 
 def address_of(interface: str) -> str | None:
-    """Return the IPv4 address of a network interface of this host; None where it has none."""
+    """Return the IPv4 address of a network interface of this host; None if it has none."""
     get_interface_address = 0x8915
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -37,14 +37,14 @@ def interface_with(address: str) -> str | None:
 
 
 def bind_towards(peer: str) -> None:
-    """Have gloo, NCCL and TensorPipe use the interface towards ``peer``, unless the environment names one.
+    """Make gloo, NCCL and TensorPipe use the interface towards ``peer``, unless the environment names one.
 
-    Left alone, gloo takes the address that the host's own name stands for: often 127.0.0.1, which none else can reach.
+    By default gloo uses the address of the host's own name, often 127.0.0.1, which other hosts cannot reach.
     """
     try:
         name = interface_with(address_towards(peer))
     except OSError:
-        return  # whoever connects will say so better
+        return  # connecting will fail with a better message
     for variable, value in sockets(name).items() if name else ():
         os.environ.setdefault(variable, value)
 

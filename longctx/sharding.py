@@ -1,4 +1,4 @@
-"""shard, unshard, positions: move a tensor between the whole sequence and one rank's part of it."""
+"""shard, unshard, positions: convert between a whole sequence and one rank's shard of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longctx.mesh import Mesh
 
 
 def local_spans(length: int, mesh: Mesh, layout: str | Layout = "zigzag") -> tuple[Span, ...]:
-    """Return the global indices that this rank holds of a sequence of ``length`` tokens (padding included)."""
+    """Return the global indices of this rank's tokens in a sequence of ``length`` tokens, padding included."""
     layout = get_layout(layout)
     padded = layout.padded_length(length, mesh.ring_size, mesh.ulysses_size)
     return layout.member_spans(mesh.ring_rank, mesh.ring_size, mesh.ulysses_rank, mesh.ulysses_size, padded)
@@ -38,16 +38,16 @@ def shard(
     layout: str | Layout = "zigzag",
     pad_value: float | int | bool | None = None,
 ) -> torch.Tensor:
-    """Return this rank's part of ``x``, which every rank of the sequence group holds whole.
+    """Return this rank's shard of ``x``, which every rank of the sequence group holds whole.
 
     The sequence is padded on the right with ``pad_value`` to a multiple of 2·ring·ulysses (zigzag) or ring·ulysses,
-    so every rank gets the same T. No communication: a model that ``attach`` has bound to the mesh compares in its
-    forward passes whether all ranks of the group did hold the same integers. Differentiable: the gradient lands at the
-    tokens kept.
+    so every rank gets the same T. No communication; a model that ``attach`` has bound to the mesh verifies in forward
+    that all ranks of the group passed the same integer tensors. Differentiable: backward returns the gradient of this
+    rank's tokens, zero elsewhere.
 
     Args:
         x: any shape; ``x.shape[dim]`` is the global length S.
-        pad_value: by default 0; −100 for int64 that holds a −100, which are labels.
+        pad_value: default 0, or −100 for int64 tensors that contain −100 (labels).
 
     Returns:
         ``x``'s shape with S replaced by T = padded(S) / (ring·ulysses), contiguous.
@@ -68,7 +68,7 @@ def cut(
     layout: str | Layout = "zigzag",
     pad_value: float | int | bool | None = None,
 ) -> torch.Tensor:
-    """Return what ``shard`` returns, for rows that are compared elsewhere or need not be."""
+    """Return the same as ``shard``, without recording ``x`` for the comparison in forward."""
     dim %= x.dim()
     length = x.shape[dim]
     pieces: list[torch.Tensor] = []
@@ -91,19 +91,19 @@ def unshard(
 ) -> torch.Tensor:
     """Return the whole sequence on every rank of the sequence group, the inverse of ``shard``.
 
-    Differentiable for a loss that every rank computes alike from the whole sequence: each rank's gradient is its own
-    slice, so the ranks' parameter gradients add up to the true one (an all-gather whose backward sums over ranks
-    would make them ring·ulysses times too large).
+    Differentiable for a loss that every rank computes from the whole sequence: backward returns this rank's slice of
+    the gradient, so the ranks' parameter gradients sum up to the true one. (Backward of a usual all-gather sums over
+    ranks, and would make them ring·ulysses times too large.)
 
     Args:
-        x: this rank's part; the same shape on every rank of the group.
+        x: this rank's shard; the same shape on every rank of the group.
         length: the true global length S, to trim the padding; None keeps it.
 
     Returns:
         ``x``'s shape with T replaced by S.
 
     Raises:
-        LayoutError: ``dim`` does not exist, or ``length`` does not belong to T local tokens.
+        LayoutError: ``dim`` does not exist, or ``length`` does not match T local tokens.
     """
     _check_dim(x, dim)
     dim %= x.dim()
@@ -123,7 +123,7 @@ def unshard(
 
 
 class _Unshard(torch.autograd.Function):
-    """All-gather over the sequence group, put back in global order; backward takes this rank's slice."""
+    """All-gather over the sequence group, in global order; backward takes this rank's slice."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, dim: int, length: int, layout: Layout) -> torch.Tensor:

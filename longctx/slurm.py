@@ -1,4 +1,4 @@
-"""What SLURM says about its nodes: their names, and by which address to reach one. Asked of its own `scontrol`."""
+"""Query SLURM's `scontrol` for names and addresses of nodes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ SECONDS = 30
 
 
 def nodes(listed: str) -> list[str]:
-    """Return the names that a compressed list such as ``node[1-3,7]`` stands for.
+    """Return the node names in a compressed list such as ``node[1-3,7]``.
 
     Raises:
-        OSError, subprocess.SubprocessError: there is no scontrol here, or it does not know.
+        OSError, subprocess.SubprocessError: scontrol is missing or fails.
     """
     return _ask("show", "hostnames", listed).split()
 
 
 def address(node: str) -> str:
-    """Return a name or address that reaches ``node``: its name where that can be looked up, else what SLURM itself
-    uses (NodeAddr). Node names need not be host names, and in clouds often are none.
+    """Return a name or address of ``node``: its name if it can be resolved, else the address that SLURM uses
+    (NodeAddr). Node names need not be host names, and in clouds often are not.
     """
     try:
         socket.getaddrinfo(node, None)

@@ -47,7 +47,7 @@ def evaluate(engine: EvaluatedEngine, batches: Iterable[Batch], *, sharded: bool
     """Run ``batches`` in eval mode without gradients, then restore each module's mode. Collective over the world.
 
     Raises:
-        EngineError: on every rank, when a batch of any rank has no labels or is refused.
+        EngineError: on every rank, if a batch of any rank has no labels or is rejected.
     """
     total = torch.zeros(2, dtype=torch.float64, device=engine.mesh.device)
     _ = engine.position_rule  # collective, so before the loop: ranks without a batch take part too

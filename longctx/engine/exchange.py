@@ -177,7 +177,7 @@ def _missing(mesh: Mesh, here: str) -> str:
         return "The store of the job (in the first rank, or the launcher) does not answer."
     absent = [(rank, place) for rank, place in seen.items() if place != here]
     if not absent:
-        return "All ranks were here last, so one of them ended or stands still here."
+        return "All ranks were here last, so one of them ended or hangs here."
     return "Not here: " + "; ".join(f"rank {rank}, last seen in {place}" for rank, place in absent[:8]) + "."
 
 

@@ -31,7 +31,7 @@ def share_beams(model: Any) -> None:
     """Cache prompts and encoder outputs once for all beams in ``model.generate()``, until `unshare_beams`.
 
     Raises:
-        ModelError: the model adds a bias to its logits (T5), or does not attend through transformers' interface.
+        ModelError: the model adds a bias to its logits (T5), or does not use transformers' attention interface.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -39,7 +39,9 @@ def share_beams(model: Any) -> None:
     if hasattr(model, _STATE):
         unshare_beams(model)
     if any(hasattr(module, "relative_attention_bias") for module in model.modules()):
-        raise ModelError(f"{type(model).__name__} adds a bias of positions to its logits, which shared beams do not")
+        raise ModelError(
+            f"{type(model).__name__} adds a position bias to its logits, which shared beams do not support"
+        )
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     state = Beams()
@@ -107,7 +109,7 @@ def _attention(
     if beams == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     if others.get("softcap") is not None or others.get("s_aux") is not None:
-        raise ModelError(f"{type(module).__name__}: softcaps and sinks are not built for shared beams")
+        raise ModelError(f"{type(module).__name__}: softcaps and sinks are not supported with shared beams")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     folded = query.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)  # (B, H, beams * T, D), beams outside
     if prompt is None:
@@ -147,7 +149,7 @@ def _folded(mask: torch.Tensor | None, beams: int, rows: int) -> torch.Tensor | 
 
 
 def _unfold(x: torch.Tensor, beams: int) -> torch.Tensor:
-    """(B, H, beams * T, D) -> (B * beams, T, H, D)."""
+    """Reshape (B, H, beams * T, D) to (B * beams, T, H, D)."""
     return x.unflatten(2, (beams, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""enable_el(): let a transformers model generate from hidden states instead of cached keys and values, losslessly.
+"""enable_el(): make a transformers model generate from hidden states instead of cached keys and values, exactly.
 
 The model's own generate() is unchanged: decoder layers cache their inputs, cross attention reads the encoder's output
 directly (once for all layers and beams), and prompts are cached once for all beams. Prompts run through the model's own
@@ -22,16 +22,16 @@ from longctx.decode.el import el_attention, expanded_attention
 from longctx.decode.sharded import merge_over_ranks
 from longctx.errors import ModelError
 from longctx.generation.beams import Beams, expand_once
-from longctx.generation.projections import Family, family_of, refuse
+from longctx.generation.projections import AttentionSpec, refuse, spec_of
 from longctx.mesh import Mesh
-from longctx.models.hook.bounded_layer import memory_of
+from longctx.models.hook.bounded_layer import bounded_child
 
 _STATE = "longctx_el"
 _REPLACED = ("_expand_inputs_for_generation", "_prepare_cache_for_generation")
 
 
 def enable_el(model: torch.nn.Module, *, cross: bool = True, causal: bool = True) -> list[str]:
-    """Attend to hidden states in every layer where that is exact, until `disable_el`.
+    """Use EL-attention in every layer where it is exact, until `disable_el`.
 
     Args:
         model: a transformers model with generate(); training and forward without a cache are unchanged.
@@ -49,10 +49,10 @@ def enable_el(model: torch.nn.Module, *, cross: bool = True, causal: bool = True
         disable_el(model)
     state = _State()
     for name, module in model.named_modules():
-        family = family_of(module)
-        if family is None or not family.decodes(module, name) or memory_of(module) is not None:
+        spec = spec_of(module)
+        if spec is None or not spec.decodes(module, name) or bounded_child(module) is not None:
             continue
-        crossing = family.crosses(module, name)
+        crossing = spec.crosses(module, name)
         if not (cross if crossing else causal):
             continue
         state.changed.append(name)
@@ -60,7 +60,7 @@ def enable_el(model: torch.nn.Module, *, cross: bool = True, causal: bool = True
         if not crossing:
             state.layers.append(int(module.layer_idx))
         original = module.forward
-        module.forward = MethodType(_cross(family, original, state) if crossing else _self(family, original), module)
+        module.forward = MethodType(_cross(spec, original, state) if crossing else _self(spec, original), module)
     if not state.changed:
         raise refuse(model)
     setattr(model, _STATE, state)
@@ -118,56 +118,56 @@ class _State(Beams):
         self.mesh: Mesh | None = None  # its ranks hold shards of the encoder's output during a generation
 
 
-def _cross(family: Family, original: Any, state: _State) -> Any:
+def _cross(spec: AttentionSpec, original: Any, state: _State) -> Any:
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        source = kwargs.get(family.hidden)
+        source = kwargs.get(spec.hidden)
         folded = source is not None and source.shape[0] != hidden_states.shape[0]
         if self.training or source is None or args or not (folded or kwargs.get("past_key_values") is not None):
             return original(hidden_states, *args, **kwargs)
-        mask_name = "encoder_attention_mask" if family.hidden == "encoder_hidden_states" else family.mask
+        mask_name = "encoder_attention_mask" if spec.hidden == "encoder_hidden_states" else spec.mask
         mask = _mask(kwargs.get(mask_name), source.shape[1])
         if mask is not None and mask.shape[0] not in (1, hidden_states.shape[0]):
             mask = mask.repeat_interleave(hidden_states.shape[0] // mask.shape[0], 0)
-        weights = family.projections(self)
+        weights = spec.projections(self)
         out = el_attention(
             hidden_states,
             source,
             **vars(weights),
-            heads=getattr(self, family.heads),
-            scale=_scale(self, family),
+            heads=getattr(self, spec.heads),
+            scale=_scale(self, spec),
             mask=mask,
             mesh=state.mesh,
         )
-        return out, *(None,) * (family.outputs - 1)
+        return out, *(None,) * (spec.outputs - 1)
 
     return forward
 
 
-def _self(family: Family, original: Any) -> Any:
+def _self(spec: AttentionSpec, original: Any) -> Any:
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         cache = kwargs.get("past_key_values")
         if cache is None or args:
             return original(hidden_states, *args, **kwargs)
         spread = self_attention_cache(cache)
         if isinstance(spread, ShardedCache):
-            return _sharded(self, family, original, hidden_states, spread, kwargs)
+            return _sharded(self, spec, original, hidden_states, spread, kwargs)
         past, parts = append_hidden(spread, hidden_states, int(self.layer_idx))
         tokens = hidden_states.shape[1]
-        mask = _mask(kwargs.get(family.mask), past + tokens)
+        mask = _mask(kwargs.get(spec.mask), past + tokens)
         if not past:
-            kwargs |= {"past_key_values": None, family.mask: _of_prompt(kwargs.get(family.mask), tokens)}
-            if family.bias is not None and kwargs.get(family.bias) is not None:
-                kwargs[family.bias] = kwargs[family.bias][..., :tokens]
+            kwargs |= {"past_key_values": None, spec.mask: _of_prompt(kwargs.get(spec.mask), tokens)}
+            if spec.bias is not None and kwargs.get(spec.bias) is not None:
+                kwargs[spec.bias] = kwargs[spec.bias][..., :tokens]
             return original(hidden_states, **kwargs)
-        bias = None if family.bias is None else _position_bias(self, kwargs.get(family.bias), past, tokens)
-        out = _attend(self, family, hidden_states, parts, mask, bias)
-        return (out, None) if family.bias is None else (out, bias, None)
+        bias = None if spec.bias is None else _position_bias(self, kwargs.get(spec.bias), past, tokens)
+        out = _attend(self, spec, hidden_states, parts, mask, bias)
+        return (out, None) if spec.bias is None else (out, bias, None)
 
     return forward
 
 
 def _sharded(
-    module: Any, family: Family, original: Any, x: torch.Tensor, cache: ShardedCache, kwargs: dict[str, Any]
+    module: Any, spec: AttentionSpec, original: Any, x: torch.Tensor, cache: ShardedCache, kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
     """The same over a context sharded over ranks; W_v is applied before the merge: D + 1 numbers per query head."""
     held: Any = cache.layers[int(module.layer_idx)]
@@ -176,14 +176,14 @@ def _sharded(
     if prompt:
         result: tuple[Any, ...] = original(x, **(kwargs | {"past_key_values": None}))
         return result
-    weights, heads = family.projections(module), getattr(module, family.heads)
+    weights, heads = spec.projections(module), getattr(module, spec.heads)
     q = torch.nn.functional.linear(x, weights.w_q, weights.b_q).unflatten(-1, (heads, -1)).transpose(1, 2)
     of_prompt, of_new = cache.places.visible(held.seen, x.shape[1], None)
     of_prompt = of_prompt.repeat_interleave(cache.beams, 0)
     partial: Partial | None = None
     for hidden, visible in ((held.prompt[0], of_prompt), (held.keys, of_new)):
         part = expanded_attention(
-            q, hidden[:, 0], weights.w_k, weights.w_v, b_v=weights.b_v, scale=_scale(module, family),
+            q, hidden[:, 0], weights.w_k, weights.w_v, b_v=weights.b_v, scale=_scale(module, spec),
             mask=visible[:, None],
         )[:2]  # fmt: skip
         partial = part if partial is None else merge(partial, part)
@@ -194,14 +194,14 @@ def _sharded(
 
 def _attend(
     module: Any,
-    family: Family,
+    spec: AttentionSpec,
     x: torch.Tensor,
     parts: list[torch.Tensor],
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """EL-attention over a cache in parts, the last of which holds x itself: partial results, merged by lse."""
-    weights, heads = family.projections(module), getattr(module, family.heads)
+    weights, heads = spec.projections(module), getattr(module, spec.heads)
     q = torch.nn.functional.linear(x, weights.w_q, weights.b_q).unflatten(-1, (heads, -1)).transpose(1, 2)
     keys = sum(part.shape[1] for part in parts)
     partials, start = [], 0
@@ -209,7 +209,7 @@ def _attend(
         stop = start + part.shape[1]
         added = None if bias is None else _table(bias[..., start:stop])
         out, lse = expanded_attention(
-            q, part, weights.w_k, weights.w_v, b_v=weights.b_v, scale=_scale(module, family), causal=True,
+            q, part, weights.w_k, weights.w_v, b_v=weights.b_v, scale=_scale(module, spec), causal=True,
             q_offset=keys - x.shape[1] - start, mask=None if mask is None else mask[..., start:stop], bias=added,
         )[:2]  # fmt: skip
         partials.append((out, lse))
@@ -240,8 +240,8 @@ def _position_bias(module: Any, given: torch.Tensor | None, past: int, tokens: i
     return bias
 
 
-def _scale(module: Any, family: Family) -> float:
-    return float(module.scaling) if family.scaled else 1.0
+def _scale(module: Any, spec: AttentionSpec) -> float:
+    return float(module.scaling) if spec.scaled else 1.0
 
 
 def _of_prompt(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
@@ -250,7 +250,7 @@ def _of_prompt(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
 
 
 def _mask(mask: Any, keys: int) -> torch.Tensor | None:
-    """transformers' mask of these keys: bool or additive, (rows, 1, T, S or more), or None."""
+    """Return transformers' mask, bool or additive, (rows, 1, T, keys), or None."""
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
@@ -258,7 +258,7 @@ def _mask(mask: Any, keys: int) -> torch.Tensor | None:
             f"EL-attention got a mask of {type(mask).__name__} {tuple(getattr(mask, 'shape', ()))}: load the model "
             "with attn_implementation 'sdpa' or 'eager'"
         )
-    if mask.dtype == torch.int32:  # longctx's own: documents of the keys, negative at padding
+    if mask.dtype == torch.int32:  # longctx's own: document ids of the keys, negative at padding
         return mask[..., :keys] >= 0 if mask.shape[-1] >= keys > 1 else None
     return mask[..., :keys]
 

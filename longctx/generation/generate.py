@@ -20,7 +20,7 @@ from longctx.generation.el import el_layers, spread_source
 from longctx.mesh import Mesh
 from longctx.models.attach import attach_attention
 from longctx.models.hook.binding import Binding, binding_of
-from longctx.models.hook.bounded_layer import memory_of
+from longctx.models.hook.bounded_layer import bounded_child
 from longctx.models.modes import evaluating
 from longctx.sharding import positions, shard
 
@@ -125,7 +125,7 @@ def _layers(model: Any, places: Places, tokens: torch.Tensor) -> list[ShardedLay
     for index in el_layers(model):
         layers[index] = ShardedHidden(places)
     for module in model.modules():
-        if memory_of(module) is not None:
+        if bounded_child(module) is not None:
             layers[int(module.layer_idx)] = ReplicatedState(places, tokens)
     return layers
 

@@ -26,8 +26,17 @@ class Projections:
 
 
 @dataclass(frozen=True)
-class Family:
-    """How to read the projections of one class of attention modules."""
+class AttentionSpec:
+    """How to read one class of attention modules.
+
+    Attributes:
+        projections: returns a module's weights.
+        heads: name of the attribute with the number of heads.
+        scaled: logits are multiplied by ``module.scaling``; T5's are not.
+        crosses, decodes: f(module, path): whether it is cross attention, and whether it belongs to a decoder.
+        hidden, mask, bias: names of forward's keywords for the encoder's output, the mask and the position bias.
+        outputs: length of the tuple that forward returns.
+    """
 
     projections: Callable[[Any], Projections]
     heads: str
@@ -59,13 +68,13 @@ def _gpt2(module: Any) -> Projections:
     return Projections(w_q, w_k, w_v, module.c_proj.weight.T, b_q, b_k, b_v, module.c_proj.bias)
 
 
-_BART = Family(
+_BART = AttentionSpec(
     _linear("q_proj", "k_proj", "v_proj", "out_proj"),
     "num_heads",
     crosses=lambda module, name: name.endswith("encoder_attn"),
     decodes=lambda module, name: bool(module.is_decoder),
 )
-_T5 = Family(
+_T5 = AttentionSpec(
     _linear("q", "k", "v", "o"),
     "n_heads",
     scaled=False,
@@ -75,24 +84,24 @@ _T5 = Family(
     bias="position_bias",
     outputs=3,
 )
-_GPT2 = Family(
+_GPT2 = AttentionSpec(
     _gpt2,
     "num_heads",
     crosses=lambda module, name: bool(module.is_cross_attention),
     hidden="encoder_hidden_states",
 )
-_FAMILIES = {
+_SPECS = {
     **dict.fromkeys(("Bart", "MBart", "Marian", "Pegasus", "PLBart", "M2M100", "Blenderbot", "BlenderbotSmall"), _BART),
     "GPT2": _GPT2,
-    "OPT": Family(_linear("q_proj", "k_proj", "v_proj", "out_proj"), "num_heads"),
+    "OPT": AttentionSpec(_linear("q_proj", "k_proj", "v_proj", "out_proj"), "num_heads"),
     **dict.fromkeys(("T5", "MT5"), _T5),
 }
 
 
-def family_of(module: Any) -> Family | None:
+def spec_of(module: Any) -> AttentionSpec | None:
     """Return how to read ``module``, or None if EL-attention does not support its class."""
     name = type(module).__name__
-    return _FAMILIES.get(name.removesuffix("Attention")) if name.endswith("Attention") else None
+    return _SPECS.get(name.removesuffix("Attention")) if name.endswith("Attention") else None
 
 
 def refuse(model: torch.nn.Module) -> ModelError:
@@ -106,5 +115,5 @@ def refuse(model: torch.nn.Module) -> ModelError:
         )
     return ModelError(
         f"{type(model).__name__} has no attention module that EL-attention supports; it supports those of "
-        f"{', '.join(sorted(_FAMILIES))}"
+        f"{', '.join(sorted(_SPECS))}"
     )

@@ -15,7 +15,7 @@ ATTENTION = ("auto", "el", "kv")
 
 @dataclass(frozen=True)
 class Request:
-    """A checkpoint, a prompt, and how to continue it."""
+    """A checkpoint, a prompt, and the options of generation."""
 
     folder: str
     prompt: str
@@ -61,7 +61,7 @@ def model_folder(checkpoint: Path) -> Path:
     """Return the folder with the weights: ``checkpoint`` itself, or the `model` folder of a run directory.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: neither has a config.json.
     """
     for folder in (checkpoint, checkpoint / "model"):
         if (folder / "config.json").is_file():

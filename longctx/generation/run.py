@@ -19,30 +19,30 @@ from longctx.errors import ConfigError, LongctxError
 from longctx.generation.beams import share_beams, unshare_beams
 from longctx.generation.el import disable_el, enable_el
 from longctx.generation.generate import generate
-from longctx.generation.projections import family_of, refuse
+from longctx.generation.projections import refuse, spec_of
 from longctx.generation.request import Request
 from longctx.generation.stream import TextStream
 from longctx.mesh import Mesh
 from longctx.models.convert import converted
-from longctx.models.hook.bounded_layer import memory_of
+from longctx.models.hook.bounded_layer import bounded_child
 from longctx.models.hook.positions import table_of_positions
 from longctx.models.load.pretrained import load_pretrained
 
 
 class Generated(NamedTuple):
-    """One answer and its figures."""
+    """One generated text and its figures."""
 
     text: str
     prompt_tokens: int
     tokens: int
     seconds: float
     reading: float | None
-    """Seconds until the first token, the prompt's forward included; None for beams, which write at the end."""
+    """Seconds until the first token, with the prompt's forward; None for beam search, which returns all at the end."""
     cache_bytes: int
     attention: Choice
 
     def summary(self, ranks: int) -> str:
-        """Two lines for the terminal."""
+        """Return two lines for the terminal."""
         shared = f" on this rank, one of {ranks}" if ranks > 1 else ""
         after = self.tokens if self.reading is None else self.tokens - 1
         rate = after / max(self.seconds - (self.reading or 0.0), 1e-9)
@@ -126,9 +126,9 @@ class Generator:
         return choice
 
     def _choose(self, request: Request, prompt: int) -> Choice:
-        modules = [module for module in self.model.modules() if family_of(module) and memory_of(module) is None]
+        modules = [module for module in self.model.modules() if spec_of(module) and bounded_child(module) is None]
         if not modules:
-            bounded = sum(memory_of(module) is not None for module in self.model.modules())
+            bounded = sum(bounded_child(module) is not None for module in self.model.modules())
             if bounded:
                 return Choice("kv", f"{bounded} of {self.model.config.num_hidden_layers} layers have a bounded state")
             return Choice("kv", str(refuse(self.model)).split(":")[0])
@@ -167,7 +167,9 @@ def options_of(request: Request, folder: Any, tokenizer: Tokenizer) -> dict[str,
     }  # fmt: skip
     stop = folder.eos_token_id
     if folder.pad_token_id is None and stop is not None:
-        options["pad_token_id"] = stop[0] if isinstance(stop, list) else stop  # as transformers does, which warns
+        options["pad_token_id"] = (
+            stop[0] if isinstance(stop, list) else stop
+        )  # as transformers does, but without its warning
     if folder.stop_strings is not None:
         options["tokenizer"] = tokenizer.transformers
     return options

@@ -22,10 +22,10 @@ class TextStream:
         self.shown = ""
         self.prompt = True
         self.first: float | None = None
-        """time.perf_counter() when the first new token came."""
+        """time.perf_counter() at the first new token."""
 
     def put(self, tokens: Any) -> None:
-        """Take the prompt (once, not shown), then new tokens."""
+        """Receive the prompt (the first call, not shown), then new tokens."""
         if self.prompt:
             self.prompt = False
             return

@@ -1,4 +1,4 @@
-"""attach_attention(): tell every attention module of a model which mesh it works on."""
+"""attach_attention(): bind every attention module of a model to a mesh."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from longctx.models.hook.wrapped import inner_models, refuse_prompts
 from longctx.models.names import NAME
 from longctx.models.register import register
 
-# Heads that pick or compare tokens of the whole sequence: on a shard each rank would pick among its own.
+# Heads that select or compare tokens of the whole sequence; on a shard each rank would select among its own.
 _GLOBAL_HEADS = re.compile(
     r"For(SequenceClassification|MultipleChoice|NextSentencePrediction|QuestionAnswering)|DoubleHeads"
 )
 
 
 def attach_attention(model: torch.nn.Module, mesh: Mesh, layout: str = "zigzag") -> None:
-    """Make ``model`` attend over ``mesh``: write mesh and layout onto its modules, and choose longctx's attention.
+    """Bind ``model`` to ``mesh`` and ``layout``, and select longctx's attention.
 
     Sets ``_attn_implementation = "longctx"`` on the model's config and every nested one; a forward keeps no cache
-    unless it is called with ``use_cache=True``. The first forward then checks that every layer really goes through
-    longctx. Attaching again replaces mesh and layout. What ``save_pretrained`` writes stays as it was.
+    unless it is called with ``use_cache=True``. The first forward verifies that every layer uses longctx. Attaching
+    again replaces mesh and layout. What ``save_pretrained`` writes does not change.
 
     Args:
-        model: a transformers model, or a module that holds one.
+        model: a transformers model, or a module that contains one.
 
     Raises:
-        ModelError: no transformers model inside, or one that a sharded sequence would get silently wrong.
+        ModelError: no transformers model inside, or one that would be wrong on a sharded sequence.
         LayoutError: an unknown layout.
     """
     get_layout(layout)
@@ -64,7 +64,7 @@ def attach_attention(model: torch.nn.Module, mesh: Mesh, layout: str = "zigzag")
 
 
 def detach_attention(model: torch.nn.Module) -> None:
-    """Remove the hooks and the mesh of an earlier ``attach_attention``, if any."""
+    """Remove the hooks of an earlier ``attach_attention``, if any."""
     old = binding_of(model)
     if old is not None:
         for handle in old.handles:
@@ -73,9 +73,9 @@ def detach_attention(model: torch.nn.Module) -> None:
 
 
 def _keep_no_cache(model: torch.nn.Module, binding: Binding) -> None:
-    """Make ``use_cache=False`` the default of every transformers model inside, without a change to its config.
+    """Make ``use_cache=False`` the default of every transformers model inside, without changing its config.
 
-    The config belongs to the user: with False in it, an exported model would generate without a cache.
+    With False in its config, an exported model would generate without a cache.
     """
     from transformers import PreTrainedModel
 
@@ -87,7 +87,7 @@ def _keep_no_cache(model: torch.nn.Module, binding: Binding) -> None:
 
 
 def _without_cache(place: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Hook before a forward: add ``use_cache=False`` if the caller says nothing about it."""
+    """Forward pre-hook: add ``use_cache=False`` unless the caller sets it."""
     if len(args) > place or kwargs.get("use_cache") is not None:
         return None
     return args, {**kwargs, "use_cache": False}
@@ -112,7 +112,7 @@ def _configs(model: torch.nn.Module) -> list[Any]:
 def _refuse(name: str, config: Any) -> None:
     if _GLOBAL_HEADS.search(name):
         raise ModelError(
-            f"{name} picks tokens of the whole sequence, and on a shard it would pick among its own: use the model "
+            f"{name} selects tokens of the whole sequence, but on a shard would select among its own: use the model "
             "with a head per token (ForCausalLM, ForMaskedLM, ForTokenClassification)"
         )
     if getattr(config, "is_encoder_decoder", False):

@@ -1,4 +1,4 @@
-"""Run a model in eval mode and leave every module of it in the mode that it had."""
+"""Run a model in eval mode, and restore each module's mode afterwards."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode for a while.
+    """Put a model into eval mode within the block.
 
-    Each module gets its own mode back, for some may be in eval mode while the rest trains (a frozen part with dropout).
+    Modes are restored per module, because some may be in eval mode while the rest trains (a frozen part with dropout).
     """
     training = [module for module in model.modules() if module.training]
     model.eval()

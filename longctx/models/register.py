@@ -1,21 +1,24 @@
-"""register(): make ``attn_implementation="longctx"`` known to transformers, attention and mask under one name."""
+"""register(): register longctx's attention and mask functions and its converted models with transformers."""
 
 from __future__ import annotations
 
 from longctx.errors import MissingPackageError
 from longctx.models.names import NAME
 
-OLDEST = (5, 17)  # transformers; before it, mask functions have another signature and configs declare no fields
+OLDEST = (
+    5,
+    17,
+)  # of transformers: older mask functions have another signature, and older configs declare no fields
 
 
 def register() -> None:
     """Register longctx's attention, its mask function and its converted models with transformers (idempotent).
 
-    The mask function matters as much as the attention function: with none under the same name, transformers passes no
-    padding and no packing at all, without a word. A model with no mesh runs as a ring of one on its own device.
+    Without a mask function of the same name transformers would silently pass neither padding nor packing. A model
+    without a mesh runs as a ring of one on its own device.
 
     Raises:
-        MissingPackageError: transformers is older than longctx can work with.
+        MissingPackageError: transformers is too old.
     """
     import transformers
     from transformers import AttentionInterface, AttentionMaskInterface

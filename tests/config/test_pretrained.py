@@ -145,7 +145,7 @@ def test_a_folder_of_another_model_is_refused_by_name(tmp_path: Path, changes: d
         ("config.json", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ("config.json", None, "no config.json"),
         ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-        ("model.safetensors", b"1234567", "cut short"),
+        ("model.safetensors", b"1234567", "truncated"),
         ("model.safetensors", None, "no model.safetensors"),
         ("adapter_config.json", b"{}", "adapter"),
         ("model.safetensors.index.json", None, ""),

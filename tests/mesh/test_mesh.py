@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from longctx.errors import MeshError
 from longctx.mesh import Mesh, from_key
-from longctx.sharding import shard, unshard
 
 from distributed import run_ranks
 
@@ -75,24 +74,6 @@ def connected(rank: int, world_size: int, ring: int, ulysses: int) -> dict[str, 
 @pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (2, 1), (2, 2), (4, 1), (1, 4)])
 def test_groups_connect_the_ranks_they_name(ring: int, ulysses: int) -> None:
     assert all(all(found.values()) for found in run_ranks(4, connected, ring, ulysses))
-
-
-def round_trip(rank: int, world_size: int, layout: str, ulysses: int) -> None:
-    mesh = Mesh(ring=world_size // ulysses, ulysses=ulysses)
-    for length in (1, 5, 16, 17):
-        x = torch.arange(2.0 * length * 3, dtype=torch.float64).reshape(2, length, 3)
-        local = shard(x, mesh, layout=layout).requires_grad_()
-        whole = unshard(local, mesh, length=length, layout=layout)
-        assert torch.equal(whole, x)
-        weights = torch.cos(x)
-        (whole * weights).sum().backward()
-        assert local.grad is not None and torch.equal(local.grad, shard(weights, mesh, layout=layout))
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
-@pytest.mark.parametrize("ulysses", [1, 2])
-def test_unshard_inverts_shard_and_returns_each_rank_its_own_gradient(layout: str, ulysses: int) -> None:
-    run_ranks(4, round_trip, layout, ulysses)
 
 
 def wrong_world(rank: int, world_size: int) -> str:

@@ -46,5 +46,5 @@ def test_the_cache_holds_what_the_formula_says(name: str) -> None:
 
 
 def test_a_bias_of_positions_is_refused() -> None:
-    with pytest.raises(ModelError, match="bias of positions"):
+    with pytest.raises(ModelError, match="position bias"):
         share_beams(make("t5"))

@@ -15,7 +15,7 @@ from models.zoo import documents, eager_mask, positions_of, tiny_config, tiny_mo
 import longctx
 from longctx.errors import ModelError
 from longctx.models.convert import convert, converted
-from longctx.models.hook.bounded_layer import memory_of
+from longctx.models.hook.bounded_layer import bounded_child
 from longctx.models.hook.families import FAMILIES
 from longctx.models.load.pretrained import load_pretrained, read_config
 
@@ -82,7 +82,7 @@ def test_copies_keep_their_memories() -> None:
     model, tokens = mixed_model("llama", HYBRID, 4), random_tokens(1, 9)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
         assert torch.equal(logits(twin, tokens), logits(model, tokens))
-        assert memory_of(twin.model.layers[0].self_attn) is not memory_of(model.model.layers[0].self_attn)
+        assert bounded_child(twin.model.layers[0].self_attn) is not bounded_child(model.model.layers[0].self_attn)
 
 
 @pytest.mark.parametrize("kind", ["whole", "packed", "left"])
@@ -170,7 +170,7 @@ def test_unknown_models_are_refused() -> None:
         convert(tiny_config("qwen3_moe"), MIXED)
     with pytest.raises(ModelError, match="converts LlamaForCausalLM"):
         convert(tiny_model(tiny_config("llama"), "sdpa").model, MIXED)
-    with pytest.raises(ModelError, match="no transformers model"):
+    with pytest.raises(ModelError, match="neither a transformers model nor"):
         convert(torch.nn.Linear(2, 2), MIXED)
 
 
@@ -197,8 +197,8 @@ def test_dropout_of_probabilities_is_refused_in_training() -> None:
 
 def test_converting_again_changes_what_is_named() -> None:
     model = mixed_model("llama", HYBRID, 4)
-    kept = memory_of(model.model.layers[0].self_attn)
+    kept = bounded_child(model.model.layers[0].self_attn)
     convert(model, {"3": {"abc": {"slots": 3}}, "2": "ring"})
-    kinds = [memory_of(layer.self_attn) for layer in model.model.layers]
+    kinds = [bounded_child(layer.self_attn) for layer in model.model.layers]
     assert kinds[0] is kept and kinds[1] is None and kinds[2] is None and kinds[3].kind.slots == 3
     assert logits(model, random_tokens(1, 5)).isfinite().all()

@@ -53,8 +53,8 @@ def test_a_sharded_folder_is_read_whole(folder: Path) -> None:
         (POINTER, "Git LFS pointer"),
         (whole[:-4], "copy it again"),
         (whole + b"0000", "copy it again"),
-        (b"", "cut short"),
-        (b"\xff" * 100, "cut short"),
+        (b"", "truncated"),
+        (b"\xff" * 100, "truncated"),
         (b"\x05" + bytes(7) + b"[[[[[", "not JSON"),
         (b"\x02" + bytes(7) + b"[]", "damaged"),
     ):

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from longctx.attention.passes import Passes
 from longctx.errors import ModelError
-from longctx.models.activations.host import HostStore, Parked
+from longctx.models.activations.host import HostStore, Offloaded
 from longctx.models.activations.norms import recompute_norms
 from longctx.models.activations.recompute import recompute_layers
 
@@ -48,8 +48,8 @@ def test_only_what_a_checkpoint_keeps_is_stored(monkeypatch: pytest.MonkeyPatch)
     assert shapes == layer * config.num_hidden_layers
 
 
-def here(parked: list[Any]) -> list[int]:
-    return [place for place, one in enumerate(parked) if one.coming is not None]
+def here(offloaded: list[Any]) -> list[int]:
+    return [place for place, one in enumerate(offloaded) if one.coming is not None]
 
 
 def test_what_a_layer_has_kept_comes_together_and_is_handed_over() -> None:
@@ -57,7 +57,7 @@ def test_what_a_layer_has_kept_comes_together_and_is_handed_over() -> None:
     for layer in range(3):
         with store.layer():
             kept += [store.put(torch.full((2,), float(2 * layer + place))) for place in range(2)]
-    assert all(isinstance(parked, Parked) for parked in kept) and here(kept) == []
+    assert all(isinstance(offloaded, Offloaded) for offloaded in kept) and here(kept) == []
     for index in (4, 5, 2, 3, 0, 1):
         assert torch.equal(store.take(kept[index]), torch.full((2,), float(index)))
         assert here(kept) == ([] if index % 2 else [index + 1])
@@ -73,10 +73,10 @@ def test_a_layer_comes_when_attention_of_the_next_is_done(policy: Any, monkeypat
         events.append(f"take {kept.layer}")
         return take(self, kept)
 
-    def fetched(self: HostStore, parked: Parked) -> None:
-        if parked.coming is None:
-            events.append(f"fetch {parked.layer}")
-        fetch(self, parked)
+    def fetched(self: HostStore, offloaded: Offloaded) -> None:
+        if offloaded.coming is None:
+            events.append(f"fetch {offloaded.layer}")
+        fetch(self, offloaded)
 
     def attended(self: Passes, *arguments: Any) -> Any:
         events.append("attention")
@@ -103,7 +103,7 @@ def test_a_layers_input_is_gone_while_its_attention_has_its_backward(
     """Where its first norm is recomputed: that gets it once more, fetched when attention is done; where there is none
     (OLMo 2), the projections get it."""
     inputs: list[StorageWeakRef] = []
-    parked: list[Any] = []
+    offloaded: list[Any] = []
     gone: list[bool] = []
     taken: list[int] = []
     take, backward = HostStore.take_input, Passes.backward
@@ -111,8 +111,8 @@ def test_a_layers_input_is_gone_while_its_attention_has_its_backward(
     def recording(self: HostStore, kept: Any) -> torch.Tensor:
         tensor = take(self, kept)
         inputs.append(StorageWeakRef(tensor.untyped_storage()))
-        assert not [ref for ref in parked if ref() is not None and ref().layer > kept.layer], "done, and still held"
-        parked.append(weakref.ref(kept))
+        assert not [ref for ref in offloaded if ref() is not None and ref().layer > kept.layer], "done, and still held"
+        offloaded.append(weakref.ref(kept))
         return tensor
 
     def attended(self: Passes, *arguments: Any) -> Any:
@@ -182,8 +182,8 @@ def test_on_a_gpu_the_copies_are_pinned_and_the_gradients_the_same() -> None:
 
     wanted, got = train(None), train(HostStore())
     assert all(torch.equal(ours, truth) for ours, truth in zip(got, wanted, strict=True))
-    parked = HostStore().put(weights[0])
-    assert isinstance(parked, Parked) and parked.host.is_pinned()
+    offloaded = HostStore().put(weights[0])
+    assert isinstance(offloaded, Offloaded) and offloaded.host.is_pinned()
 
 
 def _checkpoint(function: Any, x: torch.Tensor, store: HostStore | None) -> torch.Tensor:

@@ -13,7 +13,7 @@ from models.zoo import documents, positions_of
 import longctx
 from longctx.errors import ModelError
 from longctx.models.attach import attach_attention
-from longctx.models.hook.bounded_layer import memory_of
+from longctx.models.hook.bounded_layer import bounded_child
 
 from distributed import run_ranks
 from tolerances import tolerance
@@ -109,7 +109,7 @@ def bypassed(rank: int, world: int) -> str:
     attach_attention(model, mesh)
     layer = model.model.layers[0].self_attn
     layer.forward = lambda hidden_states, **_: (hidden_states, None)
-    assert memory_of(layer) is not None
+    assert bounded_child(layer) is not None
     tokens = torch.arange(8)[None]
     try:
         model(input_ids=tokens, position_ids=tokens, document_ids=tokens.clamp(max=0), use_cache=False)

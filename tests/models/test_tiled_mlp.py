@@ -63,7 +63,7 @@ def test_short_and_long_sequences_take_one_path() -> None:
 def test_blocks_of_experts_are_refused_by_name() -> None:
     model = tiny_model(tiny_config("gpt-oss"), "longctx")
     assert find_mlps(model) == ([], ["GptOssMLP"])
-    with pytest.raises(ModelError, match="GptOssMLP chooses among experts"):
+    with pytest.raises(ModelError, match="GptOssMLP routes tokens to experts"):
         tile_mlps(model)
     with pytest.raises(ModelError, match="no module named as an MLP"):
         tile_mlps(torch.nn.Sequential(torch.nn.Linear(2, 2)))

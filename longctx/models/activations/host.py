@@ -1,16 +1,16 @@
-"""HostStore: what checkpointed layers keep waits for backward in host memory instead of the GPU's.
+"""HostStore: offload the activations that checkpointed layers save for backward to pinned host memory.
 
-At a million tokens the inputs of layers are most of what a GPU holds, and nobody needs them for seconds. They are
-copied out while the next layer computes and back while the backward of the layer after it ends, on streams of their
-own, through pinned memory; the computing stream only ever waits for a copy that is late.
+At a million tokens layer inputs take most of a GPU's memory, and are not used for seconds. They are copied to the host
+while the next layer computes, and prefetched while backward of the layer above ends. Copies run on their own streams;
+the compute stream waits only for a copy that is late.
 
-No memory waits for the host to see that a copy is done, as record_stream has it do, which is far ahead of the GPU: what
-leaves is held for another layer and then let go behind its copy, on the computing stream; what comes back is allocated
-there.
+``record_stream`` is not used: it frees memory only once the host has seen that a copy is done, and the host runs far
+ahead of the GPU. Instead an offloaded tensor is held for one more layer, after which the compute stream waits for its
+copy and the memory is freed in stream order. A prefetched tensor is allocated on the compute stream.
 
-They come back when that layer's attention has its gradients. Until then a step holds most, and what is left of the
-layer, the gradients of three projections, takes about as long as the copy. For the same reason a layer's own input,
-once the layer has been recomputed from it, is let go until then.
+The prefetch starts when the attention of the layer above has its gradients: memory peaks before that point, and the
+rest of that layer's backward, the gradients of three projections, takes about as long as the copy. For the same reason
+a layer's own input is freed once the layer has been recomputed from it, and fetched again at that point.
 """
 
 from __future__ import annotations
@@ -26,35 +26,36 @@ import torch
 
 from longctx.nn.kept import know
 
-LEAST_BYTES = 1 << 16  # smaller tensors cost more to move than they free
+LEAST_BYTES = 1 << 16  # offloading smaller tensors is not worth the copy
 
 
-class Parked:
-    """A tensor in host memory, and on its way back once somebody fetches it."""
+class Offloaded:
+    """A tensor in host memory, and its copy on the device once it is prefetched."""
 
     def __init__(self, store: HostStore, host: torch.Tensor, device: torch.device, left: Any) -> None:
-        self.host, self.device, self.left = host, device, left  # left: event after the copy out
+        self.host, self.device, self.left = host, device, left  # left: event after the copy to the host
         self.store, self.layer = store, store.layers
-        self.coming: torch.Tensor | None = None
-        self.arrived: Any = None
-        self.stream: Any = None  # whose memory is coming
+        self.coming: torch.Tensor | None = None  # on the device, while its copy runs
+        self.arrived: Any = None  # event after the copy to the device
+        self.stream: Any = None  # compute stream that `coming` was allocated on
         self.taken = False
-        self.wanted = False  # a second time, after the recomputation: somebody counts on `result`
+        self.wanted = False  # used a second time, after the recomputation, through `result`
         self._again: torch.Tensor | None = None
 
     def result(self) -> torch.Tensor:
-        """Return the tensor, in backward, to those who counted on it (``longctx.nn.kept``)."""
+        """Return the tensor in backward, for operators that did not save it themselves (``longctx.nn.kept``)."""
         if self._again is None:
             self._again = self.store.take(self)
         return self._again
 
     def __del__(self) -> None:
-        if self.coming is not None and self.stream is not None:  # nobody has taken it: its memory waits for the copy
+        # Prefetched but never taken: its memory must not be reused before the copy into it is done.
+        if self.coming is not None and self.stream is not None:
             self.stream.wait_event(self.arrived)
 
 
 class _Recording(threading.local):
-    """The layer whose forward runs in this thread, if what it keeps goes to a store."""
+    """The store of the layer whose forward runs in this thread, if its activations are offloaded."""
 
     store: HostStore | None = None
 
@@ -63,46 +64,46 @@ _recording = _Recording()
 
 
 class HostStore:
-    """Keep tensors on the host between forward and backward; one for a model.
+    """Keep tensors in host memory between forward and backward; one store per model.
 
     Args:
-        everything: copy small tensors and those of the CPU as well, to try it where there is no GPU.
+        everything: also copy small tensors and CPU tensors, to test the store without a GPU.
     """
 
     def __init__(self, *, everything: bool = False) -> None:
         self.everything = everything
-        self.order: list[weakref.ref[Parked]] = []  # autograd owns what is parked: a dropped graph frees it
+        self.order: list[weakref.ref[Offloaded]] = []  # weak: autograd owns them, so a dropped graph frees them
         self.layers = 0
-        self.leaving: list[tuple[int, torch.Tensor, Any]] = []  # layer, what is copied out, event after the copy
+        self.leaving: list[tuple[int, torch.Tensor, Any]] = []  # (layer, tensor, event after its copy to the host)
         self._out: dict[torch.device, Any] = {}
         self._back: dict[torch.device, Any] = {}
 
     @contextlib.contextmanager
     def layer(self) -> Iterator[None]:
-        """What is put within belongs to one layer, and is fetched together."""
+        """Tensors that are put within the block belong to one layer, and are fetched together."""
         self.layers += 1
-        self._let_go(self.layers - 1)
+        self._free_before(self.layers - 1)
         before, _recording.store = _recording.store, self
         try:
             yield
         finally:
             _recording.store = before
 
-    def put(self, tensor: torch.Tensor) -> torch.Tensor | Parked:
-        """Start to copy ``tensor`` out; return what ``take`` wants. Small ones and the host's own stay as they are."""
+    def put(self, tensor: torch.Tensor) -> torch.Tensor | Offloaded:
+        """Start copying ``tensor`` to the host; return a handle for ``take``, or a small or CPU tensor unchanged."""
         tensor = tensor.detach()
         small = tensor.nbytes < LEAST_BYTES or tensor.device.type != "cuda"
         if small and not self.everything:
             return tensor
-        parked = self._copy_out(tensor)
-        self.order.append(weakref.ref(parked))
-        return parked
+        offloaded = self._copy_out(tensor)
+        self.order.append(weakref.ref(offloaded))
+        return offloaded
 
-    def take(self, kept: torch.Tensor | Parked) -> torch.Tensor:
-        """Return the tensor where it was, and start to fetch what else its layer has kept."""
+    def take(self, kept: torch.Tensor | Offloaded) -> torch.Tensor:
+        """Return the tensor on its device, and start fetching the other tensors of its layer."""
         if isinstance(kept, torch.Tensor):
             return kept
-        self._let_go(self.layers + 1)
+        self._free_before(self.layers + 1)
         self._fetch(kept)
         self.fetch(kept.layer)
         tensor, kept.coming, kept.taken = kept.coming, None, True
@@ -112,73 +113,74 @@ class HostStore:
             kept.stream = None
         return tensor
 
-    def put_input(self, tensor: torch.Tensor) -> torch.Tensor | Parked:
-        """As ``put``, of a layer's input, which its first norm need not keep then: it asks for it here."""
+    def put_input(self, tensor: torch.Tensor) -> torch.Tensor | Offloaded:
+        """As ``put``, for a layer's input: its first norm then need not save it but gets it from the store."""
         kept = self.put(tensor)
-        if isinstance(kept, Parked):
+        if isinstance(kept, Offloaded):
             know(tensor, kept)
         return kept
 
-    def take_input(self, kept: torch.Tensor | Parked) -> torch.Tensor:
-        """As ``take``, of what ``put_input`` returned, for the layer's recomputation."""
+    def take_input(self, kept: torch.Tensor | Offloaded) -> torch.Tensor:
+        """As ``take``, for what ``put_input`` returned; the layer is recomputed from it."""
         tensor = self.take(kept)
-        if isinstance(kept, Parked):
+        if isinstance(kept, Offloaded):
             know(tensor, kept)
         return tensor
 
     def fetch(self, layer: int) -> None:
-        """Start to fetch what a layer has kept and nobody has taken; forget what came after it."""
+        """Start fetching a layer's tensors that were not taken yet; forget those of later layers."""
         waiting = [found for found in (ref() for ref in self.order) if found is not None]
-        for parked in waiting:
-            if parked.layer == layer and not parked.taken:
-                self._fetch(parked)
-        self.order = [weakref.ref(parked) for parked in waiting if parked.layer <= layer]
+        for offloaded in waiting:
+            if offloaded.layer == layer and not offloaded.taken:
+                self._fetch(offloaded)
+        self.order = [weakref.ref(offloaded) for offloaded in waiting if offloaded.layer <= layer]
 
     def fetch_again(self, layer: int) -> None:
-        """Start to fetch what of a layer is wanted a second time: its input, which was not on the device while its
-        attention's backward ran."""
-        for parked in (ref() for ref in self.order):
-            if parked is not None and parked.layer == layer and parked.taken and parked.wanted:
-                self._fetch(parked)
+        """Start fetching what a layer uses a second time: its input, which was freed after the recomputation."""
+        for offloaded in (ref() for ref in self.order):
+            if offloaded is not None and offloaded.layer == layer and offloaded.taken and offloaded.wanted:
+                self._fetch(offloaded)
 
-    def _let_go(self, layer: int) -> None:
-        """Let go what layers before ``layer`` had copied out, behind the copies."""
+    def _free_before(self, layer: int) -> None:
+        """Free the tensors that layers before ``layer`` have offloaded, in stream order after their copies."""
         for owner, tensor, left in self.leaving:
             if owner < layer and left is not None:
                 torch.cuda.current_stream(tensor.device).wait_event(left)
         self.leaving = [held for held in self.leaving if held[0] >= layer]
 
-    def _copy_out(self, tensor: torch.Tensor) -> Parked:
+    def _copy_out(self, tensor: torch.Tensor) -> Offloaded:
         if tensor.device.type != "cuda":
             host, left = tensor.clone(), None
         else:
             side = _stream(self._out, tensor.device)
-            side.wait_stream(torch.cuda.current_stream(tensor.device))
+            side.wait_stream(torch.cuda.current_stream(tensor.device))  # the tensor must be computed first
             with torch.cuda.stream(side):
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 host.copy_(tensor, non_blocking=True)
                 left = side.record_event()
         self.leaving.append((self.layers, tensor, left))
-        return Parked(self, host, tensor.device, left)
+        return Offloaded(self, host, tensor.device, left)
 
-    def _fetch(self, parked: Parked) -> None:
-        if parked.coming is not None:
+    def _fetch(self, offloaded: Offloaded) -> None:
+        if offloaded.coming is not None:
             return
-        if parked.left is None:
-            parked.coming = parked.host.clone()
+        if offloaded.left is None:
+            offloaded.coming = offloaded.host.clone()
             return
-        side, parked.stream = _stream(self._back, parked.device), torch.cuda.current_stream(parked.device)
-        parked.coming = torch.empty_like(parked.host, device=parked.device)
-        side.wait_stream(parked.stream)
-        side.wait_event(parked.left)
+        # Allocated on the compute stream, where it is freed. The copy waits until that stream has reached this point,
+        # and until the copy to the host is done.
+        side, offloaded.stream = _stream(self._back, offloaded.device), torch.cuda.current_stream(offloaded.device)
+        offloaded.coming = torch.empty_like(offloaded.host, device=offloaded.device)
+        side.wait_stream(offloaded.stream)
+        side.wait_event(offloaded.left)
         with torch.cuda.stream(side):
-            parked.coming.copy_(parked.host, non_blocking=True)
-            parked.arrived = side.record_event()
+            offloaded.coming.copy_(offloaded.host, non_blocking=True)
+            offloaded.arrived = side.record_event()
 
 
 def fetch_ahead(query: torch.Tensor) -> None:
-    """Within a layer whose kept tensors go to a store: once ``query`` has its gradient, fetch its input again, and the
-    layer before."""
+    """In a layer with offloaded activations, register the prefetch: once ``query`` has its gradient, fetch the layer's
+    input again, and the tensors of the layer before."""
     store = _recording.store
     if store is not None and query.requires_grad:
         query.register_hook(partial(_fetch_next, store, store.layers))
@@ -190,7 +192,7 @@ def _fetch_next(store: HostStore, layer: int, gradient: torch.Tensor) -> None:
 
 
 def _stream(known: dict[torch.device, Any], device: torch.device) -> Any:
-    """The device's stream for copies, made the first time."""
+    """Return the device's copy stream, created on first use."""
     if device not in known:
         known[device] = torch.cuda.Stream(device)
     return known[device]

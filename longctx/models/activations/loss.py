@@ -1,8 +1,8 @@
-"""tile_loss: a transformers model whose loss never makes all logits, without a change to its code.
+"""tile_loss: compute a transformers model's loss in tiles, so that its logits are never all in memory.
 
-Its ``forward`` is replaced on the object by one that does what the family's own does, except that the head, asked for a
-loss, returns that instead of logits. The head stays a module that is called once with all hidden states, so ZeRO-3
-gathers its weight once in forward and once in backward and reduces its gradient once.
+The object's ``forward`` is replaced by one that equals its class's own, except that with labels the head returns the
+loss instead of logits. The head is still a module that is called once with all hidden states, so ZeRO-3 gathers its
+weight once in forward and once in backward, and reduces its gradient once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from longctx.nn.tiling import Tile
 TILED = frozenset(
     "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text gpt2 gpt_oss phi olmo olmo2".split()
 )  # fmt: skip
-"""Model types whose causal language model is body, linear head, at most a softcap, loss; every one is tested."""
+"""Model types whose causal language model is body, linear head, optional softcap, loss; each is tested."""
 _SETTINGS = "longctx_tiled_loss"
 
 
@@ -31,7 +31,7 @@ def why_not_tiled(model: Any) -> str | None:
     """Return why the loss of ``model`` cannot be tiled, or None if it can."""
     kind = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__)).removeprefix(PREFIX)
     if kind not in TILED or not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        return f"{type(model).__name__} is none of the causal language models known: {', '.join(sorted(TILED))}"
+        return f"{type(model).__name__} is not one of the supported causal language models: {', '.join(sorted(TILED))}"
     if type(model.get_output_embeddings()) is not torch.nn.Linear:
         return f"the head is a {type(model.get_output_embeddings()).__name__}, not a plain linear layer"
     if hasattr(model, "_loss_function"):
@@ -40,14 +40,14 @@ def why_not_tiled(model: Any) -> str | None:
 
 
 def tile_loss(model: Any, tile: Tile = "auto", *, z_loss: float = 0.0, backend: Backend = "auto") -> None:
-    """Have ``model`` compute its loss tile by tile whenever it is given labels, in place; its output's logits are None.
+    """Make ``model`` compute its loss in tiles if it gets labels, in place; its output's logits are then None.
 
-    Without labels it returns logits as always. Sharded or not; ``num_items_in_batch`` and ``shift_labels`` mean what
-    they mean to transformers.
+    Without labels it returns logits as before. The model may be sharded; ``num_items_in_batch`` and ``shift_labels``
+    have transformers' meaning.
 
     Args:
         tile, backend: see ``longctx.nn.tiled_loss``.
-        z_loss: of training; an evaluation is plain cross entropy.
+        z_loss: in training only; evaluation uses plain cross entropy.
 
     Raises:
         ModelError: the model is not one whose loss can be tiled.
@@ -64,7 +64,7 @@ def tile_loss(model: Any, tile: Tile = "auto", *, z_loss: float = 0.0, backend: 
 
 
 def _head_forward(head: torch.nn.Linear, hidden: torch.Tensor, *, loss: Any = None) -> torch.Tensor:
-    """Logits, or what ``loss`` makes of the hidden states and the head's own (gathered) weight."""
+    """Return logits, or ``loss`` of the hidden states and the head's weight, which ZeRO-3 has gathered here."""
     if loss is None:
         return F.linear(hidden, head.weight, head.bias)
     total: torch.Tensor = loss(hidden, head.weight, bias=head.bias)
@@ -75,7 +75,7 @@ def _head_forward(head: torch.nn.Linear, hidden: torch.Tensor, *, loss: Any = No
 def _tiled_forward(kind: Any) -> Any:
     plain = kind.forward
 
-    @wraps(plain)  # transformers looks at its signature
+    @wraps(plain)  # transformers inspects its signature
     def forward(
         self: Any, *args: Any, labels: torch.Tensor | None = None, shift_labels: torch.Tensor | None = None,
         num_items_in_batch: Any = None, **keywords: Any,
@@ -104,7 +104,7 @@ def _tiled_forward(kind: Any) -> Any:
 
 
 def _refuse(model: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Refuse, of a call with labels, what would mean something else here than in the model's own forward."""
+    """Raise for arguments of a call with labels that would behave differently from the model's own forward."""
     name = type(model).__name__
     if len(args) > 1:
         raise ModelError(f"{name} with a tiled loss: pass everything after input_ids by keyword")

@@ -1,4 +1,4 @@
-"""tile_mlps: a transformers model whose MLPs run a tile of tokens at a time, without a change to its code."""
+"""tile_mlps: make the MLPs of a transformers model compute one tile of tokens at a time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from longctx.nn.tiling import Tile, choose_tile
 from longctx.nn.tokenwise import tiled
 
 _MLP = re.compile(r"(MLP|Mlp|FeedForward|FFN)$")
-_SPARSE = re.compile(r"Router|Experts?$|SparseM|M[oO][eE]$|MoeBlock$")  # whose tokens choose their weights
+_SPARSE = re.compile(r"Router|Experts?$|SparseM|M[oO][eE]$|MoeBlock$")  # routed MLPs: the weights depend on the token
 _SETTINGS = "longctx_tiled_mlp"
 _LEAST = 128
 
 
 def find_mlps(model: torch.nn.Module) -> tuple[list[torch.nn.Module], list[str]]:
-    """Return the outermost plain MLPs of ``model``, and the class names of blocks that choose among experts."""
+    """Return the outermost dense MLPs of ``model``, and the class names of mixture-of-experts blocks."""
     plain: list[torch.nn.Module] = []
     sparse: set[str] = set()
     for module in _outermost(model):
@@ -36,25 +36,25 @@ def find_mlps(model: torch.nn.Module) -> tuple[list[torch.nn.Module], list[str]]
 
 
 def tile_mlps(model: torch.nn.Module, tile: Tile = "auto") -> list[torch.nn.Module]:
-    """Have every MLP of ``model`` compute in tiles and keep only its input for backward, in place; return them.
+    """Make every MLP of ``model`` compute in tiles and save only its input for backward, in place; return the MLPs.
 
-    Rows that fit into one tile take the same path: ranks whose rows differ in length would else finish the gradients of
-    an MLP in different orders, and ZeRO 2 adds gradients by their order (`engine/zero/order.py`).
+    Rows that fit into one tile take the same path: otherwise ranks with rows of different lengths would finish the
+    gradients of an MLP in different orders, and ZeRO 2 adds gradients by their order (`engine/zero/order.py`).
 
-    Blocks of experts stay as they are. Under ZeRO-3 each MLP must be made a leaf (gathered and reduced whole) before
-    the engine is made, or every tile would gather its weights anew; ``initialize(memory=…)`` does that.
+    Mixture-of-experts blocks are left unchanged. Under ZeRO-3 each MLP must be a leaf module (gathered and reduced
+    whole), or every tile would gather its weights again; ``initialize(memory=…)`` sets that.
 
     Args:
-        tile: tokens at a time; "auto" is half as many as the hidden size, so that a tile's intermediate results are
-            smaller than the weights, which have to be there anyway.
+        tile: tokens per tile; "auto" is half the hidden size, so that a tile's intermediates are smaller than the
+            weights.
 
     Raises:
-        ModelError: no MLP found; or only blocks of experts.
+        ModelError: no MLP found, or only mixture-of-experts blocks.
     """
-    choose_tile(tile, 1, torch.device("cpu"))  # refuses what is no tile
+    choose_tile(tile, 1, torch.device("cpu"))  # raises for an invalid tile
     plain, sparse = find_mlps(model)
     if not plain:
-        what = f"its {', '.join(sparse)} chooses among experts" if sparse else "it has no module named as an MLP"
+        what = f"its {', '.join(sparse)} routes tokens to experts" if sparse else "it has no module named as an MLP"
         raise ModelError(f"the MLPs of {type(model).__name__} cannot be tiled: {what}. Leave mlp_tile out")
     for module in plain:
         setattr(module, _SETTINGS, tile)
@@ -79,7 +79,7 @@ def _tiled_forward(kind: Any) -> Any:
     return forward
 
 
-# down_proj(act_fn(gate_proj(x)) * up_proj(x)), and nothing else
+# classes that compute exactly down_proj(act_fn(gate_proj(x)) * up_proj(x))
 _GATED = {
     f"{family}MLP"
     for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Olmo", "Olmo2", "Olmo3")
@@ -87,7 +87,7 @@ _GATED = {
 
 
 def _gated(mlp: Any) -> Gated | None:
-    """Return what ``mlp`` computes as a gated MLP, if it is one that nobody has changed."""
+    """Return the parts of ``mlp`` if it is an unmodified gated MLP, else None."""
     if type(mlp).__name__ not in _GATED:
         return None
     linears = mlp.gate_proj, mlp.up_proj, mlp.down_proj
@@ -98,13 +98,13 @@ def _gated(mlp: Any) -> Gated | None:
 
 
 def _changed(linear: torch.nn.Module) -> bool:
-    """Whether it may do more than a linear: an adapter, a replaced forward, hooks."""
+    """Return whether it may do more than a plain linear: an adapter, a replaced forward, hooks."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return type(linear) is not torch.nn.Linear or "forward" in vars(linear) or any(vars(linear)[name] for name in hooks)
 
 
 def _activation_backward(act: Any) -> Any:
-    """(dout, x, out): the gradient of an activation, in place; None for one that is not known."""
+    """Return f(dout, x, out), which writes an activation's gradient to ``out``; None for an unknown activation."""
     name, aten = type(act).__name__, torch.ops.aten
     if name in ("SiLUActivation", "SiLU"):
         return lambda dout, x, out: aten.silu_backward.grad_input(dout, x, grad_input=out)
@@ -117,7 +117,7 @@ def _activation_backward(act: Any) -> Any:
 
 
 def _outermost(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yield MLPs that are in no other MLP nor in a block of experts, and take one tensor."""
+    """Yield the outermost MLPs that take one tensor, and mixture-of-experts blocks."""
     for child in module.children():
         name = type(child).__name__
         if _MLP.search(name) and any(True for _ in child.parameters()) and _takes_one(child):

@@ -1,8 +1,8 @@
-"""recompute_norms: a transformers model whose RMSNorms keep their input for backward and nothing else.
+"""recompute_norms: make a transformers model's RMSNorms save only their input for backward.
 
-transformers writes a norm as a chain of operations in fp32. For autograd that is the input in fp32, the normalised
-input and 1/rms, and (for whoever comes next) the result; it all follows from the input, which is mostly there anyway.
-The projections of attention and a tiled MLP, which come next, have the result made anew as well.
+transformers implements a norm as a chain of fp32 operations. Autograd saves the fp32 input, the normalised input and
+1/rms, and the next operator saves the norm's output. All of it can be recomputed from the input, which is usually saved
+anyway. The next operators, projections of attention or a tiled MLP, have the norm's output recomputed as well.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ from longctx.nn.linear import linear
 from longctx.nn.tiling import choose_tile
 from longctx.nn.tokenwise import in_tiles, tiled
 
-# Backward has a chain of fp32 tensors of each tile at once, 28 bytes a number: counted as 32 widths, it stays small.
+# Backward holds a tile's chain of fp32 tensors, 28 bytes per element; choose_tile counts it as 32 × width.
 _WIDTHS = 32
 _ATTENTION = re.compile(r"(Attention|Attn)$")
-_NORM = re.compile(r"RMSNorm$")  # torch's layer_norm keeps no more than its input already
+_NORM = re.compile(r"RMSNorm$")  # torch's layer_norm saves no more than its input anyway
 
 
 def recompute_norms(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Have every RMSNorm of ``model`` keep only its input (..., D) and make the rest anew in backward, in place; and
-    the linears of its attention not keep what a norm gives them.
+    """Make every RMSNorm of ``model`` save only its input (..., D) and recompute the rest in backward, in place.
 
-    Results are those of the model's own code to the last bit, and so are gradients of inputs. A weight's gradient is
-    summed over tiles of tokens in fp32 (fp64 for fp64).
+    The linears of attention then do not save the norm's output either. Outputs and gradients of inputs are bitwise
+    those of the model's own code. A weight's gradient is summed over tiles of tokens in fp32 (fp64 for fp64).
 
     Returns:
-        The norms; empty where the model has none that takes one tensor.
+        the norms; empty if the model has none that takes one tensor.
     """
     found = [
         module
@@ -54,7 +53,7 @@ def _recomputing(kind: Any) -> Any:
 
     @wraps(plain)
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():  # a compiler fuses the chain, and decides itself what to keep
+        if torch.compiler.is_compiling():  # a compiler fuses the chain, and decides itself what to save
             return plain(self, x)
         tile = choose_tile("auto", _WIDTHS * x.shape[-1], x.device)
         norm, parameters = MethodType(plain, self), list(self.parameters())
@@ -65,8 +64,10 @@ def _recomputing(kind: Any) -> Any:
 
 
 def _again(norm: Any, tile: int, values: list[tuple[Any, torch.Tensor]], x: torch.Tensor) -> torch.Tensor:
-    """norm(x) in backward. ZeRO-3 has its weights gathered for its own backward, not for that of those who come next:
-    ``values`` are what they were."""
+    """Recompute norm(x) in the backward of a later operator.
+
+    ZeRO-3 gathers a norm's weights for the norm's own backward only, so they are set to the ``values`` of forward.
+    """
     there = [parameter.data for parameter, _ in values]
     try:
         for parameter, value in values:
@@ -78,7 +79,7 @@ def _again(norm: Any, tile: int, values: list[tuple[Any, torch.Tensor]], x: torc
 
 
 def _projections(model: torch.nn.Module) -> list[torch.nn.Linear]:
-    """The linears right below attention modules, unless somebody has changed them."""
+    """Return the unmodified linears that are direct children of attention modules."""
     attentions = [module for module in model.modules() if _ATTENTION.search(type(module).__name__)]
     children = (child for module in attentions for child in module.children())
     return [child for child in children if type(child) is torch.nn.Linear and "forward" not in vars(child)]

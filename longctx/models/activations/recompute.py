@@ -1,4 +1,4 @@
-"""recompute: what of a transformers model's layers backward computes anew instead of keeping it."""
+"""recompute_layers: choose what a transformers model's layers recompute in backward instead of saving it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ Policy = Literal["none", "mlp", "layer", "layer_keep_attention"]
 
 
 def recompute_layers(model: Any, policy: Policy, store: HostStore | None = None) -> None:
-    """Have ``model`` recompute by ``policy`` in training, in place.
+    """Make ``model`` recompute by ``policy`` in training, in place.
 
     Args:
-        policy: "layer": of each layer only its input (B, T, width) is kept. "layer_keep_attention": the result of its
-            attention as well, so that backward never repeats the ring's hops. "none" and "mlp" checkpoint no layer.
-        store: where that waits for backward; on its device when None.
+        policy: "layer" saves each layer's input (B, T, width) only; "layer_keep_attention" also its attention output,
+            so that backward does not repeat ring hops; "none" and "mlp" checkpoint no layer.
+        store: offloads what is saved; None leaves it on its device.
 
     Raises:
-        ModelError: an unknown policy, a model without layers that transformers can checkpoint, or a store and no such
-            layers.
+        ModelError: an unknown policy, layers that transformers cannot checkpoint, or a store without checkpoints.
     """
     if policy not in get_args(Policy):
         raise ModelError(f"recompute={policy!r}: one of {', '.join(get_args(Policy))}")
@@ -50,6 +49,6 @@ def recompute_layers(model: Any, policy: Policy, store: HostStore | None = None)
 
 
 def _stored(store: HostStore, checkpoint: Callable[..., Any], function: Any, *inputs: Any) -> Any:
-    """Checkpoint ``function`` with its inputs in ``store``; what is saved inside is the checkpoint's own affair."""
+    """Checkpoint ``function`` with its inputs in ``store``; tensors saved inside are the checkpoint's own."""
     with store.layer(), saved_tensors_hooks(store.put_input, store.take_input):
         return checkpoint(function, *inputs)

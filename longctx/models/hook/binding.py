@@ -1,4 +1,4 @@
-"""Binding: how an attention module knows its mesh. One object per model, written onto its modules; never a global."""
+"""Binding: the mesh and layout of a model, stored on each of its modules. One object per model, no global state."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ _PLACE = "longctx_place"
 
 @dataclass(eq=False)
 class Binding:
-    """The mesh and layout of one model, and what its first forward has shown so far."""
+    """Mesh and layout of one model, and what its forward passes have shown so far."""
 
     mesh: Mesh
     layout: str
-    backend: str = "auto"  # what computes a block, as ring_attention names it
+    backend: str = "auto"  # of ring_attention
     drops: bool = False  # the model asks for attention dropout in training
     configs: list[Any] = field(default_factory=list)  # every transformers config of the model, nested ones too
-    checked: bool = False  # the first forward has been judged
+    checked: bool = False  # the first forward has been verified
     called: set[int] = field(default_factory=set)  # id of each module that reached longctx in the first forward
-    rule: PositionRule | None = None  # how the model counts positions, once ``probe`` has found out
-    seen: list[torch.Tensor] | None = None  # while a probe runs: what each token was in every attention so far
-    document_ids: torch.Tensor | None = None  # of the forward in progress; RoPE needs to know which tokens are padding
-    cache: Any = None  # a decode.caches.sharded.ShardedCache, while a generation reads the sharded context
-    handles: list[Any] = field(default_factory=list)  # forward hooks, to be removed when the model is attached anew
+    rule: PositionRule | None = None  # how the model counts positions, once ``probe`` has measured it
+    seen: list[torch.Tensor] | None = None  # while a probe runs: each token's q, k, v in every attention so far
+    document_ids: torch.Tensor | None = None  # of the current forward; RoPE needs to know which tokens are padding
+    cache: Any = None  # a decode.caches.sharded.ShardedCache during a sharded generation
+    handles: list[Any] = field(default_factory=list)  # forward hooks, removed when the model is attached again
 
     @property
     def sharded(self) -> bool:
-        """More than one rank holds a sequence."""
+        """Whether sequences are sharded over more than one rank."""
         return self.mesh.sequence_size > 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
-        return self  # a copied model (an average of weights, say) stays on the same ranks
+        return self  # a copied model (a weight average, say) keeps its mesh and hooks
 
     def bind(self, model: torch.nn.Module) -> None:
-        """Write this binding onto every module: which of them calls the attention function is the model's choice."""
+        """Store this binding on every module, because any of them may call the attention function."""
         for place, module in enumerate(model.modules()):
             setattr(module, ATTRIBUTE, self)
             setattr(module, _PLACE, place)
 
 
 def binding_of(module: torch.nn.Module) -> Binding | None:
-    """Return the binding written onto ``module``, or None for a model that runs on one device."""
+    """Return the binding stored on ``module``, or None for a model that runs on one device."""
     return getattr(module, ATTRIBUTE, None)
 
 
 def place_of(module: torch.nn.Module) -> int:
-    """Return where ``module`` comes among its model's modules, the same on every rank; unbound, its layer's number."""
+    """Return the index of ``module`` among its model's modules, the same on every rank; if unbound, its layer index."""
     return int(getattr(module, _PLACE, getattr(module, "layer_idx", None) or 0))

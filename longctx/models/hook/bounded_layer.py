@@ -1,8 +1,8 @@
-"""Hang a memory onto a layer of a transformers model, and run it where the layer would have attended.
+"""Attach a bounded-state module to an attention layer of a transformers model, and run it instead of attention.
 
-The layer's own module stays: its projections, norms and rotary positions are the model's. It gets a child, ``memory``,
-and hands over to it in transformers' attention function. What that function is not told (the layer's input, the cache)
-a hook notes down when the layer is entered.
+The layer keeps its projections, norms and rotary positions. It gets a child module ``memory`` (ABC or Cottention),
+which transformers' attention function calls. That function does not get the layer's input and cache, so a forward hook
+stores them when the layer is entered.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ NOTES = "longctx_notes"
 
 
 class Notes(NamedTuple):
-    """What a layer was entered with."""
+    """Inputs of the layer's current forward call."""
 
     inputs: torch.Tensor  # (B, T, hidden)
     cache: Any  # the StateLayer of this layer, or None
 
 
 def install(model: Any, config: Any, path: str) -> None:
-    """Give every layer of ``model`` the memory that ``config.attention_layers`` asks for; keep those that fit already.
+    """Attach the bounded-state modules of ``config.attention_layers`` to ``model``; keep those of the right kind.
 
     Args:
-        path: of a layer's attention module, with ``{}`` for its number.
+        path: of a layer's attention module, with ``{}`` for the layer index.
     """
     layers = config.num_hidden_layers
     kinds = read_layers(config.attention_layers, layers) if config.attention_layers else (Ring(),) * layers
     exact = [index for index, kind in enumerate(kinds) if isinstance(kind, Ring)]
     for index, kind in enumerate(kinds):
         module = model.get_submodule(path.format(index))
-        module.longctx_checks = index in exact[:1]  # one layer looks at the positions of a cache's tokens, for all
-        old = memory_of(module)
+        module.longctx_checks = index in exact[:1]  # positions of cached tokens are checked in one layer only
+        old = bounded_child(module)
         if old is not None and old.kind == kind:
             continue
         if old is not None:
@@ -49,8 +49,8 @@ def install(model: Any, config: Any, path: str) -> None:
             _add(module, kind, config, index)
 
 
-def memory_of(module: torch.nn.Module) -> Any:
-    """Return the memory of an attention module, or None if it attends by itself."""
+def bounded_child(module: torch.nn.Module) -> Any:
+    """Return the bounded-state module of an attention layer, or None for softmax attention."""
     return module._modules.get(CHILD)
 
 
@@ -84,7 +84,7 @@ def _remove(module: Any) -> None:
 
 
 def _enter(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Note the layer's input and its place in the cache, which gets a layer that does not grow."""
+    """Store the layer's input and its cache layer, which holds a state instead of keys and values."""
     cache = kwargs.get("past_key_values")
     layer = None
     if cache is not None:
@@ -97,12 +97,12 @@ def _enter(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if module.__dict__.pop(NOTES, None) is not None:
         raise ModelError(
-            f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')}) has a bounded memory, but attended "
+            f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')}) has a bounded state, but attended "
             "without it: set attn_implementation='longctx' again"
         )
 
 
-def attend(
+def attend_bounded(
     module: torch.nn.Module,
     binding: Binding | None,
     query: torch.Tensor,
@@ -116,22 +116,24 @@ def attend(
     position_ids: torch.Tensor | None,
     extras: dict[str, Any],
 ) -> torch.Tensor:
-    """Attend to the memory of ``module``; (B, T, H, Dv).
+    """Run the bounded-state module of ``module``; return (B, T, H, Dv).
 
     Args:
-        query: (B, H, T, D); key (B, G, T, D) and value (B, G, T, Dv) of the same tokens, with a cache too.
+        query: (B, H, T, D); key (B, G, T, D) and value (B, G, T, Dv) of the same, new tokens, also with a cache.
         attention_mask: what ``document_mask`` returned, for all keys that the model has seen.
-        extras: what changes a softmax: softcap, sink, dropout.
+        extras: options of softmax attention: softcap, sink, dropout.
 
     Raises:
-        ModelError: something was asked that a bounded memory does not have.
+        ModelError: an option that a bounded state does not support.
     """
-    memory, notes = memory_of(module), module.__dict__.pop(NOTES, None)
+    memory, notes = bounded_child(module), module.__dict__.pop(NOTES, None)
     if notes is None:
-        raise ModelError(f"{type(module).__name__} has a bounded memory and must be called as a module, not .forward")
+        raise ModelError(f"{type(module).__name__} has a bounded state and must be called as a module, not .forward")
     tokens = query.shape[2]
     if key.shape[2] != tokens:
-        raise ModelError(f"{type(module).__name__}: {tokens} queries, {key.shape[2]} keys: a memory takes new ones")
+        raise ModelError(
+            f"{type(module).__name__}: {tokens} queries, {key.shape[2]} keys: a bounded state takes new keys"
+        )
     extras = {name: value for name, value in extras.items() if value is not None and value != 0.0}
     if extras and not memory.exact:
         raise ModelError(
@@ -149,7 +151,7 @@ def attend(
             "with longctx.generate(model, …, mesh=mesh), or pass use_cache=False"
         )
     ids: torch.Tensor | None
-    if ring is not None and notes.cache is not None and not ring.cache.ready:  # the prompt of a sharded generation
+    if ring is not None and notes.cache is not None and not ring.cache.ready:  # prompt of a sharded generation
         prompt_ids = sharded_documents(module, query, key, mask, document_ids).long()
         out, notes.cache.state = memory(
             query, key, value, notes.inputs, mesh=ring.mesh, layout=ring.layout, document_ids=prompt_ids,

@@ -1,4 +1,4 @@
-"""Which document each token of an attention call belongs to, from the best source that a model hands on."""
+"""Determine which document each token of an attention call belongs to, from the keywords that the model passes on."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ def sharded_documents(
     mask: torch.Tensor | None,
     document_ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the (B, T) documents of this rank's tokens; a shard cannot recover them, so they are required."""
+    """Return the (B, T) int32 document ids of this rank's tokens, which cannot be derived on a shard."""
     if query.shape[2] != key.shape[2]:
         raise ModelError(
             f"{type(module).__name__}: {query.shape[2]} queries and {key.shape[2]} keys on a shard: a cache of a "
-            "sharded sequence is not built; pass use_cache=False"
+            "sharded sequence is not supported here; pass use_cache=False"
         )
     if document_ids is None:
         raise ModelError(
             f"{type(module).__name__} runs on a shard without document_ids: pass the keyword document_ids=(B, T) int32 "
             "of the local tokens (-1 at padding) to the model, as engine.shard does. If you did, this model does not "
-            "hand it to its attention and cannot be sharded"
+            "pass it on to its attention and cannot be sharded"
         )
     ids = _shaped(document_ids, query)
-    if mask is not None and mask.shape[3] == ids.shape[1]:  # padding of the local tokens; packing seen there is local
+    if mask is not None and mask.shape[3] == ids.shape[1]:  # its padding is right for local tokens, its packing is not
         ids = torch.where(mask[:, 0, 0] < 0, -1, ids)
     return ids.to(torch.int32)
 
@@ -36,10 +36,10 @@ def sharded_documents(
 def whole_documents(
     query: torch.Tensor, mask: torch.Tensor | None, document_ids: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Return the (B, T) documents of a whole sequence from the best source there is, or None if there is only one.
+    """Return the (B, T) int32 document ids of an unsharded sequence, or None if it is one document without padding.
 
-    position_ids comes before transformers' own finding, which does not look when a cache or a 2D mask is given (packed
-    documents then see each other).
+    position_ids take precedence over the mask: transformers does not detect packed documents if a cache or a 2D mask is
+    given, and they would then attend to each other.
     """
     found = None if mask is None or mask.shape[3] == 1 and query.shape[2] != 1 else mask[:, 0, 0]
     if document_ids is not None:
@@ -55,7 +55,7 @@ def whole_documents(
         ids = torch.where(found < 0, -1, ids)
     ids = ids.to(torch.int32)
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not ids.any():
-        return None  # one document without padding: cheaper without ids; elsewhere asking would cost more than it saves
+        return None  # cheaper without ids; on a GPU the check would cost a synchronisation
     return ids
 
 
@@ -67,7 +67,7 @@ def _shaped(ids: torch.Tensor, query: torch.Tensor, name: str = "document_ids") 
 
 
 def padded_tokens(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
-    """Return (B, T) bool, False at padding, where the mask is as long as ``query``; None where nothing is padding."""
+    """Return (B, T) bool, False at padding, if the mask is as long as ``query``; else None, for no padding."""
     if mask is None or mask.shape[3] != query.shape[2]:
         return None
     return mask[:, 0, 0].expand(query.shape[0], -1) >= 0

@@ -1,8 +1,8 @@
-"""Attention dropout in training: which seeds a layer's dropout uses, one a batch row.
+"""Seeds of attention dropout: one per batch row and layer.
 
-What is dropped is a function of (seed, head, query, key), so the ranks of a sequence need nothing but equal seeds. They
-travel as the forward keyword ``dropout_seeds``, beside ``document_ids``: a checkpoint that recomputes a layer gets the
-same ones again. ``longctx.Engine`` adds them; every layer makes its own of them by its place in the model.
+The dropout mask is a function of (seed, head, query, key), so the ranks of a sequence only need equal seeds. They are
+passed as the forward keyword ``dropout_seeds``, like ``document_ids``, so a checkpoint that recomputes a layer uses the
+same ones. ``longctx.Engine`` adds the keyword; every layer derives its own seeds from its index in the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NAMES = re.compile("att.*drop|drop.*att")  # attention_dropout, attn_pdrop, att
 
 
 def drops_attention(config: Any) -> bool:
-    """Tell whether a transformers config asks for attention dropout in training."""
+    """Return whether a transformers config sets attention dropout."""
     values = (value for name, value in config.to_dict().items() if _NAMES.search(name))
     return any(isinstance(value, int | float) and value > 0 for value in values)
 
@@ -30,8 +30,8 @@ def layer_seeds(module: torch.nn.Module, query: torch.Tensor, seeds: torch.Tenso
 
     Args:
         query: (B, H, T, D).
-        seeds: (B,) int64 as the model was given them, equal on all ranks of the sequence; None on one device: drawn
-            from torch's generator, which a checkpoint restores before it recomputes.
+        seeds: (B,) int64 as passed to the model, equal on all ranks of the sequence; None, on one device only, draws
+            them from torch's generator, which a checkpoint restores before it recomputes.
 
     Raises:
         ModelError: no seeds on a shard, or of another shape.
@@ -43,7 +43,7 @@ def layer_seeds(module: torch.nn.Module, query: torch.Tensor, seeds: torch.Tenso
             raise ModelError(
                 f"{name} trains with attention dropout on a shard without dropout_seeds: pass the keyword "
                 "dropout_seeds=(B,) int64 to the model, equal on all ranks of the sequence and new in every step "
-                "(longctx.Engine does it by itself), or set attention_dropout (GPT-2: attn_pdrop, BERT: "
+                "(longctx.Engine does it), or set attention_dropout (GPT-2: attn_pdrop, BERT: "
                 "attention_probs_dropout_prob) to 0 in the model's config"
             )
         return torch.randint(-(2**63), 2**63 - 1, (batch,), device=query.device)

@@ -1,9 +1,9 @@
-"""The transformers classes of models whose layers are not all alike: `longctx_llama` and its sisters.
+"""Transformers classes of converted models, whose layers may have different kinds of attention: `longctx_llama`, ….
 
-Each is its family's own class with two things more: a config that says which kind of attention each layer has
-(``attention_layers``), and the few weights that those kinds bring. They are registered with transformers' Auto
-classes, so ``save_pretrained`` and ``from_pretrained`` work with no code in the folder; a transformers that does not
-know longctx refuses the model type instead of dropping what makes the model what it is.
+Each is a subclass of its family's class with two additions: a config field ``attention_layers`` with the kind of each
+layer, and the weights of the bounded-state kinds. They are registered with transformers' Auto classes, so
+``save_pretrained`` and ``from_pretrained`` work without code in the folder. A transformers without longctx rejects the
+model type instead of silently ignoring the converted layers.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from longctx.nn.memory import ABCMemory, CosineMemory
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family of transformers keeps what we need."""
+    """Names of a transformers model family's classes and modules."""
 
-    stem: str  # of its classes: LlamaConfig, LlamaForCausalLM
+    stem: str  # of class names: LlamaConfig, LlamaForCausalLM
     head: str
     attention: str  # path of a layer's attention module, below the model with its head
 
     @property
     def masked(self) -> bool:
-        """It is an encoder, trained by filling in masked tokens."""
+        """Whether it is an encoder with a masked-language-model head."""
         return self.head == "ForMaskedLM"
 
 
@@ -44,17 +44,17 @@ FAMILIES = {
     "gpt2": Family("GPT2", "LMHeadModel", "transformer.h.{}.attn"),
     "bert": Family("Bert", "ForMaskedLM", "bert.encoder.layer.{}.attention.self"),
 }
-"""transformers model type -> family; every one is tested"""
+"""transformers model type -> family; each is tested"""
 
 
 def family_of(config: Any) -> str | None:
-    """Return the model type in ``FAMILIES`` of a transformers config, converted or not; None if it has none."""
+    """Return the key in ``FAMILIES`` of a transformers config, converted or not; None for other families."""
     name = config.model_type.removeprefix(PREFIX)
     return name if name in FAMILIES else None
 
 
-class MemoryWeights:
-    """What a transformers model with memories in it knows besides: how their weights begin."""
+class BoundedWeights:
+    """Mixin of a transformers model with bounded-state modules: initializes their weights."""
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         from transformers import initialization as init
@@ -68,14 +68,14 @@ class MemoryWeights:
             super()._init_weights(module)  # type: ignore[misc]
 
 
-class MixedLayers(MemoryWeights):
-    """What every converted model adds to its family's class."""
+class MixedLayers(BoundedWeights):
+    """Mixin that a converted model adds to its family's class."""
 
     config: Any
 
     def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
         super().__init__(config, *arguments, **keywords)  # type: ignore[call-arg]
-        give_memories(self, config)
+        attach_bounded_layers(self, config)
 
     def _check_and_adjust_attn_implementation(self, implementation: str | None, *others: Any, **keywords: Any) -> str:
         if implementation not in (None, NAME):
@@ -86,22 +86,22 @@ class MixedLayers(MemoryWeights):
         return super()._check_and_adjust_attn_implementation(NAME, *others, **keywords)  # type: ignore[misc]
 
 
-def give_memories(model: Any, config: Any) -> None:
-    """Give the layers of ``model`` the memories of ``config``, and its inner models the knowledge of their weights."""
+def attach_bounded_layers(model: Any, config: Any) -> None:
+    """Attach the bounded-state modules of ``config``, and make the inner models able to initialize their weights."""
     from transformers import PreTrainedModel
 
     install(model, config, FAMILIES[family_of(config) or ""].attention)
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and not isinstance(part, MemoryWeights):
+        if isinstance(part, PreTrainedModel) and not isinstance(part, BoundedWeights):
             plain: Any = type(part)
-            part.__class__ = with_memory_weights(plain)
+            part.__class__ = with_bounded_weights(plain)
 
 
 @cache
-def with_memory_weights(plain: type) -> type:
-    """Return the class of an inner model (LlamaModel) of a converted one."""
-    made = type(f"Longctx{plain.__name__}", (MemoryWeights, plain), {"__module__": __name__})
-    globals()[made.__name__] = made  # where pickle looks for it
+def with_bounded_weights(plain: type) -> type:
+    """Return the subclass of an inner model's class (LlamaModel) for a converted model."""
+    made = type(f"Longctx{plain.__name__}", (BoundedWeights, plain), {"__module__": __name__})
+    globals()[made.__name__] = made  # so that pickle finds it
     return made
 
 
@@ -116,10 +116,10 @@ def plain_classes(model_type: str) -> tuple[type, type]:
 
 @cache
 def mixed_classes(model_type: str) -> tuple[type, type]:
-    """Return our (config class, model class) of a family, the same objects every time."""
+    """Return longctx's (config class, model class) of a family; cached, so that classes are unique."""
     plain_config, plain_model = plain_classes(model_type)
     config = type(f"Longctx{plain_config.__name__}", (plain_config,), {
-        "__module__": __name__, "__doc__": "A config whose ``attention_layers`` says what each layer is.",
+        "__module__": __name__, "__doc__": "A config whose ``attention_layers`` says how each layer attends.",
         "__annotations__": {"attention_layers": dict | None}, "attention_layers": None,
         "model_type": PREFIX + model_type, "__post_init__": _check_layers,
     })  # fmt: skip
@@ -127,7 +127,7 @@ def mixed_classes(model_type: str) -> tuple[type, type]:
         "__module__": __name__, "__doc__": MixedLayers.__doc__, "config_class": config,
         "__annotations__": {"config": config},
     })  # fmt: skip
-    globals().update({made.__name__: made for made in (config, model)})  # where pickle looks for them
+    globals().update({made.__name__: made for made in (config, model)})  # so that pickle finds them
     return config, model
 
 
@@ -139,7 +139,7 @@ def _check_layers(self: Any, **keywords: Any) -> None:
 
 
 def register_families() -> None:
-    """Make the mixed models known to AutoConfig, AutoModelForCausalLM and AutoModelForMaskedLM (idempotent)."""
+    """Register converted models with AutoConfig, AutoModelForCausalLM and AutoModelForMaskedLM (idempotent)."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     for model_type, family in FAMILIES.items():

@@ -1,4 +1,4 @@
-"""Positions of a model: how it counts them where nobody gives any, and how many it has if they come from a table."""
+"""How a model counts positions if it gets no position_ids, and how many it has if they are rows of a table."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _TABLES = ("wpe", "embed_positions", "position_embeddings")  # GPT-2; OPT, BART 
 
 
 def table_of_positions(model: nn.Module) -> int | None:
-    """Return how many tokens a row may have at most, or None where positions come from no table (RoPE, ALiBi, T5)."""
+    """Return the maximum number of tokens per row, or None if positions are not embeddings (RoPE, ALiBi, T5)."""
     rows = [
-        module.num_embeddings - int(getattr(module, "offset", 0))  # OPT and BART leave the first rows to padding
+        module.num_embeddings - int(getattr(module, "offset", 0))  # OPT and BART reserve the first rows for padding
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES
     ]
@@ -25,13 +25,13 @@ def table_of_positions(model: nn.Module) -> int | None:
 
 @dataclass(frozen=True)
 class PositionRule:
-    """How a model counts positions when it is given none; ``models.probe`` finds it out.
+    """How a model counts positions without position_ids; measured by ``models.hook.probe``.
 
     Attributes:
-        counts: what a position counts: every token before it ("index", as Llama), those that the attention mask lets
-            through ("mask", as OPT), or those that are not the pad token ("tokens", as RoBERTa).
-        first: the position of a document's first token.
-        pad_token: the token that is not counted under "tokens".
+        counts: which tokens before a token its position counts: all ("index", as Llama), those that are valid in the
+            attention mask ("mask", as OPT), or those that are not the pad token ("tokens", as RoBERTa).
+        first: position of a document's first token.
+        pad_token: the token that "tokens" does not count.
     """
 
     counts: Literal["index", "mask", "tokens"] = "index"
@@ -45,11 +45,11 @@ PLAIN = PositionRule()
 def count_positions(
     document_ids: torch.Tensor, rule: PositionRule, tokens: torch.Tensor | None, *, restart: bool
 ) -> torch.Tensor:
-    """Return (B, S) int64 positions as the model would count them by itself.
+    """Return (B, S) int64 positions as the model itself would count them.
 
     Args:
         document_ids: (B, S), negative for padding.
-        tokens: (B, S), needed under "tokens"; without them (embeddings) every token counts, as in transformers.
+        tokens: (B, S), needed for "tokens"; without them (embeddings) every token counts, as in transformers.
         restart: count from ``rule.first`` in every document; False counts along the whole row.
     """
     shape, device = document_ids.shape, document_ids.device
@@ -66,7 +66,7 @@ def count_positions(
 
 
 def _beginnings(document_ids: torch.Tensor) -> torch.Tensor:
-    """Return (B, S) the index of the first token of each token's document; padding between documents begins its own."""
+    """Return (B, S) the index of the first token of each token's document; padding between documents starts its own."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
     ids = _holes_filled(document_ids)
     begins = torch.ones_like(ids, dtype=torch.bool)
@@ -75,7 +75,7 @@ def _beginnings(document_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _holes_filled(document_ids: torch.Tensor) -> torch.Tensor:
-    """Return ids in which padding inside a document has that document's id."""
+    """Return ids in which padding within a document has that document's id."""
     length = document_ids.shape[1]
     index = torch.arange(length, device=document_ids.device).expand(document_ids.shape)
     valid = document_ids >= 0
@@ -86,17 +86,17 @@ def _holes_filled(document_ids: torch.Tensor) -> torch.Tensor:
 
 
 def check_positions(position_ids: torch.Tensor, document_ids: torch.Tensor, rule: PositionRule) -> None:
-    """Refuse given positions that the model never uses for a token.
+    """Check that position_ids are positions that the model uses for tokens.
 
     Args:
-        position_ids, document_ids: (B, S); padding is not looked at.
+        position_ids, document_ids: (B, S); padding is ignored.
 
     Raises:
-        ModelError: a position is smaller than the first one that the model counts from.
+        ModelError: a position is smaller than the model's first one.
     """
     if rule.first and bool(((position_ids < rule.first) & (document_ids >= 0)).any()):
         raise ModelError(
             f"position_ids hold {int(position_ids[document_ids >= 0].min())}, but this model counts positions from "
-            f"{rule.first} (smaller ones stand for padding): add {rule.first} to them, or leave position_ids out and "
+            f"{rule.first} (smaller ones are for padding): add {rule.first} to them, or leave position_ids out and "
             "give document_ids"
         )

@@ -1,13 +1,13 @@
-"""Find out how a model counts positions by itself, and whether anything in it counts tokens of a shard.
+"""Measure how a model counts positions, and verify that no module in it counts the tokens of a shard.
 
-A shard begins somewhere in the middle of a row, so a module that numbers the tokens it is given (``arange``, the length
-of a cache, a cumulative sum of the mask) is silently wrong there. And a model that shifts positions when it is given
-none (RoBERTa counts from ``padding_idx + 1``, OPT counts what its mask lets through) trains on other rows of its table
-if it is given 0, 1, 2, … instead. Neither is looked up by name. The model itself is run a few times on eight tokens,
-without gradients, and with an attention that mixes no tokens:
+A shard begins in the middle of a row, so a module that numbers its input tokens (``arange``, the length of a cache, a
+cumulative sum of the mask) is silently wrong there. And a model with its own numbering (RoBERTa counts from
+``padding_idx + 1``, OPT counts valid tokens) would train other rows of its table if it got 0, 1, 2, …. Instead of lists
+of model names, the model itself runs a few times on eight tokens, without gradients and with attention replaced by a
+function that mixes no tokens:
 
-- **eight equal tokens at one position** must come out equal, or something in the model counted them;
-- **without positions** it must agree with itself given some, which tells what it counts, and from which number.
+- **eight equal tokens at equal positions** must give equal outputs, else a module counts tokens;
+- **without position_ids** it must give the outputs of some position_ids, which shows what it counts, and from where.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from longctx.models.hook.positions import PLAIN, PositionRule, table_of_position
 from longctx.models.hook.trace import Trace, judge
 
 _TOKENS, _PADDED = 8, 3
-_PLACE = 3  # the position that all tokens have in the first run
-_ROOM = 8  # how far from 0 a model may begin to count
+_PLACE = 3  # position of all tokens in the first run
+_ROOM = 8  # largest first position that is tried
 
 
 def without_mixing(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return (B, T, H, Dv) of each token's own query, key and value, standing in for attention during a probe.
+    """Return (B, T, H, Dv), a function of each token's own query, key and value; replaces attention in a probe.
 
     Args:
         query: (B, H, T, D).
@@ -39,22 +39,22 @@ def without_mixing(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
     heads = query.shape[1]
     out = value.repeat_interleave(heads // value.shape[1], 1)
     for weight, x in ((1.0, query), (0.5, key.repeat_interleave(heads // key.shape[1], 1))):
-        for part in x.split(out.shape[-1], -1):  # rotary positions may sit in any part of a head
+        for part in x.split(out.shape[-1], -1):  # rotary positions may be in any part of a head
             out = out + weight * torch.nn.functional.pad(part, (0, out.shape[-1] - part.shape[-1]))
     return out.transpose(1, 2).contiguous()
 
 
 def position_rule(model: torch.nn.Module, binding: Binding) -> PositionRule:
-    """Return how ``model`` counts positions, found at the first call and kept; refuse one that a shard gets wrong.
+    """Return how ``model`` counts positions, measured on the first call; raise if it would be wrong on a shard.
 
-    Sends no messages but those of a partitioned model's weights: under ZeRO-3, collective over the world.
+    Communicates only to gather partitioned weights: under ZeRO-3, collective over the world.
 
     Raises:
-        ModelError: the sequence is sharded, and a module numbers the tokens it is given, mixes them outside of
-            attention, or cannot run with longctx's attention at all.
+        ModelError: the sequence is sharded, and a module numbers its input tokens, mixes them outside of attention, or
+            does not run with longctx's attention at all.
     """
     if binding.rule is None:
-        binding.rule = PLAIN  # also while the probe itself runs
+        binding.rule = PLAIN  # while the probe itself runs
         try:
             with _probing(model, binding):
                 if binding.sharded:
@@ -63,7 +63,9 @@ def position_rule(model: torch.nn.Module, binding: Binding) -> PositionRule:
         except BaseException as problem:
             binding.rule = None
             name = type(model).__name__
-            if isinstance(problem, ModelError) and name not in str(problem):  # a mask does not know its model
+            if isinstance(problem, ModelError) and name not in str(
+                problem
+            ):  # errors of the mask function do not name the model
                 raise ModelError(f"{name}: {problem}") from problem
             raise
     return binding.rule
@@ -71,7 +73,7 @@ def position_rule(model: torch.nn.Module, binding: Binding) -> PositionRule:
 
 @contextmanager
 def _probing(model: torch.nn.Module, binding: Binding) -> Iterator[None]:
-    """Run the model in eval mode, uncompiled and without gradients, and put everything back."""
+    """Put the model into eval mode, without gradients and compilation, and restore everything afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -84,7 +86,7 @@ def _probing(model: torch.nn.Module, binding: Binding) -> Iterator[None]:
 
 
 def _run(model: torch.nn.Module, binding: Binding, **inputs: Any) -> list[torch.Tensor]:
-    """Return what each token was in every attention and in the end: a list of (T, features) fp32."""
+    """Return the tokens' features in every attention layer and in the output: a list of (T, features) fp32."""
     binding.seen = []
     binding.called.clear()
     try:
@@ -106,7 +108,7 @@ def _keeps_a_cache(model: Any) -> bool:
 
 
 def _refuse_counting(model: torch.nn.Module, binding: Binding) -> None:
-    """Raise ModelError if equal tokens at equal positions come out unequal, or a layer goes around the attention."""
+    """Raise ModelError if equal tokens at equal positions give different outputs, or a layer bypasses longctx."""
     name = type(model).__name__
     token = torch.full((1, _TOKENS), _token(model), device=binding.mesh.device)
     inputs = {
@@ -130,13 +132,13 @@ def _refuse_counting(model: torch.nn.Module, binding: Binding) -> None:
         return
     raise ModelError(
         f"{name} cannot run on a shard: {trace.first or name} gives equal tokens at equal position_ids different "
-        "values, so it counts the tokens that it is given, or mixes them outside of attention. On a shard both would "
+        "values, so it counts its input tokens, or mixes them outside of attention. On a shard both would "
         "be local and silently wrong; use a model that takes its positions from position_ids (docs/models.md)"
     )
 
 
 def _find_rule(model: torch.nn.Module, binding: Binding) -> PositionRule:
-    """Return the rule by which the model's own positions agree with given ones."""
+    """Return the rule for which outputs with the model's own positions equal outputs with given ones."""
     device, token = binding.mesh.device, _token(model)
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
     length = min(_TOKENS + _ROOM, table_of_positions(model) or _TOKENS + _ROOM)
@@ -160,11 +162,13 @@ def _find_rule(model: torch.nn.Module, binding: Binding) -> PositionRule:
                 f"{type(model).__name__} does not run on input_ids alone ({type(problem).__name__}: {problem}), so how "
                 "it counts positions is not known; it cannot be sharded (docs/models.md)"
             ) from problem
-        return PLAIN  # one device runs what a shard does not; the model's own forward says what it lacks
+        return PLAIN  # not an error on one device; the model's own forward reports what it needs
     slack = _slack(model)
+    # First position: the offset at which the unpadded run without positions matches given positions.
     errors = [_mismatch(own, given, 0, first) for first in range(length - _TOKENS + 1)]
     first = 0 if errors[0] <= slack else min(range(len(errors)), key=errors.__getitem__)
     if errors[first] <= slack:
+        # What is counted: compare left-padded runs with positions that count padding, or do not.
         if _mismatch(padded, given, _PADDED, first + _PADDED) <= slack:
             return PositionRule("index", first)
         if _mismatch(masked, given, _PADDED, first) <= slack:
@@ -174,13 +178,13 @@ def _find_rule(model: torch.nn.Module, binding: Binding) -> PositionRule:
     if not binding.sharded:
         return PLAIN
     raise ModelError(
-        f"{type(model).__name__} cannot be sharded: the positions that it gives a padded row by itself are neither the "
-        "places of the tokens in the row nor counts of those that are not padding (docs/models.md)"
+        f"{type(model).__name__} cannot be sharded: its own positions of a padded row are neither the indices of "
+        "the tokens in the row nor counts of those that are not padding (docs/models.md)"
     )
 
 
 def _mismatch(own: list[torch.Tensor], given: list[torch.Tensor], start: int, place: int) -> float:
-    """Return how far tokens from ``start`` on are from those with positions from ``place`` on, relative."""
+    """Return the relative difference of tokens from ``start`` on and those at positions from ``place`` on."""
     if len(own) != len(given):
         return float("inf")
     pairs = ((x[start:], y[place : place + len(x) - start]) for x, y in zip(own, given, strict=True))
@@ -188,19 +192,19 @@ def _mismatch(own: list[torch.Tensor], given: list[torch.Tensor], start: int, pl
 
 
 def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Return the largest difference, relative to the root of the mean square; NaN counts as infinite."""
+    """Return the largest difference, relative to the root mean square; NaN counts as infinite."""
     scale = y.square().mean().sqrt().clamp(min=1e-30)
     return float(((x - y).abs().max() / scale).nan_to_num(nan=float("inf"), posinf=float("inf")))
 
 
 def _slack(model: torch.nn.Module) -> float:
-    """Return the rounding errors that the same arithmetic may show on rows of another length."""
+    """Return the tolerance for rounding errors between rows of different lengths."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     return 1e-4 if dtypes <= {torch.float32, torch.float64} else 5e-2
 
 
 def _token(model: Any) -> int:
-    """Return a token that the config gives no special meaning."""
+    """Return a token id that is not a special token in the config."""
     config = getattr(model, "config", None)
     values = vars(config).items() if config is not None else ()
     special = {value for name, value in values if name.endswith(("token_id", "token_index")) and isinstance(value, int)}

@@ -1,13 +1,12 @@
-"""Rotary embeddings on a shard: the true length of the sequence, and frequencies in fp32.
+"""Rotary embeddings on a shard: use the whole sequence's length, and frequencies in fp32.
 
-Two things go wrong when transformers' rotary modules run inside a sharded, mixed-precision job:
+Two things are wrong when transformers' rotary modules run in a sharded, mixed-precision job:
 
-- dynamic NTK and longrope choose their frequencies by the largest position **of this rank** and remember it, so ranks
-  disagree and results depend on what came before. Here the frequencies are a function of the largest position of the
-  unsharded batch, and of nothing else.
-- a cast of the model to bf16 (DeepSpeed's, or ``model.bfloat16()``) rounds the frequencies too, and a position of
-  100,000 times a relative error of 2⁻⁹ is noise. transformers itself keeps them in fp32 when it loads in bf16; here
-  they are put back.
+- dynamic NTK and longrope choose their frequencies by the largest position **of this rank** and keep it, so ranks
+  differ and results depend on earlier batches. Here the frequencies depend only on the largest position of the
+  unsharded batch.
+- casting the model to bf16 (by DeepSpeed, or ``model.bfloat16()``) also rounds the frequencies: a relative error of 2⁻⁹
+  times a position of 100,000 is noise. transformers keeps them in fp32 when it loads in bf16; here they are restored.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import torch.distributed as dist
 
 from longctx.models.hook.binding import Binding
 
-_NEUTRAL = "longctx"  # a rope_type that transformers' per-forward update leaves alone
+_NEUTRAL = "longctx"  # a rope_type that transformers' per-forward update ignores
 
 
 def attach_rope(model: torch.nn.Module, binding: Binding) -> None:
-    """Make every rotary module of ``model`` use the true length and fp32 frequencies, by forward hooks."""
+    """Register forward hooks that give every rotary module of ``model`` the whole length and fp32 frequencies."""
     for module in model.modules():
         if hasattr(module, "rope_type") and _inverse_frequencies(module):
             rotary = Rotary(module, binding)
@@ -37,7 +36,7 @@ class Rotary:
     def __init__(self, module: Any, binding: Binding) -> None:
         self.binding = binding
         with torch.device("cpu"):
-            twin = type(module)(module.config)  # built outside zero.Init and before any cast
+            twin = type(module)(module.config)  # a fresh copy: not partitioned, not cast
         self.frequencies = _inverse_frequencies(twin)
         kinds: dict[str | None, str] = (
             module.rope_type if isinstance(module.rope_type, dict) else {None: module.rope_type}
@@ -46,7 +45,7 @@ class Rotary:
         self.kept = module.rope_type
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Set this forward's frequencies, and keep transformers from replacing them."""
+        """Set the frequencies of this forward, and prevent transformers from replacing them."""
         for name, frequencies in self.frequencies.items():
             buffer = getattr(module, name)
             if buffer.dtype != torch.float32:
@@ -62,11 +61,11 @@ class Rotary:
         module.rope_type = _NEUTRAL if layer is None else {**self.kept, layer: _NEUTRAL}
 
     def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        """Give the module its own rope_type back (called even if its forward raised)."""
+        """Restore the module's rope_type; called even if its forward raised."""
         module.rope_type = self.kept
 
     def true_length(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Return the largest position of the unsharded batch plus one, () int64; padding does not count."""
+        """Return the largest position of the unsharded batch plus one, () int64, without padding. Collective."""
         ids = self.binding.document_ids
         if ids is not None and ids.shape == position_ids.shape:
             position_ids = position_ids.masked_fill(ids < 0, 0)
@@ -81,7 +80,7 @@ def _inverse_frequencies(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _frequencies(kind: str, config: Any, length: torch.Tensor, layer: str | None) -> torch.Tensor:
-    """Return the (rotated dimensions / 2,) fp32 frequencies that transformers would choose for ``length``."""
+    """Return transformers' frequencies for ``length``, (rotated dimensions / 2,) fp32."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     arguments = {} if layer is None else {"layer_type": layer}

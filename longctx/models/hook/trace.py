@@ -14,8 +14,8 @@ from longctx.models.hook.wrapped import adapter_parts
 
 _LAYER = re.compile(r"(Layer|Block)$")
 _ATTENTION = re.compile(r"Attention|Attn")
-# Modules that mix tokens in a way of their own, by class name: state spaces, convolutions along the sequence,
-# recurrences, and poolers that pick a token of the whole sequence.
+# Class names of modules that mix tokens other than by attention: state spaces, convolutions along the sequence,
+# recurrences, and poolers, which select a token of the whole sequence.
 _MIXER = re.compile(
     r"Mamba|SSM|Mixer|Rwkv|Recurrent|Recursion|DeltaNet|ShortConv|Hyena|Fourier|Retention|Lightning|MultiheadAttention"
     r"|Pooler|Pooling"
@@ -25,13 +25,15 @@ _MIXING_TYPES = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.RNNBase, torch.nn.Mu
 
 
 class Trace:
-    """What ran in one forward: use it as a context around the call.
+    """Record the modules that run in one forward pass; use it as a context manager around the call.
+
+    Args:
+        tokens: per row, in a forward with equal tokens: also find the module that first makes them differ (``first``).
 
     Attributes:
-        ran: by id, the modules whose forward ran to its end.
-        inside: the innermost module that did not (it raised), with its path.
-        first: the innermost first module that gave the tokens of a row different values although its own were equal;
-            looked for where ``tokens`` is given.
+        ran: modules whose forward completed, by id.
+        inside: the innermost module that raised, with its path.
+        first: the first module, innermost, whose output differs between tokens although its inputs do not.
     """
 
     def __init__(self, model: torch.nn.Module, tokens: int | None = None) -> None:
@@ -75,7 +77,7 @@ class Trace:
             self.first = label
 
     def _unequal(self, x: Any) -> bool:
-        """Tell whether the tokens of a (B, T, …) or (T, D) floating tensor differ, or those of one in a tuple."""
+        """Return whether the tokens of a (B, T, …) or (T, D) floating tensor, or of one in a tuple, differ."""
         if isinstance(x, tuple | list):
             return any(self._unequal(part) for part in x)
         if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() < 2:
@@ -87,12 +89,13 @@ class Trace:
 
 
 def judge(model: torch.nn.Module, ran: dict[int, torch.nn.Module], called: set[int]) -> None:
-    """Raise ModelError naming the class of a module that ran, mixes tokens and did not go through longctx.
+    """Raise ModelError with the class of a module that ran, mixes tokens and did not call longctx's attention.
 
     Args:
-        ran: by id, the modules whose forward ran.
+        ran: modules whose forward ran, by id.
         called: ids of the modules that called longctx's attention function.
     """
+    # reached: modules that contain a caller. used: also everything inside of a caller or of its parents.
     reached = {id(module) for module in model.modules() if any(id(child) in called for child in module.modules())}
     used = reached | {id(child) for module in model.modules() if id(module) in called for child in module.modules()}
     adapters = adapter_parts(model)
@@ -106,8 +109,9 @@ def judge(model: torch.nn.Module, ran: dict[int, torch.nn.Module], called: set[i
         elif _ATTENTION.search(name) and id(module) not in used and any(True for _ in module.children()):
             suspects.append((path, name, "attends without calling the attention function it was given"))
     for path, name, what in suspects:
-        if not any(other.startswith(path + ".") for other, _, _ in suspects):  # the innermost says it best
+        if not any(other.startswith(path + ".") for other, _, _ in suspects):  # report the innermost suspect
             _raise(model, path, name, what)
+    # A layer without any suspect inside must still have called longctx (its attention may have an unknown class name).
     for path, layer in _layers(model):
         if id(layer) in ran and id(layer) not in reached | adapters:
             inner = sorted({type(child).__name__ for child in layer.children()})
@@ -117,7 +121,7 @@ def judge(model: torch.nn.Module, ran: dict[int, torch.nn.Module], called: set[i
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield the members of every stack of layers."""
+    """Yield (path, layer) of every ModuleList or ModuleDict of layers."""
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
             for key, child in module.named_children():

@@ -1,8 +1,8 @@
-"""Nothing silently local: the first forward under a mesh proves that every layer that mixes tokens used longctx.
+"""The first sharded forward verifies that every token-mixing layer uses longctx.
 
-A model may accept ``attn_implementation="longctx"`` and never call it (Bloom, Mamba), or only in some layers (Jamba):
-on a shard it would train on the wrong mathematics without a word. So the first forward is watched, and judged when it
-ends; every rank sees the same model and raises the same error.
+A model may accept ``attn_implementation="longctx"`` and never call it (Bloom, Mamba), or only in some layers (Jamba);
+on a shard it would then train wrongly without an error. So the first forward pass is recorded and checked when it ends.
+Every rank has the same model and raises the same error.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from longctx.models.names import NAME
 
 
 def watch(model: torch.nn.Module, binding: Binding) -> None:
-    """Check the keywords of every forward of ``model``, and judge its first one if the sequence is sharded."""
-    binding.checked = not binding.sharded  # on one device no layer can be too local
+    """Register hooks that check the keywords of every forward and, if ``model`` is sharded, verify the first one."""
+    binding.checked = not binding.sharded  # on one device every layer has the whole sequence
     watcher = _Watcher(binding)
     binding.handles.append(model.register_forward_pre_hook(watcher.before, with_kwargs=True))
     binding.handles.append(model.register_forward_hook(watcher.after, always_call=True))
     for inner in inner_models(model) if binding.sharded else ():
-        if inner is not model:  # what a wrapper passes on is what counts
+        if inner is not model:  # a wrapper may change the keywords that it passes on
             binding.handles.append(inner.register_forward_pre_hook(watcher.inner, with_kwargs=True))
 
 
 class _Watcher:
-    """The hooks on the model itself, and in its first forward the list of modules that ran."""
+    """Forward hooks of one model, with the trace of its first forward pass."""
 
     def __init__(self, binding: Binding) -> None:
         self.binding = binding
@@ -40,7 +40,7 @@ class _Watcher:
 
     def before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         binding = self.binding
-        if binding.seen is not None:
+        if binding.seen is not None:  # the probe's own forward
             return
         binding.document_ids = kwargs.get("document_ids")
         check_attention(model, binding)
@@ -49,10 +49,10 @@ class _Watcher:
             check_keywords(model, arguments, binding.cache)
             refuse_added_loss(type(model).__name__, arguments, binding.configs)
         if not binding.checked:
-            position_rule(model, binding)
-            if self.trace is not None:  # of a forward that raised
+            position_rule(model, binding)  # runs the model, so before the trace starts
+            if self.trace is not None:  # of an earlier forward that raised
                 self.trace.stop()
-            binding.called.clear()
+            binding.called.clear()  # filled by the attention function
             self.trace = Trace(model)
             self.trace.__enter__()
 
@@ -66,7 +66,7 @@ class _Watcher:
         if self.binding.checked or self.binding.seen is not None or self.trace is None:
             return
         self.trace.stop()
-        if output is None:  # the forward raised: what it says matters more than what we would
+        if output is None:  # the forward raised, and its own error is the one to report
             return
         judge(model, self.trace.ran, self.binding.called)
         self.binding.checked = True
@@ -74,7 +74,7 @@ class _Watcher:
 
 
 def named(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name, those given by place too."""
+    """Return the arguments of a call by name, positional ones included."""
     if not args:
         return kwargs
     names = [name for name in inspect.signature(model.forward).parameters if name != "self"]
@@ -82,7 +82,7 @@ def named(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def check_attention(model: torch.nn.Module, binding: Binding) -> None:
-    """Refuse a model whose attention was changed after it was attached."""
+    """Raise if the attention implementation was changed after the model was attached."""
     for config in binding.configs:
         chosen = getattr(config, "_attn_implementation", NAME)
         if binding.sharded and chosen != NAME:
@@ -93,10 +93,10 @@ def check_attention(model: torch.nn.Module, binding: Binding) -> None:
 
 
 def check_keywords(model: torch.nn.Module, kwargs: dict[str, Any], cache: Any = None) -> None:
-    """Refuse keywords whose meaning is local to a shard, before anything is computed or sent.
+    """Raise for keywords that would act on the local shard only, before anything is computed or sent.
 
     Args:
-        cache: of the sharded generation in progress, whose forwards are in order.
+        cache: of the current sharded generation; forwards with it are allowed.
     """
     if cache is not None and kwargs.get("past_key_values") is cache:
         return
@@ -113,16 +113,16 @@ def check_keywords(model: torch.nn.Module, kwargs: dict[str, Any], cache: Any = 
     if shifts and kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
         raise ModelError(
             f"{name} got labels without shift_labels on a shard: it would shift them locally and lose a token at every "
-            "border. Shift before sharding and pass both, as engine.shard does"
+            "shard boundary. Shift before sharding and pass both, as engine.shard does"
         )
 
 
 def refuse_added_loss(name: str, arguments: dict[str, Any], configs: list[Any]) -> None:
-    """Refuse a load-balancing loss: that of local tokens is not that of the whole sequence, nor weighted as one.
+    """Raise for a load-balancing loss: over local tokens it differs from that of the whole batch.
 
     Args:
-        arguments: of the call, by name; they win over the configs.
-        configs: of the model, as they are now.
+        arguments: of the call, by name; they override the configs.
+        configs: of the model.
 
     Raises:
         ModelError: ``output_router_logits`` is on, in the call or in a config.
@@ -131,5 +131,5 @@ def refuse_added_loss(name: str, arguments: dict[str, Any], configs: list[Any]) 
     if asked or (asked is None and any(getattr(config, "output_router_logits", False) for config in configs)):
         raise ModelError(
             f"{name}: output_router_logits=True adds a load-balancing loss over the tokens of one rank and one "
-            "micro-batch, which is not that of the whole batch; set output_router_logits=False"
+            "micro-batch, which differs from that of the whole batch; set output_router_logits=False"
         )

@@ -1,4 +1,4 @@
-"""Look through what is wrapped around a transformers model: adapters of PEFT, a value head, a module of one's own."""
+"""Find the transformers model inside a wrapper: PEFT adapters, a value head, a user's module."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from longctx.errors import ModelError
 
-_BASE = "base_layer"  # what an adapter's wrapper calls the layer that it adapts
+_BASE = "base_layer"  # name of the wrapped layer in a PEFT adapter layer
 
 
 def inner_models(module: torch.nn.Module) -> list[Any]:
@@ -22,15 +22,15 @@ def inner_models(module: torch.nn.Module) -> list[Any]:
 
 
 def inner_model(module: Any) -> Any:
-    """Return the one transformers model in ``module``, or ``module`` itself where there is none or several."""
+    """Return the transformers model in ``module``, or ``module`` itself if there are none or several."""
     found = inner_models(module) if isinstance(module, torch.nn.Module) else []
     return found[0] if len(found) == 1 else module
 
 
 def adapter_parts(model: torch.nn.Module) -> set[int]:
-    """Return the ids of all modules that adapters have added: they act on single tokens, as the layers they wrap.
+    """Return the ids of all modules that adapters have added, which act per token like the layers they wrap.
 
-    A wrapped layer itself, ``base_layer``, is not among them.
+    The wrapped layers themselves, ``base_layer``, are not included.
     """
     return {id(part) for added in _added(model) for part in added.modules()}
 
@@ -42,7 +42,7 @@ def _added(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def refuse_prompts(model: Any) -> None:
-    """Refuse PEFT methods that put virtual tokens into every shard.
+    """Raise for PEFT methods that prepend virtual tokens, which every rank would do to its shard.
 
     Raises:
         ModelError: prompt, prefix or P-tuning, or LLaMA-Adapter.
@@ -51,7 +51,7 @@ def refuse_prompts(model: Any) -> None:
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if getattr(config, "is_prompt_learning", False) or kind == "ADAPTION_PROMPT":
             raise ModelError(
-                f"{type(model).__name__} cannot run on a shard: its adapter {name!r} ({kind}) puts virtual tokens "
-                "before the row, which every rank would do to its own part. Use LoRA, DoRA, trainable tokens or "
+                f"{type(model).__name__} cannot run on a shard: its adapter {name!r} ({kind}) prepends virtual tokens "
+                "to the row, which every rank would do to its own shard. Use LoRA, DoRA, trainable tokens or "
                 "another adapter of weights"
             )

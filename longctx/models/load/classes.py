@@ -1,6 +1,6 @@
 """Map model types to transformers classes per task, from transformers' own tables, without importing transformers.
 
-Importing transformers' tables imports torch, which takes seconds; the tables are literals in one source file, which is
+Importing transformers' tables would import torch, which takes seconds. They are literals in one source file, which is
 parsed instead.
 """
 
@@ -15,15 +15,17 @@ from typing import Any
 from longctx.errors import ModelError
 from longctx.models.names import PREFIX
 
-_DECODERS = frozenset({"bart", "mbart", "mvp", "reformer", "xlm"})  # types with a causal class of another kind
+_DECODERS = frozenset(
+    {"bart", "mbart", "mvp", "reformer", "xlm"}
+)  # encoder-decoder types that also have a causal class
 _SUFFIX = "_MAPPING_NAMES"
 
 
 @cache
 def tables() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Return {task: {model type: class names}} of the installed transformers; empty without it.
+    """Return {task: {model type: class names}} of the installed transformers, {} without it.
 
-    Tasks are named as in transformers: ``MODEL_FOR_CAUSAL_LM``, ``MODEL``, ….
+    Tasks have transformers' names: ``MODEL_FOR_CAUSAL_LM``, ``MODEL``, ….
     """
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:

@@ -70,7 +70,7 @@ def mismatches(settings: dict[str, Any], weights: dict[str, Weight]) -> Iterator
     yield from _layer_count(settings, layers)
     kind = str(settings.get("model_type")).removeprefix(PREFIX)
     shapes = _gpt2(settings) if kind == "gpt2" else _plain(settings, kind) if kind in PLAIN else {}
-    converted = kind != settings.get("model_type")  # its layers may have other weights besides
+    converted = kind != settings.get("model_type")  # converted layers may have additional weights
     common = _common(layers) - set(shapes) if shapes and not converted else set()
     for index, found in sorted(layers.items()):
         yield from _layer(index, found, shapes)
@@ -143,11 +143,11 @@ def _plain(settings: dict[str, Any], kind: str) -> dict[str, tuple[int | None, .
         return {}
     size = whole_number(settings, "head_dim")
     if size is None and (kind.startswith("gemma") or kind == "qwen3"):
-        return {}  # their classes have a default of their own
+        return {}  # their classes have another default
     size = size or hidden // heads
     queries = heads * size
     groups = whole_number(settings, "num_key_value_heads") or (heads if kind in ("llama", "olmo", "olmo2") else None)
-    keys = groups and groups * size  # None: the class has a default of its own
+    keys = groups and groups * size  # None: the class has another default
     projections: dict[str, tuple[int | None, ...]] = {
         "self_attn.q_proj.weight": (queries, hidden),
         "self_attn.k_proj.weight": (keys, hidden),

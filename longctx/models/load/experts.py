@@ -16,7 +16,7 @@ _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k",
 
 @dataclass(frozen=True)
 class Experts:
-    """The sparse MLPs of a model: `layers` of them, the other layers being dense.
+    """The mixture-of-experts MLPs of a model.
 
     Attributes:
         count, active: experts per layer, and experts per token.
@@ -33,7 +33,7 @@ class Experts:
     shared_gate: bool = False
 
     def weights(self, hidden: int) -> int:
-        """Weights of one sparse MLP of gated experts, its router included."""
+        """Return the weights of one layer's gated experts and router."""
         return 3 * hidden * (self.count * self.inner + self.shared) + hidden * (self.count + self.shared_gate)
 
     def used(self, hidden: int) -> int:
@@ -65,7 +65,7 @@ def experts_of(settings: dict[str, Any]) -> Experts | None:
 
 
 def _sparse_layers(settings: dict[str, Any], total: int) -> int:
-    """Count the layers with experts."""
+    """Return the number of layers with experts; model families describe it by different keys."""
     kinds = settings.get("mlp_layer_types")
     if isinstance(kinds, list) and kinds:
         return sum(kind == "sparse" for kind in kinds)

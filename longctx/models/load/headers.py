@@ -20,7 +20,7 @@ _BITS = {
 
 
 class Weight(NamedTuple):
-    """One tensor of a folder."""
+    """Header entry of one tensor."""
 
     dtype: str
     """as safetensors writes it: F32, BF16, …"""
@@ -40,7 +40,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     """Return the safetensors files of a pretrained folder, in order.
 
     Raises:
-        ModelError: there are none, one is missing, a name leaves the folder, or the folder is an adapter.
+        ModelError: there are none, one is missing, a name points outside the folder, or the folder holds an adapter.
     """
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
@@ -62,7 +62,7 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def read_weights(folder: str | Path) -> dict[str, Weight]:
-    """Return every weight of a pretrained folder by name, from the headers; no tensor is read.
+    """Return every weight of a pretrained folder by name, from the headers; tensors are not read.
 
     Raises:
         ModelError: see ``weight_files``; or a file is a Git LFS pointer, truncated or no safetensors file, or the index
@@ -106,7 +106,7 @@ def _header(path: Path) -> dict[str, Weight]:
 
 
 def _start(path: Path) -> tuple[int, int, bytes]:
-    """Return a file's size, the length of its header, and the header."""
+    """Return (file size, header length, header)."""
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -115,7 +115,7 @@ def _start(path: Path) -> tuple[int, int, bytes]:
             if is_pointer(start):
                 raise ModelError(f"{path} is a Git LFS pointer, not the weights; fetch them: git lfs pull")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-                raise ModelError(f"{path} is cut short or no safetensors file ({size:,} bytes); copy it again")
+                raise ModelError(f"{path} is truncated or no safetensors file ({size:,} bytes); copy it again")
             stream.seek(8)
             return size, length, stream.read(length)
     except OSError as problem:

@@ -20,7 +20,7 @@ from longctx.models.names import NAME
 
 
 def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> Any:
-    """Return the transformers config of a local pretrained folder: ``AutoConfig``'s, from keys that its class knows.
+    """Return the transformers config of a local pretrained folder, as ``AutoConfig`` would, from its class's own keys.
 
     Args:
         changes: overrides for keys of config.json, such as ``{"max_position_embeddings": 131072}``.
@@ -32,7 +32,7 @@ def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> An
 
     from longctx.models.register import register
 
-    register()  # converted models have types of their own
+    register()  # for the model types of converted models
     path = Path(folder) / "config.json"
     raw = _floats(read_settings(folder))
     if changes:

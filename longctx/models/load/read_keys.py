@@ -13,7 +13,7 @@ import textwrap
 from functools import cache
 
 _COMMON = frozenset({"rope_scaling", "rope_theta", "torch_dtype", "dtype", "num_labels", "per_layer_config"})
-_TAKES = ("pop", "get", "setdefault")  # of a dictionary of keywords
+_TAKES = ("pop", "get", "setdefault")  # methods of a keyword dictionary
 
 
 @cache

@@ -52,11 +52,11 @@ def make_config(
     tie_embeddings: bool = False,
     extra: dict[str, Any] | None = None,
 ) -> Any:
-    """Return the transformers config of ``architecture`` with these sizes; None leaves transformers' default.
+    """Return the transformers config of ``architecture`` with these sizes; None keeps transformers' default.
 
     Args:
         architecture: a transformers model type with a causal language model ("llama", "gemma3_text", …).
-        intermediate_size: default 8/3 of hidden_size (4 of it for gpt2 and phi), rounded up to a multiple of 64.
+        intermediate_size: default 8/3 × hidden_size (4 × for gpt2 and phi), rounded up to a multiple of 64.
         extra: further keywords of the config class, by transformers' names.
 
     Raises:

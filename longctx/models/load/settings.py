@@ -83,7 +83,7 @@ def is_pointer(start: bytes) -> bool:
 
 
 def text_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a config.json that describes the language model: all of it, or its ``text_config``."""
+    """Return the language model's part of a config.json: all of it, or its ``text_config``."""
     for name in ("text_config", "thinker_config", "llm_config", "language_config", "decoder"):
         inner = settings.get(name)
         if isinstance(inner, dict) and "vocab_size" not in settings:
@@ -92,7 +92,7 @@ def text_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def whole_number(settings: dict[str, Any], *names: str) -> int | None:
-    """Return the first of ``names`` that is a whole number of at least 1, or None."""
+    """Return the first value of ``names`` that is an integer of at least 1, or None."""
     for name in names:
         value = settings.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
