@@ -92,7 +92,7 @@ def test_each_launcher_by_its_own_words() -> None:
         "srun --ntasks=4 --nodes=2 --ntasks-per-node=2 --nodelist=a,b --distribution=block"
     )
     assert "--partition=gpu python" in argv("{launcher: slurm, hosts: [a, b], options: ['--partition=gpu']}")
-    with pytest.raises(LaunchError, match="as many ranks on every host"):
+    with pytest.raises(LaunchError, match="same number of ranks on every host"):
         commands(config("{launcher: slurm, hosts: [a, b]}").launch, (("a", 2), ("b", 1)), "python", "", "t")
     assert remote("python", "", ["x"]) == ["python", "x"]
 
@@ -119,7 +119,7 @@ def test_print_shows_everything_and_runs_nothing(
     shown = capsys.readouterr().out
     assert main_code == [0] and sorted(tmp_path.rglob("*")) == before
     assert "SECRET_KEY (25 characters)" in shown and "canary" not in shown
-    assert "deepspeed: 4 ranks on 2 hosts" in shown and "0 of 4 hops" in shown
+    assert "deepspeed: 4 ranks on 2 hosts" in shown and "0 of 4 ring hops" in shown
     assert shown.count("ssh -T") == 2 and f"{tmp_path}/run/launch/ticket.json" in shown
     assert "GLOO_SOCKET_IFNAME" in shown
 

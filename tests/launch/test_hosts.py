@@ -146,7 +146,7 @@ def test_the_world_is_what_the_hosts_take(tmp_path: Path, monkeypatch: pytest.Mo
     assert with_slots(hosts_of(run.launch), run.launch, 3) == (("x", 2), ("y", 1))
     run = config("{launcher: openmpi, hosts: [a, b]}", "mesh.ring=2", "mesh.data=4")
     assert with_slots(hosts_of(run.launch), run.launch, 8) == (("a", 4), ("b", 4))
-    with pytest.raises(LaunchError, match="no host is named"):
+    with pytest.raises(LaunchError, match="no hosts are given"):
         hosts_of(config("{launcher: slurm}").launch)
 
 
@@ -157,7 +157,7 @@ def test_placement() -> None:
     assert found.hops_between_hosts == 4  # out and back, for each of the two rings
     assert place([("a", 2), ("b", 2)], 2, 1, 2).hops_between_hosts == 0
     odd = place([("a", 3), ("b", 3)], 3, 2, 1)
-    assert odd.split_ulysses == 1 and "warning: 1 ulysses groups" in table(odd)[-1]
+    assert odd.split_ulysses == 1 and "warning: 1 Ulysses groups" in table(odd)[-1]
     assert place([("a", 8), ("b", 8)], 4, 1, 1).hosts == (("a", 4),)
     with pytest.raises(LaunchError, match="has 8 ranks, but the hosts take 6: a 3, b 3"):
         place([("a", 3), ("b", 3)], 4, 2, 1)
@@ -173,7 +173,7 @@ def test_what_is_left_of_a_job_without_a_host(capsys: pytest.CaptureFixture[str]
     again = derive(fewer.config, 4)
     assert (again.data, again.ring, again.global_batch, again.accumulation) == (2, 2, 12, 2)
     assert [command.label for command in fewer.commands] == ["a", "c"]
-    assert "going on without b: mesh.data is now 2" in capsys.readouterr().err
+    assert "continuing without b: mesh.data is now 2" in capsys.readouterr().err
     last = without(fewer, again, frozenset({"c"}))
     assert last is not None and last.placement.hosts == (("a", 2),)
     assert without(last, again, frozenset({"a"})) is None and without(job, sizes, frozenset()) is None

@@ -132,13 +132,13 @@ def test_a_lost_host_ends_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[
     job = Job(tmp_path, "stubborn", silence_seconds=3)
 
     def freeze() -> None:
-        agent = job.supervisor.members.by_rank[2].facts["pid"]
+        agent = job.supervisor.connections.by_rank[2].facts["pid"]
         os.kill(agent, signal.SIGSTOP)
         threading.Timer(12, os.kill, (agent, signal.SIGCONT)).start()
 
     job.when_running(freeze)
     assert job.run() == JobOutcome(1, True)
-    assert "rank 2 on b is lost: nothing was heard from it for 3 s" in capsys.readouterr().err
+    assert "rank 2 on b was lost: nothing was received from it for 3 s" in capsys.readouterr().err
     assert all_gone(job)
 
 
@@ -181,7 +181,7 @@ def test_a_host_that_cannot_start_is_named_before_anything_runs(
     started = time.monotonic()
     assert job.run([*job.commands((0, 1)), broken]) == JobOutcome(1, False, frozenset({"b"}))
     shown = capsys.readouterr().err
-    assert "  b  its command ended with exit code 1: Permission denied (publickey)." in shown
+    assert "  b  its start command ended with exit code 1: Permission denied (publickey)." in shown
     assert not list(tmp_path.glob("rank-*")) and time.monotonic() - started < 30
 
 
