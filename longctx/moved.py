@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {  # old name -> new name, both within longctx
+    "attention.call": "attention.operator",
     "attention.hybrid_passes": "attention.hybrid.passes",
     "attention.ulysses": "attention.hybrid.ulysses",
     "bounded.abc_block": "bounded.abc.block",
@@ -66,6 +67,7 @@ MOVED = {  # old name -> new name, both within longctx
     "models.el": "generation.el",
     "models.beams": "generation.beams",
     "models.projections": "generation.projections",
+    "engine.memory": "engine.activations",
     "engine.accumulation": "engine.step.accumulation",
     "engine.window": "engine.step.window",
     "engine.rows": "engine.step.rows",
@@ -96,8 +98,12 @@ MOVED = {  # old name -> new name, both within longctx
     "launch.explain": "cli.explain",
     "launch.export": "cli.export",
     "plan.command": "cli.plan",
+    "plan.live": "plan.states",
+    "config.room": "config.topology",
+    "config.split": "config.ulysses",
     "launch.rehearse": "rehearse.world",
     "plan.rehearse": "rehearse.step",
+    "train.agree": "collectives",
     "train.manifest": "train.checkpoint.manifest",
     "train.store": "train.checkpoint.store",
     "train.reshape": "train.checkpoint.reshape",

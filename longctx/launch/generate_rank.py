@@ -9,7 +9,7 @@ from pathlib import Path
 from longctx.generation.request import FIGURES
 from longctx.launch import report
 from longctx.launch.rank_process import console, die_with_parent, end, join, print_error, world_size
-from longctx.mesh import _discover as launched_world
+from longctx.world import launched_world
 
 
 def main(path: Path) -> int:

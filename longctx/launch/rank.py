@@ -17,9 +17,9 @@ from longctx.errors import ConfigError, LaunchError
 from longctx.launch import hardware, report
 from longctx.launch.environment import RESOLVED
 from longctx.launch.rank_process import console, die_with_parent, end, join, print_error, show_stacks, world_size
-from longctx.mesh import _discover as launched_world
 from longctx.train.report.console import guard_standard_streams
 from longctx.train.signals import StopFlag, code_of, sentence_of
+from longctx.world import launched_world
 
 if TYPE_CHECKING:
     from longctx.config.schema import RunConfig

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from longctx.errors import ConfigError, LongctxError
 from longctx.launch import hardware, report
-from longctx.mesh import _discover as launched_world
+from longctx.world import launched_world
 
 
 def die_with_parent() -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,7 @@ from longctx.bounded.abc.operator import abc_attention
 from longctx.bounded.cosine.operator import cosine_attention
 from longctx.errors import MeshError
 from longctx.mesh import Mesh
+from longctx.patched import patched
 from longctx.plan.traffic import Layer
 
 
@@ -114,7 +114,7 @@ def as_rank(rank: int, world: int) -> Iterator[None]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        with patch.multiple(dist, batch_isend_irecv=_received, all_to_all_single=_exchanged):
+        with patched(dist, batch_isend_irecv=_received, all_to_all_single=_exchanged):
             yield
     finally:
         dist.destroy_process_group()

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from unittest.mock import patch
 
 import typer
 
 from longctx.errors import ConfigError, LaunchError
+from longctx.patched import patched, patched_environ
 
 if TYPE_CHECKING:
     from longctx.config.derived import Derived
@@ -69,7 +69,7 @@ def run(config: RunConfig, sizes: Derived, rank: int) -> Rehearsal:
         ConfigError: there is no such rank, or this machine has too little memory or compute for it.
         LaunchError: this process is a rank of a real job.
     """
-    from longctx.plan.memory import memory_of
+    from longctx.plan.memory import step_bytes
     from longctx.plan.setup import setup_of
     from longctx.plan.shape import shape_of
     from longctx.plan.work import flops_of, wire_of
@@ -78,7 +78,7 @@ def run(config: RunConfig, sizes: Derived, rank: int) -> Rehearsal:
         raise ConfigError("rehearse: zero.offload_optimizer: nvme writes to the run's own files; rehearse it with cpu")
     shape = shape_of(config)
     setup = setup_of(config, sizes, shape, on_gpu=False)
-    plan, wire = memory_of(shape, setup).peak.total, wire_of(shape, setup)
+    plan, wire = step_bytes(shape, setup).peak.total, wire_of(shape, setup)
     _require_room(plan, flops_of(shape, setup).done)
     if not rank < sizes.world:
         raise ConfigError(f"rehearse --rank {rank}: the run has {sizes.world} ranks; give 0 to {sizes.world - 1}")
@@ -123,10 +123,11 @@ def _without_others() -> Iterator[None]:
 
     from longctx.engine import initialize
 
-    with ExitStack() as stack:
-        stack.enter_context(patch.dict(os.environ, {"LOCAL_RANK": "0"}))
-        stack.enter_context(patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda ints: None))
-        stack.enter_context(patch.object(initialize, "gradient_factor", lambda *settings: 1.0))
+    with (
+        patched_environ(LOCAL_RANK="0"),
+        patched(coordinator, assert_ints_same_as_other_ranks=lambda ints: None),
+        patched(initialize, gradient_factor=lambda *settings: 1.0),
+    ):
         yield
 
 

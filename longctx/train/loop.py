@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from longctx.collectives import gather_floats
 from longctx.engine.zero.fp16 import loss_scale
 from longctx.errors import NonFiniteError
-from longctx.train.agree import gather_floats
 from longctx.train.checkpoint.checkpointer import Progress
 from longctx.train.job import Job
 from longctx.train.optimizer import learning_rate, set_learning_rate

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from longctx.config.sections.train import Train
+from longctx.config.sections.train import TrainSection
 
 SCHEDULES = ("cosine", "linear", "constant")
 _STATE = ("params", "step")  # the entries of a parameter group that are not settings
 
 
-def make_optimizer(model: torch.nn.Module, settings: Train) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, settings: TrainSection) -> torch.optim.Optimizer:
     """Return AdamW or SGD over the trainable parameters of ``model``.
 
     Weight decay applies to matrices, not to vectors (norms, biases). Under ZeRO-3 a parameter is a flat shard, and

@@ -9,13 +9,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from longctx.collectives import ranks, together
 from longctx.config.schema import RunConfig
 from longctx.config.write import dump
 from longctx.engine.heartbeat import watch
 from longctx.errors import CheckpointError, MissingPackageError
 from longctx.mesh import Mesh
 from longctx.train import durable, folder
-from longctx.train.agree import ranks, together
 from longctx.train.checkpoint import store
 from longctx.train.checkpoint.export import export_model
 from longctx.train.checkpoint.swap import swap_folder

@@ -139,7 +139,7 @@ def test_the_section_is_checked_as_a_whole() -> None:
 def test_the_world_is_what_the_hosts_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     run = config("{launcher: deepspeed, hosts: ['a:3', 'b:5']}", "mesh.ring=4")
-    assert default_world(run) == 8 and run.mesh.grid(8).data == 2
+    assert default_world(run) == 8 and run.mesh.sizes(8).data == 2
     (tmp_path / "hosts").write_text("x slots=2\ny\n")
     run = config(f"{{launcher: deepspeed, hostfile: {tmp_path}/hosts, ranks_per_host: 1}}", "mesh.ring=3")
     assert hosts_of(run.launch) == (Host("x", 2), Host("y", None)) and default_world(run) == 3

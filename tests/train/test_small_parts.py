@@ -17,7 +17,7 @@ import numpy
 import pytest
 import torch
 
-from longctx.config.sections.train import Train
+from longctx.config.sections.train import TrainSection
 from longctx.errors import CheckpointError, DataError
 from longctx.train.checkpoint import rng
 from longctx.train.lock import FolderLock
@@ -68,11 +68,11 @@ def test_schedule_without_warmup_starts_near_the_peak() -> None:
 def test_optimizer_decays_matrices_only() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
     model[0].weight.requires_grad_(True)
-    optimizer = make_optimizer(model, Train(steps=1, weight_decay=0.2))
+    optimizer = make_optimizer(model, TrainSection(steps=1, weight_decay=0.2))
     assert [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups] == [(1, 0.2), (3, 0.0)]
     set_learning_rate(optimizer, 0.5)
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
-    assert isinstance(make_optimizer(model, Train(steps=1, optimizer="sgd", momentum=0.9)), torch.optim.SGD)
+    assert isinstance(make_optimizer(model, TrainSection(steps=1, optimizer="sgd", momentum=0.9)), torch.optim.SGD)
 
 
 def test_metrics_drop_what_will_be_done_again(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
-"""torch's own fused GPU attention, flash or cuDNN, one call per tile: candidates of the measured table.
+"""torch's fused GPU attention, flash or cuDNN, one call per tile; chosen by the table of measurements.
 
-They know a whole tile and a triangle aligned at its corner, so they serve full and causal attention without windows,
-documents or padding, in half precision; everything else is the Triton kernels'. A partial result is merged after each
-tile, which costs the passes over memory that our kernels save (kernels/flash/README.md). Key heads are repeated for
-their query heads. Not run on a GPU by us: checked against the operators' schemas and with a stand-in for them.
+The operators compute a whole tile, or a triangle aligned at its corner. So they support full and causal attention in
+half precision, without windows, documents or padding; the Triton kernels do the rest. A partial result is merged after
+each tile, which costs the passes over memory that our kernels save (kernels/flash/README.md). Key heads are repeated
+for their query heads. Not run on a GPU: tested against the operators' schemas and with a CPU operator in their place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from longctx.attention.backends.aten import Written
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import KeyBlock, Rows, StepGradients
 from longctx.attention.band import Kind, Tile
 from longctx.attention.mask import BlockMask
 from longctx.attention.merge import merge_
@@ -26,77 +26,60 @@ WIDEST = {"flash": 256, "cudnn": 128}
 
 @dataclass(frozen=True)
 class FusedTorchBackend:
-    """The Backend protocol over one of torch's fused operators; `name` is "flash" or "cudnn"."""
+    """One of torch's fused operators as a Backend; `name` is "flash" or "cudnn"."""
 
     name: str
 
-    def forward_step(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        scores: Scores,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        first: bool,
-    ) -> None:
+    def forward_step(self, q: torch.Tensor, block: KeyBlock, out: torch.Tensor, lse: torch.Tensor, first: bool) -> None:
         written = Written(q.shape[0], q.shape[2], (out, 0.0), (lse, -torch.inf))
         if not first:
             written.all()
-        for tile in _tiles(mask):
+        for tile in _tiles(block.mask):
             rows, cols = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-            key, value = (_repeated(x[:, :, cols], q) for x in (k, v))
-            block, block_lse = _forward(self.name, q[:, :, rows], key, value, tile.kind == Kind.TRIANGLE, scores.scale)
+            key, value = (_repeated(x[:, :, cols], q) for x in (block.k, block.v))
+            causal = tile.kind == Kind.TRIANGLE
+            part, part_lse = _forward(self.name, q[:, :, rows], key, value, causal, block.scores.scale)
             if written.claim(slice(0, q.shape[0]), tile.q0, tile.q1):
-                out[:, :, rows], lse[:, :, rows] = block, block_lse
+                out[:, :, rows], lse[:, :, rows] = part, part_lse
             else:
-                merge_(out[:, :, rows], lse[:, :, rows], block, block_lse)
+                merge_(out[:, :, rows], lse[:, :, rows], part, part_lse)
         written.finish()
 
     def prepare_backward(self, rows: Rows) -> Rows:
         return replace(rows, lse=rows.lse.masked_fill(rows.lse == -torch.inf, torch.inf))
 
-    def backward_step(
-        self,
-        prepared: Rows,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        scores: Scores,
-        dq: torch.Tensor,
-        dk: torch.Tensor,
-        dv: torch.Tensor,
-        first: bool,
-        dalibi: torch.Tensor | None,
-    ) -> None:
-        if prepared.dlse is not None:  # the operators know no gradient of the lse: ours do, from the same (out, lse)
+    def backward_step(self, prepared: Rows, block: KeyBlock, gradients: StepGradients, first: bool) -> None:
+        if (
+            prepared.dlse is not None
+        ):  # the operators have no gradient of the lse; our kernels do, from the same (out, lse)
             from longctx.attention.backends.triton import TritonBackend
 
             ours, lse = TritonBackend(), prepared.lse.masked_fill(prepared.lse == torch.inf, -torch.inf)
             again = ours.prepare_backward(replace(prepared, lse=lse))
-            ours.backward_step(again, k, v, mask, scores, dq, dk, dv, first, dalibi)
+            ours.backward_step(again, block, gradients, first)
             return
+        dq, dk, dv, _ = gradients
         if first:
             dq.zero_()
         dk.zero_()
         dv.zero_()
-        for tile in _tiles(mask):
+        for tile in _tiles(block.mask):
             rows, cols = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
             query, out, dout, lse = (x[:, :, rows] for x in (prepared.q, prepared.out, prepared.dout, prepared.lse))
-            key, value = (_repeated(x[:, :, cols], query) for x in (k, v))
+            key, value = (_repeated(x[:, :, cols], query) for x in (block.k, block.v))
             causal = tile.kind == Kind.TRIANGLE
-            parts = _backward(self.name, dout, query, key, value, out, lse, causal, scores.scale)
+            saved = Rows(query, out, lse, dout, None)
+            parts = _backward(self.name, saved, key, value, causal, block.scores.scale)
             dq[:, :, rows] += parts[0]
             dk[:, :, cols] += _summed(parts[1], dk)
             dv[:, :, cols] += _summed(parts[2], dv)
 
 
 def problem(name: str, q: torch.Tensor, v: torch.Tensor, scores: Scores, plain: bool) -> str:
-    """Why that operator cannot compute such a call; empty if it can. plain: only causality hides keys, if anything."""
+    """Return why that operator cannot compute such a call; empty if it can. plain: only causality hides keys."""
     width = max(q.shape[-1], v.shape[-1])
     if not plain:
-        return "it knows no window, no documents and no padding"
+        return "it supports no window, no documents and no padding"
     if scores.scale <= 0:
         return f"it takes a scale above 0, not {scores.scale}"
     if scores.extras:
@@ -109,9 +92,9 @@ def problem(name: str, q: torch.Tensor, v: torch.Tensor, scores: Scores, plain: 
 
 
 def _tiles(mask: BlockMask) -> Iterator[Tile]:
-    """Rectangles and square triangles."""
+    """Yield rectangles and square triangles."""
     for tile in index_tiles(mask.q_spans, mask.k_spans, mask.rule):
-        assert tile.kind != Kind.DENSE, "choose_backend lets no window pass"
+        assert tile.kind != Kind.DENSE, "choose_backend rejects windows"
         corner = tile.q0 + tile.k1 - tile.k0
         if tile.kind == Kind.TRIANGLE and corner < tile.q1:  # the rows below the corner see every column
             yield tile._replace(q1=corner)
@@ -123,7 +106,7 @@ def _tiles(mask: BlockMask) -> Iterator[Tile]:
 def _forward(
     name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse (B, H, T)) of one tile."""
+    """Return (out, lse (B, H, T)) of one tile."""
     if name == "flash":
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
         return out, lse
@@ -132,29 +115,30 @@ def _forward(
 
 
 def _backward(
-    name: str, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """(dq, dk, dv) of one tile, from the final (out, lse). Nothing is dropped, so the seed and offset say nothing."""
-    lengths, nothing = (q.shape[2], k.shape[2]), torch.zeros(2, dtype=torch.uint64, device=q.device)
-    # The operators read out and lse as their own forward made them: dense.
-    out, lse, dout = out.contiguous(), lse.contiguous(), dout.contiguous()
+    name: str, rows: Rows, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, ...]:
+    """Return (dq, dk, dv) of one tile, from the final (out, lse). Without dropout the seed and offset are unused."""
+    q, device = rows.q, rows.q.device
+    # The operators read out and lse as their own forward lays them out: dense.
+    saved = rows.dout.contiguous(), q, k, v, rows.out.contiguous()
+    lse, lengths = rows.lse.contiguous(), (q.shape[2], k.shape[2])
     if name == "flash":
+        seed = torch.zeros(2, dtype=torch.uint64, device=device)
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse, None, None, *lengths, 0.0, causal, nothing, nothing[:1], scale=scale
+            *saved, lse, None, None, *lengths, 0.0, causal, seed, seed[:1], scale=scale
         )
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    seed = torch.zeros((), dtype=torch.int64, device=device)
     return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse[..., None], seed, seed, None, None, None, *lengths, 0.0, causal, scale=scale
+        *saved, lse[..., None], seed, seed, None, None, None, *lengths, 0.0, causal, scale=scale
     )
 
 
 def _repeated(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """(B, H, T, D) from (B, G, T, D)."""
+    """Return (B, H, T, D) from (B, G, T, D)."""
     group = q.shape[1] // x.shape[1]
     return x if group == 1 else x.repeat_interleave(group, 1)
 
 
 def _summed(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The gradient of `_repeated`, in the accumulator's dtype."""
+    """Sum the query heads that share a key head, in the accumulator's dtype: the backward of `_repeated`."""
     return x if x.shape[1] == like.shape[1] else x.unflatten(1, (like.shape[1], -1)).sum(2, dtype=like.dtype)

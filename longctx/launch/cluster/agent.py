@@ -25,8 +25,8 @@ from longctx.launch.cluster import facts, jobspec
 from longctx.launch.cluster.control import Line, Message, listen, readable
 from longctx.launch.environment import of_this_host
 from longctx.launch.processes import Process, exit_code, kill
-from longctx.mesh import _discover as launched_world
 from longctx.network import address_of, interface_with, sockets
+from longctx.world import launched_world
 
 CONNECT_SECONDS = 30.0
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

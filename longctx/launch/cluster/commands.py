@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from longctx.config.hosts import bare
-from longctx.config.sections.launch import Launch
+from longctx.config.sections.launch import LaunchSection
 from longctx.errors import LaunchError
 from longctx.launch.environment import AGENTS
 from longctx.network import address_of, address_towards
@@ -33,7 +33,7 @@ class Command(NamedTuple):
     argv: tuple[str, ...]
 
 
-def commands(launch: Launch, hosts: Hosts, python: str, python_path: str, spec_path: str) -> list[Command]:
+def commands(launch: LaunchSection, hosts: Hosts, python: str, python_path: str, spec_path: str) -> list[Command]:
     """Return the commands that start one agent per rank of ``hosts``, each reading the job spec at ``spec_path``."""
     agent = ["-m", "longctx.launch.cluster.agent", spec_path]
     if launch.launcher == "deepspeed":
@@ -46,7 +46,7 @@ def commands(launch: Launch, hosts: Hosts, python: str, python_path: str, spec_p
     return [Command(launch.launcher, argv)]
 
 
-def require_tools(launch: Launch) -> None:
+def require_tools(launch: LaunchSection) -> None:
     """Raise LaunchError unless the launcher's program is on PATH."""
     tool = _TOOLS[launch.launcher]
     if shutil.which(tool) is None:
@@ -59,7 +59,7 @@ def remote(python: str, python_path: str, arguments: Sequence[str]) -> list[str]
     return [*found, python, *arguments]
 
 
-def ssh(host: str, arguments: Sequence[str], launch: Launch) -> tuple[str, ...]:
+def ssh(host: str, arguments: Sequence[str], launch: LaunchSection) -> tuple[str, ...]:
     """Return the arguments that run a command on ``host``; each of ``arguments`` arrives there unchanged."""
     # the user's options come first: ssh keeps the first value of an option
     return ("ssh", *_ssh_options(launch), *_SSH, "-o", "ConnectTimeout=15", "--", host, shlex.join(arguments))
@@ -86,7 +86,7 @@ def _deepspeed(hosts: Hosts, index: int, spec_path: str) -> list[str]:
     ]
 
 
-def _openmpi(launch: Launch, hosts: Hosts) -> list[str]:
+def _openmpi(launch: LaunchSection, hosts: Hosts) -> list[str]:
     arguments = ["mpirun", "-n", str(_ranks(hosts)), "--host", _counted(hosts), "--map-by", "slot", "--bind-to", "none"]
     options = _ssh_options(launch)
     if options:  # mpirun splits this text at spaces; none of the options contains one
@@ -102,7 +102,7 @@ def _openmpi(launch: Launch, hosts: Hosts) -> list[str]:
     return arguments
 
 
-def _mpich(launch: Launch, hosts: Hosts) -> list[str]:
+def _mpich(launch: LaunchSection, hosts: Hosts) -> list[str]:
     """Return MPICH's command: mpiexec.hydra (OpenMPI has an mpiexec too), without this shell's environment."""
     options = _ssh_options(launch)
     arguments = ["env", f"HYDRA_LAUNCHER_EXTRA_ARGS={' '.join(options)}"] if options else []
@@ -112,7 +112,7 @@ def _mpich(launch: Launch, hosts: Hosts) -> list[str]:
     return [*arguments, "-n", str(_ranks(hosts)), "-hosts", _counted(hosts)]
 
 
-def _slurm(launch: Launch, hosts: Hosts) -> list[str]:
+def _slurm(launch: LaunchSection, hosts: Hosts) -> list[str]:
     counts = {count for _, count in hosts}
     if len(counts) > 1:
         raise LaunchError(
@@ -126,7 +126,7 @@ def _slurm(launch: Launch, hosts: Hosts) -> list[str]:
     return [*arguments, "--export=" + ",".join(AGENTS)]  # by default srun sends this shell's whole environment
 
 
-def _own_address(launch: Launch, hosts: Hosts) -> str | None:
+def _own_address(launch: LaunchSection, hosts: Hosts) -> str | None:
     """Return the address by which the hosts reach this machine, or None if it is unknown. Nothing is sent."""
     try:
         return address_of(launch.interface) or address_towards(bare(hosts[-1][0]))
@@ -134,7 +134,7 @@ def _own_address(launch: Launch, hosts: Hosts) -> str | None:
         return None
 
 
-def _ssh_options(launch: Launch) -> list[str]:
+def _ssh_options(launch: LaunchSection) -> list[str]:
     """Return the ssh options of the YAML; none contains a space (the configuration checks this)."""
     options = [word for option in launch.ssh_options for word in ("-o", option)]
     return options + (["-p", str(launch.ssh_port)] if launch.ssh_port else [])

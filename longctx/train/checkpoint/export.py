@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from longctx.collectives import ranks, together
 from longctx.data.tokenizers import folder as tokenizer_folder
 from longctx.data.tokens.writer import file_mode
 from longctx.models.load.pretrained import read_config, stored_dtype
-from longctx.train.agree import ranks, together
 
 FOLDER = "model"
 GENERATION = "generation_config.json"
