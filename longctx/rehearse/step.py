@@ -28,7 +28,7 @@ from longctx.plan.traffic import Layer
 
 
 @dataclass(frozen=True)
-class Measured:
+class Rehearsed:
     """What a call sent, and the peak of the bytes that it allocated."""
 
     sent: Counters
@@ -60,7 +60,7 @@ class CountingMode(TorchDispatchMode):
         return result
 
 
-_ARRIVING = {  # collectives (output, input, …): what `Measured.collectives` calls their bytes
+_ARRIVING = {  # collectives (output, input, …): what `Rehearsed.collectives` calls their bytes
     "c10d::allgather_": "gathered",
     "c10d::_allgather_base_": "gathered",
     "c10d::allgather_into_tensor_coalesced_": "gathered",
@@ -120,7 +120,7 @@ def as_rank(rank: int, world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def watch(call: Callable[[], Any], *, profiled: bool = True) -> tuple[Any, Measured]:
+def watch(call: Callable[[], Any], *, profiled: bool = True) -> tuple[Any, Rehearsed]:
     """Run `call` and return its result and what it sent; if `profiled`, also its peak bytes (else 0)."""
     counters.reset()
     box: list[Any] = []
@@ -130,7 +130,7 @@ def watch(call: Callable[[], Any], *, profiled: bool = True) -> tuple[Any, Measu
         else:
             peak = 0
             box.append(call())
-    return box[0], Measured(replace(counters), dict(counting.sent), peak)
+    return box[0], Rehearsed(replace(counters), dict(counting.sent), peak)
 
 
 def held_bytes(call: Callable[[], Any], mark: int | None = None) -> int:
@@ -151,7 +151,7 @@ def held_bytes(call: Callable[[], Any], mark: int | None = None) -> int:
     return peak
 
 
-def rehearse_attention(layer: Layer, rank: int, *, slots: int | None = None) -> tuple[Measured, Measured]:
+def rehearse_attention(layer: Layer, rank: int, *, slots: int | None = None) -> tuple[Rehearsed, Rehearsed]:
     """Run one layer's attention as `rank` of its world; return what (forward, backward) sent and held.
 
     Args:
