@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 def explain(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [KEY|KEY=VALUE]...")] = None,
 ) -> None:
-    """Explain configuration keys; with CONFIG, also show each value and where it was set."""
+    """Explain configuration keys and values.
+
+    With CONFIG it also shows each value and where it was set.
+    """
     from longctx.config.derived import CPU_RANKS
     from longctx.config.explain import explain as rows_of
     from longctx.config.load import load_with_sources

@@ -18,7 +18,7 @@ def export(
         str | None, typer.Option(help="fp32, bf16 or fp16; default: the pretrained model's, else training's")
     ] = None,
 ) -> None:
-    """Export a checkpoint's weights as a folder that plain transformers loads."""
+    """Export a checkpoint as a transformers model folder."""
     from longctx.train.checkpoint.export_run import export_run
 
     typer.echo(str(export_run(run, output, step, dtype)))

@@ -30,7 +30,10 @@ def generate(
     beams: Annotated[int, typer.Option(help="number of beams; 1: sampling, no beam search")] = 1,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
 ) -> None:
-    """Continue a text with a trained model: text to stdout as it is generated, tokens/s to stderr."""
+    """Continue a text with a trained model.
+
+    The text goes to stdout as it is generated, tokens/s to stderr.
+    """
     _require_own_shell()
     if sum((prompt is not None, prompt_file is not None, interactive)) != 1:
         raise ConfigError("generate: give one of --prompt, --prompt-file and --interactive")

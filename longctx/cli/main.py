@@ -85,7 +85,10 @@ def launch(
     print_only: Annotated[bool, typer.Option("--print", help="print commands and placement; run nothing")] = False,
     check_only: Annotated[bool, typer.Option("--check", help="check that every host is ready; do not train")] = False,
 ) -> None:
-    """Train, as `train` does; or only print the commands and the placement; or only check the hosts."""
+    """Train, or only print the commands, or check the hosts.
+
+    Without an option it is the same as `train`.
+    """
     if not (print_only or check_only):
         return train(config, overrides)
     loaded, derived = _checked(config, overrides or [], starting=False)
@@ -199,7 +202,7 @@ def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="run directory"
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
-    """Check that this machine is ready to train; report what is missing and how to fix it."""
+    """Check that this machine is ready to train."""
     from longctx.cli.doctor import FAIL, examine
 
     checks = examine()

@@ -37,7 +37,10 @@ def plan(
         Path | None, typer.Option(help="plot sequence length over memory and devices to this file")
     ] = None,
 ) -> None:
-    """Predict a run's memory, time and traffic, the longest sequence that fits, and which changes allow longer ones."""
+    """Predict a run's memory, time and traffic.
+
+    It also prints the longest sequence that fits, and which changes allow longer ones.
+    """
     from longctx.plan.plan import as_json as plain
     from longctx.plan.plan import make_plan
     from longctx.plan.show import show

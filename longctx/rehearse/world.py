@@ -47,7 +47,11 @@ def rehearse(
     rank: Annotated[int, typer.Option(min=0, help="the rank of the run's world to simulate")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Run one training step as one rank of the run's world, in one process; print the exact bytes held and sent."""
+    """Measure one rank's memory and traffic in one process.
+
+    It runs one training step as one rank of the run's world, without the others, and prints the exact bytes held and
+    sent beside those that `plan` predicts.
+    """
     from longctx.config.derived import derive, world_size
     from longctx.config.load import load
 
