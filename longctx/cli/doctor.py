@@ -1,6 +1,6 @@
-"""`longctx doctor`: is this machine ready? Every check names what it saw and, where it fails, what to do.
+"""`longctx doctor`: check that this machine is ready to train; every failed check names a fix.
 
-Nothing is imported that could hang or compile; versions come from package metadata.
+It imports nothing that could hang or compile; versions come from package metadata.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Check(NamedTuple):
 
     name: str
     status: str
-    """ok, warn (works, but), or fail (training cannot start)"""
+    """ok, warn (works with limits), or fail (training cannot start)"""
     seen: str
     fix: str = ""
 
 
-# package -> (lowest version that longctx accepts, as in pyproject.toml, first version nobody has tried)
+# package -> (lowest supported version, as in pyproject.toml; first version that is not tested)
 _TESTED = {
     "torch": ("2.10", "2.14"),
     "transformers": ("5.17", "5.24"),
@@ -48,7 +48,7 @@ _OPTIONAL = {"matplotlib": "loss.png (longctx[plot])", "tensorboard": "TensorBoa
 
 
 def examine() -> list[Check]:
-    """Run every check, in seconds; a check that breaks is a failure of its own, never a traceback."""
+    """Run all checks, in seconds; a check that raises is reported as failed."""
     results: list[Check] = []
     for check in _CHECKS:
         try:
@@ -76,14 +76,14 @@ def _packages() -> Iterator[Check]:
         if _number(version) < _number(low):
             yield Check(name, FAIL, version, f"older than {low}, which has security fixes: pip install -U {name}")
         elif _number(version) >= _number(high):
-            yield Check(name, WARN, version, f"newer than what was tested (below {high})")
+            yield Check(name, WARN, version, f"newer than the tested versions (below {high})")
         else:
             yield Check(name, OK, version)
     for name, purpose in _OPTIONAL.items():
         try:
             yield Check(name, OK, metadata.version(name))
         except metadata.PackageNotFoundError:
-            yield Check(name, WARN, "not installed", f"only needed for {purpose}")
+            yield Check(name, WARN, "not installed", f"needed only for {purpose}")
 
 
 def _number(version: str) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 def _toolchain() -> Iterator[Check]:
-    """On the CPU, DeepSpeed compiles an extension once; on GPUs nothing is compiled."""
+    """Check for a C++ compiler and ninja: on the CPU, DeepSpeed compiles an extension once; on GPUs, nothing."""
     needed = FAIL if hardware.gpus() == 0 else WARN
     try:
         prepare.require_toolchain()
@@ -117,10 +117,10 @@ def _extension_locks() -> Iterator[Check]:
             except LongctxError:
                 stale.append(str(lock))
     if stale:
-        fix = "left by a killed compilation; every start would wait for ever: rm " + " ".join(stale)
+        fix = "left by a killed compilation; every start would wait forever: rm " + " ".join(stale)
         yield Check("extension locks", FAIL, f"{len(stale)} stale", fix)
     else:
-        yield Check("extension locks", OK, "none left behind")
+        yield Check("extension locks", OK, "none stale")
 
 
 def _accelerators() -> Iterator[Check]:
@@ -156,7 +156,7 @@ def _network() -> Iterator[Check]:
 
 
 def _launchers() -> Iterator[Check]:
-    """What can start ranks on other hosts; `longctx launch CONFIG --check` then asks the hosts themselves."""
+    """List the tools that can start ranks on other hosts; `longctx launch CONFIG --check` checks the hosts."""
     tools = {"deepspeed": "ssh", "openmpi": "mpirun", "mpich": "mpiexec.hydra", "slurm": "srun"}
     here = [f"{name} ({tool})" for name, tool in tools.items() if shutil.which(tool)]
     yield Check("launchers", OK, f"local{''.join(f', {name}' for name in here)}")
@@ -165,7 +165,7 @@ def _launchers() -> Iterator[Check]:
     except OSError:
         address = "no address"
     alone = address.startswith(("127.", "no "))
-    more = ": no other host gets here by that name, so ranks use the interface towards each other" if alone else ""
+    more = ": other hosts cannot reach that address; ranks use the interface of the route between them" if alone else ""
     yield Check("host name", OK, f"{socket.gethostname()} is {address}{more}")
 
 
@@ -178,7 +178,7 @@ def _limits() -> Iterator[Check]:
 def _environment() -> Iterator[Check]:
     world, rank = launched_world()
     if world is None:
-        yield Check("shell", OK, "this shell is not inside a launched job")
+        yield Check("shell", OK, "not inside a launched job")
     else:
         fix = "longctx train starts its own ranks: unset WORLD_SIZE and RANK, or run launch/train.py here"
         yield Check("shell", WARN, f"rank {rank} of {world} in the environment", fix)

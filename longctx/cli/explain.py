@@ -1,4 +1,4 @@
-"""`longctx explain`: what keys mean, the values they have in a configuration, and where each was written."""
+"""`longctx explain`: the meaning of configuration keys, their values in a file, and where each value was set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 def explain(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [KEY|KEY=VALUE]...")] = None,
 ) -> None:
-    """Say what keys mean, their values in CONFIG (if given), and where each value came from."""
+    """Explain configuration keys and values.
+
+    With CONFIG it also shows each value and where it was set.
+    """
     from longctx.config.derived import CPU_RANKS
     from longctx.config.explain import explain as rows_of
     from longctx.config.load import load_with_sources

@@ -1,4 +1,4 @@
-"""`longctx export`: the model of a run, from one of its checkpoints."""
+"""`longctx export`: write a run's model from one of its checkpoints."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import typer
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, whose training may have been stopped")],
-    output: Annotated[Path | None, typer.Option(help="folder to write; default: model in the run directory")] = None,
-    step: Annotated[int | None, typer.Option(help="of the checkpoint; default: the newest whole one", min=0)] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the source's, or training's")] = None,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run directory, of a finished or a stopped run")],
+    output: Annotated[Path | None, typer.Option(help="folder to write; default: RUN/model")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="step of the checkpoint; default: the newest valid one", min=0)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; default: the pretrained model's, else training's")
+    ] = None,
 ) -> None:
-    """Write a checkpoint's weights as a folder that plain transformers loads."""
+    """Export a checkpoint as a transformers model folder."""
     from longctx.train.checkpoint.export_run import export_run
 
     typer.echo(str(export_run(run, output, step, dtype)))

@@ -1,4 +1,4 @@
-"""`longctx generate`: continue a text in this process, or on a ring of local ranks that share the context."""
+"""`longctx generate`: continue a text, in this process or on a ring of local ranks that shard the context."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from longctx.world import launched_by
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a run directory, or a model's folder")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="run directory, or a model's folder")],
     prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="a file with the text; - is standard input")] = None,
-    interactive: Annotated[bool, typer.Option("--interactive", help="ask for one prompt after another")] = False,
-    ring: Annotated[int, typer.Option(help="ranks of this machine that share the context", min=1, max=4096)] = 1,
-    attention: Annotated[str, typer.Option(help="auto, el (hidden states) or kv (keys and values)")] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(help="stop after so many")] = 200,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="sample among the k likeliest; 0: all")] = 50,
-    top_p: Annotated[float, typer.Option(help="sample among the likeliest that make up p")] = 1.0,
-    beams: Annotated[int, typer.Option(help="beam search instead of sampling")] = 1,
-    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
+    prompt_file: Annotated[Path | None, typer.Option(help="file with the text to continue; - reads stdin")] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", help="read prompts from the terminal")] = False,
+    ring: Annotated[int, typer.Option(help="local ranks over which the context is sharded", min=1, max=4096)] = 1,
+    attention: Annotated[str, typer.Option(help="what to cache: el (hidden states), kv, or auto")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="maximum number of tokens to generate")] = 200,
+    temperature: Annotated[float, typer.Option(help="sampling temperature; 0: greedy")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="sample from the k most likely tokens; 0: from all")] = 50,
+    top_p: Annotated[float, typer.Option(help="sample from the most likely tokens with total probability p")] = 1.0,
+    beams: Annotated[int, typer.Option(help="number of beams; 1: sampling, no beam search")] = 1,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
 ) -> None:
-    """Continue a text with a trained model; the text goes to stdout as it is made, tokens/s to stderr."""
+    """Continue a text with a trained model.
+
+    The text goes to stdout as it is generated, tokens/s to stderr.
+    """
     _require_own_shell()
     if sum((prompt is not None, prompt_file is not None, interactive)) != 1:
         raise ConfigError("generate: give one of --prompt, --prompt-file and --interactive")
@@ -48,7 +51,7 @@ def generate(
 
 
 def _require_own_shell() -> None:
-    """Raise LaunchError inside a job of several ranks, each of which would answer by itself."""
+    """Raise LaunchError inside a job of several ranks: each would generate separately."""
     variables = launched_by()
     if variables is not None:
         raise LaunchError(
@@ -58,16 +61,16 @@ def _require_own_shell() -> None:
 
 
 def _run(request: Request, ring: int, interactive: bool) -> int:
-    """Write the answer to stdout and its figures to stderr; return the exit code.
+    """Write the text to stdout and the statistics to stderr; return the exit code.
 
     Raises:
         LaunchError: the ring does not fit this machine, or cannot be interactive.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # stderr is for the figures
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # keep stderr for the statistics
     if ring == 1:
         return _here(request, interactive)
     if interactive:
-        raise LaunchError("generate --interactive runs in one process: leave --ring out, or give --prompt")
+        raise LaunchError("generate --interactive runs in one process: omit --ring, or give --prompt")
     if 0 < hardware.gpus() < ring:
         raise LaunchError(f"generate --ring {ring}: this machine has {hardware.gpus()} GPUs, one rank each")
     extra = {} if hardware.gpus() else {"DS_ACCELERATOR": "cpu"}
@@ -106,7 +109,7 @@ def _here(request: Request, interactive: bool) -> int:
         except ConfigError as error:
             if not interactive:
                 raise
-            print(error, file=sys.stderr)  # about this prompt; the next may do
+            print(error, file=sys.stderr)  # only this prompt failed
             continue
         print()
         print(done.summary(1), file=sys.stderr)

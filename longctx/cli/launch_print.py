@@ -1,4 +1,4 @@
-"""`longctx launch CONFIG --print`: the commands, the environment and the placement, as text. Nothing is run."""
+"""`longctx launch CONFIG --print`: describe commands, environment and placement. Nothing is run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from longctx.launch.cluster.run import ClusterJob, plan_job
 
 
 def show(config: RunConfig, sizes: Derived, path: Path, overrides: Sequence[str]) -> str:
-    """Return what `longctx train` would do with a configuration."""
+    """Return, as text, what `longctx train` would do with a configuration."""
     if config.launch.launcher == "local":
         return _local(sizes, path, overrides)
     job = plan_job(config, sizes)
@@ -34,13 +34,13 @@ def _local(sizes: Derived, path: Path, overrides: Sequence[str]) -> str:
 
 
 def _environment(job: ClusterJob) -> list[str]:
-    """Name what travels. Values are not shown: one of them may be a token that the user put on the list."""
+    """List the variables sent to the hosts. Values are not shown: some may be secrets."""
     threads = hardware.threads_per_rank(max(count for _, count in job.placement.hosts))
     interface = job.config.launch.interface
-    which = "each host's interface towards the launcher" if interface == "auto" else interface
-    lines = [f"environment that travels, in {job.spec_path} (mode 0600, removed at the end)"]
+    which = "each host's interface that reaches the launcher" if interface == "auto" else interface
+    lines = [f"environment sent to every host, in {job.spec_path} (mode 0600, removed at the end)"]
     lines += [f"  {name} ({len(value)} characters)" for name, value in job.environment.items()] or ["  nothing"]
     lines += ["set on every host", f"  GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, TP_SOCKET_IFNAME: {which}"]
-    lines += ["  RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: by the placement above"]
+    lines += ["  RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: from the placement above"]
     lines.append(f"  OMP_NUM_THREADS: the host's cores / its ranks (here {threads})")
     return [*lines, f"working directory {job.folder}"]

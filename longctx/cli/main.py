@@ -1,6 +1,6 @@
 """The command line: `longctx train|launch|check|plan|rehearse|explain|schema|init|data|generate|export|plot|doctor`.
 
-Nothing heavy is imported up here, so that whatever only reads a configuration answers at once.
+Heavy modules (torch, transformers, deepspeed) are imported inside commands, so that the others start at once.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="longctx",
-    help="Train transformers on sequences sharded over a ring of devices.",
+    help="Train transformers on long sequences, sharded over a ring of devices.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(help="Make token files from text, and look into them.", no_args_is_help=True)
+data_app = typer.Typer(help="Build token files from text, and inspect them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.command()(explain)
 app.command()(generate)
@@ -46,7 +46,9 @@ app.command()(plan)
 app.command()(rehearse)
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (`longctx init` writes one)")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=100")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides of the file, e.g. train.steps=100")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -66,7 +68,7 @@ def options(
 
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
-    """Train: on this machine, or on the hosts of the `launch` section."""
+    """Train on this machine, or on the hosts of the `launch` section."""
     from longctx.launch.early import stopping_early
     from longctx.launch.start import require_own_shell, start
 
@@ -80,12 +82,13 @@ def train(config: Config, overrides: Overrides = None) -> None:
 def launch(
     config: Config,
     overrides: Overrides = None,
-    print_only: Annotated[bool, typer.Option("--print", help="show what would run, and where; run nothing")] = False,
-    check_only: Annotated[bool, typer.Option("--check", help="ask every host whether it is ready; train nothing")] = (
-        False
-    ),
+    print_only: Annotated[bool, typer.Option("--print", help="print commands and placement; run nothing")] = False,
+    check_only: Annotated[bool, typer.Option("--check", help="check that every host is ready; do not train")] = False,
 ) -> None:
-    """Like `train`; or only show the commands and the placement; or only check the hosts."""
+    """Train, or only print the commands, or check the hosts.
+
+    Without an option it is the same as `train`.
+    """
     if not (print_only or check_only):
         return train(config, overrides)
     loaded, derived = _checked(config, overrides or [], starting=False)
@@ -95,7 +98,7 @@ def launch(
         typer.echo(show(loaded.config, derived, config, overrides or []))
         return
     if loaded.config.launch.launcher == "local":
-        raise LaunchError("launcher local has no hosts to check; `longctx doctor` looks at this machine")
+        raise LaunchError("launcher local has no hosts to check; `longctx doctor` checks this machine")
     from longctx.launch.cluster import run as cluster
 
     code = cluster.train(loaded.config, derived, only_check=True)
@@ -106,7 +109,7 @@ def launch(
 
 @app.command()
 def check(config: Config, overrides: Overrides = None) -> None:
-    """Find every mistake in a configuration before anything starts."""
+    """Report all mistakes in a configuration; start nothing."""
     loaded, derived = _checked(config, overrides or [], starting=False)
     run, size = loaded.config, derived
     what = run.model.architecture or run.model.pretrained
@@ -123,7 +126,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of a configuration, for editors."""
+    """Print the JSON schema of configuration files, for editors."""
     from longctx.config.schema import RunConfig
 
     typer.echo(
@@ -135,13 +138,13 @@ def schema() -> None:
 
 @app.command()
 def init(
-    output: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="default: print it")] = None,
+    output: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="file to write; default: stdout")] = None,
     preset: Annotated[str, typer.Option(help="cpu-tiny, 1-gpu-32k, 8-gpu-1M, 32-gpu-8M, …: see configs/")] = "cpu-tiny",
     full: Annotated[bool, typer.Option("--full", help="write every other key too, commented out, at its default")] = (
         False
     ),
 ) -> None:
-    """Write a commented configuration to start from."""
+    """Write a commented configuration file to start from."""
     from longctx.config.presets import PRESETS, render
 
     if preset not in PRESETS:
@@ -154,7 +157,7 @@ def init(
         with output.open("x") as stream:
             stream.write(text)
     except FileExistsError:
-        raise ConfigError(f"{output} exists already and is left alone; give another name") from None
+        raise ConfigError(f"{output} already exists and is left alone; give another name") from None
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}; give another name") from None
     name = shlex.quote(str(output))
@@ -163,7 +166,7 @@ def init(
 
 @data_app.command("build")
 def data_build(config: Config, overrides: Overrides = None) -> None:
-    """Turn the text of a configuration's `data` section into token files (training does it by itself)."""
+    """Build token files from the text of a configuration's `data` section (`train` does so itself if needed)."""
     loaded, _ = _checked(config, overrides or [])
     from longctx.train.corpus import build_corpus
 
@@ -175,14 +178,14 @@ def data_build(config: Config, overrides: Overrides = None) -> None:
 
 @data_app.command("inspect")
 def data_inspect(
-    file: Annotated[Path, typer.Argument(help="a .tokens file, or a folder that `data build` made")],
-    row: Annotated[int, typer.Option(help="which packed row to show", min=0)] = 0,
-    sequence_length: Annotated[int, typer.Option(help="tokens of a row", min=2)] = 8192,
+    file: Annotated[Path, typer.Argument(help="a .tokens file, or a folder that `data build` wrote")],
+    row: Annotated[int, typer.Option(help="index of the packed row to show", min=0)] = 0,
+    sequence_length: Annotated[int, typer.Option(help="tokens per row", min=2)] = 8192,
     packing: Annotated[str, typer.Option(help="concat or best_fit")] = "concat",
-    ring: Annotated[int, typer.Option(help="ring members to deal the row out to", min=1)] = 2,
+    ring: Annotated[int, typer.Option(help="ring size over which the row is sharded", min=1)] = 2,
     layout: Annotated[str, typer.Option(help="zigzag, contiguous or striped")] = "zigzag",
 ) -> None:
-    """Verify a token file and show one packed row of it: its documents, and which rank holds what."""
+    """Verify a token file and show one packed row: its documents, and the tokens on each rank."""
     from longctx.data.inspect import inspect
 
     path = file / "train.tokens" if file.is_dir() else file
@@ -190,8 +193,8 @@ def data_inspect(
 
 
 @app.command()
-def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:
-    """Draw loss.png from a run's metrics.jsonl."""
+def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="run directory")]) -> None:
+    """Plot a run's metrics.jsonl to loss.png."""
     from longctx.train.report.plot import plot_loss
 
     typer.echo(str(plot_loss(run)))
@@ -199,7 +202,7 @@ def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run director
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
-    """Is this machine ready to train? Names what is missing, and the fix."""
+    """Check that this machine is ready to train."""
     from longctx.cli.doctor import FAIL, examine
 
     checks = examine()
@@ -213,7 +216,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
 
 
 def _checked(config: Path, overrides: list[str], starting: bool = True) -> tuple[Loaded, Derived]:
-    """Load, cross-check, and look at the machine; raises with everything that is wrong."""
+    """Load the configuration and check it against itself and this machine; raise one error with all problems."""
     from longctx.config.derived import derive, world_size
     from longctx.config.load import load_for_machine
     from longctx.launch.cluster.hosts import default_world
@@ -225,8 +228,8 @@ def _checked(config: Path, overrides: list[str], starting: bool = True) -> tuple
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. A user's mistake is one message on stderr and exit code 2 (configuration) or 1."""
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some reads every package's metadata
+    """Run the command line. A user error prints one message to stderr and exits with 2 (configuration) or 1."""
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # their discovery reads every package's metadata
     try:
         settle()
         app(args=arguments)
@@ -239,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     except StoppedEarly as stop:
         typer.echo(f"longctx: {sentence_of(stop.number)}", err=True)
         sys.exit(code_of(stop.number))
-    except OSError as error:  # a missing folder, a full disk, no permission: the user's to mend, wherever it came up
+    except OSError as error:  # a missing folder, a full disk, no permission: the user can fix it
         if error.strerror is None:
             raise
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""

@@ -1,4 +1,4 @@
-"""`longctx plan CONFIG`: what a run will hold and take on a named machine, before anything starts."""
+"""`longctx plan CONFIG`: predict a run's memory, time and traffic on a named machine."""
 
 from __future__ import annotations
 
@@ -24,14 +24,23 @@ def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (`longctx init` writes one)")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. mesh.ring=8")] = None,
     machine: Annotated[str, typer.Option(help="a100, h100, h200, b200, mi300x or cpu")] = "h100",
-    nodes: Annotated[int | None, typer.Option(min=1, help="nodes of that machine; default: as the mesh needs")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="devices of a node; default: the machine's")] = None,
-    memory: Annotated[float | None, typer.Option(min=0.01, help="GiB of a device, instead of the machine's")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="number of nodes; default: as many as the mesh needs")
+    ] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="devices per node; default: the machine's")] = None,
+    memory: Annotated[float | None, typer.Option(min=0.01, help="GiB per device, instead of the machine's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    choosing: Annotated[bool, typer.Option("--choose", help="plan the fastest settings that fit instead")] = False,
-    sweep: Annotated[Path | None, typer.Option(help="a PNG: length against memory and devices")] = None,
+    choosing: Annotated[bool, typer.Option("--choose", help="choose the fastest settings that fit, and plan these")] = (
+        False
+    ),
+    sweep: Annotated[
+        Path | None, typer.Option(help="plot sequence length over memory and devices to this file")
+    ] = None,
 ) -> None:
-    """Predict memory, time and traffic of a run, the longest sequence that fits, and what would make it longer."""
+    """Predict a run's memory, time and traffic.
+
+    It also prints the longest sequence that fits, and which changes allow longer ones.
+    """
     from longctx.plan.plan import as_json as plain
     from longctx.plan.plan import make_plan
     from longctx.plan.show import show
@@ -54,11 +63,11 @@ def plan(
 
 
 def _require_picture(path: Path) -> None:
-    """Refuse a picture that cannot be written, before anything is computed for it."""
+    """Raise ConfigError for a picture that cannot be written, before computing it."""
     if path.suffix.lower() not in PICTURES:
         raise ConfigError(f"plan --sweep {path}: give a file name that ends in one of {', '.join(PICTURES)}")
     if not path.parent.is_dir():
-        raise ConfigError(f"plan --sweep {path}: there is no folder {path.parent}; make it, or name another file")
+        raise ConfigError(f"plan --sweep {path}: there is no folder {path.parent}; create it, or name another file")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"plan --sweep {path}: cannot be written; name another file")
 
@@ -66,7 +75,7 @@ def _require_picture(path: Path) -> None:
 def _read(
     path: Path, overrides: list[str], name: str, nodes: int | None, per_node: int | None, memory: float | None
 ) -> tuple[ModelShape, Setup, Machine]:
-    """Return the model, the choices and the machine that the command line names."""
+    """Return the model's shape, the run's setup and the machine that the command line names."""
     from dataclasses import replace
 
     from longctx.config.derived import CPU_RANKS, derive, world_size
@@ -91,7 +100,7 @@ def _read(
 
 
 def _chosen(shape: ModelShape, setup: Setup, device: Machine, quiet: bool) -> Setup:
-    """Return the fastest settings that fit instead of the file's, and say how to write them."""
+    """Return the fastest settings that fit, and print them as overrides."""
     from longctx.plan.choose import choose
 
     found = choose(shape, setup.tokens, device, setup.world, start=setup)
@@ -103,6 +112,6 @@ def _chosen(shape: ModelShape, setup: Setup, device: Machine, quiet: bool) -> Se
 def _require_devices(config: RunConfig, world: int, given: int | None) -> None:
     if given is not None and world != given:
         raise ConfigError(
-            f"plan: mesh is {world} ranks, but --nodes x --gpus-per-node is {given}; change the mesh (mesh.ring=…, "
-            "mesh.data=…) or the numbers of devices"
+            f"plan: the mesh has {world} ranks, but --nodes x --gpus-per-node is {given}; change the mesh "
+            "(mesh.ring=…, mesh.data=…) or the number of devices"
         )

@@ -1,4 +1,4 @@
-"""Signals that come while a launcher still looks at the machine, compiles, or has not started every rank."""
+"""Handle signals that arrive while a launcher checks the machine, compiles, or has not started any rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longctx.train.signals import SIGNALS
 
 
 class StoppedEarly(BaseException):
-    """A signal asked for the end before any rank was started; it unwinds what was begun."""
+    """Raised when a signal asks for a stop before any rank was started, so that open contexts clean up."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -19,14 +19,14 @@ class StoppedEarly(BaseException):
 
 
 def caught() -> tuple[signal.Signals, ...]:
-    """Return the signals that ask for a stop here: SIGHUP too, unless nohup has it ignored."""
+    """Return the signals that ask for a stop, with SIGHUP unless it is ignored (nohup)."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return tuple(number for number in SIGNALS if not (number == signal.SIGHUP and ignored))
 
 
 @contextmanager
 def stopping_early() -> Iterator[None]:
-    """Raise StoppedEarly when a signal asks for a stop, until a launcher that has ranks takes the signals over."""
+    """Raise StoppedEarly when a signal asks for a stop; a launcher with ranks installs its own handlers later."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise StoppedEarly(number)

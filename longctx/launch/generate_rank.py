@@ -13,7 +13,7 @@ from longctx.world import launched_world
 
 
 def main(path: Path) -> int:
-    """Continue the prompt with the others; rank 0 writes the text to the terminal and its figures beside ``path``."""
+    """Generate with the other ranks; rank 0 writes the text to the terminal and the statistics beside ``path``."""
     die_with_parent()
     faulthandler.enable()
     rank = launched_world()[1]

@@ -1,4 +1,4 @@
-"""What this machine has, asked without importing torch: GPUs that the installed torch can use, CPU cores."""
+"""Count this machine's CPU cores and the GPUs that the installed torch can use, without importing torch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def cores() -> int:
 
 
 def threads_per_rank(local_ranks: int) -> int:
-    """Return how many threads each of ``local_ranks`` processes gets: an equal share, at least one."""
+    """Return the number of threads per process: an equal share of the cores, at least one."""
     return max(cores() // local_ranks, 1)
 
 
 def python_path() -> str:
-    """Return PYTHONPATH for child processes: with the checkout in front when longctx runs from one."""
+    """Return PYTHONPATH for child processes; if longctx runs from a checkout, the checkout comes first."""
     root = Path(__file__).resolve().parents[2]
     given = os.environ.get("PYTHONPATH", "")
     return os.pathsep.join(filter(None, [str(root), given])) if (root / "pyproject.toml").is_file() else given
@@ -40,26 +40,26 @@ def gpus() -> int:
 
 
 def require_dtype(dtype: str) -> None:
-    """Refuse `model.dtype: fp16` where nothing computes in it, before any rank starts.
+    """Reject `model.dtype: fp16` on hardware without fp16 arithmetic, before any rank starts.
 
     Raises:
         LaunchError: there is no GPU, and the CPU has no fp16 instructions.
     """
     if dtype == "fp16" and not gpus() and "avx512_fp16" not in _cpu_flags():
         raise LaunchError(
-            "model.dtype: fp16, but this machine has no GPU and its CPU no fp16 instructions; use bf16 or fp32"
+            "model.dtype: fp16, but this machine has no GPU and its CPU has no fp16 instructions; use bf16 or fp32"
         )
 
 
 def _cpu_flags() -> list[str]:
-    """Return the instruction sets that Linux lists for the first core; none where it does not say."""
+    """Return the instruction sets that Linux lists for the first core; empty if it lists none."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
     return next((line.split() for line in lines if line.startswith("flags")), [])
 
 
 def default_world() -> int:
-    """Return how many ranks to start when nobody says: one per GPU, else two CPU processes."""
+    """Return the default number of ranks: one per GPU, else two CPU processes."""
     return gpus() or 2
 
 

@@ -1,9 +1,9 @@
-"""Start the ranks of a job on this machine, watch them, and leave none behind.
+"""Start the ranks of a job on this machine, watch them, and kill what is left at the end.
 
-Every rank is a process of its own session, started from an argument list, with its output in ``logs/``; rank 0 also
-gets this terminal for its progress line. They meet at a socket that is bound to 127.0.0.1 here and handed to rank 0, so
-no port is fixed and none can be taken in between. When one fails, the others are killed by their own process ids and
-the first cause is printed once. Ctrl-C asks the ranks to save and stop; a second one kills them.
+Each rank is a process in its own session, started from an argument list, with its output in ``logs/``; rank 0 also gets
+this terminal for its progress line. The launcher binds the rendezvous socket to 127.0.0.1 and rank 0 inherits it, so
+no port is fixed and no other process can take it in between. When a rank fails, the others are killed by process id and
+the first cause is printed once. Ctrl-C asks the ranks to save and stop; a second Ctrl-C kills them.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def train(config: RunConfig, config_path: Path, overrides: Sequence[str], *, wor
     """Run ``config`` on ``world`` local ranks and return the job's exit code. Logs go to `logs` in output.folder.
 
     Args:
-        config: resolved; ranks get it as it is now, whatever happens to the YAML or the environment meanwhile.
+        config: resolved; ranks read a copy of it, so later changes of the YAML or the environment have no effect.
         config_path: the YAML it came from, for the ranks' command lines.
-        overrides: the ``a.b=c`` arguments it came from, for the same.
-        world: ranks to start.
+        overrides: its ``a.b=c`` arguments, for the ranks' command lines.
+        world: number of ranks.
 
     Returns:
         0 when done, 75 when stopped on request after saving, 1 after a failure, 130 when killed by a second Ctrl-C;
         130, 143 or 75 when stopped by a signal before the first step.
 
     Raises:
-        LaunchError, MissingPackageError: the job cannot be started here.
-        CheckpointError: the run directory is in use, or a run could not go on in it.
+        LaunchError, MissingPackageError: the job cannot be started on this machine.
+        CheckpointError: the run directory is in use, or holds a run that cannot be resumed.
     """
     from longctx.config.write import dump
 
@@ -58,8 +58,8 @@ def train(config: RunConfig, config_path: Path, overrides: Sequence[str], *, wor
     on_gpu = hardware.gpus() > 0
     if on_gpu and world > hardware.gpus():
         raise LaunchError(
-            f"mesh asks for {world} ranks and this machine has {hardware.gpus()} GPUs, one rank each; lower "
-            "mesh.ring or mesh.data, or set DS_ACCELERATOR=cpu to run on the CPU"
+            f"mesh has {world} ranks, but this machine has {hardware.gpus()} GPUs (one rank per GPU); lower mesh.ring "
+            "or mesh.data, or set DS_ACCELERATOR=cpu to run on the CPU"
         )
     if not on_gpu:
         prepare()
@@ -75,12 +75,12 @@ def run(command: Sequence[str], *, world: int, logs: Path, environment: dict[str
     """Run ``command`` as ``world`` ranks and return the job's exit code (as ``train`` does).
 
     Raises:
-        LaunchError: the log folder or the meeting point cannot be made.
+        LaunchError: the log folder cannot be created, or the rendezvous socket cannot be bound.
     """
     try:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LaunchError(f"{logs} cannot be made: {error.strerror}; choose another output.folder") from None
+        raise LaunchError(f"{logs} cannot be created: {error.strerror}; choose another output.folder") from None
     with tempfile.TemporaryDirectory(prefix="longctx-") as errors, _listen() as listener:
         job = _Job(logs, Path(errors))
         with job.watch.handling_signals(job.forward):
@@ -116,14 +116,14 @@ class _Job:
             "LONGCTX_PARENT": str(os.getpid()),
             report.FOLDER: str(self.errors),
         }
-        for transport in ("GLOO", "NCCL", "TP"):  # everything is on this machine: no other interface listens
+        for transport in ("GLOO", "NCCL", "TP"):  # all ranks are on this machine: listen on loopback only
             common.setdefault(f"{transport}_SOCKET_IFNAME", "lo")
         for rank in range(world):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            handed: list[int] = []
+            inherited: list[int] = []
             if rank == 0:
                 console = _terminal()
-                handed = [listener.fileno(), console]
+                inherited = [listener.fileno(), console]
                 own |= {"LONGCTX_LISTENER": str(listener.fileno()), "LONGCTX_CONSOLE": str(console)}
             with (self.logs / f"rank-{rank:05d}.log").open("ab") as log:
                 report.mark(log)
@@ -134,8 +134,8 @@ class _Job:
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
-                        pass_fds=handed,
-                        start_new_session=True,  # a Ctrl-C in the terminal reaches us only, and we decide
+                        pass_fds=inherited,
+                        start_new_session=True,  # Ctrl-C in the terminal reaches the launcher only
                     )
                 )
             if rank == 0:
@@ -144,7 +144,7 @@ class _Job:
     def wait(self) -> int:
         """Wait for all ranks and return the job's exit code; print the cause if one failed."""
         while True:
-            self._tell()
+            self._send_stop()
             codes = {rank: exit_code(process) for rank, process in enumerate(self.ranks)}
             ended = {rank: code for rank, code in codes.items() if code is not None}
             failed = any(self._failed(rank, code) for rank, code in ended.items())
@@ -154,7 +154,7 @@ class _Job:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """Kill what is left of every rank and of what it started, and wait until the ranks are gone."""
+        """Kill every remaining rank and the processes it started, and wait until the ranks have exited."""
         kill(self.ranks)
 
     def forward(self, number: int) -> None:
@@ -162,12 +162,15 @@ class _Job:
         if number == signal.SIGUSR2:
             self._send(number, self.ranks)
             return
+        # a signal may arrive while `start` runs, so each rank's first signal is sent by `_send_stop`, exactly once
         self._send(number, [process for process in self.ranks if process.pid in self.told])
-        self._tell()
+        self._send_stop()
 
-    def _tell(self) -> None:
-        """Pass the request to stop on to ranks that were not yet started when it came."""
-        new = [process for process in self.ranks if process.pid not in self.told] if self.watch.signal else []
+    def _send_stop(self) -> None:
+        """Send the request to stop to ranks that were started after it arrived."""
+        if not self.watch.signal:
+            return
+        new = [process for process in self.ranks if process.pid not in self.told]
         self.told |= {process.pid for process in new}
         self._send(self.watch.signal, new)
 
@@ -177,10 +180,11 @@ class _Job:
                 os.kill(process.pid, number)
 
     def _failed(self, rank: int, code: int) -> bool:
-        """Whether a rank ended so that the others wait for it in vain."""
+        """Return whether a rank ended in a way that leaves the others waiting for it."""
         return code not in (0, PREEMPTED) or (code == PREEMPTED and report.read(self.errors, rank) is not None)
 
     def _explain(self, codes: dict[int, int | None]) -> int:
+        """Print why the job failed, and return its exit code."""
         bad = {rank: code for rank, code in codes.items() if code is not None and self._failed(rank, code)}
         sentence = report.stopped(self.errors, bad.values(), self.watch.signal)
         if sentence is not None:
@@ -191,9 +195,9 @@ class _Job:
 
 
 def _terminal() -> int:
-    """Return a new descriptor of our standard output, also where Python's own was replaced; of nothing if closed."""
+    """Duplicate our standard output's descriptor, also where sys.stdout was replaced; /dev/null's if it is closed."""
     stream = getattr(sys.stdout, "stream", sys.stdout)
-    if stream is None:  # closed when we started: another file may have its number now
+    if stream is None:  # closed before Python started: another file may have its number now
         return _nowhere()
     try:
         number = stream.fileno()
@@ -221,20 +225,20 @@ def _listen() -> socket.socket:
         listener.close()
         reason = error.strerror if isinstance(error, OSError) else "not a port number"
         raise LaunchError(
-            f"MASTER_PORT={wanted} cannot be used on 127.0.0.1 ({reason}); unset it, and a free port is taken"
+            f"MASTER_PORT={wanted} cannot be used on 127.0.0.1 ({reason}); unset it to use a free port"
         ) from None
     _require_loopback(listener)
     return listener
 
 
 def _require_loopback(listener: socket.socket) -> None:
-    """Raise LaunchError where 127.0.0.1 cannot be reached: torch would try to for minutes."""
+    """Raise LaunchError if 127.0.0.1 cannot be reached; torch would retry for minutes."""
     try:
         with socket.create_connection(listener.getsockname(), timeout=5):
             listener.accept()[0].close()
     except OSError as error:
         listener.close()
         raise LaunchError(
-            f"this machine cannot reach itself at 127.0.0.1 ({error}), where ranks meet; is the loopback interface up? "
-            "(ip link set lo up)"
+            f"this machine cannot reach itself at 127.0.0.1 ({error}), which the ranks need; is the loopback interface "
+            "up? (ip link set lo up)"
         ) from None

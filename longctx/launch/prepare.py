@@ -1,7 +1,7 @@
-"""Get DeepSpeed's CPU communication extension ready before ranks start, or say what is missing.
+"""Compile DeepSpeed's CPU communication extension before ranks start, or report what is missing.
 
-DeepSpeed compiles ``deepspeed_shm_comm`` at its first start on a CPU. So that ranks need not wait for each other while
-one does, one process builds before any rank starts (``engine.extension`` loads it there).
+DeepSpeed compiles ``deepspeed_shm_comm`` at its first start on a CPU, while the other ranks wait. Here one process
+compiles it before any rank starts (``engine.zero.extension`` loads it in the ranks).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SAY_EVERY = 15.0
 
 
 def prepare() -> None:
-    """Make sure that ranks on the CPU can start DeepSpeed; compile the extension, in a process of its own, if need be.
+    """Compile the extension in a child process unless it is compiled already.
 
     Raises:
         MissingPackageError: deepspeed, a C++ compiler or Python's headers are missing.
@@ -45,10 +45,10 @@ def prepare() -> None:
 
 
 def ready() -> bool:
-    """Say whether the extension is compiled already; nothing is changed.
+    """Return whether the extension is compiled already; nothing is changed.
 
     Raises:
-        MissingPackageError, LaunchError: as ``prepare``, for what can be seen without compiling.
+        MissingPackageError, LaunchError: as ``prepare``, where it can be detected without compiling.
     """
     if not _importable("deepspeed"):
         raise MissingPackageError("deepspeed is not installed here; install longctx with its dependencies")
@@ -62,17 +62,17 @@ def ready() -> bool:
 
 
 def clear_stale_locks() -> None:
-    """Remove the locks of all extensions of which it is proven that nobody holds them.
+    """Remove extension locks that are certainly stale.
 
     Raises:
-        LaunchError: nobody here holds one, but it cannot be proven that nobody does.
+        LaunchError: a lock has no holder on this machine, but a process elsewhere may hold it.
     """
     for lock in locks("*"):
         clear_stale(lock)
 
 
 def _build() -> None:
-    """Compile in a child process; a build that fails or is interrupted leaves no lock behind."""
+    """Compile in a child process; remove its lock if the build fails or is interrupted."""
     child = subprocess.Popen(
         [sys.executable, "-m", "longctx.launch.prepare"],
         stdout=subprocess.PIPE,
@@ -93,13 +93,13 @@ def _build() -> None:
         raise
     if child.returncode != 0:
         tail = "\n".join(output.splitlines()[-20:])
-        raise LaunchError(f"DeepSpeed's {EXTENSION} does not compile here; the end of the build's output:\n{tail}")
+        raise LaunchError(f"DeepSpeed's {EXTENSION} does not compile here; the last lines of the build:\n{tail}")
 
 
 def _wait(child: subprocess.Popen[str]) -> str:
-    """Wait for a build, saying now and then that it goes on; return its output. Raises: subprocess.TimeoutExpired."""
+    """Wait for a build, printing progress every 15 s; return its output. Raises: subprocess.TimeoutExpired."""
     started = time.monotonic()
-    _say(f"compiling DeepSpeed's {EXTENSION}, once for this machine; it takes a minute or two")
+    _say(f"compiling DeepSpeed's {EXTENSION}, once for this machine; this takes a minute or two")
     while True:
         left = BUILD_SECONDS - (time.monotonic() - started)
         try:

@@ -1,4 +1,4 @@
-"""Processes that we started, each the leader of a session of its own: how they ended, and how to end them all."""
+"""Child processes, each the leader of its own session: read their exit codes, kill them with their descendants."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Process = subprocess.Popen[bytes]
 
 
 def exit_code(process: Process) -> int | None:
-    """Return how a process ended (negative: the signal), or None while it runs.
+    """Return a process's exit code (negative: the signal that killed it), or None while it runs.
 
-    Unlike ``poll`` this leaves the ended process in the process table, so that its id, by which ``kill`` reaches what
-    it started, cannot come to mean another process.
+    Unlike ``Popen.poll`` this does not reap the process: its id stays reserved, so that ``kill``, which uses it as the
+    session's id, cannot hit another process.
     """
     if process.returncode is not None:
         return process.returncode
@@ -25,7 +25,7 @@ def exit_code(process: Process) -> int | None:
 
 
 def kill(processes: Sequence[Process]) -> None:
-    """Kill what is left of every process and of its session, by their own ids, and wait until they are gone."""
+    """Kill every process and its session by id, and wait until the processes have exited."""
     for process in processes:
         if process.returncode is None:
             try:

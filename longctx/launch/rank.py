@@ -1,6 +1,6 @@
-"""One rank of a training job, whoever started it: longctx's own launcher, deepspeed, torchrun, or a scheduler.
+"""One rank of a training job under any launcher: longctx's own, deepspeed, torchrun, mpirun or srun.
 
-``python -m longctx.launch.rank --config run.yaml [a.b=c …]`` with RANK, WORLD_SIZE and friends in the environment.
+``python -m longctx.launch.rank --config run.yaml [a.b=c …]`` with RANK, WORLD_SIZE etc. in the environment.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run this rank's job and return its exit code: 0 done, 75 stopped after saving, 1 failed; 130, 143 or 75 when a
-    signal came before the first step."""
+    """Run this rank's job and return its exit code.
+
+    0: done; 75: stopped after saving; 1: failed; 130, 143 or 75: stopped by a signal before the first step.
+    """
     die_with_parent()
     guard_standard_streams()
     show_stacks()
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _give_up(rank: int, text: str) -> None:
-    """End this process: another rank is frozen, and the main thread may wait for it in a library."""
+    """Exit at once with ``text``: another rank is frozen, and the main thread may be waiting for it in a library."""
     error = LaunchError(text)
     if not report.leave(rank, error):
         print(f"longctx: {error}", file=sys.stderr, flush=True)
@@ -51,7 +53,7 @@ def _give_up(rank: int, text: str) -> None:
 
 
 def _stop(rank: int, number: int) -> None:
-    """End this process: a signal came while there is nothing to save yet, and others may be waited for."""
+    """Exit at once after a signal before the first step: there is nothing to save, and ranks may wait for others."""
     error = LaunchError(sentence_of(number))
     if not report.leave(rank, error) and rank == 0:
         print(f"longctx: {error}", file=sys.stderr, flush=True)
@@ -70,7 +72,7 @@ def _train(path: Path, overrides: list[str], rank: int, stop: StopFlag) -> int:
     """Load the configuration, set up this process, and start the training loop."""
     config, problem = _load(path, overrides)
     if problem is not None and rank == 0:
-        raise problem  # most likely every rank's: said at once, by one of them
+        raise problem  # most likely all ranks have it; rank 0 reports it at once
     threads = hardware.threads_per_rank(_local_ranks())
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if hardware.gpus() == 0:
@@ -87,7 +89,7 @@ def _train(path: Path, overrides: list[str], rank: int, stop: StopFlag) -> int:
     if config is None:
         from longctx.train.same_start import compare_start
 
-        compare_start(None, problem)  # raises on all ranks; the others are about to compare their configurations
+        compare_start(None, problem)  # raises on all ranks: the others are in this comparison too
     assert config is not None
     from longctx.train.run import run
 
@@ -99,7 +101,7 @@ def _train(path: Path, overrides: list[str], rank: int, stop: StopFlag) -> int:
 
 
 def _load(path: Path, overrides: list[str]) -> tuple[RunConfig | None, ConfigError | None]:
-    """Return the configuration, or what is wrong with it. Our own launcher has resolved it once for all ranks."""
+    """Return (configuration, None) or (None, error). Our own launcher passes the configuration already resolved."""
     from longctx.config.load import load, load_for_rank
 
     resolved = os.environ.get(RESOLVED) if "LONGCTX_PARENT" in os.environ else None
@@ -110,7 +112,7 @@ def _load(path: Path, overrides: list[str]) -> tuple[RunConfig | None, ConfigErr
 
 
 def _local_ranks() -> int:
-    """Return how many ranks share this host: as the launcher says, else all of them."""
+    """Return the number of ranks on this host: from the launcher's variables, else the world size."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
     found = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
     return max(int(found[0]), 1) if found else world_size()

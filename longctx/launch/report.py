@@ -1,4 +1,4 @@
-"""How a rank tells its launcher why it failed, and how the launcher tells the user: once, the first cause only."""
+"""Error reports from ranks to their launcher, which prints the first cause only, once."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from longctx.train.signals import PREEMPTED, SIGNALS, sentence_of
 
 FOLDER = "LONGCTX_ERROR_FOLDER"  # environment variable: where ranks leave their reports
 _MARK = "=== longctx: a run starts here, "
-LONGEST = 100_000  # characters: the end of a traceback names the cause
+LONGEST = 100_000  # characters; longer texts keep their end, which names the cause
 
 
 def text_of(error: BaseException) -> str:
-    """Return what to show for an error: one message for a user's mistake, the traceback for anything else."""
+    """Return the text to print for an error: its message for a LongctxError, else the traceback."""
     if isinstance(error, LongctxError):
         return str(error)
     return "".join(traceback.format_exception(error)).rstrip()
 
 
 def leave(rank: int, error: BaseException) -> bool:
-    """Write a report for the launcher; False where no launcher of ours asked for one."""
+    """Write a report for the launcher; return False if there is no launcher of ours, or the write failed."""
     folder = os.environ.get(FOLDER)
     if folder is None:
         return False
@@ -41,7 +41,7 @@ def leave(rank: int, error: BaseException) -> bool:
 
 
 def read(folder: Path, rank: int) -> dict[str, Any] | None:
-    """Return what a rank left, or None where it said nothing."""
+    """Return a rank's report, or None if it left none."""
     try:
         record: dict[str, Any] = json.loads((folder / f"rank-{rank:05d}.json").read_text())
     except (OSError, ValueError):
@@ -50,14 +50,14 @@ def read(folder: Path, rank: int) -> dict[str, Any] | None:
 
 
 def first_cause(folder: Path, exit_codes: dict[int, int | None], logs: Path) -> str:
-    """Return what to print about a failed job.
+    """Return the text to print about a failed job.
 
     Args:
-        folder: where ranks left their reports.
-        exit_codes: by rank, negative for a signal, None for a rank that had not ended when the job was stopped.
-        logs: the folder of log files, named for further reading.
+        folder: the ranks' reports.
+        exit_codes: by rank; negative for a signal, None for a rank that had not ended when the job was stopped.
+        logs: the folder of log files, which the text names.
     """
-    # a rank that died without a report (killed, crashed in native code) is the cause of what others then reported
+    # a rank that ended without a report (killed, crashed in native code) is the cause of what others then report
     for rank, code in sorted(exit_codes.items()):
         silent = not (folder / f"rank-{rank:05d}.json").is_file()
         if silent and code is not None and code not in (0, 75):
@@ -65,7 +65,7 @@ def first_cause(folder: Path, exit_codes: dict[int, int | None], logs: Path) -> 
             return f"rank {rank} {ended(code)}. The end of {log}:\n{tail(log)}"
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
     if not records:
-        return f"the ranks ended without saying why; see {logs}"
+        return f"the ranks ended without an error report; see {logs}"
     record = min(records, key=lambda item: item["time"])
     if record["user"]:
         return str(record["text"])
@@ -73,15 +73,15 @@ def first_cause(folder: Path, exit_codes: dict[int, int | None], logs: Path) -> 
 
 
 def stopped(folder: Path, exit_codes: Collection[int], asked: int) -> str | None:
-    """Return what to say about a job that a signal stopped before its first step; None if it ended in another way.
+    """Return the text to print if a signal stopped the job before its first step; None if it ended in another way.
 
     Args:
-        folder: where ranks left their reports.
+        folder: the ranks' reports.
         exit_codes: of the ranks that have ended.
-        asked: the signal that the launcher passed on; 0 for none.
+        asked: the signal that the launcher sent to the ranks; 0 for none.
     """
     answers = {130, 143, PREEMPTED, 0} | ({-number for number in SIGNALS} if asked else set())
-    silent = asked and not list(folder.glob("rank-*.json"))  # a rank that was still importing has no answer of its own
+    silent = asked and not list(folder.glob("rank-*.json"))  # a rank that was still importing leaves no report
     if not all(code in answers or (silent and code == 1) for code in exit_codes):
         return None
     if asked:
@@ -91,7 +91,7 @@ def stopped(folder: Path, exit_codes: Collection[int], asked: int) -> str | None
 
 
 def ended(code: int) -> str:
-    """Say how a process ended that left no report."""
+    """Return the words for a process that ended without a report."""
     hint = "; the system may be out of memory" if code == -signal.SIGKILL else ""
     return f"was killed by {_signal_name(-code)}{hint}" if code < 0 else f"ended with exit code {code}"
 
@@ -104,13 +104,13 @@ def _signal_name(number: int) -> str:
 
 
 def mark(log: BinaryIO) -> None:
-    """Begin a run in a log that earlier runs wrote to."""
+    """Append a line to a log that separates this run from earlier ones."""
     log.write(f"{_MARK}{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
     log.flush()
 
 
 def tail(path: Path, lines: int = 30) -> str:
-    """Return the last lines of a log, none of an earlier run's."""
+    """Return the last lines that this run wrote to a log."""
     try:
         found = path.read_text(errors="replace").splitlines()
     except OSError:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def require_own_shell(config_path: Path) -> None:
-    """Raise LaunchError inside a job of several ranks, each of which would start a job of its own."""
+    """Raise LaunchError inside a job of several ranks: each would start a whole job."""
     variables = launched_by()
     if variables is not None:
         raise LaunchError(
@@ -30,13 +30,13 @@ def start(config: RunConfig, sizes: Derived, config_path: Path, overrides: Seque
 
     Args:
         config: resolved and checked.
-        sizes: what follows from it.
-        config_path, overrides: what it came from, for the ranks' command lines.
+        sizes: derived from it.
+        config_path, overrides: its source, for the ranks' command lines.
 
     Raises:
-        LongctxError: the job cannot be started from here.
+        LongctxError: the job cannot be started from this machine.
     """
-    guard_standard_streams()  # losing the console must not end the run
+    guard_standard_streams()  # the run must survive the loss of its console
     if config.launch.launcher != "local":
         from longctx.launch.cluster import run as cluster
 

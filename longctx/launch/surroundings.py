@@ -1,4 +1,4 @@
-"""What a command finds around it before it does anything: a terminal that may lack characters, a folder to run in."""
+"""Prepare a command's standard streams and check its working directory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from longctx.errors import ConfigError
 
 
 def settle() -> None:
-    """Have characters that a terminal lacks written as ``\\x…``, and refuse a working folder that was deleted.
+    """Print characters that the terminal cannot encode as ``\\x…``; reject a deleted working directory.
 
     Raises:
-        ConfigError: no relative path means anything in the folder in which this process runs.
+        ConfigError: the working directory was deleted, so that relative paths have no meaning.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

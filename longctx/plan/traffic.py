@@ -2,7 +2,7 @@
 
 Integers only, from what decides them in training: who needs whose block (`attention/schedule.py`), who computes which
 heads (`attention/heads.py`), which rank's state is needed where (`bounded/ranks/scan.py`). docs/ring.md and
-docs/hybrid.md have the same formulas; tests/plan/test_rehearse.py holds them to what the code really sends.
+docs/hybrid.md have the same formulas; tests/rehearse/test_step.py holds them to what the code really sends.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""One rank of a large world, rehearsed in one process: the code that trains runs; what it sends and holds is counted.
+"""Run one rank of a large world in a single process, with the real training code, and count what it sends and holds.
 
-torch's fake process group accepts every message and delivers none, so a world may have a thousand ranks and no second
-process; `Postman` puts zeros where something was to arrive. Results mean nothing, but bytes, messages and memory are
-those of the real rank, exactly, for none of them depends on a value: schedules follow from the configuration alone.
+torch's fake process group accepts every message and delivers none, so the world may have a thousand ranks without a
+second process; `CountingMode` fills the receive buffers with zeros. Results are meaningless, but bytes, messages and
+memory are exactly those of the real rank: they depend on the configuration, not on values.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -24,41 +23,44 @@ from longctx.bounded.abc.operator import abc_attention
 from longctx.bounded.cosine.operator import cosine_attention
 from longctx.errors import MeshError
 from longctx.mesh import Mesh
+from longctx.patched import patched
 from longctx.plan.traffic import Layer
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a call sent, and the most bytes that it held at once beyond those that were there before it."""
+class Rehearsed:
+    """What a call sent, and the peak of the bytes that it allocated."""
 
     sent: Counters
     collectives: dict[str, int]
-    """Bytes this rank sends in gathering ("gathered"), scattering and adding up ("scattered", "reduced"), as rings of
-    these collectives send them."""
+    """bytes this rank sends in all-gathers ("gathered"), reduce-scatters ("scattered") and all-reduces ("reduced"),
+    each as a ring algorithm sends them"""
     peak: int
 
 
-class Postman(TorchDispatchMode):
-    """Delivers zeros where a collective was to bring something, and books what this rank sends in it."""
+class CountingMode(TorchDispatchMode):
+    """Fill the outputs of collectives with zeros, and count the bytes that this rank sends in them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.booked: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result, kind = func(*args, **(kwargs or {})), func.overloadpacket._qualified_op_name
         if kind in _ARRIVING:
             for x in _tensors(args[0]):
                 x.zero_()
-            there, here = _bytes(args[0]), _bytes(args[1])
-            self.booked[_ARRIVING[kind]] += max(there, here) - min(there, here)
+            # an all-gather's output, or a reduce-scatter's input, is the whole; the other argument is this rank's
+            # shard. A ring sends whole - shard bytes per rank.
+            output, input_ = _bytes(args[0]), _bytes(args[1])
+            self.sent[_ARRIVING[kind]] += abs(output - input_)
         elif kind == "c10d::allreduce_":
             ranks = dist.ProcessGroup.unbox(args[1]).size()
-            self.booked["reduced"] += 2 * _bytes(args[0]) * (ranks - 1) // ranks
+            self.sent["reduced"] += 2 * _bytes(args[0]) * (ranks - 1) // ranks
         return result
 
 
-_ARRIVING = {  # operators whose first argument is filled from the second
+_ARRIVING = {  # collectives (output, input, …): what `Rehearsed.collectives` calls their bytes
     "c10d::allgather_": "gathered",
     "c10d::_allgather_base_": "gathered",
     "c10d::allgather_into_tensor_coalesced_": "gathered",
@@ -69,7 +71,7 @@ _ARRIVING = {  # operators whose first argument is filled from the second
 
 
 def _received(operations: list[dist.P2POp]) -> list[dist.Work]:
-    """`batch_isend_irecv` in a world in which zeros arrive; our operators call it from within, where no mode looks."""
+    """Replace `batch_isend_irecv`: receive zeros. Our operators call it where no dispatch mode sees it."""
     for operation in operations:
         if operation.op is dist.irecv:
             operation.tensor.zero_()
@@ -77,7 +79,7 @@ def _received(operations: list[dist.P2POp]) -> list[dist.Work]:
 
 
 def _exchanged(received: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-    """`all_to_all_single`, likewise."""
+    """Replace `all_to_all_single`, likewise."""
     received.zero_()
     return _all_to_all(received, *arguments, **keywords)
 
@@ -99,43 +101,43 @@ def _bytes(found: Any) -> int:
 
 @contextmanager
 def as_rank(rank: int, world: int) -> Iterator[None]:
-    """Be rank `rank` of a world of `world` ranks that does not exist, until the end of the block.
+    """Make this process rank `rank` of a simulated world of `world` ranks, within the block.
 
     Raises:
-        MeshError: this process belongs to a world already, or there is no such rank.
+        MeshError: torch.distributed is initialized already, or there is no such rank.
     """
     if dist.is_initialized():
-        raise MeshError("a rehearsal makes a world of its own, and this process is in one; rehearse in a new process")
+        raise MeshError("a rehearsal initializes torch.distributed itself; run it in a new process")
     if not 0 <= rank < world:
         raise MeshError(f"rank {rank} of a world of {world} ranks: give 0 to {world - 1}")
     from torch.testing._internal.distributed.fake_pg import FakeStore  # where torch keeps it; registers the backend
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        with patch.multiple(dist, batch_isend_irecv=_received, all_to_all_single=_exchanged):
+        with patched(dist, batch_isend_irecv=_received, all_to_all_single=_exchanged):
             yield
     finally:
         dist.destroy_process_group()
 
 
-def watch(call: Callable[[], Any], *, profiled: bool = True) -> tuple[Any, Seen]:
-    """Run `call` and return (what it returns, what it sent, and held where it is `profiled`)."""
+def watch(call: Callable[[], Any], *, profiled: bool = True) -> tuple[Any, Rehearsed]:
+    """Run `call` and return its result and what it sent; if `profiled`, also its peak bytes (else 0)."""
     counters.reset()
     box: list[Any] = []
-    with Postman() as postman:
+    with CountingMode() as counting:
         if profiled:
             peak = held_bytes(lambda: box.append(call()))
         else:
             peak = 0
             box.append(call())
-    return box[0], Seen(replace(counters), dict(postman.booked), peak)
+    return box[0], Rehearsed(replace(counters), dict(counting.sent), peak)
 
 
 def held_bytes(call: Callable[[], Any], mark: int | None = None) -> int:
-    """Return the most bytes that `call` held at once beyond those before it, by the profiler's events. CPU.
+    """Return the peak of the bytes that `call` allocates on the CPU, from the profiler's memory events.
 
     Args:
-        mark: count only between two allocations of just so many bytes that `call` makes.
+        mark: take the peak only between two allocations of exactly this many bytes, which `call` makes as markers.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
@@ -149,12 +151,12 @@ def held_bytes(call: Callable[[], Any], mark: int | None = None) -> int:
     return peak
 
 
-def rehearse_attention(layer: Layer, rank: int, *, slots: int | None = None) -> tuple[Seen, Seen]:
-    """Run one layer's attention as `rank` of its world; returns (forward, backward).
+def rehearse_attention(layer: Layer, rank: int, *, slots: int | None = None) -> tuple[Rehearsed, Rehearsed]:
+    """Run one layer's attention as `rank` of its world; return what (forward, backward) sent and held.
 
     Args:
-        layer: its tokens, heads, grid, layout and window; small enough for this process's CPU.
-        slots: of a bounded memory instead: 0 for Cottention, which has none, else of ABC.
+        layer: tokens, heads, grid, layout and window; small enough for this process's CPU.
+        slots: None for ring attention, 0 for Cottention, else the slots of ABC.
     """
     with as_rank(rank, layer.world):
         mesh = Mesh(ring=layer.ring, ulysses=layer.ulysses).connect()

@@ -1,7 +1,7 @@
-"""`longctx rehearse CONFIG`: one training step as one rank of a run's world, in this process, beside what `plan` says.
+"""`longctx rehearse CONFIG`: run one training step as one rank of the run's world, and compare it with `plan`.
 
-The model, DeepSpeed's engine and the step are the run's own (`longctx/rehearse/step.py` says how a world without other
-ranks goes); only what compares ranks with each other is left out, for there are none to compare.
+Model, DeepSpeed engine and step are the run's own; `longctx/rehearse/step.py` simulates the other ranks. Only the
+checks that compare ranks with each other are skipped.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from unittest.mock import patch
 
 import typer
 
 from longctx.errors import ConfigError, LaunchError
+from longctx.patched import patched, patched_environ
 
 if TYPE_CHECKING:
     from longctx.config.derived import Derived
     from longctx.config.schema import RunConfig
 
-MOST_FLOPS = 5e12  # of a step that a CPU does in a minute or two
-SHARE = 0.7  # of the memory that is free now
+MOST_FLOPS = 5e12  # per step; a CPU takes a minute or two
+SHARE = 0.7  # of the free memory, which a rehearsal may use
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one rank did in one step, and what the planner says that it does. Bytes."""
+    """Bytes that one rank held and sent in one step, measured and predicted."""
 
     rank: int
     world: int
@@ -41,11 +41,17 @@ class Rehearsal:
 
 def rehearse(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (`longctx init` writes one)")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. model.layers=1")] = None,
-    rank: Annotated[int, typer.Option(min=0, help="which rank of the run's world to be")] = 0,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides of the file, e.g. model.layers=1")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=0, help="the rank of the run's world to simulate")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Take one training step as one rank of the run's world, without the others: exact bytes held and sent."""
+    """Measure one rank's memory and traffic in one process.
+
+    It runs one training step as one rank of the run's world, without the others, and prints the exact bytes held and
+    sent beside those that `plan` predicts.
+    """
     from longctx.config.derived import derive, world_size
     from longctx.config.load import load
 
@@ -64,8 +70,8 @@ def run(config: RunConfig, sizes: Derived, rank: int) -> Rehearsal:
     """Rehearse one micro-batch and optimizer step of a run as one of its ranks.
 
     Raises:
-        ConfigError: there is no such rank, or this machine cannot hold or compute its share.
-        LaunchError: this process is a rank of a real world.
+        ConfigError: there is no such rank, or this machine has too little memory or compute for it.
+        LaunchError: this process is a rank of a real job.
     """
     from longctx.plan.memory import step_bytes
     from longctx.plan.setup import setup_of
@@ -81,7 +87,7 @@ def run(config: RunConfig, sizes: Derived, rank: int) -> Rehearsal:
     if not rank < sizes.world:
         raise ConfigError(f"rehearse --rank {rank}: the run has {sizes.world} ranks; give 0 to {sizes.world - 1}")
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise LaunchError("rehearse pretends to be a rank, but this shell is one already; unset WORLD_SIZE and RANK")
+        raise LaunchError("rehearse simulates a rank, but this shell is one already; unset WORLD_SIZE and RANK")
     from longctx.rehearse.step import as_rank
 
     with as_rank(rank, sizes.world), _without_others():
@@ -104,7 +110,7 @@ def run(config: RunConfig, sizes: Derived, rank: int) -> Rehearsal:
 def _require_room(needed: int, flops: float) -> None:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     less = (
-        "rehearse fewer layers or a shorter row (model.layers=1 data.sequence_length=…), which sends the same a layer"
+        "rehearse fewer layers or a shorter sequence (model.layers=1 data.sequence_length=…); layers send equal amounts"
     )
     if needed > SHARE * free:
         raise ConfigError(
@@ -116,32 +122,33 @@ def _require_room(needed: int, flops: float) -> None:
 
 @contextmanager
 def _without_others() -> Iterator[None]:
-    """Leave out what asks other ranks for values: DeepSpeed's comparison of traces, and our probe of its gradients."""
+    """Skip what needs other ranks' values: DeepSpeed's comparison of traces, and our probe of its gradient scaling."""
     import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
 
     from longctx.engine import initialize
 
-    with ExitStack() as stack:
-        stack.enter_context(patch.dict(os.environ, {"LOCAL_RANK": "0"}))
-        stack.enter_context(patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda ints: None))
-        stack.enter_context(patch.object(initialize, "gradient_factor", lambda *settings: 1.0))
+    with (
+        patched_environ(LOCAL_RANK="0"),
+        patched(coordinator, assert_ints_same_as_other_ranks=lambda ints: None),
+        patched(initialize, gradient_factor=lambda *settings: 1.0),
+    ):
         yield
 
 
 def _step(config: RunConfig, sizes: Derived) -> tuple[int, Any]:
-    """(the most bytes held in the third step, model and optimizer included; what that step sent).
+    """Return (peak bytes held in the third step, with model and optimizer; what that step sent).
 
-    ZeRO-3 records the order of modules in the first step that it has not seen: here the second, since the first window
-    finds out how the model counts positions by forward passes without gradients, after which the first step is new.
+    The third step is the first that runs from ZeRO-3's recorded module order. The first window also runs the position
+    probe, forward passes without gradients, so ZeRO-3 records the order in the second step.
     """
     import torch
 
-    from longctx.rehearse.step import Postman, held_bytes, watch
+    from longctx.rehearse.step import CountingMode, held_bytes, watch
 
     box: list[Any] = []
 
     def both() -> None:
-        with Postman():
+        with CountingMode():
             engine, step = _engine(config, sizes)
             step()
             step()
@@ -156,11 +163,11 @@ def _step(config: RunConfig, sizes: Derived) -> tuple[int, Any]:
     return peak, seen
 
 
-_MARK = 1_234_567  # bytes of an allocation that nothing else makes: it says where the third step begins and ends
+_MARK = 1_234_567  # bytes; allocations of exactly this size mark the beginning and end of the third step
 
 
 def _engine(config: RunConfig, sizes: Derived) -> tuple[Any, Any]:
-    """Return the run's engine as `longctx train` makes it, and a function that takes one step of random tokens."""
+    """Return the run's engine as `longctx train` builds it, and a function that runs one step on random tokens."""
     import torch
 
     from longctx.config.deepspeed import to_deepspeed

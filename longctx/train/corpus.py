@@ -1,4 +1,4 @@
-"""From the `data:` section to token files: build them from text, or open what `longctx data build` made."""
+"""Get a run's token files from its `data:` section: build them from text, or open those of `longctx data build`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from longctx.train import durable
 from longctx.train.checkpoint import store
 
 Say = Callable[[str], None]
-TOKENIZER_TO_TRAIN = "bpe"  # what data.tokenizer: auto is without a pretrained model: no tokenizer is asked for
-USED = "data.json"  # in the output folder: the record of the data that the run's checkpoints count
+TOKENIZER_TO_TRAIN = "bpe"  # data.tokenizer: auto resolves to it without a pretrained model
+USED = "data.json"  # in the output folder: the record of the data to which the positions in the run's checkpoints refer
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run trains on. Paths, so that rank 0 can build it and the others only open it."""
+    """The data of a run, as paths: rank 0 builds the files, the other ranks only open them."""
 
     train: str
     held_out: str | None
@@ -42,11 +42,11 @@ class Corpus:
 
 
 def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
-    """Return the run's token files, made now if need be. For one process; it may take minutes on much text.
+    """Return the run's token files; build them first if there are none. For one process; may take minutes.
 
     Raises:
-        DataError: nothing to read, files that cannot be read, damaged token files, a tokenizer that does not match
-            them or the architecture, or other data than the run's checkpoints count.
+        DataError: nothing to read, unreadable files, damaged token files, a tokenizer that does not match them or the
+            architecture, or data that differ from those of the run's checkpoints.
     """
     build = build_corpus(config, say)
     output = Path(config.output.folder)
@@ -66,10 +66,10 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
 
 
 def build_corpus(config: RunConfig, say: Say) -> TokenBuild:
-    """Build or find the token files of a configuration, and say what was read and what was left out.
+    """Build or find the token files of a configuration; report what was read and what was skipped.
 
     Raises:
-        DataError: as ``prepare_corpus``. What was there before is left as it was.
+        DataError: as ``prepare_corpus``; existing files are unchanged.
     """
     data = config.data
     continues = _record_of_checkpoints(Path(config.output.folder))
@@ -77,23 +77,23 @@ def build_corpus(config: RunConfig, say: Say) -> TokenBuild:
     if folders:
         if len(data.sources) > 1:
             raise DataError(
-                f"data.sources mixes {folders[0]}, which `longctx data build` made, with other sources; give it alone, "
-                "or build all sources together"
+                f"data.sources mixes {folders[0]}, which `longctx data build` wrote, with other sources; give it "
+                "alone, or build all sources together"
             )
         build = _opened(folders[0], data.tokenizer)
         _require_kept(config, str(build.tokenizer))
         if continues is not None and continues["files"] != build.record["files"]:
             raise DataError(
-                f"data.sources: {folders[0]} does not hold the token files that the checkpoints of this run count; "
-                "restore data.sources, or choose another output.folder"
+                f"data.sources: {folders[0]} does not hold the token files that this run's checkpoints were trained "
+                "on; restore data.sources, or choose another output.folder"
             )
         _tell(build, "found", say)
         return build
     for source in data.sources:
         if would_read(source, Path(config.output.folder), data.exclude):
             raise DataError(
-                f"data.sources: output.folder {config.output.folder} is inside the source {source!r}: the run's own "
-                "files would become text; choose an output.folder outside, or name it in data.exclude"
+                f"data.sources: output.folder {config.output.folder} is inside the source {source!r}, so the run would "
+                "read its own files as text; choose an output.folder outside, or add it to data.exclude"
             )
     _require_kept(config, data.tokenizer)
     started = time.monotonic()
@@ -117,39 +117,39 @@ def build_corpus(config: RunConfig, say: Say) -> TokenBuild:
 
 
 def _record_of_checkpoints(output: Path) -> dict[str, Any] | None:
-    """Return the record of the data that the checkpoints in ``output`` count, or None if there are none."""
+    """Return the record of the data that the checkpoints in ``output`` were trained on, or None if there is none."""
     if not store.published(output / "checkpoints"):
         return None
     try:
         found = json.loads((output / USED).read_bytes())
         return found if {"key", "settings", "files"} <= found.keys() else None
-    except (OSError, ValueError, AttributeError):  # a run of before there was such a record
+    except (OSError, ValueError, AttributeError):  # the run is older than this record
         return None
 
 
 def _require_kept(config: RunConfig, tokenizer: str) -> None:
-    """Refuse a tokenizer that transformers would read as another one in the folder of the run's exported model."""
+    """Reject a tokenizer that transformers would load differently from the run's exported model folder."""
     if config.model.architecture is not None:
         alike = ByteTokenizer() if tokenizer == TOKENIZER_TO_TRAIN else load_tokenizer(tokenizer)
         require_kept(alike, config.model.architecture)
 
 
 def _opened(folder: Path, tokenizer: str) -> TokenBuild:
-    """Open what `longctx data build` left; say which file is damaged, and refuse another tokenizer than its own."""
+    """Open the output of `longctx data build`; raise DataError for a damaged file or a different tokenizer."""
     for file in sorted(folder.glob("*.tokens")):
         with TokenFile(file) as tokens:
             tokens.verify()
     build = open_build(folder)
     if tokenizer != TOKENIZER_TO_TRAIN and load_tokenizer(tokenizer).hash != build.tokenizer_hash:
         raise DataError(
-            f"{folder} was built with another tokenizer than data.tokenizer {tokenizer!r}; build the text again with "
-            f"that one, or remove data.tokenizer to use the folder's own"
+            f"{folder} was not built with data.tokenizer {tokenizer!r}; build it again with that tokenizer, or remove "
+            "data.tokenizer to use the folder's own"
         )
     return build
 
 
 def _tell(build: TokenBuild, how: str, say: Say) -> None:
-    """Say what the token files hold and, by reason, what was left out of them."""
+    """Report what the token files hold and, by reason, what was skipped."""
     report = build.report
     say(
         f"data: {report['documents']:,} documents, {report['tokens']:,} tokens to train on, "
@@ -169,7 +169,7 @@ def _tell(build: TokenBuild, how: str, say: Say) -> None:
 
 
 class _Stages:
-    """Says when each stage of a build begins, and how far it is every ten seconds."""
+    """Report the start of each build stage, and its progress every ten seconds."""
 
     def __init__(self, say: Say) -> None:
         self.say, self.stage, self.last = say, "", 0.0

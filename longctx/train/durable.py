@@ -1,4 +1,4 @@
-"""Files that survive a power cut: fsync, temporary file + rename, and a hash of what is really on the disk."""
+"""Write files that survive a power failure: fsync, temporary file and rename; hash what is on the disk."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 
 def fsync_file(path: Path) -> None:
-    """Push one file's bytes to the disk."""
+    """Flush a file's contents to the disk."""
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
 
 
 def fsync_folder(path: Path) -> None:
-    """Push a folder's list of names to the disk: a rename is only durable once its folder is."""
+    """Flush a folder's directory entries to the disk; a rename is durable only after that."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -32,7 +32,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Replace ``path`` by ``data`` so that a reader sees the old file or the whole new one, also after a crash."""
+    """Replace the file ``path`` atomically: readers see the old or the whole new contents, also after a crash."""
     if isinstance(data, str):
         data = data.encode()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -49,5 +49,5 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as readable JSON, atomically. NaN and infinity are refused: they are not JSON."""
+    """Write ``value`` as indented JSON, atomically. NaN and infinity raise ValueError: they are not JSON."""
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""Where and with what a run was made: environment.json, and the versions that a checkpoint's manifest carries."""
+"""Describe the machine and software of a run: environment.json, and the versions in a checkpoint's manifest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the checkout that longctx runs from, ``-dirty`` if changed, or None outside one."""
+    """Return the commit of longctx's checkout, with ``-dirty`` if files changed; None if it is not a checkout."""
     root = Path(__file__).resolve().parents[2]
     git = shutil.which("git")
     if git is None or not (root / ".git").exists():
@@ -46,7 +46,7 @@ def git_commit() -> str | None:
 
 
 def environment(world: dict[str, int], commit: str | None) -> dict[str, Any]:
-    """Return what environment.json holds. Environment variables are left out: some are secret."""
+    """Return the contents of environment.json. Environment variables are excluded: some are secret."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "versions": versions(),

@@ -1,4 +1,4 @@
-"""Set a run up on all ranks: mesh, token files, model, engine, checkpoints. The loop then only loops."""
+"""Set up a run on all ranks: token files, loaders, model, engine, checkpoint to resume."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ class Job:
     start: Progress
     parameters: int
     description: Any  # the transformers config
-    source: PretrainedFiles | None  # of the export, where the model was pretrained
+    source: PretrainedFiles | None  # which an export copies; None for a model from scratch
 
 
 def find_checkpoint(config: RunConfig, sizes: Derived, say: Say) -> tuple[Checkpoints, Manifest | None]:
-    """Return the run's checkpoints and the one to resume, if any, before data or model are made. All ranks call it.
+    """Return the run's checkpoints and the one to resume, if any, before data or model are built. All ranks call it.
 
     Raises:
-        CheckpointError: on every rank, when there is nothing valid to resume, or it is that of a run with settings
-            that this one cannot resume.
+        CheckpointError: on every rank, if there is nothing valid to resume, or its settings are incompatible with this
+            run's.
     """
     output = Path(config.output.folder).absolute()
     facts = _facts(config, sizes)
@@ -71,13 +71,13 @@ def find_checkpoint(config: RunConfig, sizes: Derived, say: Say) -> tuple[Checkp
 def set_up(
     config: RunConfig, mesh: Mesh, sizes: Derived, say: Say, checkpoints: Checkpoints, found: Manifest | None
 ) -> Job:
-    """Return a job at the place where it starts or resumes. All ranks call it.
+    """Return a job, ready for its first step or restored from ``found``. All ranks call it.
 
     Args:
-        checkpoints: what ``find_checkpoint`` returned, as ``found``.
+        checkpoints, found: returned by ``find_checkpoint``.
 
     Raises:
-        LongctxError: on every rank, when data, model, engine or checkpoint cannot be had on any.
+        LongctxError: on every rank, if data, model, engine or checkpoint cannot be set up on any.
     """
     agree_on_group(sizes)
     with together():
@@ -113,25 +113,23 @@ def set_up(
 
 
 def agree_on_group(sizes: Derived) -> None:
-    """Check that `zero.group: auto` came out alike on all ranks: by torchrun, hosts of different sizes each see theirs.
+    """Check that `zero.group: auto` resolved to the same size on all ranks; under torchrun each host uses its own size.
 
     Raises:
-        ConfigError: on every rank, when it did not.
+        ConfigError: on every rank, if it did not.
     """
     found = gather_json(sizes.group)
     if any(group != found[0] for group in found):
-        raise ConfigError(
-            f"zero.group: auto is {found} on the ranks, whose hosts differ in size; write a number or none"
-        )
+        raise ConfigError(f"zero.group: auto is {found} on the ranks, whose hosts differ in size; set a number or none")
 
 
 def sizes_of(config: RunConfig) -> Derived:
-    """Return the run's sizes for the world that was really started."""
+    """Return the run's sizes for the number of ranks that were actually started."""
     return derive(config, ranks()[1] if torch.distributed.is_initialized() else None)
 
 
 def _prepare(config: RunConfig, say: Say) -> Corpus:
-    """Have rank 0 build the token files while the others wait, and tell them where they are."""
+    """Have rank 0 build the token files while the others wait, and send them the paths."""
     corpus = None
     with together():
         if ranks()[0] == 0:
@@ -174,7 +172,7 @@ def _loaders(
 
 
 def _engine(config: RunConfig, sizes: Derived, mesh: Mesh, description: Any) -> Engine:
-    """Build the model (alike on all ranks), wrap it, and give each rank its own random stream for dropout."""
+    """Build the model (identical on all ranks) and its engine, and seed each rank's random stream for dropout."""
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
     settings = to_deepspeed(config, sizes)
@@ -197,7 +195,7 @@ def _engine(config: RunConfig, sizes: Derived, mesh: Mesh, description: Any) -> 
 
 
 def _facts(config: RunConfig, sizes: Derived) -> Manifest:
-    """Return what every checkpoint of this run says about it, but for the hashes of model and data."""
+    """Return the facts that every manifest of this run records, without the hashes of model and data."""
     return Manifest(
         step=0,
         samples=0,

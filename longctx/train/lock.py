@@ -1,4 +1,4 @@
-"""One run per folder: a lock that names its holder and ends with it."""
+"""A lock that allows one run per folder, names its holder, and is released when the holder's process ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FolderLock:
     """Hold ``folder/.lock`` while a run writes there. The kernel releases it when the process ends, however it ends.
 
     Raises:
-        CheckpointError: another process holds it; the message names host and process id.
+        CheckpointError: another process holds it; the message names its host and process id.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +38,9 @@ class FolderLock:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 self._refuse()
-            self._refuse_living_holder()  # a file system without locks: go by the process id written in the file
+            self._refuse_living_holder()  # the file system has no locks: rely on the process id in the file
+        # the contents only inform the user; the file itself stays, since deleting a lock file would let two runs lock
+        # two different files of one name
         os.ftruncate(self._descriptor, 0)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
@@ -79,10 +81,10 @@ class FolderLock:
 
 
 def require_free(folder: Path) -> None:
-    """Refuse to start a second run in ``folder``, before its ranks start. The ranks' own lock is what counts later.
+    """Raise if a run is active in ``folder``. An early check by launchers; rank 0 takes the lock itself later.
 
     Raises:
-        CheckpointError: another process holds the lock; the message names host and process id.
+        CheckpointError: another process holds the lock; the message names its host and process id.
     """
     if (folder / NAME).is_file():
         with FolderLock(folder):

@@ -1,7 +1,7 @@
-"""The training loop: one optimizer step after another, with evaluation, checkpoints, numbers, and a stop on request.
+"""The training loop: optimizer steps with evaluation, checkpoints, metrics, and a stop on request.
 
-All ranks run it in step. What one rank alone may know (a signal, its token counts, its memory) is exchanged once a
-step, in one small collective.
+All ranks run it in lockstep. Values that differ between ranks (signals received, token counts, memory) are gathered
+once per step in one small collective.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ class LoopResult:
 
     progress: Progress
     stopped: bool = False  # on request, before the last step
-    seconds: float = 0.0  # of the whole loop
-    step_seconds: float = 0.0  # of the training steps alone
-    tokens: int = 0  # trained on in this loop
+    seconds: float = 0.0  # wall time of the whole loop
+    step_seconds: float = 0.0  # wall time of the training steps only
+    tokens: int = 0  # trained on since this start
     peak_memory_bytes: int = 0
 
 
 class Loop:
-    """Runs a job from where it starts to its last step.
+    """Runs a job from its first step, or the resumed one, to its last.
 
     Args:
-        job: what ``set_up`` returned.
-        stop: raised by a signal on this rank.
-        display: rank 0's progress line; silent elsewhere.
-        metrics: where rank 0 writes numbers; None elsewhere.
+        job: returned by ``set_up``.
+        stop: set by a signal on this rank.
+        display: rank 0's progress line; silent on other ranks.
+        metrics: writes metrics.jsonl on rank 0; None on other ranks.
     """
 
     def __init__(self, job: Job, stop: StopFlag, display: ProgressDisplay, metrics: Metrics | None) -> None:
@@ -55,11 +55,11 @@ class Loop:
         self.outcome = LoopResult(job.start)
 
     def run(self) -> LoopResult:
-        """Train until the last step or a request to stop; save as configured.
+        """Train until the last step or a request to stop; evaluate and save as configured.
 
         Raises:
-            NonFiniteError: on every rank, before the update, when a loss or gradient is not finite on any.
-            CheckpointError: on every rank, when a checkpoint cannot be written.
+            NonFiniteError: on every rank, before the update, if a loss or gradient is not finite on any.
+            CheckpointError: on every rank, if a checkpoint cannot be written.
         """
         job, settings = self.job, self.job.config.train
         started = time.monotonic()
@@ -84,7 +84,7 @@ class Loop:
         return self.outcome
 
     def _step(self) -> dict[str, Any]:
-        """Make one update and return its record for metrics.jsonl."""
+        """Run one optimizer step and return its record for metrics.jsonl."""
         job, settings, engine = self.job, self.job.config.train, self.job.engine
         step = self.outcome.progress.step + 1
         started = time.monotonic()
@@ -108,6 +108,7 @@ class Loop:
                 engine.step()
         except NonFiniteError as error:
             raise self._named(error, step) from None
+        # any rank's signal stops all ranks after this step, so they save the same step
         everyone = gather_floats(
             [float(self.stop.raised is not None), tokens, pairs, _peak_memory(job.mesh.device), data_seconds]
         )
@@ -143,14 +144,14 @@ class Loop:
         outcome.peak_memory_bytes = max(outcome.peak_memory_bytes, memory)
 
     def _evaluate(self) -> float | None:
-        """Return the loss on held-out documents, or None where nothing is held out."""
+        """Return the loss on held-out documents; None if there are none."""
         if self.job.held_out is None:
             return None
         batches = (batch for window in self.job.held_out for batch in window)
         return self.job.engine.evaluate(batches, sharded=True).loss
 
     def _named(self, error: NonFiniteError, step: int) -> NonFiniteError:
-        """Return the error with the rows of the step, so that they can be looked at."""
+        """Return the error with the step's rows added to its message, so that the user can inspect them."""
         begin = self.outcome.progress.samples
         rows = self.job.loader.sample_ids(begin).flatten().tolist()
         shown = ", ".join(map(str, rows[:16])) + (f", … ({len(rows)} in all)" if len(rows) > 16 else "")
@@ -161,7 +162,7 @@ class Loop:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Return the most memory this rank has held so far: allocated by torch on a GPU, resident on a CPU."""
+    """Return this rank's peak memory so far, in bytes: allocated by torch on a GPU, resident set size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""From the `model:` section to a transformers model: by architecture and sizes, or from a pretrained folder."""
+"""Build the transformers model of the `model:` section: from architecture and sizes, or from a pretrained folder."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def model_config(
     """Return the transformers config of the run's model.
 
     Args:
-        vocabulary_size: of the tokenizer; the embedding has as many rows unless `model.vocab_size` asks for more.
-        end_of_document: the tokenizer's id for it, at which generation stops.
-        beginning: the tokenizer's id for the beginning of a text, where it has one.
+        vocabulary_size: of the tokenizer; the embedding has as many rows unless `model.vocab_size` is larger.
+        end_of_document: the tokenizer's id of the end of a document, at which generation stops.
+        beginning: the tokenizer's id of the beginning of a text, if it has one.
 
     Raises:
-        ModelError: the embedding is smaller than the tokenizer, or transformers refuses the sizes.
+        ModelError: the embedding is smaller than the tokenizer, or transformers rejects the sizes.
     """
     model = config.model
     if model.pretrained is not None:
@@ -46,11 +46,11 @@ def model_config(
 
 
 def build_model(config: RunConfig, description: Any, settings: dict[str, Any], mesh: Mesh) -> torch.nn.Module:
-    """Return the model, alike on every rank, and made shard by shard under ZeRO-3.
+    """Build the model: identical on every rank, and sharded as it is built under ZeRO-3.
 
     Args:
-        description: what ``model_config`` returned.
-        settings: DeepSpeed's configuration of the run.
+        description: returned by ``model_config``.
+        settings: the run's DeepSpeed configuration.
     """
     folder = config.model.pretrained
     model: torch.nn.Module = build(
@@ -58,14 +58,14 @@ def build_model(config: RunConfig, description: Any, settings: dict[str, Any], m
         mesh,
         config=settings,
         seed=config.train.seed,
-        layers=config.attention.layers if folder else None,  # the description has them already
+        layers=config.attention.layers if folder else None,  # without a folder the description contains them
         changes=pretrained_changes(config) if folder else None,
     )
     return model
 
 
 def memory_of(config: RunConfig) -> ActivationSettings:
-    """Return what the `memory:` section asks of the model."""
+    """Return the engine's memory options from the `memory:` section."""
     memory = config.memory
     return ActivationSettings(
         loss_tile=None if memory.loss_tile == "none" else memory.loss_tile,
@@ -79,7 +79,7 @@ def memory_of(config: RunConfig) -> ActivationSettings:
 
 
 def hash_of_model(config: RunConfig, description: Any) -> str:
-    """Return a short hash of what decides shapes and meaning of the weights; a resumed run must find the same."""
+    """Return a short hash of everything that determines the weights' shapes and meaning; resuming requires it equal."""
     ours = config.model.model_dump(exclude={"pretrained", "vocab_size", "max_positions"})
     attention = [config.attention.window, *([config.attention.layers] if config.attention.layers else [])]
     facts = [ours, *attention, description.model_type, description.vocab_size, description.hidden_size]
@@ -87,7 +87,7 @@ def hash_of_model(config: RunConfig, description: Any) -> str:
 
 
 def _mixed(description: Any, config: RunConfig) -> Any:
-    """Return a transformers config whose layers attend as `attention.layers` says."""
+    """Return the transformers config with the kinds of attention that `attention.layers` gives its layers."""
     return convert(description, config.attention.layers) if config.attention.layers else description
 
 

@@ -20,9 +20,10 @@ _STATE = ("params", "step")  # the entries of a parameter group that are not set
 
 
 def make_optimizer(model: torch.nn.Module, settings: TrainSection) -> torch.optim.Optimizer:
-    """Return AdamW or SGD over the parameters of ``model`` that train.
+    """Return AdamW or SGD over the trainable parameters of ``model``.
 
-    Matrices are decayed, vectors (norms, biases) are not. Under ZeRO-3 a parameter is a shard; ``ds_shape`` tells.
+    Weight decay applies to matrices, not to vectors (norms, biases). Under ZeRO-3 a parameter is a flat shard, and
+    ``ds_shape`` is its full shape.
     """
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": settings.weight_decay},
@@ -40,9 +41,9 @@ def make_optimizer(model: torch.nn.Module, settings: TrainSection) -> torch.opti
 
 @contextmanager
 def own_settings(optimizer: Any) -> Iterator[None]:
-    """Keep every parameter group's settings (betas, eps, weight decay, momentum, …) through a block that loads state.
+    """Keep every parameter group's settings (betas, eps, weight decay, momentum, …) over a block that loads state.
 
-    A saved state carries the settings it was saved with, and loading it would silently put them back.
+    A saved state contains the settings of the run that saved it, and loading it would silently restore them.
     """
     own = [{key: value for key, value in group.items() if key not in _STATE} for group in optimizer.param_groups]
     yield

@@ -1,4 +1,4 @@
-"""The whole job of one rank: take the output folder, set up, loop, then leave model, plot, sample and summary."""
+"""Run a training job on one rank: lock the output folder, set up, train, then write model, plot, sample, summary."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def run(
     stop: StopFlag | None = None,
     give_up: Callable[[str], None] | None = None,
 ) -> int:
-    """Train ``config`` as this rank of the world that was started.
+    """Train ``config`` on this rank.
 
     Args:
         config: the same on every rank.
-        console: where rank 0 talks to the user; None to be silent.
-        columns: width of the terminal at the far end of ``console``; 0 where that is none, or is found out here.
-        stop: what catches signals already; None to catch them from here on.
-        give_up: ends this process with a message when another rank's is frozen; None to write it to stderr.
+        console: rank 0's output stream for the user; None prints nothing.
+        columns: width of the terminal behind ``console``, if that is on another host; else 0.
+        stop: catches signals already; None installs the handlers here.
+        give_up: exits this process with a message when another rank is frozen; None writes the message to stderr.
 
     Returns:
-        0 when the last step is done, 75 when stopped by a signal after saving a checkpoint.
+        0 after the last step, 75 when stopped by a signal after saving a checkpoint.
 
     Raises:
-        LongctxError: on every rank, if anything cannot be done on any.
+        LongctxError: on every rank, if anything fails on any.
     """
     started = time.monotonic()
     with ExitStack() as stack:
@@ -70,7 +70,7 @@ def run(
         stack.callback(display.close)
         sizes = sizes_of(config)
         checkpoints, found = find_checkpoint(config, sizes, display.say)
-        _describe(config, mesh, output)  # a refused resume leaves the folder as it was
+        _describe(config, mesh, output)  # only now: a rejected resume leaves the folder unchanged
         stack.enter_context(swap_folder(config))
         job = set_up(config, mesh, sizes, display.say, checkpoints, found)
         stack.callback(job.loader.close)
@@ -100,7 +100,7 @@ def _connect(config: RunConfig) -> Mesh:
 
 @contextmanager
 def _folder(output: Path) -> Iterator[None]:
-    """Hold the run directory while the run lasts; all ranks fail if another run has it."""
+    """Lock the run directory for the duration of the run; all ranks raise if another run holds it."""
     lock = FolderLock(output)
     with ExitStack() as stack:
         with together():
@@ -112,7 +112,7 @@ def _folder(output: Path) -> Iterator[None]:
 
 
 def _describe(config: RunConfig, mesh: Mesh, output: Path) -> None:
-    """Write down what is run, and with what, before anything can go wrong."""
+    """Write config.yaml and environment.json before anything else can fail."""
     with together():
         if mesh.rank == 0:
             world = {"size": mesh.world_size, "data": mesh.data_size, "ring": mesh.ring_size}
@@ -165,7 +165,7 @@ def _summary(job: Job, outcome: LoopResult, wall: float) -> dict[str, Any]:
 
 
 def _finish(job: Job, summary: dict[str, Any], display: ProgressDisplay) -> None:
-    """Leave what people look at: the model as a transformers folder, loss.png, a sample, summary.json."""
+    """Write the results: the model as a transformers folder, loss.png, a sample, summary.json."""
     model = export_model(job.engine, Path(job.corpus.tokenizer), job.output, job.source)
     sample = None
     with together():
@@ -175,7 +175,7 @@ def _finish(job: Job, summary: dict[str, Any], display: ProgressDisplay) -> None
                 held_out = Path(job.corpus.held_out)
                 try:
                     sample = draw_sample(model, held_out, settings.sample_prompt, settings.sample_tokens)
-                except ValueError as error:  # transformers refuses the folder's generation config; the model is saved
+                except ValueError as error:  # transformers rejects the folder's generation config; the model is saved
                     display.say(f"no sample: {error}")
             plot = _plot(job, display)
             summary |= {
@@ -187,7 +187,7 @@ def _finish(job: Job, summary: dict[str, Any], display: ProgressDisplay) -> None
     if job.mesh.rank == 0:
         if sample is not None:
             display.say(f"\na held-out document, {sample.document}:\n{sample.prompt}")
-            display.say(f"--- and how the model goes on:\n{sample.continuation}\n---")
+            display.say(f"--- and the model's continuation:\n{sample.continuation}\n---")
         _report(summary, display)
 
 

@@ -1,7 +1,7 @@
-"""Compare what every rank was given, in one exchange before anything is built, on every way of starting.
+"""Compare configuration, code and packages of all ranks once, before anything is built, under every launcher.
 
-Under torchrun, mpirun or srun each rank reads the YAML by itself: another learning rate, seed or layout on one of them
-gives finite losses and wrong weights. What one rank alone finds wrong in its YAML stops the others here too.
+Under torchrun, mpirun or srun each rank reads the YAML itself, and a different learning rate, seed or layout on one
+rank would give finite losses and wrong weights. An error that one rank finds in its YAML stops the others here too.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from longctx.config.schema import RunConfig
 from longctx.mesh import Mesh
 from longctx.sameness import code_and_packages, compare_ranks, flatten
 
-# May differ from host to host: how ranks were started, and folders of this host with the same content everywhere.
+# These may differ between hosts: how ranks were started, and paths of folders with the same contents.
 OF_THE_HOST = ("launch", "model.pretrained", "zero.nvme_folder")
 
 
 def compare_start(config: RunConfig | None, problem: Exception | None = None) -> None:
-    """Start torch.distributed if nothing has, and compare configuration, code and packages over all ranks.
+    """Initialize torch.distributed if necessary, and compare configuration, code and packages of all ranks.
 
     Args:
-        config: of this rank; None where it could not be read.
-        problem: why it could not.
+        config: this rank's; None if it could not be read.
+        problem: why it could not be read.
 
     Raises:
-        EngineError: on every rank, with each key that differs and who has which value.
+        EngineError: on every rank; it lists each differing key with the ranks' values.
         Exception: ``problem``, on the rank that passed it.
     """
-    world = Mesh()  # a grid without a ring: only to know the ranks
+    world = Mesh()  # ring size 1: only rank and world size are used
     rendezvous.start(world.world_size, world.rank)
     values: dict[str, Any] = {}
     if config is not None:

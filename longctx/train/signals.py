@@ -1,9 +1,9 @@
-"""SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask for a stop: at once before the first step, afterwards at the next step's end.
+"""SIGTERM, SIGINT, SIGUSR1 and SIGHUP request a stop: immediate before the first step, later at the end of a step.
 
-While training, handlers only set a flag. The loop exchanges the flags of all ranks once a step, so that one signalled
-rank is enough and all ranks save the same step. The exit code 75 (EX_TEMPFAIL) means: preempted, resume me. A second
-SIGINT stops at once. Before training there is nothing to save, and the main thread may wait inside a library for
-minutes; so a thread of its own reads the signals and ends the process.
+During training the handlers only set a flag. The loop gathers all ranks' flags once per step, so one signalled rank is
+enough and all ranks save the same step. Exit code 75 (EX_TEMPFAIL) means preempted: start again to resume. A second
+SIGINT exits at once. Before training there is nothing to save, and the main thread may be inside a library call for
+minutes; so a separate thread receives the signals and ends the process.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ def code_of(number: int) -> int:
 
 
 def sentence_of(number: int) -> str:
-    """Say in one sentence that a signal stopped a job before its first step."""
+    """Return the message for a job that a signal stopped before its first step."""
     return f"stopped by {signal.Signals(number).name} before the first step; nothing was lost, start again to train"
 
 
 class StopFlag:
-    """A context manager that catches the signals; ``raised`` is the name of the first one seen, else None.
+    """A context manager that catches the signals; ``raised`` is the name of the first one received, else None.
 
     Args:
-        before_training: called with the number of a signal that comes before ``training``, in a thread of its own; it
-            ends the process. None: such a signal is answered after the first step.
+        before_training: called in a separate thread with the number of a signal that arrives before ``training`` is
+            called; it ends the process. None: such a signal stops the run after its first step.
     """
 
     def __init__(self, before_training: Callable[[int], None] | None = None) -> None:
@@ -44,6 +44,8 @@ class StopFlag:
 
     def __enter__(self) -> StopFlag:
         if self._before is not None:
+            # Python runs signal handlers in the main thread only, between bytecodes: never while it is inside a library
+            # call. The interpreter writes signal numbers to this pipe at once, and the thread reads them.
             self._ends = os.pipe()
             os.set_blocking(self._ends[1], False)
             signal.set_wakeup_fd(self._ends[1], warn_on_full_buffer=False)
@@ -60,7 +62,7 @@ class StopFlag:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def training(self) -> None:
-        """From now on a signal is answered at the end of a step, by a checkpoint."""
+        """Declare that training starts: from now on a signal stops the run after the current step is saved."""
         if self._ends is not None:
             signal.set_wakeup_fd(-1)
             os.close(self._ends[1])
@@ -75,5 +77,5 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.raised is not None and number == signal.SIGINT:
-            os._exit(128 + signal.SIGINT)  # asked twice: no save, no waiting for other ranks
+            os._exit(128 + signal.SIGINT)  # second SIGINT: do not save, do not wait for other ranks
         self.raised = self.raised or signal.Signals(number).name

@@ -46,6 +46,6 @@ def test_a_dead_host_ends_the_job_on_the_three_others(hosts: Hosts, tmp_path: Pa
     since = time.monotonic()
     hosts.unplug(2)
     code, output = finish(process, GONE_SECONDS)
-    assert code == 1 and f"rank 2 on {hosts.addresses[2]} is lost: nothing was heard from it" in output, output
+    assert code == 1 and f"rank 2 on {hosts.addresses[2]} was lost: nothing was received from it" in output, output
     wait_until_empty(hosts, since)
     hosts.plug_in(2)

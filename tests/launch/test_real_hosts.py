@@ -134,7 +134,7 @@ def test_a_killed_rank_a_dead_host_and_a_dead_launcher_leave_nothing(
         since = time.monotonic()
         hosts.unplug(1)
         code, output = finish(process, GONE_SECONDS)
-        assert code == 1 and f"on {hosts.addresses[1]} is lost: nothing was heard from it" in output, output
+        assert code == 1 and f"on {hosts.addresses[1]} was lost: nothing was received from it" in output, output
         wait_until_empty(hosts, since)
         hosts.plug_in(1)
 
@@ -163,7 +163,7 @@ def test_stop_resume_and_restart(hosts: Hosts, tmp_path: Path) -> None:
     wait_for_steps(process, tmp_path / "run", step + 3)
     os.kill(ranks(hosts, 1)[0], signal.SIGKILL)
     code, output = finish(process)
-    assert code == 0 and output.count("resumed at step") == 2 and "starting again" in output, output
+    assert code == 0 and output.count("resumed at step") == 2 and "restarting from" in output, output
     assert len(losses(tmp_path / "run")) == goal
 
 
@@ -174,7 +174,7 @@ def test_a_restart_goes_on_without_the_host_that_died(hosts: Hosts, tmp_path: Pa
     hosts.unplug(1)
     try:
         code, output = finish(process)
-        assert code == 0 and f"going on without {hosts.addresses[1]}: mesh.data is now 1" in output, output
+        assert code == 0 and f"continuing without {hosts.addresses[1]}: mesh.data is now 1" in output, output
         assert "was saved by 4 ranks; dividing it anew for 2" in output
         summary = json.loads((tmp_path / "run" / "summary.json").read_text())
         assert summary["world"]["data"] == 1 and summary["samples"] == 120 and len(losses(tmp_path / "run")) == 60
@@ -187,7 +187,7 @@ def test_hosts_that_are_not_ready_are_named_in_one_table(hosts: Hosts, tmp_path:
     path = yaml_for(tmp_path, hosts, "deepspeed", "run")
     path.write_text(path.read_text().replace(hosts.addresses[1], "10.231.77.99"))
     code, output = finish(start(path, "--check", "launch.start_seconds=40", command="launch"))
-    assert code == 1 and "  10.231.77.99  its command ended with exit code 255: " in output
+    assert code == 1 and "  10.231.77.99  its start command ended with exit code 255: " in output
     assert hosts.addresses[0] + "  " not in output and not hosts.processes(0)
 
 

@@ -133,7 +133,7 @@ def test_a_killed_rank_a_dead_host_and_a_dead_launcher_leave_nothing(cluster: Cl
     cluster.hosts.unplug(1)
     try:
         code, output = finish(process, GONE_SECONDS)
-        assert code == 1 and "on node2 is lost: nothing was heard from it" in output, output
+        assert code == 1 and "on node2 was lost: nothing was received from it" in output, output
         wait_until_empty(cluster.hosts, since)
     finally:
         cluster.hosts.plug_in(1)

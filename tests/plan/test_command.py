@@ -55,7 +55,7 @@ def test_json_and_overrides() -> None:
     ("arguments", "words"),
     [
         (("--machine", "v100"), "choose one of a100"),
-        (("--nodes", 3), "mesh is 64 ranks, but --nodes x --gpus-per-node is 24"),
+        (("--nodes", 3), "mesh has 64 ranks, but --nodes x --gpus-per-node is 24"),
     ],
 )
 def test_mistakes_are_named(arguments: tuple[object, ...], words: str) -> None:

@@ -82,7 +82,7 @@ def test_the_data_of_checkpoints_are_not_overwritten(tmp_path: Path) -> None:
         assert open_build(output / "tokens").record == files
     elsewhere = f"data.folder={tmp_path / 'elsewhere'}"
     assert prepare_corpus(config(tmp_path, elsewhere), print).report["tokens"] == first.report["tokens"]
-    with pytest.raises(DataError, match=r"data.sources: .* does not hold the token files that the checkpoints"):
+    with pytest.raises(DataError, match=r"data.sources: .* does not hold the token files that this run.s checkpoints"):
         other = build_corpus(config(tmp_path, "data.seed=9", f"output.folder={tmp_path / 'other'}"), print)
         prepare_corpus(config(tmp_path, f"data.sources={other.folder}"), print)
     (tmp_path / "text" / "00.txt").write_text("something else")

@@ -165,7 +165,7 @@ def test_data_that_cannot_be_used_and_a_folder_in_use_are_named_on_all_ranks(tmp
     mistakes = {
         f"data.sources={noise}": "binary",
         f"data.sources={tmp_path / 'blank.txt'}": "blank.txt is empty",
-        f"data.sources={tokens}": "built with another tokenizer than data.tokenizer 'bytes'",
+        f"data.sources={tokens}": "was not built with data.tokenizer 'bytes'",
     }
     for override, named in mistakes.items():
         answers = run_ranks(2, fail, str(tmp_path), override, timeout=LIMIT)

@@ -96,7 +96,7 @@ def test_a_newest_checkpoint_that_is_gone_is_said(tmp_path: Path) -> None:
     folder.require_usable(tmp_path)
     assert (
         folder.lost(tmp_path)
-        == "checkpoint step-00000012 was saved and is gone; the newest that is left is step-00000010"
+        == "checkpoint step-00000012 was saved and is missing; the newest remaining one is step-00000010"
     )
 
 

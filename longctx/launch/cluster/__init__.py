@@ -1,4 +1,4 @@
-"""The launcher of several hosts: its agents, their messages, and the ranks' placement."""
+"""The multi-host launcher: placement of ranks, start commands, agents, control connections, supervision."""
 
 from longctx.moved import names_of
 

@@ -1,8 +1,9 @@
-"""The agent: beside every rank on another host, started by ssh, mpirun or srun, itself too small to fail.
+"""The agent: a small process that starts and watches one rank of a multi-host job.
 
-``python -m longctx.launch.cluster.agent JOBSPEC`` connects to the launcher, reports this host, waits for the order to
-start, runs the rank as the local launcher would, reports how it ended, and kills it when the launcher is gone
-or says so.
+``python -m longctx.launch.cluster.agent JOBSPEC`` is started by ssh, mpirun or srun, once per rank. It connects to the
+launcher, reports facts about this host, waits for the start message, runs the rank with the environment that the local
+launcher would give it, and reports the exit code. It kills the rank when its connection to the launcher closes or falls
+silent.
 """
 
 from __future__ import annotations
@@ -55,29 +56,32 @@ class _Agent:
         if (world or 1) != given.world:
             raise LaunchError(f"this is rank {self.rank} of {world or 1}, but the job has {given.world} ranks")
         self.line = _connect(given)
-        self.address, self.interface = _place_in_the_network(given, self.line)
-        self.meeting = listen(self.address) if self.rank == 0 else None
+        self.address, self.interface = _network_of_ranks(given, self.line)
+        self.rendezvous = listen(self.address) if self.rank == 0 else None
         self.process: Process | None = None
         self.console = -1
         for number in FORWARDED:
-            signal.signal(number, self._forward)
+            signal.signal(number, self._send_signal)
 
     def run(self) -> int:
-        """Introduce this host, wait for the start, and stay until the rank has ended and the launcher knows."""
-        port = self.meeting.getsockname()[1] if self.meeting else 0
+        """Report this host, wait for the start message, run the rank, and report its end; return its exit code."""
+        # first message of the protocol: the token authenticates, rank 0's address and port are the rendezvous
+        port = self.rendezvous.getsockname()[1] if self.rendezvous else 0
         about = facts.gather(self.spec)
         self.line.send(token=self.spec.token, rank=self.rank, facts=about, address=self.address, port=port)
         ended = None
+        # the agent stays after its rank has ended, until the launcher closes the connection: mpirun and srun kill the
+        # other ranks when one process exits with an error, and the launcher would not learn the cause
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while not self.line.closed and not self.line.silent_for(self.spec.silence_seconds):
             watched: list[Line | int] = [self.line, *([self.console] if self.console >= 0 else [])]
             ready = readable(watched, 0.1)
             if self.line in ready:
                 for message in self.line.receive():
-                    self._obey(message)
+                    self._handle(message)
             if self.console in ready:
-                self._pass_on(decoder)
-            elif ended is None and self.process is not None:  # only when its last words are passed on
+                self._forward_output(decoder)
+            elif ended is None and self.process is not None:  # checked only after all its output has been forwarded
                 ended = exit_code(self.process)
                 if ended is not None:
                     why = report.read(self.errors, self.rank)
@@ -86,22 +90,22 @@ class _Agent:
         return 1 if ended is None else ended & 0xFF
 
     def end(self) -> None:
-        """Kill the rank and all that it started; leave the launcher."""
+        """Kill the rank and every process it started; close the connection to the launcher."""
         if self.process is not None:
             kill([self.process])
         self.line.close()
 
-    def _obey(self, message: Message) -> None:
+    def _handle(self, message: Message) -> None:
         if "start" in message and self.process is None:
             self._start(*message["start"])
         elif "signal" in message:
-            self._forward(int(message["signal"]), None)
+            self._send_signal(int(message["signal"]), None)
 
-    def _forward(self, number: int, frame: FrameType | None) -> None:
+    def _send_signal(self, number: int, frame: FrameType | None) -> None:
         if self.process is not None and exit_code(self.process) is None:
             os.kill(self.process.pid, number)
 
-    def _pass_on(self, decoder: codecs.IncrementalDecoder) -> None:
+    def _forward_output(self, decoder: codecs.IncrementalDecoder) -> None:
         data = os.read(self.console, 65536)
         if data:
             self.line.send(console=decoder.decode(data))
@@ -113,11 +117,11 @@ class _Agent:
         return Path(self.spec.output) / "logs" / f"rank-{self.rank:05d}.log"
 
     def _start(self, address: str, port: int) -> None:
-        handed, own = [], {}
-        if self.meeting is not None:
+        inherited, own = [], {}
+        if self.rendezvous is not None:  # rank 0: it inherits the listening socket and a pipe for its progress line
             self.console, far_end = os.pipe()
-            handed = [self.meeting.fileno(), far_end]
-            own = {"LONGCTX_LISTENER": str(handed[0]), "LONGCTX_CONSOLE": str(far_end)}
+            inherited = [self.rendezvous.fileno(), far_end]
+            own = {"LONGCTX_LISTENER": str(inherited[0]), "LONGCTX_CONSOLE": str(far_end)}
         self._log().parent.mkdir(parents=True, exist_ok=True)
         with self._log().open("ab") as log:
             report.mark(log)
@@ -128,12 +132,12 @@ class _Agent:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=handed,
-                start_new_session=True,
+                pass_fds=inherited,
+                start_new_session=True,  # so that `kill` reaches every process that the rank starts
             )
-        if self.meeting is not None:
+        if self.rendezvous is not None:
             os.close(far_end)
-            self.meeting.close()
+            self.rendezvous.close()
 
     def _environment(self, address: str, port: int) -> dict[str, str]:
         _, local_rank, local_world = self.spec.seat(self.rank)
@@ -165,24 +169,24 @@ def _connect(given: jobspec.JobSpec) -> Line:
         except OSError as error:
             if time.monotonic() > deadline or isinstance(error, ConnectionRefusedError):
                 raise LaunchError(
-                    f"the launcher at {given.address} port {given.port} cannot be reached from here ({error}); a "
-                    "firewall, or the wrong launch.interface"
+                    f"the launcher at {given.address} port {given.port} cannot be reached from here ({error}); check "
+                    "the firewall and launch.interface"
                 ) from None
             time.sleep(0.5)
 
 
-def _place_in_the_network(given: jobspec.JobSpec, line: Line) -> tuple[str, str]:
-    """Return (address, interface) for this host's ranks."""
+def _network_of_ranks(given: jobspec.JobSpec, line: Line) -> tuple[str, str]:
+    """Return (address, interface) for this host's ranks: launch.interface, else the one that reaches the launcher."""
     if given.interface != "auto":
         address = address_of(given.interface)
         if address is None:
             names = ", ".join(name for _, name in socket.if_nameindex())
-            raise LaunchError(f"there is no interface {given.interface!r} with an address here; there are {names}")
+            raise LaunchError(f"this host has no interface {given.interface!r} with an address; it has {names}")
         return address, given.interface
     address = line.socket.getsockname()[0]
     interface = interface_with(address)
     if interface is None:
-        raise LaunchError(f"no interface here has {address}; name one in launch.interface")
+        raise LaunchError(f"no interface of this host has the address {address}; name one in launch.interface")
     return address, interface
 
 

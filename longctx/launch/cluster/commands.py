@@ -1,7 +1,7 @@
-"""The command that starts the ranks, for every launcher: lists of arguments, and one quoted word where ssh needs it.
+"""Build each launcher's start command as an argument list.
 
-ssh joins what it is given and hands it to the login shell of the other side. So the remote command is one argument
-here, quoted for a POSIX shell (sh, bash, zsh, dash). Everything else never meets a shell.
+Only ssh involves a shell: it joins its arguments and passes them to the remote login shell. So the remote command is
+one argument, quoted for a POSIX shell (sh, bash, zsh, dash).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _TOOLS = {"deepspeed": "ssh", "openmpi": "mpirun", "mpich": "mpiexec.hydra", "sl
 
 
 class Command(NamedTuple):
-    """A process of the launcher's host."""
+    """One process to start on the launcher's host."""
 
     label: str
-    """the host it starts ranks on, or the launcher's name where it starts all"""
+    """the host it starts ranks on; the launcher's name if it starts all ranks"""
     argv: tuple[str, ...]
 
 
 def commands(launch: LaunchSection, hosts: Hosts, python: str, python_path: str, spec_path: str) -> list[Command]:
-    """Return what starts an agent for every rank of ``hosts``; agents then read the job spec at ``spec_path``."""
+    """Return the commands that start one agent per rank of ``hosts``, each reading the job spec at ``spec_path``."""
     agent = ["-m", "longctx.launch.cluster.agent", spec_path]
     if launch.launcher == "deepspeed":
         return [
@@ -47,28 +47,28 @@ def commands(launch: LaunchSection, hosts: Hosts, python: str, python_path: str,
 
 
 def require_tools(launch: LaunchSection) -> None:
-    """Raise LaunchError unless the launcher's program is here."""
+    """Raise LaunchError unless the launcher's program is on PATH."""
     tool = _TOOLS[launch.launcher]
     if shutil.which(tool) is None:
         raise LaunchError(f"launcher {launch.launcher} needs {tool}, which is not on PATH here; install it")
 
 
 def remote(python: str, python_path: str, arguments: Sequence[str]) -> list[str]:
-    """Return the arguments that run Python on a host, with the checkout importable if longctx runs from one."""
+    """Return the arguments that run Python on a host; ``python_path`` makes a checkout of longctx importable."""
     found = ["env", f"PYTHONPATH={python_path}"] if python_path else []
     return [*found, python, *arguments]
 
 
 def ssh(host: str, arguments: Sequence[str], launch: LaunchSection) -> tuple[str, ...]:
-    """Return the arguments that run a command on ``host``; every one of ``arguments`` arrives there unchanged."""
-    # the user's first: ssh keeps the first value it sees
+    """Return the arguments that run a command on ``host``; each of ``arguments`` arrives there unchanged."""
+    # the user's options come first: ssh keeps the first value of an option
     return ("ssh", *_ssh_options(launch), *_SSH, "-o", "ConnectTimeout=15", "--", host, shlex.join(arguments))
 
 
 def _deepspeed(hosts: Hosts, index: int, spec_path: str) -> list[str]:
-    """DeepSpeed's own launcher of one host, as `deepspeed --hostfile` runs it, but not through a shell string.
+    """Return the arguments of DeepSpeed's per-host launcher, as `deepspeed --hostfile` runs it, but without a shell.
 
-    The meeting point given here is a placeholder that it insists on: agents bring the real one.
+    It requires a master address and port; ours are placeholders, because agents receive the real ones.
     """
     world = {name: list(range(count)) for name, count in hosts}
     described = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
@@ -89,10 +89,11 @@ def _deepspeed(hosts: Hosts, index: int, spec_path: str) -> list[str]:
 def _openmpi(launch: LaunchSection, hosts: Hosts) -> list[str]:
     arguments = ["mpirun", "-n", str(_ranks(hosts)), "--host", _counted(hosts), "--map-by", "slot", "--bind-to", "none"]
     options = _ssh_options(launch)
-    if options:  # no word of these has a space: mpirun splits the text there
+    if options:  # mpirun splits this text at spaces; none of the options contains one
         arguments += ["--prtemca", "plm_ssh_args", " ".join(options)]
-    # By default mpirun's daemon outlives the loss of its connection by eight minutes. It must notice before the agents
-    # do: once it has words of theirs to send, the kernel asks no more and only repeats them, for a quarter of an hour.
+    # By default mpirun's daemon notices a lost connection only after eight minutes. It must notice before the agents
+    # do: once their output is queued on the dead connection, the kernel sends no keepalive probes and retransmits for
+    # a quarter of an hour instead.
     silence = launch.silence_seconds
     for name, number in (("time", silence // 4), ("intvl", silence * 3 // 20), ("probes", 3)):
         arguments += ["--prtemca", f"oob_tcp_keepalive_{name}", str(max(number, 1))]
@@ -102,12 +103,12 @@ def _openmpi(launch: LaunchSection, hosts: Hosts) -> list[str]:
 
 
 def _mpich(launch: LaunchSection, hosts: Hosts) -> list[str]:
-    """MPICH's own name for its starter: mpiexec alone is OpenMPI's too. It would hand on this shell's environment."""
+    """Return MPICH's command: mpiexec.hydra (OpenMPI has an mpiexec too), without this shell's environment."""
     options = _ssh_options(launch)
     arguments = ["env", f"HYDRA_LAUNCHER_EXTRA_ARGS={' '.join(options)}"] if options else []
     arguments += ["mpiexec.hydra", "-launcher", "ssh", "-genvlist", ",".join(AGENTS)]
     here = _own_address(launch, hosts)
-    arguments += ["-localhost", here] if here else []  # else hosts call this one by its name, which may be theirs
+    arguments += ["-localhost", here] if here else []  # by default the host's name, which may not resolve there
     return [*arguments, "-n", str(_ranks(hosts)), "-hosts", _counted(hosts)]
 
 
@@ -115,18 +116,18 @@ def _slurm(launch: LaunchSection, hosts: Hosts) -> list[str]:
     counts = {count for _, count in hosts}
     if len(counts) > 1:
         raise LaunchError(
-            "launcher slurm wants as many ranks on every host, but here they are "
+            "launcher slurm needs the same number of ranks on every host, but they are "
             + ", ".join(f"{name}:{count}" for name, count in hosts[:8])
             + "; choose a mesh that fills the hosts, or fewer hosts"
         )
     arguments = ["srun", f"--ntasks={_ranks(hosts)}", f"--nodes={len(hosts)}", f"--ntasks-per-node={counts.pop()}"]
     arguments += ["--nodelist=" + ",".join(name for name, _ in hosts), "--distribution=block", "--kill-on-bad-exit=1"]
-    arguments += ["--unbuffered", f"--chdir={os.sep}"]  # agents go to launch.folder themselves
-    return [*arguments, "--export=" + ",".join(AGENTS)]  # else srun would send this shell's whole environment
+    arguments += ["--unbuffered", f"--chdir={os.sep}"]  # agents start their ranks in launch.folder
+    return [*arguments, "--export=" + ",".join(AGENTS)]  # by default srun sends this shell's whole environment
 
 
 def _own_address(launch: LaunchSection, hosts: Hosts) -> str | None:
-    """Return the address by which hosts reach this one, where it can be told. Nothing is sent."""
+    """Return the address by which the hosts reach this machine, or None if it is unknown. Nothing is sent."""
     try:
         return address_of(launch.interface) or address_towards(bare(hosts[-1][0]))
     except OSError:
@@ -134,7 +135,7 @@ def _own_address(launch: LaunchSection, hosts: Hosts) -> str | None:
 
 
 def _ssh_options(launch: LaunchSection) -> list[str]:
-    """Return what the YAML says to ssh. No word of it has a space."""
+    """Return the ssh options of the YAML; none contains a space (the configuration checks this)."""
     options = [word for option in launch.ssh_options for word in ("-o", option)]
     return options + (["-p", str(launch.ssh_port)] if launch.ssh_port else [])
 

@@ -1,4 +1,4 @@
-"""The launcher's side of the control connections: which ranks are there, what they said, and which were lost."""
+"""The launcher's side of the control connections: which agents are connected, what they reported, which were lost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from longctx.launch.cluster import facts
 from longctx.launch.cluster.control import Line, Message, readable
 from longctx.launch.cluster.jobspec import JobSpec
 
-SILENT_SECONDS = 2.5  # agents speak every second
+SILENT_SECONDS = 2.5  # agents send something every second
 
 
 class RankEnd(NamedTuple):
@@ -30,47 +30,48 @@ class AgentConnection:
         self.line = line
         self.rank: int = hello["rank"]
         self.facts: dict[str, Any] = hello["facts"]
-        self.meeting: tuple[str, int] = (str(hello["address"]), int(hello["port"]))
+        self.rendezvous: tuple[str, int] = (str(hello["address"]), int(hello["port"]))
         self.came = came
         self.end: RankEnd | None = None
         self.lost = ""
-        """why it counts as lost; empty while it is there"""
+        """why the rank counts as lost; empty while it does not"""
 
 
 class AgentConnections:
-    """All ranks of one job. ``poll`` is to be called again and again."""
+    """The connections to all agents of one job. Call ``poll`` repeatedly."""
 
     def __init__(self, listener: socket.socket, spec: JobSpec) -> None:
         self.listener, self.spec = listener, spec
         self.by_rank: dict[int, AgentConnection] = {}
         self.endings: list[AgentConnection] = []
-        """those that ended badly or were lost, in that order of time"""
-        self._strangers: list[Line] = []
+        """ranks that failed or were lost, in order of time"""
+        self._unknown: list[Line] = []
+        """connections that have not authenticated yet"""
 
     def poll(self, seconds: float = 0.1) -> None:
-        """Hear what is said within ``seconds``, keep the connections alive, notice who is gone."""
+        """Receive messages for at most ``seconds``, keep the connections alive, record lost ranks."""
         lines = {member.line: member for member in self.by_rank.values() if not member.line.closed}
-        watched: list[socket.socket | Line] = [self.listener, *lines, *self._strangers]
+        watched: list[socket.socket | Line] = [self.listener, *lines, *self._unknown]
         for source in readable(watched, seconds):
             if isinstance(source, socket.socket):
-                self._strangers.append(Line(self.listener.accept()[0]))
+                self._unknown.append(Line(self.listener.accept()[0]))
             elif source in lines:
                 for message in source.receive():
                     self._hear(lines[source], message)
             else:
-                self._greet(source)
+                self._authenticate(source)
         for line, member in lines.items():
             line.keep_alive()
-            self._miss(member)
+            self._check_lost(member)
 
     def send(self, **message: Any) -> None:
-        """Tell all ranks."""
+        """Send a message to all agents."""
         for member in self.by_rank.values():
             member.line.send(**message)
 
     @property
     def complete(self) -> bool:
-        """Whether every rank's agent is there."""
+        """Whether every rank's agent is connected."""
         return len(self.by_rank) == self.spec.world
 
     @property
@@ -79,24 +80,24 @@ class AgentConnections:
         return [member.end.code for member in self.by_rank.values() if member.end is not None]
 
     def silent(self) -> list[AgentConnection]:
-        """Return those from whom nothing comes although they neither ended nor hung up: a dead host, most likely."""
+        """Return the ranks that neither ended nor disconnected but send nothing: most likely their host is down."""
         found = [one for one in self.by_rank.values() if one.end is None and not one.line.closed]
         found = [one for one in found if one.line.silent_for(SILENT_SECONDS)]
         for one in found:
-            one.lost = one.lost or f"nothing was heard from it for {time.monotonic() - one.line.heard:.0f} s"
+            one.lost = one.lost or f"nothing was received from it for {time.monotonic() - one.line.heard:.0f} s"
         return found
 
     def close(self) -> None:
-        """RankEnd all connections: agents then kill what is left of their ranks."""
-        for line in [*self._strangers, *(member.line for member in self.by_rank.values())]:
+        """Close all connections; agents then kill what is left of their ranks."""
+        for line in [*self._unknown, *(member.line for member in self.by_rank.values())]:
             line.close()
 
-    def _greet(self, line: Line) -> None:
-        """Let in an agent that shows our token; anyone else is cut off."""
+    def _authenticate(self, line: Line) -> None:
+        """Accept an agent whose first message has our token; close any other connection, or after ten seconds."""
         messages = line.receive()
         if not messages and not line.closed and not line.silent_for(10):
             return
-        self._strangers.remove(line)
+        self._unknown.remove(line)
         hello = messages[0] if messages else {}
         known = hmac.compare_digest(str(hello.get("token", "")).encode(), self.spec.token.encode())
         rank = hello.get("rank")
@@ -114,18 +115,18 @@ class AgentConnections:
             if member.end.code not in (0, 75):
                 self.endings.append(member)
 
-    def _miss(self, member: AgentConnection) -> None:
+    def _check_lost(self, member: AgentConnection) -> None:
         if member.lost or member.end is not None:
             return
         if member.line.closed:
             member.lost = "its connection was closed"
         elif member.line.silent_for(self.spec.silence_seconds):
-            member.lost = f"nothing was heard from it for {self.spec.silence_seconds} s"
+            member.lost = f"nothing was received from it for {self.spec.silence_seconds} s"
         if member.lost:
             self.endings.append(member)
 
     def wrong(self, gpus: int) -> dict[str, list[str]]:
-        """Return what is wrong with each host that answered, and with where ranks came to run."""
+        """Return the problems of each connected host, including ranks that were started on a host not their own."""
         found: dict[str, list[str]] = {}
         seen: dict[str, tuple[Any, ...]] = {}
         for rank, member in sorted(self.by_rank.items()):

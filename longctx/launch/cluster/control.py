@@ -1,7 +1,8 @@
-"""One connection between the launcher and each rank's agent: JSON objects, one a line, over TCP.
+"""The control connection between the launcher and each rank's agent: one JSON object per line, over TCP.
 
-It carries everything that a foreign launcher would lose: who is there, why a rank ended, rank 0's progress line, a
-request to stop. And it is the lifeline: whoever sees it close, or hears nothing for a while, ends what it started.
+It carries what mpirun or srun would lose: which ranks are up, why a rank ended, rank 0's progress line, requests to
+stop. It also ties the two ends together: when it closes, or nothing arrives for a while, each end kills the processes
+it started.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-LONGEST = 2**20  # bytes of one message: a traceback fits, a flood does not
+LONGEST = 2**20  # bytes of one message; enough for a traceback
 SEND_SECONDS = 10.0
 BEAT_SECONDS = 1.0
 
@@ -36,7 +37,7 @@ class Line:
         return self.socket.fileno()
 
     def send(self, **message: Any) -> None:
-        """Send a message; a peer that does not take it within seconds counts as gone."""
+        """Send a message; mark the connection closed if the peer does not accept it within SEND_SECONDS."""
         if self.closed:
             return
         try:
@@ -46,16 +47,16 @@ class Line:
             self.closed = True
 
     def keep_alive(self) -> None:
-        """Let the peer hear from us, if it has not for a second."""
+        """Send an empty message if nothing was sent for BEAT_SECONDS."""
         if time.monotonic() - self.beat >= BEAT_SECONDS:
             self.send()
 
     def silent_for(self, seconds: float) -> bool:
-        """Say whether nothing was heard for so long."""
+        """Return whether nothing was received for ``seconds``."""
         return time.monotonic() - self.heard > seconds
 
     def receive(self) -> list[Message]:
-        """Return the messages that have come, once ``readable`` says so; sets ``closed`` at the end."""
+        """Return the messages received. Call it when ``readable`` returns this line; sets ``closed`` at end of file."""
         try:
             data = self.socket.recv(65536)
         except OSError:
@@ -70,12 +71,12 @@ class Line:
         except (ValueError, RecursionError):
             messages = [None]
         if len(self._buffer) > LONGEST or not all(isinstance(message, dict) for message in messages):
-            self.closed = True  # not one of ours
+            self.closed = True  # the peer does not speak this protocol
             return []
         return [message for message in messages if message]
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self.closed = True
         self.socket.close()
 
@@ -84,7 +85,7 @@ Readable = TypeVar("Readable", bound="int | socket.socket | Line")
 
 
 def readable(sources: Iterable[Readable], seconds: float) -> list[Readable]:
-    """Return those of ``sources`` that have something to read, after at most ``seconds``. Thousands may be watched."""
+    """Wait at most ``seconds`` and return those of ``sources`` that are readable; there may be thousands."""
     watched = {source if isinstance(source, int) else source.fileno(): source for source in sources}
     poll = select.poll()
     for descriptor in watched:
@@ -93,10 +94,10 @@ def readable(sources: Iterable[Readable], seconds: float) -> list[Readable]:
 
 
 def listen(address: str, port: int = 0) -> socket.socket:
-    """Return a socket that listens on one address of this host, at a free port unless one is given.
+    """Return a socket listening on one address of this host; port 0 takes a free port.
 
     Raises:
-        OSError: the address is not this host's, or the port is taken.
+        OSError: the address is not this host's, or the port is in use.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -1,4 +1,4 @@
-"""What an agent says about its host before anything is trained, and what is wrong with it."""
+"""Facts that an agent reports about its host before training, and the launcher's checks of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from longctx.errors import LongctxError
 from longctx.launch import hardware, prepare
 from longctx.launch.cluster.jobspec import JobSpec, hash_of
 
-MOST_SKEW = 30.0  # seconds: more, and logs, locks and checkpoints of several hosts tell no story
+MOST_SKEW = 30.0  # seconds; beyond it the times in logs, locks and checkpoints of different hosts cannot be compared
 LEAST_DISK = 2**30
 _PACKAGES = ("longctx", "torch", "deepspeed", "transformers")
 
@@ -32,7 +32,7 @@ def own_versions() -> dict[str, str]:
 
 
 def gather(spec: JobSpec) -> dict[str, Any]:
-    """Look at this host, in well under a second."""
+    """Return the facts about this host; takes well under a second."""
     output = Path(spec.output)
     try:
         disk = shutil.disk_usage(output).free
@@ -53,7 +53,7 @@ def gather(spec: JobSpec) -> dict[str, Any]:
 
 
 def _toolchain() -> str:
-    """Return why DeepSpeed's CPU extension could not be loaded here; empty if nothing speaks against it."""
+    """Return why DeepSpeed's CPU extension cannot be built or loaded here; empty if it can."""
     if hardware.gpus() > 0:
         return ""
     try:
@@ -65,25 +65,25 @@ def _toolchain() -> str:
 
 
 def wrong(facts: dict[str, Any], spec: JobSpec, ranks: int, gpus: int, now: float) -> list[str]:
-    """Return what is wrong with a host.
+    """Return the problems of a host, one message each.
 
     Args:
-        facts: what its agent found.
-        spec: what it must be good for.
-        ranks: how many ranks it is to take.
-        gpus: GPUs of the launcher's host; hosts must be of one kind.
-        now: the launcher's clock when the facts came.
+        facts: reported by its agent.
+        spec: the job to run there.
+        ranks: ranks of the job on that host.
+        gpus: GPUs of the launcher's host; all hosts must have GPUs, or none.
+        now: the launcher's clock when the facts arrived.
     """
     found = []
     for name, version in own_versions().items():
         there = facts["versions"].get(name)
         if there != version:
-            found.append(f"{name} is {there} there and {version} here; install the same on every host")
+            found.append(f"{name} is {there} there and {version} here; install the same version on every host")
     skew = facts["clock"] - now
     if abs(skew) > MOST_SKEW:
-        found.append(f"its clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}; start its time service")
+        found.append(f"its clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}; synchronize it (NTP)")
     if facts["config"] != spec.config_sha256:
-        found.append(f"it sees another {spec.config}; output.folder must be on storage that all hosts share")
+        found.append(f"it sees a different {spec.config}; output.folder must be on storage that all hosts share")
     if not facts["writable"]:
         found.append(f"{spec.output} cannot be written there")
     elif facts["disk"] < LEAST_DISK:
@@ -93,7 +93,7 @@ def wrong(facts: dict[str, Any], spec: JobSpec, ranks: int, gpus: int, now: floa
     if gpus and facts["gpus"] < ranks:
         found.append(f"{facts['gpus']} GPUs for {ranks} ranks; lower its number of ranks")
     elif not gpus and facts["gpus"]:
-        found.append("it has GPUs and the launcher's host has none; start there, or set DS_ACCELERATOR=cpu")
+        found.append("it has GPUs, but the launcher's host has none; launch from that host, or set DS_ACCELERATOR=cpu")
     if facts["toolchain"]:
         found.append(facts["toolchain"])
     return found

@@ -1,4 +1,4 @@
-"""The hosts of a job: from the YAML, a hostfile, or the scheduler that gave us an allocation."""
+"""The hosts of a job: from the YAML, a hostfile, or a SLURM allocation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from longctx.launch import hardware
 
 
 def hosts_of(launch: LaunchSection) -> tuple[Host, ...]:
-    """Return the hosts that ``launch`` names; inside a SLURM allocation that names none, the allocation's.
+    """Return the hosts that ``launch`` names, else those of the SLURM allocation.
 
     Raises:
-        LaunchError: a hostfile cannot be read or is not one; SLURM does not say which hosts it gave.
+        LaunchError: a hostfile cannot be read or parsed; there is no allocation, or SLURM does not list its hosts.
     """
     if launch.hostfile is not None:
         try:
@@ -36,15 +36,17 @@ def hosts_of(launch: LaunchSection) -> tuple[Host, ...]:
 
 
 def with_slots(hosts: tuple[Host, ...], launch: LaunchSection, world: int) -> tuple[tuple[str, int], ...]:
-    """Return (name, ranks) of every host: what it says itself, else `ranks_per_host`, else a share of ``world``."""
+    """Return (name, ranks) of every host: its own count, else `ranks_per_host`, else an equal share of ``world``."""
     share = -(-world // len(hosts))
     common = launch.ranks_per_host if isinstance(launch.ranks_per_host, int) else hardware.gpus() or share
     return tuple((host.name, host.slots or common) for host in hosts)
 
 
 def default_world(config: RunConfig) -> int:
-    """Return how many ranks a run has where neither its mesh nor a launcher says: what its hosts take, else what this
-    machine does. Names that are none are reported elsewhere."""
+    """Return the world size when neither the mesh nor a launcher gives one: what the hosts take, else this machine.
+
+    Invalid host names are ignored here; starting the job reports them.
+    """
     launch, here = config.launch, hardware.default_world()
     if launch.launcher == "local":
         return here
@@ -60,11 +62,11 @@ def _allocation() -> tuple[Host, ...]:
     listed = os.environ.get("SLURM_JOB_NODELIST")
     if not listed or shutil.which("scontrol") is None:
         raise LaunchError(
-            "no host is named and this is not inside a SLURM allocation: run it under salloc or sbatch, or write "
+            "no hosts are given and this shell is not inside a SLURM allocation: run under salloc or sbatch, or set "
             "launch.hosts"
         )
     try:
         names = slurm.nodes(listed)
     except (OSError, subprocess.SubprocessError) as error:
-        raise LaunchError(f"scontrol does not say which hosts {listed[:80]!r} are: {error}") from None
+        raise LaunchError(f"scontrol cannot list the hosts of {listed[:80]!r}: {error}") from None
     return once_each([parse_host(name) for name in names])

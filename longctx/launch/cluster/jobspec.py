@@ -1,7 +1,7 @@
-"""The job spec: the private file by which values reach the ranks of other hosts, instead of arguments.
+"""The job spec: a private file that gives agents on other hosts their settings.
 
-It lies in the run directory, which all hosts share, readable by its owner alone. A rank's command line holds its path
-and nothing else, so no value passes a shell, a process list or a log.
+It is in the run directory, which all hosts share, and readable by its owner only. An agent's command line holds only
+its path, so no value passes through a shell, a process list or a log.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ LONGEST = 2**24
 
 
 class JobSpec(NamedTuple):
-    """What an agent needs to know."""
+    """The settings of one job, as agents read them."""
 
     address: str
     """where the launcher listens"""
     port: int
     token: str
-    """proves to the launcher that an agent is its own"""
+    """authenticates agents to the launcher"""
     hosts: tuple[tuple[str, int], ...]
-    """(name, ranks) in the order of the ranks"""
+    """(name, ranks), in rank order"""
     folder: str
     """working directory"""
     output: str
@@ -41,13 +41,13 @@ class JobSpec(NamedTuple):
     python_path: str
     silence_seconds: int
     columns: int
-    """width of the terminal that shows progress; 0 where it is none"""
+    """width of the terminal that shows progress; 0 if there is no terminal"""
     command: tuple[str, ...]
-    """what a rank runs"""
+    """each rank's command line"""
 
     @property
     def world(self) -> int:
-        """Ranks in all."""
+        """Number of ranks."""
         return sum(count for _, count in self.hosts)
 
     def seat(self, rank: int) -> tuple[str, int, int]:
@@ -61,22 +61,22 @@ class JobSpec(NamedTuple):
 
 
 def make_private(folder: Path) -> None:
-    """Make ``folder`` for its owner alone.
+    """Create ``folder`` with mode 0700.
 
     Raises:
-        LaunchError: it cannot be made, or belongs to somebody else.
+        LaunchError: it cannot be created, or belongs to another user.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
-            raise LaunchError(f"{folder} is not a folder of yours; choose another output.folder")
+            raise LaunchError(f"{folder} does not belong to you; choose another output.folder")
         folder.chmod(0o700)
     except OSError as error:
-        raise LaunchError(f"{folder} cannot be made: {error.strerror}; choose another output.folder") from None
+        raise LaunchError(f"{folder} cannot be created: {error.strerror}; choose another output.folder") from None
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a new file that only its owner can read; one that is already there is replaced, never opened."""
+    """Write a new file with mode 0600; an existing file is replaced, never opened."""
     try:
         path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
@@ -94,16 +94,16 @@ def save(spec: JobSpec, path: Path) -> None:
 
 
 def load(path: Path) -> JobSpec:
-    """Read a job spec that belongs to this user and that nobody else can read or replace.
+    """Read a job spec, which must belong to this user and be private to them.
 
     Raises:
-        LaunchError: there is none here (the folder is not shared with this host), or it is not private.
+        LaunchError: the file is not on this host (the folder is not shared), is not private, or is damaged.
     """
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as handle:
             facts = os.fstat(handle.fileno())
             if facts.st_uid != os.geteuid() or stat.S_IMODE(facts.st_mode) & 0o077:
-                raise LaunchError(f"{path} is not private to this user; it is not read")
+                raise LaunchError(f"{path} is not private to this user; refused")
             values = json.loads(handle.read(LONGEST))
         hosts = tuple((str(name), int(count)) for name, count in values.pop("hosts"))
         return JobSpec(hosts=hosts, command=tuple(values.pop("command")), **values)

@@ -1,7 +1,7 @@
-"""Which rank runs on which host, and what it is in the mesh. Pure arithmetic.
+"""Which rank runs on which host, and its coordinates in the mesh. Pure arithmetic.
 
-Ranks fill host after host. Since rank = ((data · ring) + ring_index) · ulysses + ulysses_index, ulysses members come to
-stand inside a host and ring neighbours beside each other; what does not is counted, and said.
+Ranks fill the hosts in order. rank = (data_index · ring + ring_index) · ulysses + ulysses_index, so a Ulysses group
+lies within a host where it fits, and ring neighbours are on the same or adjacent hosts. Exceptions are counted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from longctx.mesh import Mesh
 
 
 class RankPlace(NamedTuple):
-    """Where one rank is."""
+    """One rank's host and mesh coordinates."""
 
     rank: int
     host: str
@@ -26,15 +26,15 @@ class RankPlace(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where all ranks are."""
+    """The places of all ranks."""
 
     places: tuple[RankPlace, ...]
     hosts: tuple[tuple[str, int], ...]
-    """(name, ranks there) of the hosts that have any, in order"""
+    """(name, ranks) of the hosts in use, in order"""
     split_ulysses: int
-    """ulysses groups that reach over more than one host"""
+    """Ulysses groups that span more than one host"""
     hops_between_hosts: int
-    """of the messages of one step of every ring, those that leave a host"""
+    """messages per step of all rings that cross between hosts"""
 
     def on(self, host: str) -> tuple[RankPlace, ...]:
         """Return the ranks of one host."""
@@ -42,10 +42,10 @@ class Placement(NamedTuple):
 
 
 def place(hosts: Sequence[tuple[str, int]], ring: int, ulysses: int, data: int) -> Placement:
-    """Put ``ring · ulysses · data`` ranks on ``hosts``, given as (name, room).
+    """Place ``ring · ulysses · data`` ranks on ``hosts``, given as (name, slots).
 
     Raises:
-        LaunchError: there is not room for so many.
+        LaunchError: the hosts have too few slots.
     """
     world, total = ring * ulysses * data, sum(room for _, room in hosts)
     if total < world:
@@ -66,7 +66,7 @@ def place(hosts: Sequence[tuple[str, int]], ring: int, ulysses: int, data: int) 
 
 
 def _crossings(places: Sequence[RankPlace], ring: int, ulysses: int) -> tuple[int, int]:
-    """Return (ulysses groups on several hosts, hops of all rings between hosts)."""
+    """Return (Ulysses groups that span hosts, ring hops between hosts)."""
     at = {(item.data, item.ring, item.ulysses): item.host for item in places}
     groups: dict[tuple[int, int], set[str]] = {}
     for item in places:
@@ -76,7 +76,7 @@ def _crossings(places: Sequence[RankPlace], ring: int, ulysses: int) -> tuple[in
 
 
 def table(placement: Placement) -> list[str]:
-    """Return the placement as lines of text: a row a rank, and what crosses between hosts."""
+    """Return the placement as lines of text: one row per rank, then the traffic between hosts."""
     width = max(len("host"), *(len(name) for name, _ in placement.hosts))
     lines = [f"  {'rank':>5}  {'host':<{width}}  {'local':>5}  {'data':>5}  {'ring':>5}  {'ulysses':>7}"]
     lines += [
@@ -85,10 +85,10 @@ def table(placement: Placement) -> list[str]:
         for item in placement.places
     ]
     hops = placement.hops_between_hosts
-    lines.append(f"  {hops} of {len(placement.places)} hops of the rings go between hosts")
+    lines.append(f"  {hops} of {len(placement.places)} ring hops cross between hosts")
     if placement.split_ulysses:
         lines.append(
-            f"  warning: {placement.split_ulysses} ulysses groups reach over several hosts; ranks on a host should be "
-            "a multiple of mesh.ulysses"
+            f"  warning: {placement.split_ulysses} Ulysses groups span several hosts; make the ranks per host a "
+            "multiple of mesh.ulysses"
         )
     return lines

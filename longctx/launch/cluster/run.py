@@ -1,4 +1,4 @@
-"""A job on many hosts, from its configuration to its exit code; and what would be run, without running it."""
+"""Run a multi-host job from configuration to exit code, or work out what would run without running it."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from longctx.train.lock import FolderLock, require_free
 
 
 class ClusterJob(NamedTuple):
-    """Everything about a job that is known before it starts."""
+    """A multi-host job before it starts: placement, commands, environment and paths."""
 
     config: RunConfig
     placement: Placement
     commands: list[Command]
     environment: dict[str, str]
-    """what travels"""
+    """variables sent to every rank"""
     spec_path: Path
     folder: str
     python: str
 
 
 def plan_job(config: RunConfig, sizes: Derived) -> ClusterJob:
-    """Work out placement, commands and environment; nothing is run or written.
+    """Return placement, commands and environment of a job; nothing is run or written.
 
     Raises:
-        LaunchError: the mesh does not fit the hosts, or the hosts are not known.
+        LaunchError: the mesh does not fit the hosts, or the hosts are unknown.
     """
     hosts = with_slots(hosts_of(config.launch), config.launch, sizes.world)
     return _job(config, hosts, (sizes.ring, sizes.ulysses, sizes.data))
@@ -63,10 +63,13 @@ def _job(config: RunConfig, hosts: Sequence[tuple[str, int]], grid: tuple[int, i
 
 
 def train(config: RunConfig, sizes: Derived, *, only_check: bool = False) -> int:
-    """Run the job and return its exit code, as ``local.train`` does; a failure is tried again `launch.restarts` times.
+    """Run the job and return its exit code, as ``local.train`` does; restart it up to `launch.restarts` times.
+
+    Args:
+        only_check: check that every host is ready; start no ranks.
 
     Raises:
-        LaunchError: it cannot be started from here.
+        LaunchError: the job cannot be started from this machine.
     """
     job = plan_job(config, sizes)
     require_tools(config.launch)
@@ -80,19 +83,20 @@ def train(config: RunConfig, sizes: Derived, *, only_check: bool = False) -> int
         for left in range(config.launch.restarts - 1, -1, -1):
             if not outcome.again:
                 break
-            print(f"longctx: starting again from the newest checkpoint ({left} more times)", file=sys.stderr)
+            print(f"longctx: restarting from the newest checkpoint ({left} restarts left)", file=sys.stderr)
             time.sleep(1)
             outcome = _attempt(job, only_check)
             fewer = without(job, sizes, outcome.absent)
-            if fewer is not None:  # the host that died has not come back
+            if fewer is not None:  # a failed host is still down: continue with the others
                 job = fewer
                 outcome = _attempt(job, only_check)
     return outcome.code
 
 
 def without(job: ClusterJob, sizes: Derived, absent: frozenset[str]) -> ClusterJob | None:
-    """Return the plan for the hosts that are left: fewer replicas, each step still on as many rows. None if no host is
-    absent, or if what is left has no room for one replica.
+    """Return the job on the remaining hosts: fewer data-parallel replicas, the same global batch.
+
+    None if no host is absent, or the remaining hosts cannot hold one replica.
     """
     left = [(name, count) for name, count in job.placement.hosts if name not in absent]
     room = sum(count for _, count in left)
@@ -101,7 +105,7 @@ def without(job: ClusterJob, sizes: Derived, absent: frozenset[str]) -> ClusterJ
     if not absent or data == 0:
         return None
     names = ", ".join(sorted(absent))
-    print(f"longctx: going on without {names}: mesh.data is now {data}", file=sys.stderr, flush=True)
+    print(f"longctx: continuing without {names}: mesh.data is now {data}", file=sys.stderr, flush=True)
     changes = {
         "mesh": job.config.mesh.model_copy(
             update={"ring": sizes.ring, "ulysses": sizes.ulysses, "data": data, "world": "auto"}
@@ -123,36 +127,36 @@ def _attempt(job: ClusterJob, only_check: bool) -> JobOutcome:
             supervisor = Supervisor(given, listener, job.config.launch.start_seconds)
             return supervisor.check(job.commands) if only_check else supervisor.run(job.commands)
     except OSError as error:
-        raise LaunchError(f"the launcher cannot listen for its hosts: {error}; name launch.interface") from None
+        raise LaunchError(f"the launcher cannot listen for its agents: {error}; set launch.interface") from None
     finally:
         job.spec_path.unlink(missing_ok=True)
 
 
 def _announce(address: str, port: int) -> None:
-    """Say where this process listens. Ranks talk to each other and to us without encryption."""
-    print(f"longctx: hosts call back at {address} port {port}", file=sys.stderr, flush=True)
+    """Print where the launcher listens, with a warning on a public address: traffic between ranks is unencrypted."""
+    print(f"longctx: hosts connect to {address} port {port}", file=sys.stderr, flush=True)
     if ipaddress.ip_address(address).is_global:
         print(
-            f"longctx: warning: {address} is a public address, and what ranks send is not encrypted; name a private "
-            "network's interface in launch.interface",
+            f"longctx: warning: {address} is a public address, and traffic between ranks is not encrypted; name a "
+            "private network's interface in launch.interface",
             file=sys.stderr,
         )
 
 
 def _address(job: ClusterJob) -> str:
-    """Return the address of this machine that the hosts are to call."""
+    """Return the address of this machine that the agents connect to."""
     wanted = job.config.launch.interface
     if wanted != "auto":
         found = address_of(wanted)
         if found is not None:
             return found
-    for name, _ in reversed(job.placement.hosts):  # the last host is the likeliest not to be this one
+    for name, _ in reversed(job.placement.hosts):  # the last host is most likely not this one
         try:
             return address_towards(slurm.address(name) if job.config.launch.launcher == "slurm" else bare(name))
         except OSError:
             continue
     names = ", ".join(name for name, _ in job.placement.hosts[:8])
-    raise LaunchError(f"none of the hosts has an address here ({names}); write names that this machine knows")
+    raise LaunchError(f"this machine can resolve none of the hosts ({names}); write names that it can resolve")
 
 
 def _spec(job: ClusterJob, listening: Sequence[object], text: str) -> jobspec.JobSpec:

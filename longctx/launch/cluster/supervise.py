@@ -1,8 +1,8 @@
-"""One job on many hosts: start it, check every host before anything is trained, watch it, and leave nothing behind.
+"""Run one multi-host job: start the agents, check every host, start the ranks, watch them, clean up.
 
-Whatever started the agents (ssh, mpirun, srun), they all call back here. So failures, requests to stop and the end are
-handled in one way: our own processes are killed by their ids, and on the other hosts every agent kills what it started
-as soon as its connection to us closes.
+However the agents were started (ssh, mpirun or srun), they all connect to this process, so failures, requests to stop
+and the end are handled in one way. At the end this process kills its own children by id, and every agent kills its rank
+when its connection closes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from longctx.launch.processes import Process, exit_code, kill
 from longctx.launch.watch import FAILED, Watch
 from longctx.train.signals import PREEMPTED, SIGNALS, code_of, sentence_of
 
-END_SECONDS = 10.0  # for ssh, mpirun and srun to see that their agents are gone
+END_SECONDS = 10.0  # for ssh, mpirun and srun to notice that their agents have exited
 
 
 class JobOutcome(NamedTuple):
@@ -31,9 +31,9 @@ class JobOutcome(NamedTuple):
 
     code: int
     again: bool
-    """whether starting again could help: a rank or host died, nobody asked for the end, no mistake of the user"""
+    """whether a restart may help: a rank or host failed, not by a user error and not after a request to stop"""
     absent: frozenset[str] = frozenset()
-    """hosts that did not answer, so that nothing was started"""
+    """hosts whose agents did not connect, so that no rank was started"""
 
 
 class Supervisor:
@@ -57,7 +57,7 @@ class Supervisor:
                 self._end()
 
     def check(self, commands: Sequence[Command]) -> JobOutcome:
-        """Only find out whether every host is ready."""
+        """Check that every host is ready; start no ranks."""
         try:
             self._launch(commands)
             return self._gather(start=False) or JobOutcome(0, False)
@@ -76,11 +76,14 @@ class Supervisor:
         return self.logs / f"launcher-{label}.log"
 
     def _gather(self, start: bool = True) -> JobOutcome | None:
-        """Wait for every host, look at what each says about itself, and give the word to start."""
+        """Wait for all agents, check the facts they report, and send the start message; return an outcome if it fails.
+
+        No rank is started unless every host is ready.
+        """
         deadline = time.monotonic() + self.start_seconds
         while not self.connections.complete and not self.watch.signal:
             gone = all(exit_code(process) is not None for process in self.processes.values())
-            if gone or time.monotonic() > deadline or self._nobody_left_to_come():
+            if gone or time.monotonic() > deadline or self._missing_have_exited():
                 break
             self.connections.poll()
         if self.watch.signal:
@@ -89,20 +92,20 @@ class Supervisor:
         problems = self.connections.wrong(hardware.gpus())
         absent = {} if self.connections.complete else self._absent()
         if problems or absent:
-            self._say("not started, because of\n" + table(problems | absent))
+            self._say("not started because of:\n" + table(problems | absent))
             return JobOutcome(1, False, frozenset(absent))
         if start:
             self.started = True
-            self.connections.send(start=self.connections.by_rank[0].meeting)
+            self.connections.send(start=self.connections.by_rank[0].rendezvous)
         return None
 
-    def _nobody_left_to_come(self) -> bool:
-        """Whether each host has either answered in full or seen its command end."""
+    def _missing_have_exited(self) -> bool:
+        """Return whether the start command has exited on every host that has missing agents."""
         missing = {self.spec.seat(rank)[0] for rank in range(self.spec.world) if rank not in self.connections.by_rank}
         return all(host in self.processes and exit_code(self.processes[host]) is not None for host in missing)
 
     def _absent(self) -> dict[str, list[str]]:
-        """Return why the hosts that did not answer did not, as far as their command's output says."""
+        """Return why hosts have missing agents, as far as the output of their start command says."""
         found: dict[str, list[str]] = {}
         for rank in range(self.spec.world):
             host = self.spec.seat(rank)[0]
@@ -110,7 +113,7 @@ class Supervisor:
                 continue
             label = host if host in self.processes else next(iter(self.processes))
             code = exit_code(self.processes[label])
-            how = f"no answer in {self.start_seconds} s" if code is None else f"its command {report.ended(code)}"
+            how = f"no answer in {self.start_seconds} s" if code is None else f"its start command {report.ended(code)}"
             said = [line for line in report.tail(self._log(label), 400).splitlines() if any(map(str.isalnum, line))]
             ours = [line for line in said if line.startswith("longctx: ")]
             found[host] = [how + (f": {(ours or said)[-1][-400:]}" if said else "")]
@@ -126,12 +129,13 @@ class Supervisor:
                 return self._explain() if code == FAILED else JobOutcome(code, False)
 
     def _explain(self) -> JobOutcome:
+        """Print why the job failed, and return its outcome."""
         codes = set(self.connections.codes)
         answers = {130, 143, PREEMPTED, 0, *(-number for number in SIGNALS)}
         if self.watch.signal and codes <= answers and not any(one.lost for one in self.connections.endings):
-            self._say(sentence_of(self.watch.signal))  # stopped before the loop could promise a checkpoint
+            self._say(sentence_of(self.watch.signal))  # stopped before the training loop could save
             return JobOutcome(code_of(self.watch.signal), False)
-        # a host that has gone silent, then what died without a word, is the cause of what others reported
+        # a silent host, then a rank that ended without a report, is the cause of the errors that others report
         silent = [one for one in self.connections.endings if one.end is None or one.end.report is None]
         first = (self.connections.silent() or silent or self.connections.endings)[0]
         self._say(self._cause(first))
@@ -145,7 +149,7 @@ class Supervisor:
             label = host if host in self.processes else next(iter(self.processes))
             code = exit_code(self.processes[label])
             more = "" if code is None else f"; its command {report.ended(code)}, see {self._log(label)}"
-            return f"{where} is lost: {member.lost}{more}"
+            return f"{where} was lost: {member.lost}{more}"
         if member.end.report is None:
             log = self.logs / f"rank-{member.rank:05d}.log"
             return f"{where} {report.ended(member.end.code)}. The end of {log}:\n{member.end.tail}"
@@ -158,7 +162,7 @@ class Supervisor:
             self.connections.send(signal=number)
 
     def _end(self) -> None:
-        """Close the connections, let the launcher's processes see that all is over, and kill those that do not."""
+        """Close the connections, wait for the start commands to exit, and kill those that do not."""
         self.connections.close()
         deadline = time.monotonic() + END_SECONDS
         while time.monotonic() < deadline and any(exit_code(one) is None for one in self.processes.values()):
@@ -171,6 +175,6 @@ class Supervisor:
 
 
 def table(problems: dict[str, list[str]]) -> str:
-    """Return what is wrong as one table, a line a problem, the host's name in front."""
+    """Return the problems as a table: one line per problem, starting with the host's name."""
     width = max(map(len, problems))
     return "\n".join(f"  {host:<{width}}  {text}" for host, texts in sorted(problems.items()) for text in texts)

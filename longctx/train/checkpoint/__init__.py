@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved, verified, loaded, resharded and exported."""
+"""Save, verify, load, reshard and export the checkpoints of a run."""
 
 from longctx.moved import names_of
 

@@ -1,9 +1,9 @@
-"""Save and load a run with all ranks: written aside, hashed, published by one rename, verified before it is read.
+"""Save and load a run's checkpoints on all ranks.
 
-Save: every rank writes its files into a hidden folder, pushes them to the disk and hashes them; when all have, rank 0
-writes the manifest and renames the folder. A kill at any moment leaves the older checkpoints and, at worst, a hidden
-folder that the next start deletes. Load: the newest checkpoint that verifies on all ranks, else the one before, said
-aloud; never a silent start from nothing.
+Save: every rank writes its files into a hidden folder, flushes them to the disk and hashes them; then rank 0 writes the
+manifest and publishes the folder by a rename. A kill at any moment leaves the older checkpoints intact and, at worst, a
+hidden folder that the next start deletes. Load: the newest checkpoint that verifies on all ranks; damaged ones are
+skipped with a notice, and if none is valid an error is raised, never a silent start from step 0.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from longctx.train.checkpoint.manifest import FileEntry, Manifest, Progress
 from longctx.train.checkpoint.safe_load import make_safe, safe_load
 from longctx.train.optimizer import own_settings
 
-# fp32 weights and Adam's two moments are 12 bytes a parameter, half-precision weights 2 more; the rest is room
+# fp32 weights and Adam's two moments take 12 bytes per parameter, half-precision weights 2 more; the rest is a margin
 BYTES_PER_PARAMETER = 16
 Say = Callable[[str], None]
 
 
 class Checkpoints:
-    """The checkpoints of one run. All ranks make one and call its methods together.
+    """The checkpoints of one run. Every rank has one, and all ranks call its methods together.
 
     Args:
-        root: the folder, on storage that all ranks see.
-        keep: how many to keep.
-        facts: a manifest with everything but progress and files filled in; a checkpoint that contradicts it is
-            refused by name or the change is announced (``same_run``). The hashes of model and data may be filled in
-            between ``find`` and ``require_content``.
-        say: where notices for the user go.
+        root: the folder, on storage that all ranks share.
+        keep: number of checkpoints to keep.
+        facts: a manifest of this run without progress and files. A checkpoint that differs from it is rejected, or the
+            change is printed (``same_run``). The hashes of model and data may be set between ``find`` and
+            ``require_content``.
+        say: prints notices for the user.
     """
 
     def __init__(self, root: Path, keep: int, facts: Manifest, say: Say) -> None:
         self.root, self.keep, self.facts, self.say = root, keep, facts, say
 
     def save(self, engine: Any, progress: Progress) -> Path:
-        """Save engine and random states as ``step-…`` and return the published folder.
+        """Save the engine and random states as ``step-…`` and return the published folder.
 
         Raises:
-            CheckpointError: on every rank, if any could not write; older checkpoints are intact, the new one removed.
+            CheckpointError: on every rank, if any could not write. Older checkpoints are intact, the new one deleted.
         """
         temporary = self._begin(engine, progress.step)
         try:
@@ -66,14 +66,14 @@ class Checkpoints:
             resume: ``auto``, ``must`` or ``never``.
 
         Raises:
-            CheckpointError: nothing to resume under ``must``, something present under ``never``, all are damaged, or
-                the newest valid one belongs to a different run.
+            CheckpointError: ``must`` without a checkpoint, ``never`` with one, all are damaged, or the newest valid one
+                belongs to a run with incompatible settings.
         """
         names: list[str] = broadcast_json([path.name for path in store.published(self.root)])
         if resume == "never" and names:
             raise CheckpointError(
-                f"{self.root} already holds {names[0]}, and checkpoint.resume is never: two runs in one folder cannot "
-                "be told apart; choose another output.folder, or delete this one"
+                f"{self.root} already holds {names[0]}, and checkpoint.resume is never: a folder holds one run only; "
+                "choose another output.folder, or delete this one"
             )
         for name in names:
             try:
@@ -97,22 +97,25 @@ class Checkpoints:
         return None
 
     def require_content(self, found: Manifest) -> None:
-        """Compare a checkpoint that ``find`` returned with the model and the data of ``facts``; say what else changed.
+        """Compare a checkpoint with the model and data of ``facts``; print all other changes.
+
+        Args:
+            found: returned by ``find``.
 
         Raises:
-            CheckpointError: the model or the data are other ones.
+            CheckpointError: the model or the data differ.
         """
         name = store.name_of(found.step)
         same_run.require_content(str(self.root / name), found, self.facts)
         same_run.announce(name, found, self.facts, self.say)
 
     def load(self, engine: Any, found: Manifest) -> Progress:
-        """Restore engine and random states from a checkpoint that ``find`` returned.
+        """Restore the engine and random states from a checkpoint that ``find`` returned.
 
-        The optimizer keeps the settings of this run; those of the checkpoint are only announced.
+        The optimizer keeps this run's settings (learning rate, betas, …), not the checkpoint's.
 
         Raises:
-            CheckpointError: a file needs more than plain data to be read, or does not fit the engine.
+            CheckpointError: a file contains more than plain data, or does not fit the engine.
         """
         with own_settings(engine.optimizer):
             return self._load(engine, found)
@@ -125,8 +128,10 @@ class Checkpoints:
         if found.world.get("size") != ranks()[1] and found.zero_stage > 0:
             return reshape.load(self.root, engine, found, self.say)
         contents: dict[str, Any] = {}
+        # Read every file before DeepSpeed does, so that a damaged file raises on all ranks: a rank that failed inside
+        # DeepSpeed would leave the others waiting in a collective.
         with together():
-            for entry in found.files:  # what DeepSpeed will read here: this rank's own files, and the replicated one
+            for entry in found.files:  # the files DeepSpeed reads on this rank: its own, and the replicated one
                 own = entry.rank == ranks()[0] or entry.path.startswith("mp_rank_")
                 if own and entry.path.endswith(".pt") and not entry.path.startswith(nvme.PREFIX):
                     path = str(self.root / name / entry.path)
@@ -171,7 +176,7 @@ class Checkpoints:
         return Path(broadcast_json(str(folder)))
 
     def _write(self, engine: Any, temporary: Path, step: int) -> list[FileEntry]:
-        """Write this rank's files, push them to the disk, and return what was written by all ranks."""
+        """Write this rank's files, flush them to the disk, and return the entries of all ranks' files."""
         folder = temporary / store.name_of(step)
         written, failure = _save_engine(engine, temporary, folder.name)
         entries = []
@@ -212,24 +217,25 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------------------ load, in steps
 
     def _verify(self, folder: Path) -> Manifest:
-        """Read the manifest and check the files, on all ranks together."""
+        """Read the manifest and check the files; every rank hashes a part, and all raise if any finds damage."""
         rank, world = ranks()
         digest, found = "", self.facts
         with together():
             found = store.read(folder)
-            # each rank hashes what it will read: its own files and rank 0's, and shares those of ranks not here
+            # a rank hashes the files it will read (its own and rank 0's); files of ranks beyond this world are divided
             absent = {entry.rank for entry in found.files if entry.rank >= world and entry.rank % world == rank}
             manifest.verify_files(folder, found, hash_ranks={rank, 0} | absent)
             digest = durable.sha256_of(folder / manifest.NAME)
         if len(set(gather_json(digest))) > 1:
-            raise CheckpointError(f"{folder}: ranks see different manifests; is it on storage that all ranks share?")
+            raise CheckpointError(f"{folder}: ranks see different manifests; put it on storage that all ranks share")
         return found
 
 
 def _save_engine(engine: Any, temporary: Path, tag: str) -> tuple[list[Path], Exception | None]:
-    """Let DeepSpeed write this rank's files. A failed write is returned, not raised: other ranks wait in DeepSpeed.
+    """Have DeepSpeed write this rank's files; return them, and the first write error instead of raising it.
 
-    DeepSpeed's recovery scripts are left out: a checkpoint holds data, not code.
+    The other ranks are inside DeepSpeed's collectives: this rank must reach them too, even if a write failed.
+    DeepSpeed's recovery script is not copied: a checkpoint holds data, not code.
     """
     written: list[Path] = []
     failures: list[Exception] = []
@@ -254,7 +260,7 @@ def _save_engine(engine: Any, temporary: Path, tag: str) -> tuple[list[Path], Ex
 
 
 def _named(error: Exception, folder: Path) -> CheckpointError:
-    """Return an error that says where a save failed and that nothing older was lost."""
+    """Return a CheckpointError that names the folder, the reason and the free space."""
     if isinstance(error, CheckpointError):
         return error
     free = shutil.disk_usage(folder if folder.is_dir() else Path("/")).free

@@ -1,7 +1,7 @@
-"""At the end of a run: the weights of all ranks together, as a folder that plain transformers loads.
+"""Export a model, gathered from all ranks, as a folder that plain transformers loads.
 
-The folder differs from the pretrained one that the run began with in its weights alone: config.json,
-generation_config.json and the tokenizer's files are copied, and the weights have the dtype that they had there.
+If the run started from a pretrained folder, the export differs from it only in the weights: config.json,
+generation_config.json and the tokenizer's files are copied, and the weights keep their dtype.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ FOLDER = "model"
 GENERATION = "generation_config.json"
 Weights = dict[str, torch.Tensor]
 _SET_BY_SAVING = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
-"""keys of a config that transformers writes in its own way, whatever the config said"""
+"""config keys that transformers overwrites when it saves"""
 
 
 @dataclass(frozen=True)
 class PretrainedFiles:
-    """The files of a pretrained folder that an export repeats.
+    """What an export copies from a pretrained folder.
 
     Attributes:
-        config: content of its config.json; ``text`` is the file's own text.
-        read: what ``read_config`` makes of it, as a dictionary.
-        generation: bytes of its generation_config.json, or None.
+        text: its config.json.
+        read: its config as ``read_config`` parses it, as a dictionary.
+        generation: its generation_config.json, or None.
         dtype: of its weights.
     """
 
@@ -44,7 +44,7 @@ class PretrainedFiles:
 
 
 def read_source(folder: str | Path | None) -> PretrainedFiles | None:
-    """Return what an export repeats of a pretrained folder; None for a model from scratch.
+    """Return what an export copies from a pretrained folder; None for a model from scratch.
 
     Raises:
         ModelError: the folder cannot be read as a transformers model.
@@ -62,11 +62,11 @@ def read_source(folder: str | Path | None) -> PretrainedFiles | None:
 def export_model(engine: Any, tokenizer: Path, output: Path, source: PretrainedFiles | None = None) -> Path:
     """Write ``output/model`` (config.json, model.safetensors, tokenizer files) and return it. All ranks call it.
 
-    The folder is written aside and renamed, so an older export is replaced by a whole one.
+    The folder is written under a temporary name and renamed, so an older export is replaced only by a complete one.
 
     Args:
         tokenizer: folder of the run's tokenizer.
-        source: of a run that began with a pretrained folder; see ``read_source``.
+        source: returned by ``read_source``; None for a model from scratch.
 
     Raises:
         LongctxError: on every rank, if rank 0 could not write.
@@ -88,11 +88,11 @@ def write_model(
     source: PretrainedFiles | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the folder ``target`` from a model's whole state dict. For one process.
+    """Write the folder ``target`` from a model's full state dict. For one process.
 
     Args:
         module: a transformers model; its own weights are not read.
-        dtype: of the weights; None for the source's, or what they have if there is no source.
+        dtype: of the exported weights; None for the source's, or without a source the weights' own.
     """
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -108,15 +108,15 @@ def write_model(
     mode = file_mode()
     for path in aside.rglob("*"):
         if path.is_file():
-            path.chmod(mode)  # safetensors makes files that nobody else may read
+            path.chmod(mode)  # safetensors creates files with mode 0600, whatever the umask
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
 
 
 def gather_weights(engine: Any) -> Weights | None:
-    """Return the whole model's state dict on rank 0 (CPU tensors) and None elsewhere, on every ZeRO stage."""
+    """Return the full state dict on rank 0 (CPU tensors) and None on other ranks, for every ZeRO stage."""
     if engine.zero_optimization_stage() == 3:
-        # gathers one module at a time, so no rank but 0 ever holds more than one
+        # gathers one module at a time: ranks other than 0 never hold more than one gathered module
         gathered: Weights | None = engine._zero3_consolidated_16bit_state_dict()
     else:
         gathered = engine.module.state_dict()
@@ -126,7 +126,7 @@ def gather_weights(engine: Any) -> Weights | None:
 
 
 def _cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
-    """Return weights in ``dtype``; as they are where that is None or would make a finite one infinite."""
+    """Return the weights in ``dtype``; unchanged if it is None or the cast would overflow any finite value."""
     if dtype is None:
         return weights
     cast = {name: x.to(dtype) if x.is_floating_point() else x for name, x in weights.items()}
@@ -135,7 +135,7 @@ def _cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
 
 
 def _shared(module: Any, weights: Weights) -> Weights:
-    """Return weights in which all names of one parameter (tied heads) hold one tensor, so that it is saved once."""
+    """Return the weights with one tensor for all names of a tied parameter, so that it is saved once."""
     first: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         first.setdefault(id(parameter), name)
@@ -145,7 +145,10 @@ def _shared(module: Any, weights: Weights) -> Weights:
 
 
 def _save(module: Any, weights: Weights, folder: Path) -> None:
-    """Have transformers write config and weights (the dict is emptied); it would refuse some generation configs."""
+    """Write config and weights with transformers (which empties the dict), without its generation config.
+
+    transformers refuses to save some generation configs that it loads; ``write_model`` copies the file instead.
+    """
     own, dtype = module.generation_config, module.config.dtype
     module.generation_config = type(own)()
     try:
@@ -156,7 +159,7 @@ def _save(module: Any, weights: Weights, folder: Path) -> None:
 
 
 def _write_config(config: Any, dtype: torch.dtype, folder: Path, source: PretrainedFiles | None) -> None:
-    """Write config.json: the source's own text where training changed nothing in it but the dtype."""
+    """Write config.json: the source's text, unless training changed more than the dtype."""
     name = str(dtype).removeprefix("torch.")
     path = folder / tokenizer_folder.CONFIG
     if source is not None and _essential(source.read) == _essential(config.to_dict()):
@@ -171,7 +174,7 @@ def _write_config(config: Any, dtype: torch.dtype, folder: Path, source: Pretrai
 
 
 def _essential(config: Any) -> Any:
-    """Return a config's dictionary without what saving sets, at any depth."""
+    """Return a config's dictionary without the keys in ``_SET_BY_SAVING``, at any depth."""
     if isinstance(config, dict):
         return {key: _essential(value) for key, value in config.items() if key not in _SET_BY_SAVING}
     if isinstance(config, list | tuple):

@@ -1,4 +1,4 @@
-"""`longctx export`: the model of a run that was stopped, from its newest checkpoint, in one process."""
+"""`longctx export`: export the model from a run's checkpoint, in one process."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def export_run(run: Path, output: Path | None = None, step: int | None = None, d
     """Write the model of a checkpoint as a folder that plain transformers loads, and return it.
 
     Args:
-        run: a run directory. Nothing in it is changed but ``run/model``, and that only if ``output`` is None.
+        run: a run directory. Nothing in it is changed, except ``run/model`` if ``output`` is None.
         output: the folder to write; it must not exist yet. None replaces ``run/model``.
-        step: of the checkpoint; None takes the newest that is whole.
-        dtype: "fp32", "bf16" or "fp16"; None for that of the pretrained folder, or of training.
+        step: of the checkpoint; None takes the newest valid one.
+        dtype: "fp32", "bf16" or "fp16"; None for that of the pretrained folder, else of training.
 
     Raises:
-        ConfigError: no run there, an unknown dtype, or ``output`` exists.
-        CheckpointError: no checkpoint of that step, none that is whole, or one whose optimizer state is on NVMe.
+        ConfigError: ``run`` is not a run directory, the dtype is unknown, or ``output`` exists.
+        CheckpointError: no checkpoint of that step, no valid one, or one whose optimizer state is on NVMe.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"export --dtype {dtype}: choose one of {', '.join(DTYPES)}")
@@ -64,7 +64,7 @@ def export_run(run: Path, output: Path | None = None, step: int | None = None, d
 
 
 def _checkpoint(root: Path, step: int | None) -> tuple[Path, Manifest]:
-    """Return the folder and manifest of a whole checkpoint, every file of which hashes right."""
+    """Return the folder and manifest of the newest checkpoint whose files all match their hashes."""
     folders = [path for path in store.published(root) if step is None or path.name == store.name_of(step)]
     reasons = []
     for folder in folders:
@@ -75,14 +75,14 @@ def _checkpoint(root: Path, step: int | None) -> tuple[Path, Manifest]:
         except CheckpointError as error:
             reasons.append(str(error))
     if reasons:
-        raise CheckpointError(f"export: no checkpoint in {root} is whole: " + "; ".join(reasons))
+        raise CheckpointError(f"export: no checkpoint in {root} is valid: " + "; ".join(reasons))
     wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
     there = ", ".join(path.name for path in store.published(root)) or "nothing"
     raise CheckpointError(f"export: {wanted} in {root}, which holds {there}; give a run that has saved one")
 
 
 def _tokenizer(config: RunConfig, run: Path) -> Path:
-    """Return the folder of a run's tokenizer, which lies beside its token files."""
+    """Return the folder of a run's tokenizer, which is next to its token files."""
     built = [Path(source) for source in config.data.sources if (Path(source) / RECORD).is_file()]
     places = [folder / "tokenizer" for folder in (*built[:1], token_folder(config), run / "tokens")]
     for place in places:
@@ -95,14 +95,14 @@ def _tokenizer(config: RunConfig, run: Path) -> Path:
 
 
 def _weights(folder: Path, found: Manifest) -> Weights:
-    """Return the whole state dict of a checkpoint, in fp32 where the optimizer keeps fp32 weights."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed
+    """Return the full state dict of a checkpoint, in fp32 where the optimizer keeps fp32 weights."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no GPU is needed: files are only read and merged
     from longctx.engine.zero import nvme, universal
 
     if any(entry.path.startswith(nvme.PREFIX) for entry in found.files):
         raise CheckpointError(
-            f"{folder}: its weights are in NVMe files, which only the run itself reads; let it run to its end, or "
-            "resume it with train.steps one above its last step"
+            f"{folder}: its weights are in NVMe files, which only the run itself can read; let the run finish, or "
+            "resume it with train.steps set to its last step + 1"
         )
     if found.zero_stage == 0:
         content = safe_load(folder / "mp_rank_00_model_states.pt", "cpu")
@@ -111,4 +111,4 @@ def _weights(folder: Path, found: Manifest) -> Weights:
     try:
         return universal.whole_weights(folder, safe_load)
     except (OSError, RuntimeError, AssertionError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{folder}: DeepSpeed cannot put its weights together: {error}") from None
+        raise CheckpointError(f"{folder}: DeepSpeed cannot merge its weights: {error}") from None

@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint: which files it has, how long they are, what they hash to, and what run they belong to.
+"""The manifest of a checkpoint: names, sizes and hashes of its files, and facts about the run that saved it.
 
-A folder without a valid manifest does not exist for longctx. The text is canonical JSON that carries its own hash, so
-one flipped bit anywhere, in the manifest too, is found. The format is fixed: readers refuse a ``schema`` they do not
-know, and new facts go into ``run`` or ``versions``, which readers must not require to be complete.
+longctx ignores a folder without a valid manifest. The text is canonical JSON with its own hash, so a flipped bit is
+detected in the manifest too. The format is fixed: readers reject an unknown ``schema``, and new facts go into ``run``
+or ``versions``, which readers must not require to be complete.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_BYTES = 64 * 2**20  # a manifest lists files; one of this size is not a mani
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: updates made, packed rows and valid tokens consumed."""
+    """The position of a run: optimizer steps taken, packed rows and valid tokens consumed."""
 
     step: int = 0
     samples: int = 0
@@ -44,15 +44,15 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a reader needs before it opens a file of the checkpoint.
+    """Everything that a reader needs before it opens the other files of the checkpoint.
 
     Attributes:
         step: optimizer steps taken.
-        samples: packed rows consumed since the start of the run; with ``seed`` this is the whole data position.
+        samples: packed rows consumed since the start of the run; with ``seed`` it determines the data position.
         seed: of the sample order.
         tokens: valid tokens consumed since the start of the run.
         world: sizes of the grid: ``size``, ``data``, ``ring``, ``ulysses``.
-        layout: how a sequence was spread over the ring.
+        layout: how sequences were sharded over the ring.
         zero_stage: DeepSpeed's ZeRO stage.
         config_sha256: of the resolved configuration.
         git_commit: of the checkout, or None outside one.
@@ -76,20 +76,20 @@ class Manifest:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all files together."""
+        """Total size of all files, in bytes."""
         return sum(entry.bytes for entry in self.files)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json`` into ``folder``, durably. Call it last: it declares the other files complete."""
+    """Write ``manifest.json`` into ``folder`` durably. Call it last: it declares the other files complete."""
     write_atomically(folder / NAME, _render(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check ``folder/manifest.json`` itself, not yet the files it lists.
+    """Read and check ``folder/manifest.json`` itself, but not the files it lists.
 
     Raises:
-        CheckpointError: it is missing, not readable, altered, of an unknown schema, or names a path outside the folder.
+        CheckpointError: it is missing, unreadable, altered, of an unknown schema, or lists a path outside the folder.
     """
     path = folder / NAME
     try:
@@ -124,15 +124,15 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify_files(folder: Path, manifest: Manifest, hash_ranks: Collection[int] | None = None) -> None:
-    """Check that exactly the listed files are there, each of its length, and that the chosen ones hash right.
+    """Check that the folder holds exactly the listed files, with the listed sizes and, for chosen ones, hashes.
 
     Args:
         folder: the checkpoint.
-        manifest: what it should hold.
-        hash_ranks: hash only files written by these ranks (the others' readers hash theirs); None hashes all.
+        manifest: the expected contents.
+        hash_ranks: hash only the files written by these ranks; None hashes all.
 
     Raises:
-        CheckpointError: a file is missing, unknown, a link, of another length, or altered; the message names it.
+        CheckpointError: a file is missing, unlisted, a link, of another size, or altered; the message names it.
     """
     listed = {entry.path for entry in manifest.files} | {NAME}
     for path in sorted(folder.rglob("*")):
@@ -140,7 +140,7 @@ def verify_files(folder: Path, manifest: Manifest, hash_ranks: Collection[int] |
         if path.is_symlink():
             raise CheckpointError(f"{path}: a symbolic link inside a checkpoint; it is refused")
         if path.is_file() and name not in listed:
-            raise CheckpointError(f"{path}: this file is not in the manifest; a checkpoint holds what was saved, only")
+            raise CheckpointError(f"{path}: this file is not in the manifest; remove it from the checkpoint")
     for entry in manifest.files:
         path = folder / entry.path
         if not path.is_file():
@@ -154,7 +154,7 @@ def verify_files(folder: Path, manifest: Manifest, hash_ranks: Collection[int] |
 
 
 def _render(manifest: Manifest) -> str:
-    """Return the one text that stands for this manifest: sorted keys, fixed spacing, its own hash at the end."""
+    """Return the canonical text of a manifest: sorted keys, fixed spacing, its own hash at the end."""
     body = {"format": FORMAT, "schema": SCHEMA, **asdict(manifest)}
     text = json.dumps(body, sort_keys=True, indent=1, allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -162,7 +162,7 @@ def _render(manifest: Manifest) -> str:
 
 
 def _parse(body: dict[str, Any]) -> Manifest:
-    """Return the manifest that ``body`` describes.
+    """Parse a manifest.
 
     Raises:
         TypeError, ValueError, KeyError: a field is missing, unknown or of the wrong type.
@@ -176,30 +176,30 @@ def _parse(body: dict[str, Any]) -> Manifest:
     counts = (manifest.step, manifest.samples, manifest.tokens, *(entry.bytes for entry in entries))
     ranks = [entry.rank for entry in entries]
     if any(type(value) is not int or value < 0 for value in (*counts, *ranks, *manifest.world.values())):
-        raise ValueError("a count is not a whole number")
+        raise ValueError("a count is not a non-negative integer")
     if len({entry.path for entry in entries}) != len(entries):
         raise ValueError("a file is listed twice")
     return manifest
 
 
 def _require_types(manifest: Manifest) -> None:
-    """Refuse values that readers would trip over later; counts are looked at elsewhere."""
+    """Reject values of wrong types, on which readers would fail later; `_parse` checks the counts."""
     texts = [manifest.layout, manifest.config_sha256, *manifest.versions, *manifest.versions.values()]
     texts += [text for entry in manifest.files for text in (entry.path, entry.sha256)]
     texts += [] if manifest.git_commit is None else [manifest.git_commit]
     if not all(isinstance(value, dict) for value in (manifest.world, manifest.versions, manifest.run)):
         raise TypeError("a block is not an object")
     if not all(isinstance(text, str) for text in texts):
-        raise TypeError("a text is none")
+        raise TypeError("a string field is not a string")
     if any(type(value) is not int for value in (manifest.seed, manifest.zero_stage)) or "size" not in manifest.world:
-        raise TypeError("a number is none")
+        raise TypeError("an integer field is not an integer")
     settings = manifest.run.get("settings", {})
     if not isinstance(settings, dict):
         raise TypeError("settings is not an object")
 
 
 def _require_plain_path(manifest: Path, name: str) -> None:
-    """Refuse a name that leaves the checkpoint's folder."""
+    """Reject a path that leads out of the checkpoint's folder."""
     parts = PurePosixPath(name).parts
     if not parts or PurePosixPath(name).is_absolute() or any(part in ("..", "") for part in parts) or "\0" in name:
         raise CheckpointError(f"{manifest}: lists {name!r}, which is outside the checkpoint; it is refused")

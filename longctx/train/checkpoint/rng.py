@@ -1,4 +1,4 @@
-"""The random states of one rank (python, numpy, torch, CUDA) as JSON, so that a resumed model drops the same units."""
+"""Save and restore one rank's random states (python, numpy, torch, CUDA) as JSON, for the same dropout after resume."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Set this process's random states to what ``capture`` returned.
+    """Set this process's random states to those that ``capture`` returned.
 
     Raises:
-        CheckpointError: the state is not one that ``capture`` makes.
+        CheckpointError: the state is not in ``capture``'s format.
     """
     try:
         version, words, gauss = state["python"]
@@ -50,7 +50,7 @@ def restore(state: dict[str, Any]) -> None:
 
 
 def save(folder: Path, rank: int) -> Path:
-    """Write this rank's states into ``folder`` and return the file."""
+    """Write this rank's states into ``folder`` and return the file's path."""
     path = folder / name_of(rank)
     write_atomically(path, json.dumps(capture()))
     return path

@@ -1,8 +1,8 @@
-"""Load DeepSpeed's checkpoint files without running anything that is in them.
+"""Load DeepSpeed's checkpoint files without executing code from them.
 
-DeepSpeed reads with full pickle, which executes what a file says. Here every read is torch's weights-only unpickler
-with the few classes that DeepSpeed's own files need. There is no second try with a laxer reader: a file that needs
-more is refused, and the error names what it wanted.
+DeepSpeed reads with full pickle, which can execute arbitrary code. Here every read uses torch's weights-only unpickler,
+with the few classes that DeepSpeed's own files need. There is no fallback: a file that needs any other class is
+rejected, and the error names the class.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 from longctx.errors import CheckpointError
 
-# What ZeRO 0-3 files hold besides tensors and plain containers. Found in modules that are loaded already: nothing is
-# imported because a file asked for it.
+# The classes in ZeRO 0-3 files besides tensors and plain containers. They are looked up in modules that are already
+# loaded: a file cannot cause an import.
 ALLOWED = (
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
@@ -26,7 +26,7 @@ ALLOWED = (
 
 
 def allowed_classes() -> list[Any]:
-    """Return the classes of DeepSpeed that a checkpoint may contain, as far as DeepSpeed is loaded."""
+    """Return the classes of ``ALLOWED`` whose modules are loaded."""
     found = (getattr(sys.modules.get(module), name, None) for module, name in ALLOWED)
     return [value for value in found if isinstance(value, type)]
 
@@ -40,7 +40,7 @@ def safe_load(path: str | Path, map_location: Any = None) -> Any:
     try:
         with torch.serialization.safe_globals(allowed_classes()):
             return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # torch's readers raise a dozen kinds for damaged files; none may be retried
+    except Exception as error:  # torch raises many types for damaged files; none may be retried with another reader
         reason = str(error).split("This error")[0].strip() or type(error).__name__
         unsafe = "Weights only load failed" in reason
         what = "refused: reading it would run code, or needs a class longctx does not allow" if unsafe else "damaged"
@@ -51,8 +51,8 @@ def make_safe(engine: Any, read_already: dict[str, Any]) -> None:
     """Replace the reader of a DeepSpeed engine's checkpoint engine by ``safe_load``.
 
     Args:
-        read_already: contents by path, handed out once each. Reading before DeepSpeed asks lets all ranks agree that
-            every file is good; a rank that failed inside DeepSpeed would leave the others waiting there.
+        read_already: contents by path; each is returned once and freed. If files are read before DeepSpeed needs them,
+            all ranks can raise together; a rank that failed inside DeepSpeed would leave the others waiting.
     """
 
     def load(path: str, map_location: Any = None) -> Any:

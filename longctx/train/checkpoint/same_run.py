@@ -1,7 +1,7 @@
-"""Compare a run with the checkpoint it resumes: changes that the state cannot follow are refused, all others are said.
+"""Compare a run with the checkpoint it resumes: reject incompatible changes, print all others.
 
-A manifest carries the settings of the run that saved it, so that a refusal names the key and both values. Checkpoints
-without settings (older ones) are compared by what else their manifest holds.
+A manifest contains the settings of the run that saved it, so an error names the key and both values. Older checkpoints
+without settings are compared by the other facts in their manifest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from longctx.config.write import scalar
 from longctx.errors import CheckpointError
 from longctx.train.checkpoint.manifest import Manifest
 
-# Sections that say what is computed; the others say where it runs and what is written.
+# Sections that define what is computed; the others define where it runs and what is written.
 SECTIONS = ("model", "data", "attention", "mesh", "train", "zero", "memory")
 REFUSED = {
     "zero.stage": "set it back: each stage keeps the state in files of its own",
@@ -27,11 +27,11 @@ REFUSED = {
     "attention.layers": "set it back: it is a part of the model",
     "train.optimizer": "set it back: the saved state is that of the other optimizer",
 }
-FREE = ("model.pretrained", "model.vocab_size", "model.max_positions")  # decided by the hash of the model
+FREE = ("model.pretrained", "model.vocab_size", "model.max_positions")  # compared by the model's hash instead
 
 
 class SettingChange(NamedTuple):
-    """One fact that a checkpoint records and the run contradicts."""
+    """One value that differs between a checkpoint's manifest and this run."""
 
     key: str
     before: Any
@@ -42,26 +42,26 @@ class SettingChange(NamedTuple):
 
     @property
     def remedy(self) -> str | None:
-        """What to do about it where it is refused; None where the new value can apply."""
+        """How to fix an incompatible change; None if the run may continue with the new value."""
         of_model = self.key.startswith("model.") and self.key not in FREE
         return REFUSED.get(self.key) or ("set it back: it is a part of the model" if of_model else None)
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that a manifest records, as JSON: dotted key -> value."""
+    """Return the settings that a manifest records: dotted key -> JSON value."""
     values = config.model_dump(mode="json")
     found = {f"{name}.{key}": value for name in SECTIONS for key, value in values[name].items()}
     return found | {"deepspeed": values["deepspeed"]}
 
 
 def require_settings(name: str, found: Manifest, here: Manifest) -> None:
-    """Refuse to resume where a setting differs that decides the meaning of the saved state.
+    """Refuse to resume if a setting differs that determines the meaning of the saved state.
 
     Args:
         name: of the checkpoint, for the message.
 
     Raises:
-        CheckpointError: it names every such key with both values.
+        CheckpointError: it lists every such key with both values.
     """
     refused = [change for change in changes(found, here) if change.remedy]
     if refused:
@@ -74,19 +74,19 @@ def require_settings(name: str, found: Manifest, here: Manifest) -> None:
     if before != now and here.run.get("optimizer") != "adamw":
         raise CheckpointError(
             f"{name} was saved by {before} ranks, this run has {now}, and only the state of adamw can be resharded: "
-            "start as many, or choose another output.folder to start over"
+            "start with the same number of ranks, or choose another output.folder to start over"
         )
 
 
 def require_content(name: str, found: Manifest, here: Manifest) -> None:
-    """Refuse to resume where model or data are other ones although the settings are the same.
+    """Refuse to resume if the model or the data differ although the settings are equal.
 
     Raises:
         CheckpointError: the hash of the model or of the data differs.
     """
     kinds = {
-        "model": "the model has other shapes: check model.* and the folder in model.pretrained",
-        "data": "the token files hold other tokens: restore data.sources, data.tokenizer and data.held_out",
+        "model": "the model has different shapes: check model.* and the folder in model.pretrained",
+        "data": "the token files hold different tokens: restore data.sources, data.tokenizer and data.held_out",
     }
     for what, remedy in kinds.items():
         before, now = found.run.get(what), here.run.get(what)
@@ -98,13 +98,13 @@ def require_content(name: str, found: Manifest, here: Manifest) -> None:
 
 
 def announce(name: str, found: Manifest, here: Manifest, say: Callable[[str], None]) -> None:
-    """Say every other fact that the checkpoint records and this run contradicts, one a line."""
+    """Print every change, one per line."""
     for change in changes(found, here):
         say(f"{name} was saved with {change}")
 
 
 def changes(found: Manifest, here: Manifest) -> Iterator[SettingChange]:
-    """Yield what differs between the manifest ``found`` and the facts of this run, in the order of the keys."""
+    """Yield the differences between the manifest ``found`` and this run's facts, in the order of the keys."""
     before, now = recorded(found), recorded(here)
     whole = bool(_settings(found))
     for key in now | before:
@@ -115,7 +115,7 @@ def changes(found: Manifest, here: Manifest) -> Iterator[SettingChange]:
 
 
 def recorded(manifest: Manifest) -> dict[str, Any]:
-    """Return what a manifest says about its run, by key; sizes that the settings leave open are those it came to."""
+    """Return a manifest's facts about its run by key, with the resolved sizes where a setting is `auto`."""
     run, world = manifest.run, manifest.world
     facts = {
         "zero.stage": manifest.zero_stage,
@@ -138,5 +138,5 @@ def _settings(manifest: Manifest) -> dict[str, Any]:
 
 
 def _default(key: str) -> Any:
-    """Return the value of a key that one of two versions of longctx does not know, as JSON has it."""
+    """Return the default (as JSON) of a key that only one of the two longctx versions has; None if unknown here."""
     return json.loads(json.dumps(leaves()[key].default)) if key in leaves() else None

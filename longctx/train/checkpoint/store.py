@@ -1,11 +1,11 @@
-"""The folder of checkpoints: names, publication by rename, retention, and what a crash left behind.
+"""The folder of checkpoints: names, publication by rename, retention, clean-up after a crash.
 
     checkpoints/
       step-00000020/     published: manifest.json, DeepSpeed's files, rng-00000.json …
-      latest             name of the newest one, also what DeepSpeed's own tools look for
-      .tmp-…  .old-…     unfinished or unwanted; deleted at the next start
+      latest             name of the newest one; DeepSpeed's own tools read it too
+      .tmp-…  .old-…     unfinished or discarded; deleted at the next start
 
-Plain file operations for one process (rank 0); ``checkpoint`` adds the other ranks.
+Plain file operations for one process (rank 0); ``checkpointer`` coordinates the ranks.
 """
 
 from __future__ import annotations
@@ -30,38 +30,38 @@ def name_of(step: int) -> str:
 
 
 def published(root: Path) -> list[Path]:
-    """Return the checkpoints in ``root`` that have a manifest file, newest first. Their contents are not checked."""
+    """Return the checkpoints in ``root`` that have a manifest, newest first. Their contents are not checked."""
     return [path for path in steps(root) if (path / manifest.NAME).is_file()]
 
 
 def steps(root: Path) -> list[Path]:
-    """Return everything in ``root`` that has the name of a checkpoint, newest first, with a manifest or without."""
+    """Return every path in ``root`` with a checkpoint's name, newest first, with or without a manifest."""
     if not root.is_dir():
         return []
     return sorted((path for path in root.iterdir() if _STEP.fullmatch(path.name)), key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
-    """Return the step that a checkpoint's name says."""
+    """Return the step in a checkpoint's folder name."""
     return int(folder.name.removeprefix("step-"))
 
 
 def read(folder: Path) -> manifest.Manifest:
-    """Return a checkpoint's manifest, its files not yet looked at.
+    """Return a checkpoint's manifest without checking its files.
 
     Raises:
-        CheckpointError: the manifest is no good, or that of another step than the folder's name says.
+        CheckpointError: the manifest is invalid, or its step differs from the folder's name.
     """
     found = manifest.read_manifest(folder)
-    if folder.name != name_of(found.step):  # what is loaded is named by the manifest's step
+    if folder.name != name_of(found.step):  # loading derives the folder's name from the manifest's step
         raise CheckpointError(
-            f"{folder}: its manifest is that of step {found.step}; a checkpoint's folder keeps its name"
+            f"{folder}: its manifest is that of step {found.step}; do not rename a checkpoint's folder"
         )
     return found
 
 
 def begin(root: Path, step: int) -> Path:
-    """Make and return a fresh folder ``root/.tmp-…/`` in which ``step-…/`` will be written."""
+    """Create and return a new folder ``root/.tmp-…/``, in which ``step-…/`` is written."""
     root.mkdir(parents=True, exist_ok=True)
     folder = root / f".tmp-{name_of(step)}-{secrets.token_hex(4)}"
     (folder / name_of(step)).mkdir(parents=True)
@@ -69,10 +69,12 @@ def begin(root: Path, step: int) -> Path:
 
 
 def publish(temporary: Path, step: int) -> Path:
-    """Make a complete checkpoint visible by one rename, then move the pointer. Its manifest must be written."""
+    """Publish a complete checkpoint by one rename, then update the pointer. Its manifest must be written already."""
     root, target = temporary.parent, temporary.parent / name_of(step)
+    # The order makes a crash at any point harmless: contents reach the disk before the rename, the rename reaches the
+    # disk before the pointer names it, and only then are replaced and unfinished folders deleted.
     durable.fsync_folder(temporary / target.name)
-    if target.exists():  # a damaged or repeated save of the same step: out of the way, deleted once replaced
+    if target.exists():  # a damaged or repeated save of the same step: renamed now, deleted once it is replaced
         target.rename(root / f".old-{target.name}-{secrets.token_hex(4)}")
     (temporary / target.name).rename(target)
     durable.fsync_folder(root)
@@ -82,7 +84,7 @@ def publish(temporary: Path, step: int) -> Path:
 
 
 def clean(root: Path) -> None:
-    """Delete what unfinished saves and deletions left. Only the holder of the run's lock may call it."""
+    """Delete the remains of unfinished saves and deletions. Only the holder of the run's lock may call it."""
     if not root.is_dir():
         return
     for path in root.iterdir():
@@ -93,15 +95,14 @@ def clean(root: Path) -> None:
 
 
 def retain(root: Path, keep: int) -> list[str]:
-    """Delete all but the newest ``keep`` whole checkpoints; return the names deleted.
+    """Delete all but the newest ``keep`` valid checkpoints; return the deleted names.
 
-    One whose manifest or file lengths are wrong does not count towards ``keep``. Nothing is deleted unless a whole
-    one stays.
+    A checkpoint with a wrong manifest or file size does not count towards ``keep``. At least one valid one is kept.
     """
     whole, deleted = 0, []
     for path in published(root):
         if whole >= max(keep, 1):
-            os.rename(path, root / f".old-{path.name}-{secrets.token_hex(4)}")  # first invisible, then gone
+            os.rename(path, root / f".old-{path.name}-{secrets.token_hex(4)}")  # atomic: never a half-deleted `step-…`
             deleted.append(path.name)
         elif _looks_whole(path):
             whole += 1
@@ -110,7 +111,7 @@ def retain(root: Path, keep: int) -> list[str]:
 
 
 def require_space(root: Path, needed: int) -> None:
-    """Raise CheckpointError when ``root``'s disk has less than ``needed`` bytes free."""
+    """Raise CheckpointError if ``root``'s disk has less than ``needed`` bytes free."""
     free = shutil.disk_usage(root).free
     if free < needed:
         raise CheckpointError(

@@ -1,5 +1,4 @@
-"""The folder on NVMe that one run swaps to: checked on every host before anything heavy, empty at the start, gone at
-the end."""
+"""The NVMe folder to which a run offloads optimizer state: checked on every host first, deleted at the end."""
 
 from __future__ import annotations
 
@@ -17,21 +16,23 @@ from longctx.errors import ConfigError
 
 @contextmanager
 def swap_folder(config: RunConfig) -> Iterator[None]:
-    """Hold the run's swap folder. All ranks enter it together, holding the output folder; without NVMe it does nothing.
+    """Create the run's swap folder, and delete it at the end. All ranks enter together; without NVMe it does nothing.
+
+    The caller holds the lock of the output folder.
 
     Raises:
-        ConfigError: on every rank, if a host has no such folder, no room in it, no libaio or no direct writes.
+        ConfigError: on every rank, if on any host the folder is missing or full, or libaio or O_DIRECT is missing.
     """
     if config.zero.offload_optimizer != "nvme":
         yield
         return
     rank, world = ranks()
     folder = nvme.run_folder(config)
-    first = int(os.environ.get("LOCAL_RANK", rank)) == 0  # one of each host
+    first = int(os.environ.get("LOCAL_RANK", rank)) == 0  # one rank per host
     here = ranks_per_host(config, world) or world
     with together():
         if first:
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed run of this output folder left
+            shutil.rmtree(folder, ignore_errors=True)  # left by a killed run of this output folder
     with together():
         if first:
             for key, message in nvme.missing(config, here / world):
@@ -49,6 +50,6 @@ def swap_folder(config: RunConfig) -> Iterator[None]:
         shutil.rmtree(folder / "zero_stage_3" / "optimizer" / f"rank{rank}", ignore_errors=True)
         for path in (folder / "zero_stage_3" / "optimizer", folder / "zero_stage_3", folder):
             try:
-                path.rmdir()  # the last rank of a host
+                path.rmdir()  # succeeds on the last rank of a host
             except OSError:
                 break

@@ -1,4 +1,4 @@
-"""A console that may go away: a closed pipe, a full disk or a lost terminal ends the display, never the run."""
+"""A text stream that survives the loss of its console: a closed pipe, full disk or lost terminal never ends the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Console:
     """A text stream whose failures are not raised. After the first failed write, everything is dropped.
 
     Args:
-        stream: where text goes; None drops everything.
+        stream: the underlying stream; None drops everything.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -18,7 +18,7 @@ class Console:
         self.lost = stream is None
 
     def write(self, text: str) -> int:
-        """Write ``text``, with question marks for what the stream cannot encode; return its length."""
+        """Write ``text``, with ``?`` for characters that the stream cannot encode; return its length."""
         if not self.lost:
             try:
                 self.stream.write(text)
@@ -30,12 +30,12 @@ class Console:
         return len(text)
 
     def flush(self) -> None:
-        """Push out what was written."""
+        """Flush the stream."""
         if not self.lost:
             self._try(self.stream.flush)
 
     def isatty(self) -> bool:
-        """Say whether this leads to a terminal."""
+        """Return whether the stream is a terminal."""
         return not self.lost and bool(self._try(self.stream.isatty))
 
     def _try(self, call: Any, *arguments: Any) -> Any:
@@ -50,7 +50,7 @@ class Console:
 
 
 def guard_standard_streams() -> None:
-    """Have this process survive the loss of its standard output and error, which libraries write to as well."""
+    """Wrap stdout and stderr, to which libraries write too, so that this process survives their loss."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, Console):

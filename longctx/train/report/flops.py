@@ -1,8 +1,8 @@
-"""Useful arithmetic of a training step, and the share of the hardware's peak it reaches (MFU).
+"""The model FLOPs of a training step and the hardware's peak, for model FLOPs utilization (MFU).
 
-Counted are the matrix products that the model needs: 6 per weight and token (2 forward, 4 backward), and for attention
-12 per head dimension and visible pair of query and key. Pairs that causality, a window or a document border hides are
-not counted, and neither is anything that a recomputation repeats.
+Model FLOPs are those of the matrix products: 6 per weight and token (2 forward, 4 backward), and in attention 12 per
+head, head dimension and visible (query, key) pair. Pairs masked by causality, a window or a document border do not
+count, and recomputation does not count.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from longctx.models.load.experts import experts_of
 from longctx.nn.kinds import ABC, Kind, Ring, Window, read_layers
 
-# Dense bf16 matrix throughput by the maker's data sheet, FLOP/s; matched as a substring of the device name, in order.
+# Dense bf16 matrix throughput from the vendors' data sheets, FLOP/s; the first substring of the device name counts.
 PEAKS = (
     ("B300", 2.25e15),
     ("B200", 2.25e15),
@@ -37,7 +37,7 @@ PEAKS = (
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Return the device's dense bf16 and fp16 peak in FLOP/s, or None where it is not known or the run is in fp32."""
+    """Return the device's dense bf16/fp16 peak in FLOP/s; None if it is unknown or the run is in fp32."""
     if device.type != "cuda" or dtype not in ("bf16", "fp16"):
         return None
     name = torch.cuda.get_device_name(device)
@@ -45,7 +45,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def idle_weights(config: Any) -> int:
-    """Return how many weights of experts take no part in products for one token."""
+    """Return the number of expert weights that are inactive for a given token."""
     experts = experts_of(config.to_dict())
     if experts is None:
         return 0
@@ -57,7 +57,7 @@ class FlopsModel:
 
     Args:
         config: a transformers configuration.
-        parameters: number of parameters; the input embedding's (a table look-up) are taken off unless tied.
+        parameters: number of parameters; the input embedding's (a table lookup) are subtracted unless tied.
     """
 
     def __init__(self, config: Any, parameters: int) -> None:
@@ -79,11 +79,11 @@ class FlopsModel:
         self.full_layers = config.num_hidden_layers - self.sliding_layers - len(self.others)
 
     def pairs(self, batch: dict[str, Any]) -> int:
-        """Count the (query, key) pairs that this rank's tokens see by causal attention, over all layers.
+        """Count the (query, key) pairs of this rank's tokens in causal attention, over all layers.
 
         Args:
-            batch: ``position_ids`` (B, T), which restart at 0 in every document, so that a token sees position + 1
-                keys; ``document_ids`` (B, T), -1 at pads.
+            batch: ``position_ids`` (B, T), which restart at 0 in every document, so that a token attends to
+                position + 1 keys; ``document_ids`` (B, T), -1 for padding.
         """
         seen = (batch["position_ids"] + 1)[batch["document_ids"] >= 0]
         total = self.full_layers * int(seen.sum())
@@ -92,11 +92,11 @@ class FlopsModel:
         for kind in self.others:
             if isinstance(kind, Window):
                 total += int(seen.clamp(max=kind.size).sum())
-            else:  # a token reads the memory once a query head and writes it once a key head, each as so many pairs
+            else:  # bounded state: one read per query head and one write per key head, each costing ``size`` pairs
                 size = kind.slots if isinstance(kind, ABC) else self.head_dim // 2
                 total += int(size * self.shared * seen.numel())
         return total
 
     def step(self, tokens: float, pairs: float) -> float:
-        """Return the FLOPs of forward and backward over ``tokens`` tokens that see ``pairs`` keys over all layers."""
+        """Return the forward and backward FLOPs of ``tokens`` tokens with ``pairs`` visible pairs over all layers."""
         return 6.0 * self.matrix_weights * tokens + 12.0 * self.heads * self.head_dim * pairs

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a step, flushed as it is written; the same numbers to TensorBoard if asked."""
+"""Read and write metrics.jsonl, one JSON object per step, written unbuffered; optionally TensorBoard events too."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NAME = "metrics.jsonl"
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of ``folder/metrics.jsonl``; lines that are no records (cut short, damaged) are left out."""
+    """Return the records of ``folder/metrics.jsonl``; truncated or damaged lines are skipped."""
     return _records(folder / NAME)[0]
 
 
 def _records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the records of a file, and how many of its lines are none, a last one that a crash cut short aside."""
+    """Return a file's records and its number of damaged lines, not counting a last line that a crash truncated."""
     if not path.is_file():
         return [], 0
     try:
@@ -42,24 +42,24 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def held_out(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """Return (step, loss) of every evaluation in a run's records; the one before training is step 0."""
+    """Return (step, loss) of every evaluation in a run's records; step 0 is the one before training."""
     found = [(0, record.get("eval_loss_at_start")) for record in records[:1]]
     found += [(record["step"], record.get("eval_loss")) for record in records]
     return [(step, loss) for step, loss in found if loss is not None]
 
 
 class Metrics:
-    """Writes a run's numbers. Made on rank 0 only.
+    """Writes a run's metrics, on rank 0 only.
 
     Args:
         folder: the run directory.
-        resume_step: records after this step are dropped: they are about to be made again.
+        resume_step: records after this step are dropped, because those steps are trained again.
         tensorboard: write event files to ``folder/tensorboard`` too.
-        say: where notices for the user go.
+        say: prints notices for the user.
 
     Raises:
-        MissingPackageError: TensorBoard was asked for and is not installed.
-        CheckpointError: the numbers of an earlier start cannot be read.
+        MissingPackageError: ``tensorboard`` is set and the package is not installed.
+        CheckpointError: existing metrics cannot be read.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class Metrics:
         self._board = _tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one step's numbers; ``record["step"]`` is required. What is not finite is written as null.
+        """Write one step's record; ``record["step"]`` is required. Non-finite values are written as null.
 
-        A full disk does not end the run: numbers wait in memory until there is room again.
+        A full disk does not end the run: records are buffered in memory until there is space again.
         """
         clean = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
         self._unwritten += json.dumps(clean).encode() + b"\n"
@@ -97,7 +97,7 @@ class Metrics:
                     self._board.add_scalar(f"train/{key}", value, clean["step"])
 
     def _flush(self) -> None:
-        """Write what waits, as much as the disk takes; say it when that begins to fail."""
+        """Write as much of the buffer as possible; print a notice at the first failure."""
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]

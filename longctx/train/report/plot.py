@@ -1,4 +1,4 @@
-"""loss.png from metrics.jsonl: training loss and held-out loss over the steps."""
+"""Plot training and held-out loss over the steps, from metrics.jsonl to loss.png."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def plot_loss(folder: Path) -> Path:
     """Draw ``folder/loss.png`` from ``folder/metrics.jsonl`` and return its path. No display is needed.
 
     Raises:
-        DataError: there are no metrics to draw.
+        DataError: there are no metrics to plot.
         MissingPackageError: matplotlib is not installed.
     """
     records = [record for record in metrics.read(folder) if record.get("loss") is not None]

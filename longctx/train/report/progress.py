@@ -1,4 +1,4 @@
-"""What the user sees while it runs: one live line on a terminal, plain lines elsewhere, nothing from other ranks."""
+"""The progress display of rank 0: one live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from longctx.train.report.console import Console
 
 
 class ProgressDisplay:
-    """Prints notices and a line per step. With ``stream`` None (every rank but 0) it prints nothing.
+    """Prints notices and a line per step; nothing if ``stream`` is None (every rank but 0).
 
     Args:
         stream: rank 0's console.
         total: steps of the whole run.
-        every: plain lines are printed every so many steps.
-        columns: width of the terminal that ``stream`` leads to, where it is one only at its far end; else 0.
+        every: steps between plain lines.
+        columns: width of the terminal if ``stream`` is a pipe to a terminal on another host; else 0.
     """
 
     def __init__(self, stream: TextIO | None, total: int, every: int = 1, columns: int = 0) -> None:
@@ -33,12 +33,12 @@ class ProgressDisplay:
         self._recent: list[float] = []
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
         if self._console is not None:
             self._console.print(Text(text))
 
     def step(self, record: dict[str, Any]) -> None:
-        """Show a step's numbers: a live line on a terminal, else a line every ``every`` steps."""
+        """Show a step's metrics: in the live line on a terminal, else as a line every ``every`` steps."""
         if self._console is None:
             return
         self._recent = [*self._recent[-19:], time.monotonic()]
@@ -54,7 +54,7 @@ class ProgressDisplay:
             self.say(text)
 
     def close(self) -> None:
-        """Take the live line away."""
+        """Remove the live line."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -84,7 +84,7 @@ class ProgressDisplay:
 
 
 def duration(seconds: float) -> str:
-    """Return a length of time as people write it: 45 s, 3 min 05 s, 2 h 10 min."""
+    """Format a duration: 45 s, 3 min 05 s, 2 h 10 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

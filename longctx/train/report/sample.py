@@ -1,4 +1,4 @@
-"""A sample from the trained model: a held-out document continued by plain transformers from the exported folder."""
+"""Sample from the trained model: plain transformers loads the exported folder and continues a held-out document."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOP_K = 50
 
 @dataclass(frozen=True)
 class Sample:
-    """A document's name, its beginning, and what the model wrote after it."""
+    """A document's name, its beginning, and the model's continuation."""
 
     document: str
     prompt: str
@@ -29,10 +29,10 @@ def draw_sample(model_folder: Path, tokens: Path, prompt_length: int, new_tokens
     """Continue the first document of ``tokens`` that is longer than the prompt; on the CPU, in one process.
 
     Args:
-        model_folder: what ``export_model`` wrote, with its tokenizer.
+        model_folder: written by ``export_model``, with its tokenizer.
         tokens: a token file of held-out documents.
-        prompt_length: tokens of the document to read.
-        new_tokens: tokens to write.
+        prompt_length: length of the prompt in tokens.
+        new_tokens: number of tokens to generate.
     """
     tokenizer = load_tokenizer(model_folder)
     with TokenFile(tokens) as file:
@@ -42,7 +42,7 @@ def draw_sample(model_folder: Path, tokens: Path, prompt_length: int, new_tokens
         name = file.name(longer[0])
     model = load_pretrained(model_folder)
     if not converted(model.config):
-        model.set_attn_implementation("sdpa")  # plain transformers from here on: what a user of the folder gets
+        model.set_attn_implementation("sdpa")  # plain transformers, as a user of the exported folder runs it
     model.eval()
     state = torch.get_rng_state()
     torch.manual_seed(seed)

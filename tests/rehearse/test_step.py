@@ -12,7 +12,7 @@ from longctx.plan import traffic
 from longctx.plan.cluster import Kernel, attention_pass
 from longctx.plan.machines import MACHINES
 from longctx.plan.traffic import Layer, Sent, exchange_sent, ring_sent, scan_sent
-from longctx.rehearse.step import Seen, as_rank, rehearse_attention
+from longctx.rehearse.step import Rehearsed, as_rank, rehearse_attention
 
 H100, KERNEL = MACHINES["h100"], Kernel(600e12, 500e12)
 
@@ -25,7 +25,7 @@ def expected(layer: Layer, rank: int, backward: bool) -> Sent:
     return Sent(ring.bytes + heads.bytes, ring.messages + heads.messages)
 
 
-def sent(seen: Seen) -> Sent:
+def sent(seen: Rehearsed) -> Sent:
     return Sent(seen.sent.bytes, seen.sent.messages)
 
 

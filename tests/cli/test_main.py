@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from command_line import BLOCKED, ROOT, run
 from config_samples import BASE, text_of, variant
 
-ROOT = Path(__file__).resolve().parents[2]
-BLOCKED = (
-    "import sys\n"
-    "for name in ('torch', 'deepspeed', 'transformers', 'triton', 'numpy', 'tokenizers'): sys.modules[name] = None\n"
-    "from longctx.cli.main import main\n"
-    "main(sys.argv[1:])\n"
-)
+from longctx.cli.main import main
+
 LIBRARIES = "import typer, pydantic, yaml; pydantic.create_model('M', x=(int, 1))"
 # On an idle core the three libraries that every answer needs take 0.2 s; 2.5 times that is half a second.
 LIBRARY_TIMES = 2.5
-
-
-def run(
-    *arguments: object, code: str = BLOCKED, cwd: Path = ROOT, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own, torch and its like blocked."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK")}
-    clean |= {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "COLUMNS": "200", **environment}
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=cwd,
-        env=clean,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
 
 
 @pytest.fixture
@@ -94,14 +71,6 @@ def test_mistakes_are_one_message_and_a_code(arguments: tuple[str, ...], code: i
     assert named in done.stderr + done.stdout and len(done.stderr.splitlines()) <= 8
 
 
-def test_explain_with_and_without_a_file(good: Path):
-    every = run("explain", good).stdout
-    assert "train.lr" in every and f"{good}:" in every and "derived.accumulation" in every
-    one = run("explain", good, "train.lr", "train.lr=0.5").stdout
-    assert "train.lr = 0.5  (override train.lr)" in one and "peak learning rate" in one
-    assert "train.steps  (required)" in run("explain", "train.steps").stdout
-
-
 def test_schema_is_json_with_every_section():
     schema = json.loads(run("schema").stdout)
     assert set(BASE) | {"deepspeed", "fp16", "launch", "memory"} == set(schema["properties"])
@@ -135,36 +104,6 @@ def test_a_shell_in_a_world_of_one_is_no_launched_job(good: Path):
     assert done.returncode == 2 and "holds no checkpoint" in done.stderr  # it got as far as the run directory
 
 
-def test_doctor_names_what_it_saw():
-    done = run("doctor", "--json")
-    checks = {item["name"]: item for item in json.loads(done.stdout)}
-    assert {"python", "torch", "compiler", "extension locks", "disk", "local port"} <= set(checks)
-    assert done.returncode == (1 if any(item["status"] == "fail" for item in checks.values()) else 0)
-    assert all(item["fix"] for item in checks.values() if item["status"] == "fail")
-
-
-def test_doctor_asks_for_the_versions_that_the_package_declares():
-    from longctx.cli.doctor import _TESTED
-    from longctx.models.register import OLDEST
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    floors = dict(requirement.split(">=") for requirement in project["dependencies"])
-    assert {name: low for name, (low, _) in _TESTED.items()} == {name: floors[name] for name in _TESTED}
-    assert floors["transformers"] == ".".join(map(str, OLDEST))
-
-
-def test_doctor_finds_a_stale_lock(tmp_path: Path):
-    (tmp_path / "deepspeed_shm_comm").mkdir()
-    (tmp_path / "deepspeed_shm_comm" / "lock").touch()
-    done = run("doctor", TORCH_EXTENSIONS_DIR=str(tmp_path))
-    assert done.returncode == 1 and f"rm {tmp_path}/deepspeed_shm_comm/lock" in done.stdout
-
-
-def test_doctor_finds_a_missing_compiler():
-    done = run("doctor", CXX="no-such-compiler")
-    assert done.returncode == 1 and "no C++ compiler" in done.stdout
-
-
 def cpu_seconds(*arguments: object, code: str = BLOCKED) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert run(*arguments, code=code).returncode == 0
@@ -186,3 +125,22 @@ def test_help_lists_only_commands_that_do_something():
     for command in ("train", "check", "plan", "explain", "schema", "init", "data", "plot", "doctor"):
         assert f"  {command} " in text
     assert run().returncode == 2
+
+
+def exits(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    return int(end.value.code or 0)
+
+
+def test_any_error_of_the_system_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that no command foresaw."""
+
+    def full(*arguments: object, **keywords: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "loss.png"))
+
+    monkeypatch.setattr("longctx.train.report.plot.plot_loss", full)
+    assert exits(["plot", str(tmp_path)]) == 1
+    assert "loss.png: No space left on device; make it available" in capsys.readouterr().err

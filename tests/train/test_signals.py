@@ -1,0 +1,42 @@
+"""Signals during training set a flag; before it they reach a separate thread."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from longctx.train.signals import SIGNALS, StopFlag, code_of, sentence_of
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_sets_the_flag_and_handlers_are_restored(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopFlag() as stop:
+        assert stop.raised is None
+        os.kill(os.getpid(), number)
+        assert stop.raised == number.name
+    assert signal.getsignal(number) == before
+
+
+def test_before_training_another_thread_answers_and_later_the_flag() -> None:
+    answered: list[tuple[int, bool]] = []
+    done = threading.Event()
+
+    def answer(number: int) -> None:
+        answered.append((number, threading.current_thread() is threading.main_thread()))
+        done.set()
+
+    with StopFlag(before_training=answer) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert done.wait(10) and answered == [(signal.SIGTERM, False)]
+        stop.training()
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert len(answered) == 1 and stop.raised == "SIGTERM"
+
+
+def test_codes_and_messages() -> None:
+    assert [code_of(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)] == [130, 143, 75, 143]
+    assert sentence_of(signal.SIGTERM).startswith("stopped by SIGTERM before the first step")
