@@ -18,6 +18,7 @@ from typing import Any
 MOVED = {  # old name -> new name, both within longctx
     "attention.hybrid_passes": "attention.hybrid.passes",
     "attention.ulysses": "attention.hybrid.ulysses",
+    "bounded.memory": "bounded.recurrence",
     "bounded.abc_block": "bounded.abc.block",
     "bounded.abc_chunks": "bounded.abc.chunks",
     "bounded.abc_forms": "bounded.abc.forms",
@@ -36,6 +37,9 @@ MOVED = {  # old name -> new name, both within longctx
     "bounded.packed": "bounded.ranks.packed",
     "bounded.scan": "bounded.ranks.scan",
     "bounded.sequence": "bounded.ranks.sequence",
+    "nn.kept": "nn.saved",
+    "nn.memory": "nn.mixers",
+    "nn.products": "nn.linear",
     "models.masks": "models.hook.masks",
     "models.documents": "models.hook.documents",
     "models.rope": "models.hook.rope",

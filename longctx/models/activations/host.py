@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from longctx.nn.kept import know
+from longctx.nn.saved import register_source
 
 LEAST_BYTES = 1 << 16  # smaller tensors cost more to move than they free
 
@@ -43,7 +43,7 @@ class Parked:
         self._again: torch.Tensor | None = None
 
     def result(self) -> torch.Tensor:
-        """Return the tensor, in backward, to those who counted on it (``longctx.nn.kept``)."""
+        """Return the tensor, in backward, to those who counted on it (``longctx.nn.saved``)."""
         if self._again is None:
             self._again = self.store.take(self)
         return self._again
@@ -116,14 +116,14 @@ class HostStore:
         """As ``put``, of a layer's input, which its first norm need not keep then: it asks for it here."""
         kept = self.put(tensor)
         if isinstance(kept, Parked):
-            know(tensor, kept)
+            register_source(tensor, kept)
         return kept
 
     def take_input(self, kept: torch.Tensor | Parked) -> torch.Tensor:
         """As ``take``, of what ``put_input`` returned, for the layer's recomputation."""
         tensor = self.take(kept)
         if isinstance(kept, Parked):
-            know(tensor, kept)
+            register_source(tensor, kept)
         return tensor
 
     def fetch(self, layer: int) -> None:
