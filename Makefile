@@ -10,14 +10,14 @@ PEERS := .venv/.peers
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smoke test test-slow test-aot test-multinode bench bench-gpu bench-gpu-longest bench-alst bench-bounded bench-generation compare-bounded lint clean
+.PHONY: help install quickstart smoke test test-deep test-slow test-aot test-multinode bench bench-gpu bench-gpu-longest bench-alst bench-bounded bench-generation compare-bounded lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 install: $(INSTALLED)  ## make .venv and install longctx with everything the other targets need
 
-$(INSTALLED): tools/bootstrap.py tools/bootstrap.sh pyproject.toml setup.py constraints.txt
+$(INSTALLED): tools/bootstrap.py tools/bootstrap.sh pyproject.toml constraints.txt
 	@sh tools/bootstrap.sh .venv
 
 quickstart: $(INSTALLED)  ## train a small Llama on this machine's own text, sequences sharded over a ring of ranks
@@ -26,8 +26,11 @@ quickstart: $(INSTALLED)  ## train a small Llama on this machine's own text, seq
 smoke: $(INSTALLED)  ## the same in under a minute
 	$(BIN)/longctx train configs/smoke.yaml
 
-test: $(INSTALLED)  ## lint, types, layering and the test suite
+test: $(INSTALLED)  ## lint, types, layering and every kind of test, about ten minutes
 	$(BIN)/python -m pytest
+
+test-deep: $(INSTALLED)  ## the rest of the suite: larger grids, whole runs, more ranks; under 40 minutes
+	$(BIN)/python -m pytest -m deep
 
 test-slow: $(INSTALLED)  ## the full grids
 	LONGCTX_TEST_RANDOM=1 $(BIN)/python -m pytest -m slow

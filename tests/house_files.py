@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @cache
 def project_files() -> tuple[Path, ...]:
-    """Every file of the project, relative to the root. Outside a checkout (an sdist), all but hidden folders."""
+    """Every file of the project, relative to the root. Outside a checkout (an sdist), all but hidden folders and the
+    copies of the operators in ``longctx/kernels``, which are links in a checkout."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -24,6 +25,7 @@ def project_files() -> tuple[Path, ...]:
     else:
         names = [path.relative_to(ROOT) for path in ROOT.rglob("*")]
         names = [path for path in names if not any(part.startswith(".") or part == "build" for part in path.parts)]
+        names = [path for path in names if path.parts[:2] != ("longctx", "kernels") or len(path.parts) == 3]
     return tuple(sorted(path for path in set(names) if (ROOT / path).is_file()))
 
 

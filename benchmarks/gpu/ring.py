@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.rows import Row
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import KeyBlock, Rows, StepGradients
 from longctx.attention.backends.triton import TritonBackend
 from longctx.attention.band import make_rule, sees
 from longctx.attention.mask import BlockMask
@@ -38,16 +38,8 @@ class _Ring(torch.autograd.Function):
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         for own, visits in _steps(row):
             for turn, (there, mask) in enumerate(visits):
-                _BACKEND.forward_step(
-                    q[:, :, own],
-                    k[:, :, there],
-                    v[:, :, there],
-                    mask,
-                    _scores(q),
-                    out[:, :, own],
-                    lse[:, :, own],
-                    not turn,
-                )
+                block = KeyBlock(k[:, :, there], v[:, :, there], mask, _scores(q))
+                _BACKEND.forward_step(q[:, :, own], block, out[:, :, own], lse[:, :, own], not turn)
         ctx.row = row
         result = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, result, lse)
@@ -62,11 +54,9 @@ class _Ring(torch.autograd.Function):
             rows = Rows(q[:, :, own], out[:, :, own], lse[:, :, own], dout[:, :, own], None)
             prepared = _BACKEND.prepare_backward(rows)
             for turn, (there, mask) in enumerate(visits):
-                keys, values = k[:, :, there], v[:, :, there]
-                part_k, part_v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (keys, values))
-                _BACKEND.backward_step(
-                    prepared, keys, values, mask, _scores(q), dq[:, :, own], part_k, part_v, not turn, None
-                )
+                block = KeyBlock(k[:, :, there], v[:, :, there], mask, _scores(q))
+                part_k, part_v = (torch.empty(x.shape, dtype=dq.dtype, device=x.device) for x in (block.k, block.v))
+                _BACKEND.backward_step(prepared, block, StepGradients(dq[:, :, own], part_k, part_v, None), not turn)
                 dk[:, :, there] += part_k
                 dv[:, :, there] += part_v
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None

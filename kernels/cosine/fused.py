@@ -86,15 +86,14 @@ class Causal:
         """What each chunk adds: of (k, v) to the state after it, of (q, dO) to the gradient of the state before it."""
         config = self._config("write")
         d_a, d_x, group = side.x.shape[3], x.shape[3], side.x.shape[1] // self.k.shape[1]
+        t_a, t_x = min(config.step, padded(d_a)), min(config.step, padded(d_x))
         arguments = {
             "a": side.x, "x": x, "factor": side.factor, "ids": self._ids, "edges": self._edges, "states": states,
             **strides("a", side.x), **strides("x", x), "state_heads": self.k.shape[1], "group": group,
             "length": self.q.shape[2], "chunks": self.chunks, "CHUNK": config.chunk, "DA": d_a, "DX": d_x,
-            "TA": min(config.step, padded(d_a)), "TX": min(config.step, padded(d_x)), "AFTER": int(after),
-            "DOCUMENTS": self.documents is not None,
+            "TA": t_a, "TX": t_x, "AFTER": int(after), "DOCUMENTS": self.documents is not None,
         }  # fmt: skip
-        tiles_of_state = -(-d_a // arguments["TA"]) * -(-d_x // arguments["TX"])
-        grid = (self.chunks, tiles_of_state, self.k.shape[0] * self.k.shape[1])
+        grid = (self.chunks, -(-d_a // t_a) * -(-d_x // t_x), self.k.shape[0] * self.k.shape[1])
         return Launch(write_kernel, grid, arguments, config.warps, config.stages)
 
     def scan(self, states: torch.Tensor, start: torch.Tensor, down: bool) -> Launch:

@@ -27,7 +27,7 @@ class Side(NamedTuple):
     global index of the first."""
 
     offset: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     valid: int
     start: int
 

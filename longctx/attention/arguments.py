@@ -1,5 +1,4 @@
-"""Checks of what users hand to an attention operator: shapes and dtypes only, so they cost nothing and never look at
-data."""
+"""Check the arguments of an attention operator. Only shapes, dtypes and numbers: no check reads a tensor's data."""
 
 from __future__ import annotations
 
@@ -10,12 +9,12 @@ import torch
 from longctx.errors import AttentionError
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-"""2^64 over the golden ratio as an int64: its multiples are far apart in every bit."""
+"""2^64 divided by the golden ratio, as an int64: its multiples differ in all bits, so they are good seeds."""
 
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """q (B, H, Tq, Dk), k (B, G, Tk, Dk), v (B, G, Tk, Dv), G dividing H, nothing empty, one floating dtype and
-    device."""
+    """Require q (B, H, Tq, Dk), k (B, G, Tk, Dk), v (B, G, Tk, Dv), G dividing H, no dimension empty, one floating
+    dtype and one device."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise AttentionError(f"{shapes}: expected q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv)")
@@ -34,7 +33,7 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def check_documents(name: str, ids: torch.Tensor | None, like: torch.Tensor) -> None:
-    """(B, T) integers beside a (B, heads, T, D) tensor."""
+    """Require integers (B, T) on the device of `like` (B, heads, T, D)."""
     if ids is None:
         return
     expected = (like.shape[0], like.shape[2])
@@ -55,7 +54,7 @@ def check_scores(
     dropout_p: float,
     dropout_seed: int | torch.Tensor | None,
 ) -> None:
-    """A positive cap; sink and alibi (H,); a share of probabilities to drop, with the seed that decides which."""
+    """Require a positive cap, sink and alibi (H,), 0 <= dropout_p < 1, and a seed if anything is dropped."""
     if softcap is not None and not softcap > 0:
         raise AttentionError(f"softcap={softcap}: give a positive number, or None for no cap")
     for name, x in (("sink", sink), ("alibi", alibi)):
@@ -63,16 +62,16 @@ def check_scores(
             continue
         if tuple(x.shape) != (q.shape[1],) or not x.is_floating_point():
             raise AttentionError(
-                f"{name} {tuple(x.shape)} of {x.dtype}: expected a floating-point number a query head, ({q.shape[1]},)"
+                f"{name} {tuple(x.shape)} of {x.dtype}: expected one float per query head, ({q.shape[1]},)"
             )
         if x.device != q.device:
             raise AttentionError(f"{name} on {x.device}, but the tensors are on {q.device}")
     if not 0 <= dropout_p < 1:
-        raise AttentionError(f"dropout_p={dropout_p}: give the share that is dropped, 0 <= dropout_p < 1")
+        raise AttentionError(f"dropout_p={dropout_p}: give the probability of dropping, 0 <= dropout_p < 1")
     if dropout_p and dropout_seed is None:
         raise AttentionError(
-            f"dropout_p={dropout_p} without a seed: give dropout_seed, an int or a (B,) int64 tensor with one seed a "
-            "row, equal on all ranks of a ring, so that the result does not depend on how many they are"
+            f"dropout_p={dropout_p} without a seed: give dropout_seed, an int or a (B,) int64 tensor with one seed "
+            "per row, equal on all ranks of a ring, so that the result does not depend on their number"
         )
     if isinstance(dropout_seed, torch.Tensor) and (
         tuple(dropout_seed.shape) != q.shape[:1] or dropout_seed.dtype != torch.int64
@@ -84,7 +83,7 @@ def check_scores(
 
 
 def resolve_seeds(q: torch.Tensor, dropout_p: float, seed: int | torch.Tensor | None) -> torch.Tensor | None:
-    """(B,) int64 on q's device, or None where nothing is dropped; an int makes another seed of every row's number."""
+    """Return seeds (B,) int64 on q's device, or None without dropout; an int gives each batch row a seed of its own."""
     if not dropout_p or seed is None:
         return None
     if isinstance(seed, torch.Tensor):
@@ -93,12 +92,12 @@ def resolve_seeds(q: torch.Tensor, dropout_p: float, seed: int | torch.Tensor | 
 
 
 def wrapped(x: int) -> int:
-    """The int64 that agrees with x in its lower 64 bits."""
+    """Return the int64 with the lower 64 bits of x."""
     return (x + 2**63) % 2**64 - 2**63
 
 
 def resolve_scale(scale: float | None, q: torch.Tensor) -> float:
-    """The logits' factor: 1 / sqrt(D) unless given; any finite number, 0 and negative ones included."""
+    """Return the factor of q.k: any finite number, 0 and negative ones included; default 1 / sqrt(D)."""
     if scale is None:
         return 1.0 / math.sqrt(q.shape[-1])
     if not math.isfinite(scale):

@@ -1,10 +1,9 @@
-"""Moves blocks between ranks: posted before the computation they hide behind, waited for after it.
+"""Send blocks between ranks: messages are posted before the computation that hides them, and waited for after it.
 
-A `Packet` holds several tensors (keys, values, document ids; or dK and dV), in one buffer once it has left home, so
-that a hop is one message. A `Link` posts the messages of one stage and returns what to wait for. On CUDA messages run
-on a side stream, ordered with the compute stream by events alone (no host synchronisation), and every tensor is
-recorded on the streams that use it; this path has been exercised on one process (`LoopbackLink`) only, not on several
-GPUs.
+A `Packet` holds several tensors (keys, values, document ids; or dK and dV), in one buffer after its first hop, so that
+a hop is one message. A `Link` posts the messages of one stage and returns what to wait for. On CUDA, messages run on a
+side stream, ordered with the compute stream by events alone (no host synchronisation), and every tensor is recorded on
+the streams that use it; this path has run in one process (`LoopbackLink`) only, not on several GPUs.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from longctx.mesh import Mesh
 
 @dataclass
 class Counters:
-    """What this process has sent over rings and between ulysses members since the last reset()."""
+    """What this process has sent on rings and within ulysses groups since the last reset()."""
 
     hops: int = 0
-    """Blocks of keys and values (with their document ids) handed to a neighbour."""
+    """Blocks of keys and values (with their document ids) sent to a neighbour."""
     gradient_hops: int = 0
-    """Blocks of dK and dV handed on or sent home."""
+    """Blocks of dK and dV sent to a neighbour or home."""
     messages: int = 0
     bytes: int = 0
     kv_bytes: int = 0
     gradient_bytes: int = 0
     document_bytes: int = 0
     state_bytes: int = 0
-    """Of bounded memories and their gradients, in `messages` and `bytes` as well."""
+    """Of bounded layers' states and their gradients; part of `bytes`."""
     exchanges: int = 0
-    """Times that heads were exchanged for tokens, or back, between ulysses members."""
+    """All-to-alls within a ulysses group, of tokens for heads or back."""
     exchange_bytes: int = 0
-    """Of these exchanges, what left this rank; in `messages` and `bytes` as well."""
+    """What these all-to-alls sent from this rank; part of `bytes`."""
 
     def reset(self) -> None:
         for field in fields(self):
@@ -45,29 +44,34 @@ class Counters:
 
 
 counters = Counters()
-"""Of this process; tests and metrics read it."""
+"""This process's counters; tests and metrics read them."""
 
 KV, GRADIENT, HOME, STATE = 0, 1, 2, 3
-"""Kinds of messages; several may be under way between one pair of ranks."""
+"""Kinds of messages; several may be in transit between one pair of ranks."""
 
 
 class Packet:
-    """Tensors that travel together: views of one buffer, so that a hop is one message.
+    """Tensors that travel together, as views of one buffer, so that a hop is one message.
 
-    Only a block that sets out from its home lies in several tensors, where the caller has it (`lend`): it is sent in as
-    many pieces, which costs less than gathering it first.
+    Only a block that leaves its home is several tensors, the caller's (`lend`): it is sent in as many messages, which
+    costs less than copying it into one buffer.
     """
 
     def __init__(self, like: Iterable[torch.Tensor | None], dtype: torch.dtype | None = None) -> None:
-        """Uninitialised; shapes, dtypes (unless `dtype` is given) and device of `like`. None stays None."""
+        """Allocate uninitialised tensors with the shapes, dtypes (unless `dtype` is given) and device of `like`. None
+        stays None."""
         like = list(like)
-        given = [place for place, x in enumerate(like) if x is not None]  # by place: k and v may be one tensor
+        given = [
+            place for place, x in enumerate(like) if x is not None
+        ]  # by index, not by tensor: k and v may be one tensor
         kinds = {place: dtype or like[place].dtype for place in given}  # type: ignore[union-attr]
         sizes = {place: like[place].numel() * kinds[place].itemsize for place in given}  # type: ignore[union-attr]
         device = like[given[0]].device  # type: ignore[union-attr]
         self.buffer = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
         views, offset = {}, 0
-        for place in sorted(given, key=lambda place: -kinds[place].itemsize):  # widest elements first: all are aligned
+        for place in sorted(
+            given, key=lambda place: -kinds[place].itemsize
+        ):  # widest dtype first: all views are aligned
             view = self.buffer[offset : offset + sizes[place]].view(kinds[place])
             views[place] = view.view(like[place].shape)  # type: ignore[union-attr]
             offset += sizes[place]
@@ -75,19 +79,19 @@ class Packet:
 
     @classmethod
     def lend(cls, tensors: Iterable[torch.Tensor | None]) -> Packet:
-        """The caller's own tensors (copied only if not contiguous), to be sent in pieces."""
+        """Return a packet of the caller's own tensors (copied only if not contiguous), to be sent in pieces."""
         packet = cls.__new__(cls)
         packet.parts = tuple(None if x is None else x.contiguous() for x in tensors)
         return packet
 
     def add_(self, other: Packet) -> None:
-        """Add another packet of the same make."""
+        """Add a packet of the same shapes."""
         for mine, theirs in zip(self.parts, other.parts, strict=True):
             if mine is not None and theirs is not None:
                 mine.add_(theirs)
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The parts of a packet that holds (dK, dV)."""
+        """Return (dK, dV) of a packet that holds them."""
         dk, dv = self.parts
         assert dk is not None and dv is not None
         return dk, dv
@@ -103,15 +107,15 @@ class Message(NamedTuple):
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """What is sent or received, in an order both ends know."""
+        """The tensors to send or receive, in the same order at both ends."""
         return [x for x in self.packet.parts if x is not None] if self.in_pieces else [self.packet.buffer]
 
 
 class Pending(Protocol):
-    """Messages under way."""
+    """Messages in transit."""
 
     def wait(self) -> None:
-        """Return when what was received may be used and what was sent may be overwritten (by the current stream)."""
+        """Wait (the current stream does) until received tensors may be read and sent ones overwritten."""
 
 
 class Link(Protocol):
@@ -121,11 +125,11 @@ class Link(Protocol):
     rank: int
 
     def exchange(self, sends: list[Message], receives: list[Message]) -> Pending:
-        """Start all messages of one stage."""
+        """Post all messages of one stage."""
 
 
 def count(sends: list[Message], counters: Counters = counters) -> None:
-    """Book what is about to be sent."""
+    """Count what is about to be sent."""
     for message in sends:
         nbytes = sum(x.numel() * x.element_size() for x in message.tensors)
         counters.messages += len(message.tensors)
@@ -149,7 +153,7 @@ class _Done:
 
 
 class LocalLink:
-    """A ring of one: nothing is ever sent."""
+    """A ring of one rank: nothing is sent."""
 
     ring, rank = 1, 0
 
@@ -159,7 +163,7 @@ class LocalLink:
 
 
 class ProcessLink:
-    """A ring of processes, over the mesh's own ring communicator."""
+    """A ring of processes, over the mesh's ring communicator."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.ring, self.rank = mesh.ring_size, mesh.ring_rank
@@ -169,7 +173,7 @@ class ProcessLink:
         if not sends and not receives:
             return _Done()
         count(sends)
-        # One order on every rank (receives first, kinds ascending), as NCCL matches a pair's messages by order.
+        # NCCL matches the messages between two ranks by order: every rank posts receives first, then sends, by kind.
         with _side_stream(sends, receives) as done:
             operations = [self._operations(dist.irecv, m) for m in receives]
             operations += [self._operations(dist.isend, m) for m in sends]
@@ -182,10 +186,10 @@ class ProcessLink:
 
 
 class LoopbackLink:
-    """A pretended ring on one process: each message it sends is the one it receives.
+    """A simulated ring in one process: each message that it sends is the message that it receives.
 
-    The result is what a ring would compute whose members all hold the same local tensors; it drives the whole path
-    (packets, stages, side stream and events) on one device.
+    The result is that of a ring whose ranks all hold the same local tensors. It runs the whole path (packets, stages,
+    side stream and events) on one device.
     """
 
     def __init__(self, ring: int, rank: int = 0) -> None:
@@ -195,7 +199,7 @@ class LoopbackLink:
         if not receives:
             return _Done()
         count(sends)
-        by_kind = {KV if m.kind == KV else GRADIENT: m for m in sends}  # in a closed ring home is the next rank
+        by_kind = {KV if m.kind == KV else GRADIENT: m for m in sends}  # in a closed ring, home is the next rank
         with _side_stream(sends, receives) as done:
             for message in receives:
                 sent = by_kind[KV if message.kind == KV else GRADIENT]
@@ -208,7 +212,7 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class _side_stream:
-    """Run the body on the device's communication stream, after all that the compute stream has done so far."""
+    """Run the body on the device's communication stream, after what the compute stream has been given so far."""
 
     def __init__(self, sends: list[Message], receives: list[Message]) -> None:
         self._buffers = [x for m in (*sends, *receives) for x in m.tensors]
@@ -221,7 +225,7 @@ class _side_stream:
     def __enter__(self) -> _side_stream:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
-            for buffer in self._buffers:  # the allocator must not hand them out while the side stream uses them
+            for buffer in self._buffers:  # the allocator must not reuse them while the side stream does
                 buffer.record_stream(self._stream)
             self._context = torch.cuda.stream(self._stream)
             self._context.__enter__()

@@ -1,7 +1,7 @@
-"""Which heads each member of an exchange computes: pure integers, no torch.
+"""Which heads each rank of a ulysses group computes: integers only, no torch.
 
-Query heads are dealt out in order, as evenly as they go. A member gets the key heads that its query heads read and no
-other, so a key head is copied only where the query heads that share it are on several members.
+Query heads are assigned in order, as evenly as possible. A rank gets the key heads that its query heads read and no
+other, so a key head is copied only if the query heads that share it are on several ranks.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from longctx.errors import AttentionError
 
 
 class Share(NamedTuple):
-    """One member's heads, by their numbers in the whole model.
+    """One rank's heads, by their numbers in the whole model.
 
-    expand: where key heads serve unequal numbers of this member's query heads, the key head (counted from keys.start)
-        of each of the equal blocks that its query heads fall into; None where they are equal anyway.
+    expand: kernels need key heads that serve equally many query heads each. If this rank's do not, its query heads
+        form blocks of equal size, and this is the key head (counted from keys.start) of each block; else None.
     """
 
     queries: slice
@@ -34,10 +34,10 @@ class Share(NamedTuple):
 
 
 def check_members(heads: int, members: int) -> None:
-    """Refuse an exchange among more members than heads.
+    """Require at least one query head per rank of a ulysses group.
 
     Raises:
-        AttentionError: a member would have no query head.
+        AttentionError: a rank would have no query head.
     """
     if members > heads:
         raise AttentionError(
@@ -47,21 +47,21 @@ def check_members(heads: int, members: int) -> None:
 
 
 @lru_cache(maxsize=64)
-def deal(heads: int, kv_heads: int, members: int) -> tuple[Share, ...]:
-    """The share of every member.
+def assign_heads(heads: int, kv_heads: int, members: int) -> tuple[Share, ...]:
+    """Return the heads of each rank of a ulysses group of `members` ranks.
 
     Raises:
-        AttentionError: a member would have no query head.
+        AttentionError: a rank would have no query head.
     """
     check_members(heads, members)
-    bounds = [member * heads // members for member in range(members + 1)]
+    bounds = [rank * heads // members for rank in range(members + 1)]
     return tuple(_share(first, stop, heads // kv_heads) for first, stop in zip(bounds, bounds[1:], strict=False))
 
 
 def _share(first: int, stop: int, group: int) -> Share:
-    """Query heads first to stop, of which `group` in a row read one key head."""
+    """Return the share with query heads [first, stop), of which each `group` consecutive ones read one key head."""
     keys = range(first // group, (stop - 1) // group + 1)
     runs = [min(stop, (key + 1) * group) - max(first, key * group) for key in keys]
-    block = gcd(*runs)
+    block = gcd(*runs)  # the largest block size that divides every key head's run of query heads
     expand = tuple(place for place, run in enumerate(runs) for _ in range(run // block))
     return Share(slice(first, stop), slice(keys.start, keys.stop), expand if len(expand) > len(keys) else None)

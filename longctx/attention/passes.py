@@ -1,6 +1,6 @@
-"""The forward and the backward pass of one rank of a ring: walk the schedule's stages, compute while messages travel.
+"""Forward and backward of one rank of a ring: in each stage of the schedule, compute while messages travel.
 
-Knows nothing of processes: a `Link` may be processes, threads that play 64 ranks, or nothing at all.
+They know nothing of processes: a `Link` connects processes, or threads that simulate ranks, or nothing (a ring of one).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from longctx.attention import sink as sinks
-from longctx.attention.backends.base import Backend, Rows
+from longctx.attention.backends.base import Backend, KeyBlock, Rows, StepGradients
 from longctx.attention.band import Rule
 from longctx.attention.comm import GRADIENT, HOME, KV, Link, Message, Packet
 from longctx.attention.mask import BlockMask
@@ -23,7 +23,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Visitor:
-    """The block of keys and values that is at this rank, and the one on its way."""
+    """The block of keys and values that this rank computes with, and the one it is receiving (double buffering)."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None) -> None:
         self._own = (k, v, documents)
@@ -31,7 +31,7 @@ class Visitor:
         self._next: Packet | None = None
 
     def messages(self, stage: Stage) -> tuple[list[Message], list[Message]]:
-        """What a stage sends and receives of keys and values; the buffer they arrive in is allocated here."""
+        """Return what a stage sends and receives of keys and values, and allocate the receive buffer."""
         sends, receives = [], []
         if stage.kv_to is not None:
             packet = Packet.lend(self._own) if stage.chain_begins else self._here
@@ -43,34 +43,34 @@ class Visitor:
         return sends, receives
 
     def tensors(self, own: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(k, v, document ids) of this rank's own block or of the visiting one."""
+        """Return (k, v, document ids) of this rank's own block or of the visiting one."""
         k, v, documents = self._own if own or self._here is None else self._here.parts
         assert k is not None and v is not None
         return k, v, documents
 
     def arrive(self) -> None:
-        """The next block is here; the previous one is let go."""
+        """Replace the block by the received one; the previous one is freed."""
         self._here, self._next = self._next, None
 
 
 class Gradients:
-    """dK and dV of the blocks that pass this rank, and of its own block.
+    """dK and dV of the blocks that visit this rank, and of its own block.
 
-    A block's gradient follows it one stage behind: while this rank computes its part, the sum of the earlier ranks'
-    parts arrives; the two are added and leave in the next stage, for the next rank or for home. The own block's first
-    part waits here for the rest, or (a closed ring) travels round itself.
+    A block's gradient follows the block one stage behind: while this rank computes its part, the sum of the earlier
+    ranks' parts arrives. The two are added, and the sum leaves in the next stage, to the next rank or to the block's
+    home. This rank's part of its own block waits here for the others' sum; in a closed ring it travels round instead.
     """
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> None:
         self._like, self._dtype = (k, v), dtype
         self._home: Packet | None = None
-        self._part: Packet | None = None  # of the block that is here
-        self._leaving: Packet | None = None  # of the previous stage's block
+        self._part: Packet | None = None  # this rank's part for the visiting block
+        self._leaving: Packet | None = None  # the sum for the previous stage's block, to be sent
 
     def messages(
         self, stage: Stage, sends: list[Message], receives: list[Message]
     ) -> tuple[Packet | None, Packet | None]:
-        """Add a stage's messages; returns where (the earlier ranks' sum, the own block's total) will arrive."""
+        """Append a stage's messages; return the buffers of (the earlier ranks' sum, the own block's finished sum)."""
         if stage.grad_to is not None:
             assert self._leaving is not None
             sends.append(Message(stage.grad_to, self._leaving, HOME if stage.grad_home else GRADIENT))
@@ -83,7 +83,7 @@ class Gradients:
         return arriving[0], arriving[1]
 
     def open(self, stage: Stage) -> Pair:
-        """Where this rank's part of the stage's block is to be written."""
+        """Allocate (dk, dv) for this rank's part of the stage's block."""
         if stage.source is None:
             return self._like
         part = Packet(self._like, self._dtype)
@@ -94,7 +94,7 @@ class Gradients:
         return part.gradients()
 
     def close(self, partial: Packet | None, finished: Packet | None) -> None:
-        """The stage's messages have arrived: add them up."""
+        """Add what has arrived to this rank's parts."""
         if partial is not None:
             assert self._part is not None
             self._part.add_(partial)
@@ -106,14 +106,16 @@ class Gradients:
         self._leaving, self._part = self._part, None
 
     def home(self) -> torch.Tensor:
-        """dk and dv of this rank's own block, complete after the last stage: one flat tensor, for they came as one."""
+        """Return dk and dv of this rank's own block, complete after the last stage, as one flat tensor: one buffer
+        received them."""
         assert self._home is not None
         return self._home.buffer.view(self._dtype).to(self._like[0].dtype)
 
 
 @dataclass(frozen=True)
 class Passes:
-    """One call's settings on one rank: where it stands, what it may see, what a logit is, who computes."""
+    """Forward and backward of one rank. link: its neighbours; layout: which global indices each rank holds; rule: which
+    keys a query sees by index; scores: how logits are computed; backend: what computes a step."""
 
     link: Link
     layout: str
@@ -129,23 +131,22 @@ class Passes:
         documents: torch.Tensor | None,
         sink: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out in q's dtype, lse) of this rank's queries over the whole ring."""
+        """Return (out in q's dtype, lse) of this rank's queries over the whole ring."""
         visitor = Visitor(k, v, documents)
         out, lse, first = sinks.begin(q, v, sink)
 
-        def run(stage: Stage) -> None:  # a function, so that a stage's buffers die with it
+        def run(stage: Stage) -> None:  # a function, so that its locals free a stage's buffers
             nonlocal first
-            pending = self.link.exchange(*visitor.messages(stage))
+            pending = self.link.exchange(*visitor.messages(stage))  # posted before the computation that hides it
             if stage.compute:
-                key, value, mask = self._block(visitor, stage, q, documents)
-                self.backend.forward_step(q, key, value, mask, self.scores, out, lse, first)
+                self.backend.forward_step(q, self._block(visitor, stage, q, documents), out, lse, first)
                 first = False
             pending.wait()
             visitor.arrive()
 
-        for stage in self._schedule(q).stages(self.link.rank)[:-1]:
+        for stage in self._schedule(q).stages(self.link.rank)[:-1]:  # the last stage moves gradients only
             run(stage)
-        if first:  # nothing but padding here
+        if first:  # this rank holds nothing but padding
             out.zero_()
             lse.fill_(-torch.inf)
         return out.to(q.dtype), lse
@@ -153,25 +154,25 @@ class Passes:
     def backward(
         self, rows: Rows, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(dq, dkv, dalibi) of this rank's tokens, dkv flat: dk's elements, then dv's; dalibi (H,) of its queries, None
-        without slopes. All always, so that no rank leaves the ring early."""
+        """Return (dq, dkv, dalibi) of this rank's tokens: dkv is flat, dk's elements and then dv's; dalibi (H,) is its
+        queries' part, None without slopes. All are always computed, so that no rank skips a message."""
         dtype = rows.lse.dtype
         dq = torch.empty(rows.q.shape, dtype=dtype, device=rows.q.device)
         dalibi = None if self.scores.alibi is None else torch.zeros_like(self.scores.alibi, dtype=dtype)
         prepared = self.backend.prepare_backward(rows)
         visitor, book, first = Visitor(k, v, documents), Gradients(k, v, dtype), True
 
-        def run(stage: Stage) -> None:
+        def run(stage: Stage) -> None:  # the heartbeat reads `stage` to name the block that a rank waits for
             nonlocal first
             sends, receives = visitor.messages(stage)
             partial, finished = book.messages(stage, sends, receives)
             pending = self.link.exchange(sends, receives)
             part = book.open(stage)
             if stage.compute:
-                key, value, mask = self._block(visitor, stage, rows.q, documents)
-                self.backend.backward_step(prepared, key, value, mask, self.scores, dq, *part, first, dalibi)
+                block = self._block(visitor, stage, rows.q, documents)
+                self.backend.backward_step(prepared, block, StepGradients(dq, *part, dalibi), first)
                 first = False
-            elif stage.source is not None:
+            elif stage.source is not None:  # the block only passes through: this rank adds nothing
                 for gradient in part:
                     gradient.zero_()
             pending.wait()
@@ -187,15 +188,13 @@ class Passes:
     def _schedule(self, q: torch.Tensor) -> Schedule:
         return make_schedule(self.layout, self.link.ring, q.shape[2] * self.link.ring, self.rule)
 
-    def _block(
-        self, visitor: Visitor, stage: Stage, q: torch.Tensor, documents: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, BlockMask]:
-        """Keys and values of a stage's block, and who of this rank's queries sees whom of them."""
+    def _block(self, visitor: Visitor, stage: Stage, q: torch.Tensor, documents: torch.Tensor | None) -> KeyBlock:
+        """Return the stage's block as this rank's queries see it."""
         rank, source = self.link.rank, stage.source
         assert source is not None
         key, value, ids = visitor.tensors(own=source == rank)
         spans = _spans(self.layout, self.link.ring, q.shape[2])
-        return key, value, BlockMask(spans[rank], spans[source], self.rule, documents, ids)
+        return KeyBlock(key, value, BlockMask(spans[rank], spans[source], self.rule, documents, ids), self.scores)
 
 
 @lru_cache(maxsize=256)
@@ -204,6 +203,6 @@ def _spans(layout: str, ring: int, tokens: int) -> tuple[tuple[Span, ...], ...]:
 
 
 def split(dkv: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pair:
-    """(dk, dv) as views of what `Passes.backward` returns."""
+    """Return (dk, dv) as views of the dkv that `Passes.backward` returns."""
     dk, dv = dkv.split((k.numel(), v.numel()))
     return dk.view(k.shape), dv.view(v.shape)

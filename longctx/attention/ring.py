@@ -1,9 +1,9 @@
-"""ring_attention: exact attention over a sequence that is sharded over a ring of ranks, for any layout and mask.
+"""`ring_attention`: exact attention over a sequence sharded over a ring of ranks, for any layout and mask.
 
-Queries stay; blocks of keys and values pass by (`schedule.py` says when, `comm.py` moves them) and each is merged into
-the running result by a backend (`block.py`). The same loop serves every layout, mask and ring size; a ring of one sends
-nothing. Forward and backward are operators of torch.library, so that torch.compile sees one node and a checkpoint
-policy can save (out, lse) and so never repeat the hops.
+Queries stay on their rank; blocks of keys and values travel (`schedule.py` plans it, `comm.py` sends them), and a
+backend (`backends/`) merges each into the running result. One loop (`passes.py`) serves every layout, mask and ring
+size; a ring of one sends nothing. Forward and backward are operators of torch.library: torch.compile sees one node, and
+a checkpoint policy can save (out, lse) so that recomputation repeats no hop.
 """
 
 from __future__ import annotations
@@ -15,10 +15,19 @@ import torch
 from longctx.attention.arguments import check_documents, check_scores, check_tensors, resolve_scale, resolve_seeds
 from longctx.attention.backends.base import Rows
 from longctx.attention.band import make_rule
-from longctx.attention.call import SETTINGS, make_passes
 from longctx.attention.heads import check_members
 from longctx.attention.hybrid.operator import attention as hybrid_attention
-from longctx.attention.operator import INPUTS, fake_backward, fake_forward, per_head, register_gradient
+from longctx.attention.operator import (
+    AttentionInputs,
+    RingSettings,
+    fake_backward,
+    fake_forward,
+    make_passes,
+    per_head,
+    register_gradient,
+    schema_of,
+    unflatten,
+)
 from longctx.attention.passes import split
 from longctx.attention.replay import replayed
 from longctx.errors import AttentionError
@@ -46,36 +55,37 @@ def ring_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention over the whole sequence, from and to this rank's part of it. Every rank that holds a part of the
-    sequence calls it; where the mesh has ulysses > 1, they exchange heads inside and pass keys and values outside.
+    """Compute exact attention of this rank's queries over the whole sequence.
+
+    Every rank that holds a shard of the sequence calls it. On a mesh with ulysses > 1, ranks exchange heads for tokens
+    by all-to-all within a ulysses group, and keys and values travel on the ring between groups.
 
     Args:
         q: (B, H, T, Dk), k: (B, G, T, Dk), v: (B, G, T, Dv): this rank's tokens in the layout's local order (what
             `shard` returns), G dividing H, one floating dtype, T the same on every rank.
-        mesh: the grid of ranks; None, or one rank a sequence, computes locally. ulysses is at most H; it need divide
-            neither H nor G.
-        causal: a token sees no later token, by global index.
-        layout: how the sequence is dealt out; must be the one `shard` was given.
-        window: tokens visible to the left including the token itself, or (strictly left, strictly right).
-        document_ids: (B, T) integers, this rank's part; a token sees only tokens of its own id, wherever they stand;
-            negative ids are padding. Documents may cross ranks anywhere. Ids travel with the keys; all ranks give them,
-            or none.
-        length: the true global length where it is less than T times ring and ulysses: the rest is padding.
-        scale: of the logits, any finite number; default 1 / sqrt(Dk).
-        softcap: bends the scaled logits to within (-softcap, softcap): softcap * tanh(x / softcap).
-        sink: (H,) one more logit in every query's softmax, without a value.
-        alibi: (H,) slopes; a logit loses slope * |i - j| of the global indices, after the cap.
-        dropout_p: the share of the probabilities that is dropped; the others are divided by 1 - dropout_p.
-        dropout_seed: an int, or (B,) int64 with one seed a row; equal on all ranks of the sequence. With the head
-            and the global indices of query and key it decides what is dropped, so the number of ranks does not.
-        return_lse: also return the logarithm of the softmax's denominator (sink included, nothing dropped).
+        mesh: the grid of ranks; None, or a mesh with one rank per sequence, computes locally. ulysses is at most H and
+            need not divide H or G.
+        causal: hide later tokens, by global index.
+        layout: how the sequence is sharded; must be the layout that `shard` was given.
+        window: how many tokens each token sees to its left including itself, or (strictly left, strictly right).
+        document_ids: (B, T) integers of this rank's tokens; a token sees only tokens of its own document; negative ids
+            are padding. Documents may cross ranks anywhere. All ranks give ids, or none does.
+        length: the true global length if it is less than T times ring and ulysses: the rest is padding.
+        scale: factor of q.k, any finite number; default 1 / sqrt(Dk).
+        softcap: caps the scaled logits at softcap * tanh(x / softcap).
+        sink: (H,) an additional logit per head in every softmax, without a value.
+        alibi: (H,) slopes; slope * |i - j| of the global indices is subtracted from a logit, after the cap.
+        dropout_p: probability of dropping an attention weight; the others are divided by 1 - dropout_p.
+        dropout_seed: an int, or (B,) int64 with one seed per batch row; equal on all ranks of the sequence. The seed,
+            the head and the global indices of query and key alone decide what is dropped, not the number of ranks.
+        return_lse: also return the logarithm of the softmax's denominator (with the sink, before dropout).
         backend: "auto", "aten" (CPU; without softcap, alibi, dropout), "triton" or another of docs/kernels.md (GPU), or
             "reference".
 
     Returns:
-        out (B, H, T, Dv) in q's dtype [, lse (B, H, T) in fp32, fp64 for fp64]; both differentiable, by q, k, v, sink
-        and alibi (of the last two, each rank has its own tokens' part: to be summed over ranks, as of any weight). A
-        token that sees nothing, padding for one, gets out 0, lse -inf (with a sink: sink) and no gradient.
+        out (B, H, T, Dv) in q's dtype [, lse (B, H, T) in fp32, fp64 for fp64]. Both are differentiable by q, k, v,
+        sink and alibi; the gradients of sink and alibi are this rank's part, to be summed over ranks as any weight's. A
+        token that sees nothing, such as padding, gets out 0, lse -inf (with a sink: sink) and no gradient.
 
     Raises:
         AttentionError: the arguments do not fit together, or are not supported.
@@ -94,7 +104,7 @@ def ring_attention(
     padded = q.shape[2] * ring * ulysses
     if padded % layout.multiple(ring, ulysses):
         raise AttentionError(
-            f"{q.shape[2]} tokens a rank over ring {ring} x ulysses {ulysses} make {padded}, and layout "
+            f"{q.shape[2]} tokens per rank over ring {ring} x ulysses {ulysses} make {padded}, and layout "
             f"{layout.name!r} needs a multiple of {layout.multiple(ring, ulysses)}; pad with longctx.shard"
         )
     if length is not None and not 0 < length <= padded:
@@ -102,71 +112,53 @@ def ring_attention(
             f"length={length}: the ranks hold {padded} tokens; give the true global length, 1 to {padded}"
         )
     rule = make_rule(causal, window)
-    inputs = (
-        q,
-        k,
-        v,
-        sink,
-        alibi,
-        document_ids,
-        resolve_seeds(q, dropout_p, dropout_seed),
-        mesh.key if mesh is not None and mesh.sequence_size > 1 else "",
-        layout.name,
-        rule.left,
-        rule.right,
-        None if length == padded else length,
-        resolve_scale(scale, q),
-        softcap,
-        dropout_p,
-        backend,
+    inputs = AttentionInputs(q, k, v, sink, alibi)
+    settings = RingSettings(
+        documents=document_ids,
+        seeds=resolve_seeds(q, dropout_p, dropout_seed),
+        mesh=mesh.key if mesh is not None and mesh.sequence_size > 1 else "",
+        layout=layout.name,
+        left=rule.left,
+        right=rule.right,
+        length=None if length == padded else length,
+        scale=resolve_scale(scale, q),
+        softcap=softcap,
+        dropout_p=dropout_p,
+        backend=backend,
     )
     if ulysses > 1:
-        out, lse = hybrid_attention(*inputs, return_lse)
+        out, lse = hybrid_attention(inputs, settings, return_lse)
     else:
-        out, lse = torch.ops.longctx.ring_attention(*inputs)
+        out, lse = _forward(*inputs, *settings)
     return (out, lse) if return_lse else out
 
 
-# The operator of a ring; that of a ring with exchanged heads is in hybrid.py.
+# The operator of the ring; hybrid/operator.py has that of the ring with ulysses > 1.
+
+_SCHEMA = schema_of(AttentionInputs, RingSettings)
 
 
-@torch.library.custom_op(
-    "longctx::ring_attention", mutates_args=(), schema=f"({INPUTS}, {SETTINGS}) -> (Tensor, Tensor)"
-)
-def _forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sink: torch.Tensor | None,
-    alibi: torch.Tensor | None,
-    documents: torch.Tensor | None,
-    *settings: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = replayed(lambda: make_passes(q, v, alibi, documents, *settings).forward(q, k, v, documents, sink))
+@torch.library.custom_op("longctx::ring_attention", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
+def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    (q, k, v, sink, alibi), settings = unflatten(arguments, RingSettings)
+    passes = make_passes(q, v, alibi, settings)
+    out, lse = replayed(lambda: passes.forward(q, k, v, settings.documents, sink))
     return out, lse
 
 
 @torch.library.custom_op(
     "longctx::ring_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {INPUTS}, {SETTINGS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sink: torch.Tensor | None,
-    alibi: torch.Tensor | None,
-    documents: torch.Tensor | None,
-    *settings: Any,
+    dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, *arguments: Any
 ) -> tuple[torch.Tensor, ...]:
+    """Return dq, dk and dv as one flat tensor, dsink and dalibi. (An operator's results must not share memory, and dk
+    and dv arrive in one buffer.)"""
+    (q, k, v, sink, alibi), settings = unflatten(arguments, RingSettings)
     rows = Rows(q, out, lse, dout, dlse)
-    dq, dkv, dalibi = make_passes(q, v, alibi, documents, *settings).backward(rows, k, v, documents)
+    dq, dkv, dalibi = make_passes(q, v, alibi, settings).backward(rows, k, v, settings.documents)
     return dq, dkv, *per_head(rows, sink, alibi, dalibi)
 
 
@@ -180,10 +172,11 @@ def _(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _gradients(
-    dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, *inputs: Any
+    dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, *arguments: Any
 ) -> tuple[torch.Tensor, ...]:
-    dq, dkv, dsink, dalibi = _backward(dout, dlse, out, lse, *inputs)
-    return dq, *split(dkv, inputs[1], inputs[2]), dsink, dalibi
+    dq, dkv, dsink, dalibi = _backward(dout, dlse, out, lse, *arguments)
+    (_, k, v, _, _), _ = unflatten(arguments, RingSettings)
+    return dq, *split(dkv, k, v), dsink, dalibi
 
 
 register_gradient(_forward, _gradients)

@@ -1,9 +1,9 @@
-"""Scores: what a logit is made of besides q.k, and how a probability is dropped. Data, for any backend to read.
+"""`Scores`: how a logit is computed from q.k, and how a probability is dropped. Plain data for any backend.
 
     s_ij = cap(scale * q_i.k_j) - alibi_h * |i - j|,    cap(x) = softcap * tanh(x / softcap);    i, j: global indices.
 
-Dropout keeps a probability by a hash of (seed, head, i, j), so a result does not depend on how many ranks computed it
-(kernels/flash/dropout.py). A sink is not here: it is where a ring's running state begins (passes.py).
+Dropout keeps a probability by a hash of (seed, head, i, j), so the result does not depend on the number of ranks
+(kernels/flash/dropout.py). The sink is not here: it initialises the running result (sink.py).
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How logits and probabilities are made.
+    """How logits and probabilities are computed.
 
     Attributes:
-        scale: of q.k.
+        scale: factor of q.k.
         softcap: bound of the logits' absolute value, or None.
         alibi: (H,) slopes in fp32 (fp64 for fp64), or None.
-        dropout_p: share of the probabilities that is dropped; the rest is divided by 1 - dropout_p. The lse is that of
-            the undropped softmax.
-        seeds: (B,) int64, one per batch row; given wherever dropout_p > 0.
+        dropout_p: probability of dropping; what is kept is divided by 1 - dropout_p. The lse is that of the softmax
+            before dropout.
+        seeds: (B,) int64, one per batch row; required if dropout_p > 0.
     """
 
     scale: float
@@ -34,6 +34,6 @@ class Scores:
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """What goes beyond scale * q.k with every probability kept, by the names users give; empty: any kernel can."""
+        """The users' names of what goes beyond scale * q.k without dropout; empty: any kernel can compute it."""
         given = {"softcap": self.softcap, "alibi": self.alibi, "dropout_p": self.dropout_p or None}
         return tuple(name for name, value in given.items() if value is not None)

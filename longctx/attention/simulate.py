@@ -1,6 +1,6 @@
-"""A whole ring inside one process, one thread a rank: the real steps and schedule with messages through a mailbox.
+"""A whole ring inside one process, one thread per rank: the real passes and schedule, with messages through a mailbox.
 
-For tests and for looking at rings larger than the machine: `run(64, worker)` takes the place of 64 processes.
+For tests and for rings larger than the machine: `run(64, worker)` replaces 64 processes.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from longctx.attention.comm import Counters, Link, Message, Pending, count
-from longctx.attention.hybrid.ulysses import Members, count_exchange
+from longctx.attention.hybrid.ulysses import UlyssesGroup, count_exchange
 
 TIMEOUT = 60.0
-"""Seconds to wait for a message: a schedule in which somebody waits for nobody must fail, not hang."""
+"""Seconds to wait for a message: a schedule in which a rank waits for a message never sent must fail, not hang."""
 
 
 class Mailbox:
-    """Messages under way between simulated ranks, in order for each (sender, receiver, kind)."""
+    """Messages in transit between simulated ranks, in order for each (sender, receiver, kind)."""
 
     def __init__(self) -> None:
         self._boxes: dict[tuple[int, int, int], queue.Queue[list[torch.Tensor]]] = defaultdict(queue.Queue)
@@ -34,7 +34,7 @@ class Mailbox:
 
     @property
     def empty(self) -> bool:
-        """Whether everything that was sent has been received."""
+        """Whether all that was sent has been received."""
         return all(box.empty() for box in self._boxes.values())
 
 
@@ -61,8 +61,8 @@ class _Waiting:
                 ours.copy_(theirs)
 
 
-class SimulatedMembers:
-    """One simulated rank's end of an exchange of heads, with counters of its own."""
+class SimulatedUlyssesGroup:
+    """One simulated rank's end of a ulysses group, with counters of its own."""
 
     def __init__(self, mailbox: Mailbox, size: int, rank: int, counters: Counters) -> None:
         self.size, self.rank, self._mailbox, self._counters = size, rank, mailbox, counters
@@ -75,21 +75,23 @@ class SimulatedMembers:
             piece.copy_(self._mailbox.box(peer, self.rank, 0).get(timeout=TIMEOUT)[0])
 
 
-def run_grid(ring: int, ulysses: int, worker: Callable[[Link, Members], Any]) -> tuple[list[Any], list[Counters]]:
-    """Call `worker(link, members)` for every rank of ring x ulysses; as `run`, in the mesh's order of ranks."""
+def run_grid(ring: int, ulysses: int, worker: Callable[[Link, UlyssesGroup], Any]) -> tuple[list[Any], list[Counters]]:
+    """Call `worker(link, group)` for every rank of ring x ulysses at once; return as `run` does, in mesh order."""
     rings = [Mailbox() for _ in range(ulysses)]
     groups = [Mailbox() for _ in range(ring)]
     links = [SimulatedLink(rings[u], ring, r) for r in range(ring) for u in range(ulysses)]
-    ends = [SimulatedMembers(groups[i // ulysses], ulysses, i % ulysses, links[i].counters) for i in range(len(links))]
+    ends = [
+        SimulatedUlyssesGroup(groups[i // ulysses], ulysses, i % ulysses, links[i].counters) for i in range(len(links))
+    ]
     return _together(links, lambda i: worker(links[i], ends[i]), [*rings, *groups])
 
 
 def run(ring: int, worker: Callable[[Link], Any]) -> tuple[list[Any], list[Counters]]:
-    """Call `worker(link)` for every rank of a ring at once; returns (results, counters), each a list by rank.
+    """Call `worker(link)` for every rank of a ring at once; return (results, counters), each a list by rank.
 
     Raises:
-        RuntimeError: a message was sent that nobody received.
-        queue.Empty: a rank waited for a message that nobody sent.
+        RuntimeError: a message was sent and not received.
+        queue.Empty: a rank waited for a message that was not sent.
     """
     mailbox = Mailbox()
     links = [SimulatedLink(mailbox, ring, rank) for rank in range(ring)]

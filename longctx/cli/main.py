@@ -121,13 +121,16 @@ def schema() -> None:
 def init(
     output: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="default: print it")] = None,
     preset: Annotated[str, typer.Option(help="cpu-tiny, 1-gpu-32k, 8-gpu-1M, 32-gpu-8M, …: see configs/")] = "cpu-tiny",
+    full: Annotated[bool, typer.Option("--full", help="write every other key too, commented out, at its default")] = (
+        False
+    ),
 ) -> None:
     """Write a commented configuration to start from."""
     from longctx.config.presets import PRESETS, render
 
     if preset not in PRESETS:
         raise ConfigError(f"init --preset {preset}: there is no such preset; choose one of {', '.join(PRESETS)}")
-    text = render(preset)
+    text = render(preset, full=full)
     if output is None:
         typer.echo(text, nl=False)
         return

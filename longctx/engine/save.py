@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from longctx.engine.exchange import exchange
 from longctx.errors import EngineError
-
-if TYPE_CHECKING:
-    from longctx.engine.stock import StockEngine
+from longctx.mesh import Mesh
 
 _GUARD = "longctx_refuses_empty"
 _NEEDS_WHOLE = {
@@ -27,7 +25,17 @@ _NEEDS_WHOLE = {
 }
 
 
-def save_pretrained(engine: StockEngine, folder: str | Path, options: dict[str, Any]) -> Path:
+class SavedEngine(Protocol):
+    """The part of an engine that saving its model needs."""
+
+    module: Any
+    mesh: Mesh
+    global_steps: int
+
+    def zero_optimization_stage(self) -> int: ...
+
+
+def save_pretrained(engine: SavedEngine, folder: str | Path, options: dict[str, Any]) -> Path:
     """Write the engine's model, or its PEFT adapters, to ``folder`` from rank 0. Collective over the world."""
     module: Any = engine.module
     path, problem = Path(folder), None
@@ -51,7 +59,7 @@ def save_pretrained(engine: StockEngine, folder: str | Path, options: dict[str, 
     return path
 
 
-def gather_weights(engine: StockEngine, adapters_only: bool = False) -> dict[str, torch.Tensor]:
+def gather_weights(engine: SavedEngine, adapters_only: bool = False) -> dict[str, torch.Tensor]:
     """Return the whole model's state dict on rank 0 (CPU tensors, in the dtype of forward), an empty one elsewhere.
 
     Collective over the world. Tied weights are one tensor. Under ZeRO-3 one module is gathered at a time.

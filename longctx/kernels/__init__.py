@@ -1,11 +1,4 @@
-"""Facade over the operators, whose sources live in the checkout's ``kernels/`` folder.
+"""The operators. In a checkout each folder here is a link to ``kernels/<operator>``; an installed package has copies.
 
-Installed, they are packages below this one (see setup.py). In a checkout that folder is added to the search path; the
-guard matters because in an installed package ``parents[2]`` is site-packages.
+The folder ``kernels/`` itself is no package: transformers imports another package of that name.
 """
-
-from pathlib import Path
-
-_checkout = Path(__file__).resolve().parents[2]
-if (_checkout / "setup.py").is_file():
-    __path__.append(str(_checkout / "kernels"))

@@ -26,7 +26,7 @@ def python_path() -> str:
     """Return PYTHONPATH for child processes: with the checkout in front when longctx runs from one."""
     root = Path(__file__).resolve().parents[2]
     given = os.environ.get("PYTHONPATH", "")
-    return os.pathsep.join(filter(None, [str(root), given])) if (root / "setup.py").is_file() else given
+    return os.pathsep.join(filter(None, [str(root), given])) if (root / "pyproject.toml").is_file() else given
 
 
 def gpus() -> int:

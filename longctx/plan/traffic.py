@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from longctx.attention.band import make_rule
-from longctx.attention.heads import Share, deal
+from longctx.attention.heads import Share, assign_heads
 from longctx.attention.schedule import make_schedule
 
 IDS = 4  # bytes of a token's document id
@@ -71,7 +71,7 @@ class Layer:
     @property
     def shares(self) -> tuple[Share, ...]:
         """The heads of every Ulysses member."""
-        return deal(self.heads, self.kv_heads, self.ulysses)
+        return assign_heads(self.heads, self.kv_heads, self.ulysses)
 
     @property
     def place(self) -> int:

@@ -9,8 +9,8 @@ from longctx.attention import simulate
 from longctx.attention.backends.choose import choose_backend
 from longctx.attention.band import Rule
 from longctx.attention.comm import Counters, Link
-from longctx.attention.hybrid.passes import HybridPasses
-from longctx.attention.hybrid.ulysses import Members
+from longctx.attention.hybrid.passes import HybridPasses, Saved
+from longctx.attention.hybrid.ulysses import UlyssesGroup
 from longctx.attention.passes import Passes
 from longctx.attention.scores import Scores
 from longctx.layout import get_layout
@@ -39,20 +39,20 @@ def simulated(
     scores = Scores(scale, extras.softcap, extras.alibi, extras.dropout_p, extras.seeds)
     index = parts(layout, ring, ulysses, length)
 
-    def worker(link: Link, members: Members) -> tuple[torch.Tensor, ...]:
-        here = index[link.rank * ulysses + members.rank]
+    def worker(link: Link, group: UlyssesGroup) -> tuple[torch.Tensor, ...]:
+        here = index[link.rank * ulysses + group.rank]
         q, k, v, dout, *dlse = (x[:, :, here] for x in inputs)
         ids = None if documents is None else documents[:, here]
         passes = Passes(link, layout, rule, scores, choose_backend(backend, q, v, scores))
-        hybrid = HybridPasses(members, passes, q.shape[1], k.shape[1])
-        out, lse, whole = hybrid.forward(q, k, v, ids, extras.sink)
+        hybrid = HybridPasses(group, passes, q.shape[1], k.shape[1])
+        out, lse, saved = hybrid.forward(q, k, v, ids, extras.sink)
         assert lse is not None
         last = dlse[0] if dlse else None
         if lean:
-            whole, dout, last = hybrid.gather(q, k, v, ids, out, whole.lse, dout, last)
+            saved, dout, last = hybrid.gather(Saved(q, k, v, ids, out, saved.lse), dout, last)
         else:
             dout, last = hybrid.gather_gradients(dout, last)
-        dq, dk, dv, dsink, dalibi = hybrid.backward(whole, dout, last, extras.sink, extras.alibi)
+        dq, dk, dv, dsink, dalibi = hybrid.backward(saved, dout, last, extras.sink, extras.alibi)
         per = (dense.NONE if x is None else d for x, d in ((extras.sink, dsink), (extras.alibi, dalibi)))
         return out, lse, dq, dk, dv, *per
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.attention.band import Rule, make_rule
-from longctx.attention.heads import deal
+from longctx.attention.heads import assign_heads
 from longctx.errors import AttentionError
 from longctx.layout import get_layout
 
@@ -86,9 +86,9 @@ def test_every_head_is_dealt_once_with_the_key_heads_it_reads(kv_heads: int, gro
     heads = kv_heads * group
     if members > heads:
         with pytest.raises(AttentionError, match=f"at most ulysses={heads}"):
-            deal(heads, kv_heads, members)
+            assign_heads(heads, kv_heads, members)
         return
-    shares = deal(heads, kv_heads, members)
+    shares = assign_heads(heads, kv_heads, members)
     assert [h for share in shares for h in range(heads)[share.queries]] == list(range(heads))
     assert {share.query_count for share in shares} <= {heads // members, -(-heads // members)}
     for share in shares:
@@ -120,7 +120,7 @@ def test_bytes_are_the_closed_form(ring: int, ulysses: int, heads: tuple[int, in
     inputs = tuple(torch.randn(s, generator=gen, dtype=torch.float64) for s in (*shapes, shapes[0]))
     results, counters = simulated(ring, ulysses, "zigzag", make_rule(True, None), inputs)
     assert dense.difference(results, expected(inputs, make_rule(True, None))) <= tolerance("fp64")
-    shares = deal(h, g, ulysses)
+    shares = assign_heads(h, g, ulysses)
     for rank, c in enumerate(counters):
         mine, others = shares[rank % ulysses], [s for i, s in enumerate(shares) if i != rank % ulysses]
         queries, keys = sum(s.query_count for s in others), sum(s.key_count for s in others)
@@ -128,7 +128,7 @@ def test_bytes_are_the_closed_form(ring: int, ulysses: int, heads: tuple[int, in
         forward = n * d * (queries + 2 * keys) + away * mine.query_count * (d + 1)
         backward = n * d * queries + away * d * (mine.query_count + 2 * mine.key_count)
         assert c.exchanges == 4 and c.exchange_bytes == (forward + backward) * e
-        if h % ulysses == 0 and g % ulysses == 0:  # performance.md P6: 4 (h + g) n d (U - 1) / U, and lse
+        if h % ulysses == 0 and g % ulysses == 0:  # docs/methods/ring.md "Ulysses within the ring", and lse
             assert forward + backward == 4 * (h + g) * n * d * (ulysses - 1) // ulysses + away * mine.query_count
         assert c.hops == 2 * (ring - 1) and c.kv_bytes == c.hops * 2 * mine.key_count * n * ulysses * d * e
 

@@ -57,7 +57,7 @@ def test_a_ring_writes_what_one_process_writes(checkpoints: dict[str, Path]) -> 
     assert alone.returncode == 0 and ring.returncode == 0, alone.stderr + ring.stderr
     assert "tokens/s" in alone.stderr and "attention kv" in alone.stderr and "cache" in alone.stderr
     assert alone.stdout.strip() and ring.stdout == alone.stdout
-    assert "one of 2" in ring.stderr and "turns its keys by their positions" in ring.stderr
+    assert "one of 2" in ring.stderr and "rotates its keys by their positions" in ring.stderr
 
 
 def test_one_prompt_after_another(checkpoints: dict[str, Path]) -> None:

@@ -11,7 +11,7 @@ from attention import dense
 from attention.ring import simulated
 
 from longctx.attention.backends import choose, fused_torch
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import KeyBlock, Rows, StepGradients
 from longctx.attention.backends.fused_torch import FusedTorchBackend
 from longctx.attention.band import Rule
 from longctx.attention.mask import BlockMask
@@ -30,11 +30,9 @@ def forward(name: str, q: Any, k: Any, v: Any, causal: bool, scale: float) -> tu
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, scale=scale)
 
 
-def backward(
-    name: str, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, scale: float
-) -> tuple[torch.Tensor, ...]:
+def backward(name: str, rows: Rows, k: Any, v: Any, causal: bool, scale: float) -> tuple[torch.Tensor, ...]:
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return operator(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
+    return operator(rows.dout, rows.q, k, v, rows.out, rows.lse, 0.0, causal, scale=scale)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
@@ -61,10 +59,11 @@ def test_the_operators_are_called_as_they_want(name: str, lengths: tuple[int, in
     mask = BlockMask((Span(0, lengths[0]),), (Span(0, lengths[1]),), Rule(None, 0))
     backend, scores = FusedTorchBackend(name), Scores(0.1)
     out, lse = q.new_empty(q.shape, dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
-    backend.forward_step(q, k, v, mask, scores, out, lse, True)
+    block = KeyBlock(k, v, mask, scores)
+    backend.forward_step(q, block, out, lse, True)
     dq, dk, dv = (x.new_empty(x.shape, dtype=torch.float32) for x in (q, k, v))
     rows = Rows(q, out.to(q.dtype), lse, q, None)
-    backend.backward_step(backend.prepare_backward(rows), k, v, mask, scores, dq, dk, dv, True, None)
+    backend.backward_step(backend.prepare_backward(rows), block, StepGradients(dq, dk, dv, None), True)
 
 
 def test_the_gradient_of_the_lse_is_left_to_our_kernels() -> None:
@@ -79,7 +78,8 @@ def test_the_gradient_of_the_lse_is_left_to_our_kernels() -> None:
     truth = dense.attention(q, k, v, dense.visible(index, index, mask.rule), 0.3, dout, dlse)
     rows = Rows(q, truth.out.float(), truth.lse.float(), dout, dlse)
     backend, grads = FusedTorchBackend("flash"), [torch.empty_like(x) for x in (q, k, v)]
-    backend.backward_step(backend.prepare_backward(rows), k, v, mask, scores, *grads, True, None)
+    block = KeyBlock(k, v, mask, scores)
+    backend.backward_step(backend.prepare_backward(rows), block, StepGradients(*grads, None), True)
     for ours, theirs in zip(grads, (truth.dq, truth.dk, truth.dv), strict=True):
         assert (ours - theirs).abs().max() <= tolerance("fp32") * theirs.abs().max().clamp(min=1.0)
 

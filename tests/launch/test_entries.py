@@ -133,7 +133,7 @@ def test_a_rank_with_another_setting_under_torchrun_is_named(tmp_path: Path) -> 
     config = write(tmp_path)
     script = tmp_path / "differing.py"
     script.write_text(
-        "import os, sys\nfrom longctx.launch.rank import end, main\n"
+        "import os, sys\nfrom longctx.launch.rank import main\nfrom longctx.launch.rank_process import end\n"
         "more = ['train.lr=0.5'] if os.environ['RANK'] == '1' else []\n"
         f"if __name__ == '__main__':\n    end(main(['--config', {str(config)!r}, *more]))\n"
     )

@@ -25,11 +25,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from longctx.attention.backends.base import Rows, accumulator_dtype
+from longctx.attention.backends.base import KeyBlock, Rows, StepGradients, accumulator_dtype
 from longctx.attention.band import TILE, Kind, Tile
 from longctx.attention.mask import BlockMask
 from longctx.attention.merge import merge_
-from longctx.attention.scores import Scores
 from longctx.attention.tiles import plan
 
 PAIRS = 1 << 22
@@ -54,27 +53,18 @@ class AtenBackend:
 
     name = "aten"
 
-    def forward_step(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        scores: Scores,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        first: bool,
-    ) -> None:
+    def forward_step(self, q: torch.Tensor, block: KeyBlock, out: torch.Tensor, lse: torch.Tensor, first: bool) -> None:
+        k, v = block.k, block.v
         width, written = max(q.shape[-1], v.shape[-1]), Written(q.shape[0], q.shape[2], (out, 0.0), (lse, -torch.inf))
-        scale, sign = _positive(scores.scale)
+        scale, sign = _positive(block.scores.scale)
         q = q if sign == 1 else q * sign
         if not first:
             written.all()
-        for batch, tile, bias, blind in _calls(mask, q):
+        for batch, tile, bias, blind in _calls(block.mask, q):
             rows, cols = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
             new = written.claim(batch, tile.q0, tile.q1)
             for heads in _head_groups(q[batch], k, tile):
-                block, block_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                     _pad(q[batch, heads.q, rows], width),
                     _pad(_shared(k[batch, heads.k, cols], heads), width),
                     _pad(_shared(v[batch, heads.k, cols], heads), width),
@@ -83,43 +73,30 @@ class AtenBackend:
                     scale=scale,
                 )
                 if blind is not None:
-                    block_lse = block_lse.masked_fill(blind, -torch.inf)
-                block, at = block[..., : v.shape[-1]], (batch, heads.q, rows)
+                    part_lse = part_lse.masked_fill(blind, -torch.inf)
+                part, at = part[..., : v.shape[-1]], (batch, heads.q, rows)
                 if new:
-                    out[at], lse[at] = block, block_lse
+                    out[at], lse[at] = part, part_lse
                 else:
-                    merge_(out[at], lse[at], block, block_lse)
-                del block, block_lse  # before the next call allocates its own
+                    merge_(out[at], lse[at], part, part_lse)
+                del part, part_lse  # before the next call allocates its own
         written.finish()
 
     def prepare_backward(self, rows: Rows) -> Rows:
         lse = rows.lse.masked_fill(rows.lse == -torch.inf, torch.inf)
         return replace(rows, q=_dense(rows.q), out=_dense(rows.out), dout=_dense(rows.dout), lse=lse)
 
-    def backward_step(
-        self,
-        prepared: Rows,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        scores: Scores,
-        dq: torch.Tensor,
-        dk: torch.Tensor,
-        dv: torch.Tensor,
-        first: bool,
-        dalibi: torch.Tensor | None,
-    ) -> None:
+    def backward_step(self, prepared: Rows, block: KeyBlock, gradients: StepGradients, first: bool) -> None:
+        k, v, (dq, dk, dv, _) = block.k, block.v, gradients
         q, dlse, (d_k, d_v) = prepared.q, prepared.dlse, (k.shape[-1], v.shape[-1])
-        queries, keys_written = (
-            Written(q.shape[0], q.shape[2], (dq, 0.0)),
-            Written(q.shape[0], k.shape[2], (dk, 0.0), (dv, 0.0)),
-        )
+        queries = Written(q.shape[0], q.shape[2], (dq, 0.0))
+        keys_written = Written(q.shape[0], k.shape[2], (dk, 0.0), (dv, 0.0))
         if not first:
             queries.all()
         width = max(d_k, d_v if dlse is None else d_v + 1)
-        scale, sign = _positive(scores.scale)
+        scale, sign = _positive(block.scores.scale)
         q = q if sign == 1 else q * sign
-        for batch, tile, bias, _ in _calls(mask, q):
+        for batch, tile, bias, _ in _calls(block.mask, q):
             rows, cols = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
             fine = min(tile.q1 - tile.q0, tile.k1 - tile.k0) <= FINE or dlse is not None
             dtype = torch.float32 if fine and q.dtype.itemsize == 2 else q.dtype
@@ -132,7 +109,7 @@ class AtenBackend:
                         F.pad(values, (0, 1), value=1.0),
                         torch.cat([dout, dlse[at][..., None].to(dtype)], -1),
                     )
-                block_dq, block_dk, block_dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                part_dq, part_dk, part_dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                     _pad(dout, width),
                     _pad(q[at].to(dtype), width),
                     _pad(_shared(k[keys].to(dtype), heads), width),
@@ -145,10 +122,10 @@ class AtenBackend:
                     scale=scale,
                 )
                 new_head = new_k and heads.first
-                _put(dq[at], block_dq[..., :d_k] if sign == 1 else block_dq[..., :d_k] * sign, new_q)
-                _put(dk[keys], _summed(block_dk[..., :d_k], heads, dk.dtype), new_head)
-                _put(dv[keys], _summed(block_dv[..., :d_v], heads, dv.dtype), new_head)
-                del block_dq, block_dk, block_dv, values, dout  # before the next call allocates its own
+                _put(dq[at], part_dq[..., :d_k] if sign == 1 else part_dq[..., :d_k] * sign, new_q)
+                _put(dk[keys], _summed(part_dk[..., :d_k], heads, dk.dtype), new_head)
+                _put(dv[keys], _summed(part_dv[..., :d_v], heads, dv.dtype), new_head)
+                del part_dq, part_dk, part_dv, values, dout  # before the next call allocates its own
         queries.finish()
         keys_written.finish()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from longctx.attention.backends.aten import Written
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import KeyBlock, Rows, StepGradients
 from longctx.attention.band import Kind, Tile
 from longctx.attention.mask import BlockMask
 from longctx.attention.merge import merge_
@@ -30,63 +30,44 @@ class FusedTorchBackend:
 
     name: str
 
-    def forward_step(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        scores: Scores,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        first: bool,
-    ) -> None:
+    def forward_step(self, q: torch.Tensor, block: KeyBlock, out: torch.Tensor, lse: torch.Tensor, first: bool) -> None:
         written = Written(q.shape[0], q.shape[2], (out, 0.0), (lse, -torch.inf))
         if not first:
             written.all()
-        for tile in _tiles(mask):
+        for tile in _tiles(block.mask):
             rows, cols = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-            key, value = (_repeated(x[:, :, cols], q) for x in (k, v))
-            block, block_lse = _forward(self.name, q[:, :, rows], key, value, tile.kind == Kind.TRIANGLE, scores.scale)
+            key, value = (_repeated(x[:, :, cols], q) for x in (block.k, block.v))
+            causal = tile.kind == Kind.TRIANGLE
+            part, part_lse = _forward(self.name, q[:, :, rows], key, value, causal, block.scores.scale)
             if written.claim(slice(0, q.shape[0]), tile.q0, tile.q1):
-                out[:, :, rows], lse[:, :, rows] = block, block_lse
+                out[:, :, rows], lse[:, :, rows] = part, part_lse
             else:
-                merge_(out[:, :, rows], lse[:, :, rows], block, block_lse)
+                merge_(out[:, :, rows], lse[:, :, rows], part, part_lse)
         written.finish()
 
     def prepare_backward(self, rows: Rows) -> Rows:
         return replace(rows, lse=rows.lse.masked_fill(rows.lse == -torch.inf, torch.inf))
 
-    def backward_step(
-        self,
-        prepared: Rows,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        scores: Scores,
-        dq: torch.Tensor,
-        dk: torch.Tensor,
-        dv: torch.Tensor,
-        first: bool,
-        dalibi: torch.Tensor | None,
-    ) -> None:
+    def backward_step(self, prepared: Rows, block: KeyBlock, gradients: StepGradients, first: bool) -> None:
         if prepared.dlse is not None:  # the operators know no gradient of the lse: ours do, from the same (out, lse)
             from longctx.attention.backends.triton import TritonBackend
 
             ours, lse = TritonBackend(), prepared.lse.masked_fill(prepared.lse == torch.inf, -torch.inf)
             again = ours.prepare_backward(replace(prepared, lse=lse))
-            ours.backward_step(again, k, v, mask, scores, dq, dk, dv, first, dalibi)
+            ours.backward_step(again, block, gradients, first)
             return
+        dq, dk, dv, _ = gradients
         if first:
             dq.zero_()
         dk.zero_()
         dv.zero_()
-        for tile in _tiles(mask):
+        for tile in _tiles(block.mask):
             rows, cols = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
             query, out, dout, lse = (x[:, :, rows] for x in (prepared.q, prepared.out, prepared.dout, prepared.lse))
-            key, value = (_repeated(x[:, :, cols], query) for x in (k, v))
+            key, value = (_repeated(x[:, :, cols], query) for x in (block.k, block.v))
             causal = tile.kind == Kind.TRIANGLE
-            parts = _backward(self.name, dout, query, key, value, out, lse, causal, scores.scale)
+            saved = Rows(query, out, lse, dout, None)
+            parts = _backward(self.name, saved, key, value, causal, block.scores.scale)
             dq[:, :, rows] += parts[0]
             dk[:, :, cols] += _summed(parts[1], dk)
             dv[:, :, cols] += _summed(parts[2], dv)
@@ -132,20 +113,21 @@ def _forward(
 
 
 def _backward(
-    name: str, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """(dq, dk, dv) of one tile, from the final (out, lse). Nothing is dropped, so the seed and offset say nothing."""
-    lengths, nothing = (q.shape[2], k.shape[2]), torch.zeros(2, dtype=torch.uint64, device=q.device)
-    # The operators read out and lse as their own forward made them: dense.
-    out, lse, dout = out.contiguous(), lse.contiguous(), dout.contiguous()
+    name: str, rows: Rows, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, ...]:
+    """Return (dq, dk, dv) of one tile, from the final (out, lse). Without dropout the seed and offset are unused."""
+    q, device = rows.q, rows.q.device
+    # The operators read out and lse as their own forward lays them out: dense.
+    saved = rows.dout.contiguous(), q, k, v, rows.out.contiguous()
+    lse, lengths = rows.lse.contiguous(), (q.shape[2], k.shape[2])
     if name == "flash":
+        seed = torch.zeros(2, dtype=torch.uint64, device=device)
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse, None, None, *lengths, 0.0, causal, nothing, nothing[:1], scale=scale
+            *saved, lse, None, None, *lengths, 0.0, causal, seed, seed[:1], scale=scale
         )
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    seed = torch.zeros((), dtype=torch.int64, device=device)
     return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse[..., None], seed, seed, None, None, None, *lengths, 0.0, causal, scale=scale
+        *saved, lse[..., None], seed, seed, None, None, None, *lengths, 0.0, causal, scale=scale
     )
 
 

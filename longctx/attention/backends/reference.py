@@ -1,12 +1,11 @@
-"""The plain PyTorch backend: any device, any dtype, tiles in fp32 or fp64. Slow, and right."""
+"""The plain PyTorch backend: any device and dtype, computed tile by tile in fp32 or fp64. Slow; other backends are
+tested against it."""
 
 from __future__ import annotations
 
 import torch
 
-from longctx.attention.backends.base import Rows, delta_of
-from longctx.attention.mask import BlockMask
-from longctx.attention.scores import Scores
+from longctx.attention.backends.base import KeyBlock, Rows, StepGradients, delta_of
 from longctx.kernels.flash import reference
 
 
@@ -15,39 +14,20 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def forward_step(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        scores: Scores,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        first: bool,
-    ) -> None:
+    def forward_step(self, q: torch.Tensor, block: KeyBlock, out: torch.Tensor, lse: torch.Tensor, first: bool) -> None:
         if first:
             out.zero_()
             lse.fill_(-torch.inf)
-        reference.forward(q, k, v, mask, scores, out, lse)
+        reference.forward(q, block.k, block.v, block.mask, block.scores, out, lse)
 
     def prepare_backward(self, rows: Rows) -> tuple[Rows, torch.Tensor]:
         return rows, delta_of(rows)
 
     def backward_step(
-        self,
-        prepared: tuple[Rows, torch.Tensor],
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        scores: Scores,
-        dq: torch.Tensor,
-        dk: torch.Tensor,
-        dv: torch.Tensor,
-        first: bool,
-        dalibi: torch.Tensor | None,
+        self, prepared: tuple[Rows, torch.Tensor], block: KeyBlock, gradients: StepGradients, first: bool
     ) -> None:
+        dq, dk, dv, dalibi = gradients
         for gradient in (dq, dk, dv) if first else (dk, dv):
             gradient.zero_()
-        rows, delta = prepared
-        reference.backward(rows.dout, rows.q, k, v, rows.lse, delta, mask, scores, dq, dk, dv, dalibi)
+        (rows, delta), k, v = prepared, block.k, block.v
+        reference.backward(rows.dout, rows.q, k, v, rows.lse, delta, block.mask, block.scores, dq, dk, dv, dalibi)

@@ -7,15 +7,14 @@ triton, so only `choose.py` does, when the backend is asked for.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
 
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import KeyBlock, Rows, StepGradients
 from longctx.attention.band import Rule, band, trim
-from longctx.attention.mask import BlockMask
-from longctx.attention.scores import Scores
 from longctx.kernels.flash import fused
 from longctx.kernels.flash.tables import Geometry, Side
 from longctx.layout import Span
@@ -25,22 +24,12 @@ from longctx.layout import Span
 class TritonBackend:
     """fp32, bf16, fp16; head dimensions up to 256. `choose` picks tile sizes (kernels/flash/tiles.py)."""
 
-    choose: object = fused.tiles.choose
+    choose: Callable[..., fused.tiles.Config] = fused.tiles.choose
     name: str = "triton"
 
-    def forward_step(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        scores: Scores,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        first: bool,
-    ) -> None:
+    def forward_step(self, q: torch.Tensor, block: KeyBlock, out: torch.Tensor, lse: torch.Tensor, first: bool) -> None:
         with on_device(q.device):
-            self._step(q, k, v, mask, scores).forward(out, lse, first)()
+            self._step(q, block).forward(out, lse, first)()
 
     def prepare_backward(self, rows: Rows) -> fused.Prepared:
         with on_device(rows.q.device):
@@ -49,35 +38,24 @@ class TritonBackend:
             launch()
         return prepared
 
-    def backward_step(
-        self,
-        prepared: fused.Prepared,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        scores: Scores,
-        dq: torch.Tensor,
-        dk: torch.Tensor,
-        dv: torch.Tensor,
-        first: bool,
-        dalibi: torch.Tensor | None,
-    ) -> None:
-        with on_device(dq.device):
-            step = self._step(prepared.q, k, v, mask, scores)
-            launch, dslopes = step.queries(prepared, dq, first)
+    def backward_step(self, prepared: fused.Prepared, block: KeyBlock, gradients: StepGradients, first: bool) -> None:
+        with on_device(prepared.q.device):
+            step = self._step(prepared.q, block)
+            launch, dslopes = step.queries(prepared, gradients.dq, first)
             launch()
-            if dalibi is not None and dslopes is not None:
-                dalibi -= dslopes.sum((0, 2))
-            step.keys(prepared, dk, dv)()
+            if gradients.dalibi is not None and dslopes is not None:
+                gradients.dalibi.sub_(dslopes.sum((0, 2)))
+            step.keys(prepared, gradients.dk, gradients.dv)()
 
-    def _step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, scores: Scores) -> fused.Step:
-        documents = None
+    def _step(self, q: torch.Tensor, block: KeyBlock) -> fused.Step:
+        mask, scores, documents = block.mask, block.scores, None
         if mask.q_documents is not None and mask.k_documents is not None:
             documents = mask.q_documents.contiguous(), mask.k_documents.contiguous()
         if scores.alibi is not None:
             scores = replace(scores, alibi=scores.alibi.float().contiguous())
         shape = geometry(mask.q_spans, mask.k_spans, mask.rule)
-        return fused.Step(dense(q), dense(k), dense(v), shape, documents, scores, arch(q.device), self.choose)
+        q, k, v = (dense(x) for x in (q, block.k, block.v))
+        return fused.Step(q, k, v, shape, documents, scores, arch(q.device), self.choose)
 
 
 HOPPER = TritonBackend(fused.tiles.choose_hopper, "triton-tma")

@@ -1,155 +1,153 @@
-"""Heads exchanged for tokens inside, a ring outside (DeepSpeed Ulysses, 2309.14509, within Ring Attention).
+"""The operator of a mesh with ulysses > 1: DeepSpeed Ulysses (2309.14509) within groups of ranks, a ring across them.
 
-`hybrid_passes.py` says how; nothing of the ring's masks, layouts and backends changes. Forward sends q, k, v in one
-message a member and out in one, backward dout in one and the gradients in one.
+`passes.py` has the computation; masks, layouts and backends are the ring's. Forward sends q, k, v in one all-to-all and
+out in another; backward sends dout in one and the gradients in another.
 
-What backward needs is kept as it is after the exchange. Within `keep_attention` it is not: there only out and lse
-outlive forward, so backward's message carries q, k, v and out as well, and neither exchange nor hop is ever repeated.
+Forward saves for backward what the all-to-all delivered. Within `keep_attention` only out and lse outlive forward
+("lean"), so backward's all-to-all carries q, k, v and out again with dout, and neither it nor a hop is ever repeated.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from longctx.attention.backends.base import accumulator_dtype
-from longctx.attention.call import SETTINGS, make_passes
-from longctx.attention.heads import deal
-from longctx.attention.hybrid.passes import HybridPasses, Optional, Whole
-from longctx.attention.hybrid.ulysses import ProcessMembers
-from longctx.attention.operator import INPUTS
+from longctx.attention.heads import assign_heads
+from longctx.attention.hybrid.passes import HybridPasses, Optional, Saved
+from longctx.attention.hybrid.ulysses import ProcessUlyssesGroup
+from longctx.attention.operator import AttentionInputs, RingSettings, make_passes, schema_of, unflatten
 from longctx.attention.replay import keeping, replayed
 from longctx.mesh import from_key
 
-# The operator. It also returns what backward needs; `lean` says that this stays behind, and comes by message again.
+
+class HybridSettings(NamedTuple):
+    """The ring's settings; with_lse: the caller wants lse (else it is empty); lean: save neither q, k, v nor out."""
+
+    ring: RingSettings
+    with_lse: bool
+    lean: bool
 
 
-def attention(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of `ring_attention`'s checked inputs, settings, and whether lse is wanted (else it is empty)."""
-    out, lse, *_ = torch.ops.longctx.hybrid_attention(*inputs, keeping())
+_SCHEMA = f"{schema_of(AttentionInputs, RingSettings)}, bool with_lse, bool lean"
+
+
+def attention(inputs: AttentionInputs, settings: RingSettings, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (out, lse) of `ring_attention`'s checked arguments; lse is empty unless with_lse."""
+    out, lse, *_ = _forward(*inputs, *settings, with_lse, keeping())
     return out, lse
+
+
+def _unflatten(arguments: Sequence[Any]) -> tuple[AttentionInputs, HybridSettings]:
+    *arguments, with_lse, lean = arguments
+    inputs, ring = unflatten(arguments, RingSettings)
+    return inputs, HybridSettings(ring, with_lse, lean)
 
 
 @torch.library.custom_op(
     "longctx::hybrid_attention",
     mutates_args=(),
-    schema=f"({INPUTS}, {SETTINGS}, bool with_lse, bool lean) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sink: Optional,
-    alibi: Optional,
-    documents: Optional,
-    *settings: Any,
-) -> tuple[torch.Tensor, ...]:
-    *passed, with_lse, lean = settings
+def _forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    """Return out and lse of this rank's tokens, then what backward needs: lse, q, k, v, out and documents after the
+    all-to-all, all but the first empty if lean."""
+    (q, k, v, sink, alibi), settings = _unflatten(arguments)
 
     def compute() -> tuple[torch.Tensor, ...]:
-        call = _call(q, v, alibi, documents, q.shape[1], k.shape[1], *passed)
-        out, lse, whole = call.forward(q, k, v, documents, sink, with_lse)
-        kept = (None,) * 5 if lean else (whole.q, whole.k, whole.v, whole.out, whole.documents)
-        return out, *(q.new_empty(0) if x is None else x for x in (lse, whole.lse, *kept))
+        passes = _passes(q, v, alibi, settings, q.shape[1], k.shape[1])
+        out, lse, saved = passes.forward(q, k, v, settings.ring.documents, sink, settings.with_lse)
+        kept = (None,) * 5 if settings.lean else (saved.q, saved.k, saved.v, saved.out, saved.documents)
+        return out, *(q.new_empty(0) if x is None else x for x in (lse, saved.lse, *kept))
 
     return replayed(compute)
 
 
 @_forward.register_fake
-def _(q: Any, k: Any, v: Any, sink: Any, alibi: Any, documents: Any, *settings: Any) -> tuple[torch.Tensor, ...]:
-    *_, with_lse, lean = settings
-    members = from_key(settings[1])
-    share = deal(int(q.shape[1]), int(k.shape[1]), members.ulysses_size)[members.ulysses_rank]
-    batch, tokens = q.shape[0], q.shape[2] * members.ulysses_size
+def _(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    (q, k, v, _, _), settings = _unflatten(arguments)
+    mesh, documents = from_key(settings.ring.mesh), settings.ring.documents
+    share = assign_heads(int(q.shape[1]), int(k.shape[1]), mesh.ulysses_size)[mesh.ulysses_rank]
+    batch, tokens = q.shape[0], q.shape[2] * mesh.ulysses_size
     lse = torch.empty(q.shape[:3], dtype=accumulator_dtype(q.dtype), device=q.device)
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     kept_lse = lse.new_empty((batch, share.query_count, tokens))
-    if lean:
+    if settings.lean:
         kept = [q.new_empty(0) for _ in range(5)]
     else:
         heads = (share.query_count, share.key_count, share.key_count, share.query_count)
         dims = (q.shape[-1], k.shape[-1], v.shape[-1], v.shape[-1])
         kept = [q.new_empty((batch, h, tokens, d)) for h, d in zip(heads, dims, strict=True)]
         kept.append(q.new_empty(0) if documents is None else documents.new_empty((batch, tokens)))
-    return out, lse if with_lse else q.new_empty(0), kept_lse, *kept
+    return out, lse if settings.with_lse else q.new_empty(0), kept_lse, *kept
 
 
 @torch.library.custom_op(
     "longctx::hybrid_attention_backward",
     mutates_args=(),
-    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? sink, "
-    f"Tensor? alibi, int heads, int kv_heads, {SETTINGS}, bool with_lse, bool lean) "
+    schema=f"(int heads, int kv_heads, Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
-    dout: torch.Tensor,
-    dlse: Optional,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    sink: Optional,
-    alibi: Optional,
-    heads: int,
-    kv_heads: int,
-    documents: Optional,
-    *settings: Any,
-) -> tuple[torch.Tensor, ...]:
-    *passed, with_lse, lean = settings
-    call = _call(q, v, alibi, documents, heads, kv_heads, *passed)
-    if with_lse and dlse is None:  # sent all the same: ranks must agree on what a message holds
+    heads: int, kv_heads: int, dout: torch.Tensor, dlse: Optional, out: torch.Tensor, lse: torch.Tensor,
+    *arguments: Any,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Return the gradients of the five inputs. lse, and q, k, v, out and documents unless lean, are those after
+    forward's all-to-all; heads and kv_heads count those before it."""
+    (q, k, v, sink, alibi), settings = _unflatten(arguments)
+    passes = _passes(q, v, alibi, settings, heads, kv_heads)
+    saved = Saved(q, k, v, settings.ring.documents, out, lse)
+    if settings.with_lse and dlse is None:  # sent all the same: all ranks must send the same tensors
         dlse = torch.zeros(dout.shape[:3], dtype=lse.dtype, device=dout.device)
-    if lean:
-        whole, dout, dlse = call.gather(q, k, v, documents, out, lse, dout, dlse)
+    if settings.lean:
+        saved, dout, dlse = passes.gather(saved, dout, dlse)
     else:
-        dout, dlse = call.gather_gradients(dout, dlse)
-        whole = Whole(q, k, v, documents, out, lse)
-    return call.backward(whole, dout, dlse, sink, alibi)
+        dout, dlse = passes.gather_gradients(dout, dlse)
+    return passes.backward(saved, dout, dlse, sink, alibi)
 
 
 @_backward.register_fake
-def _(
-    dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, sink: Any, alibi: Any, heads: int, kv_heads: int,
-    *settings: Any,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+def _(heads: int, kv_heads: int, dout: Any, dlse: Any, out: Any, lse: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    q, k, v, sink, alibi = _unflatten(arguments)[0]
     batch, _, tokens, _ = dout.shape
-    shapes = (batch, heads, tokens, q.shape[-1]), (batch, kv_heads, tokens, k.shape[-1])
-    per = (lse.new_empty(0) if x is None else torch.empty_like(x) for x in (sink, alibi))
-    return q.new_empty(shapes[0]), *(k.new_empty((*shapes[1][:3], x.shape[-1])) for x in (k, v)), *per
+    dq = q.new_empty((batch, heads, tokens, q.shape[-1]))
+    dk, dv = (k.new_empty((batch, kv_heads, tokens, x.shape[-1])) for x in (k, v))
+    return dq, dk, dv, *(lse.new_empty(0) if x is None else torch.empty_like(x) for x in (sink, alibi))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    q, k, v, sink, alibi, documents, seeds, *settings = inputs
-    out, _, whole_lse, *kept = output
+    (q, k, v, sink, alibi), settings = _unflatten(inputs)
+    documents = settings.ring.documents
+    ctx.heads, ctx.shape, ctx.count = (q.shape[1], k.shape[1]), output[0].shape, len(inputs)
+    ctx.settings = settings._replace(ring=settings.ring._replace(documents=None, seeds=None))
     ctx.set_materialize_grads(False)
-    if settings[-1]:
-        needed = [q, k, v, out, whole_lse, documents]
-    else:
-        needed = [*kept[:4], whole_lse, None if documents is None else kept[4]]
-    ctx.save_for_backward(*needed, sink, alibi, seeds)
-    ctx.settings, ctx.heads, ctx.shape = settings, (q.shape[1], k.shape[1]), out.shape
+    out, _, lse, *kept = output
+    if not settings.lean:
+        q, k, v, out, ids = kept
+        documents = None if documents is None else ids
+    ctx.save_for_backward(q, k, v, sink, alibi, out, lse, documents, settings.ring.seeds)
 
 
 def _differentiate(ctx: Any, dout: Optional, dlse: Optional, *_: None) -> tuple[Optional, ...]:
-    q, k, v, out, lse, documents, sink, alibi, seeds = ctx.saved_tensors
+    q, k, v, sink, alibi, out, lse, documents, seeds = ctx.saved_tensors
+    ring, with_lse, lean = ctx.settings
+    ring = ring._replace(documents=documents, seeds=seeds)
     if dout is None:
         dout = q.new_zeros(ctx.shape)
-    if not ctx.settings[-2]:
+    if not with_lse:
         dlse = None  # the gradient of an empty lse
-    inputs = (q, k, v, out, lse, sink, alibi, *ctx.heads, documents, seeds)
-    *grads, dsink, dalibi = _backward(dout, dlse, *inputs, *ctx.settings)
-    per = (None if x is None else grad for x, grad in ((sink, dsink), (alibi, dalibi)))
-    return *grads, *per, *(None for _ in range(2 + len(ctx.settings)))
+    grads = _backward(*ctx.heads, dout, dlse, out, lse, q, k, v, sink, alibi, *ring, with_lse, lean)
+    given = (None if x is None else grad for x, grad in zip((q, k, v, sink, alibi), grads, strict=True))
+    return *given, *(None for _ in range(ctx.count - len(grads)))
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _call(
-    q: torch.Tensor, v: torch.Tensor, alibi: Optional, documents: Optional, heads: int, kv_heads: int, *settings: Any
+def _passes(
+    q: torch.Tensor, v: torch.Tensor, alibi: Optional, settings: HybridSettings, heads: int, kv_heads: int
 ) -> HybridPasses:
-    passes = make_passes(q, v, alibi, documents, *settings)
-    return HybridPasses(ProcessMembers(from_key(settings[1])), passes, heads, kv_heads)
+    passes = make_passes(q, v, alibi, settings.ring)
+    return HybridPasses(ProcessUlyssesGroup(from_key(settings.ring.mesh)), passes, heads, kv_heads)

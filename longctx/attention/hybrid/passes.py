@@ -1,8 +1,7 @@
-"""The two passes of one rank where heads are exchanged for tokens inside and a ring runs outside.
+"""Forward and backward of one rank of a mesh with ulysses > 1: all-to-all, the ring's passes, all-to-all back.
 
-The members of one ring rank give each other heads (`ulysses.py`), so that each holds the ring rank's whole local
-sequence for its own heads; then the ring's passes run as ever, between ranks that hold the same heads; then tokens come
-back. Knows nothing of processes, as `passes.py`.
+The all-to-all within a ulysses group (`ulysses.py`) gives each rank all tokens of the group for its own heads. The
+ring's passes then run between ranks that hold the same heads. Nothing here knows of processes, as in `passes.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import torch
 
 from longctx.attention.arguments import wrapped
 from longctx.attention.backends.base import Rows, accumulator_dtype
-from longctx.attention.heads import Share, deal
-from longctx.attention.hybrid.ulysses import KEYS, QUERIES, ROWS, Exchange, Members
+from longctx.attention.heads import Share, assign_heads
+from longctx.attention.hybrid.ulysses import KEYS, QUERIES, ROWS, HeadExchange, UlyssesGroup
 from longctx.attention.operator import per_head
 from longctx.attention.passes import Pair, Passes, split
 
@@ -22,8 +21,9 @@ Optional = torch.Tensor | None
 
 
 @dataclass(frozen=True)
-class Whole:
-    """One rank's tensors after the exchange: U * T tokens of its own heads; key heads not yet expanded."""
+class Saved:
+    """What backward needs: U * T tokens of this rank's own heads, key heads not expanded; or, before backward's
+    all-to-all, T tokens of all heads (except lse, which never leaves its heads)."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -35,12 +35,10 @@ class Whole:
 
 @dataclass(frozen=True)
 class HybridPasses:
-    """The two passes of one rank of a mesh with ulysses > 1.
+    """Forward and backward of one rank. passes: of the ring among the ranks that hold the same heads, but with all
+    heads' scores; heads, kv_heads: of the whole model."""
 
-    passes: of the ring among the ranks that hold the same heads; its scores are those of all heads.
-    """
-
-    members: Members
+    group: UlyssesGroup
     passes: Passes
     heads: int
     kv_heads: int
@@ -53,49 +51,40 @@ class HybridPasses:
         documents: Optional,
         sink: Optional = None,
         with_lse: bool = True,
-    ) -> tuple[torch.Tensor, Optional, Whole]:
-        """(out (B, H, T, Dv) in q's dtype, lse (B, H, T) if wanted, what backward needs)."""
+    ) -> tuple[torch.Tensor, Optional, Saved]:
+        """Return (out (B, H, T, Dv) in q's dtype, lse (B, H, T) if with_lse, what backward needs)."""
         share = self._share
         q, k, v, *ids = self._exchange.to_heads([(QUERIES, q), (KEYS, k), (KEYS, v), *_rows(documents)])
         ids_or_none = ids[0] if ids else None
         own_sink = None if sink is None else sink[share.queries]
         out, lse = self._passes().forward(q, *expand(share, k, v), ids_or_none, own_sink)
         back = self._exchange.to_tokens([(QUERIES, out), *([(QUERIES, lse)] if with_lse else [])])
-        return back[0], back[1] if with_lse else None, Whole(q, k, v, ids_or_none, out, lse)
+        return back[0], back[1] if with_lse else None, Saved(q, k, v, ids_or_none, out, lse)
 
-    def gather(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        documents: Optional,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        dout: torch.Tensor,
-        dlse: Optional,
-    ) -> tuple[Whole, torch.Tensor, Optional]:
-        """(what backward needs, dout, dlse) after an exchange of all of them but lse, which never left its heads."""
-        sent = [(QUERIES, dout), (QUERIES, q), (QUERIES, out), (KEYS, k), (KEYS, v), *_rows(documents)]
+    def gather(self, local: Saved, dout: torch.Tensor, dlse: Optional) -> tuple[Saved, torch.Tensor, Optional]:
+        """Return (what backward needs, dout, dlse) after one all-to-all of all of them but lse."""
+        ids = _rows(local.documents)
+        sent = [(QUERIES, dout), (QUERIES, local.q), (QUERIES, local.out), (KEYS, local.k), (KEYS, local.v), *ids]
         if dlse is not None:
             sent.append((QUERIES, dlse))
         dout, q, out, k, v, *rest = self._exchange.to_heads(sent)
-        ids = None if documents is None else rest[0]
-        return Whole(q, k, v, ids, out, lse), dout, None if dlse is None else rest[-1]
+        documents = rest[0] if ids else None
+        return Saved(q, k, v, documents, out, local.lse), dout, None if dlse is None else rest[-1]
 
     def gather_gradients(self, dout: torch.Tensor, dlse: Optional) -> tuple[torch.Tensor, Optional]:
-        """(dout, dlse) after the exchange."""
+        """Return (dout, dlse) after the all-to-all."""
         dout, *rest = self._exchange.to_heads([(QUERIES, dout), *([] if dlse is None else [(QUERIES, dlse)])])
         return dout, rest[0] if rest else None
 
     def backward(
-        self, whole: Whole, dout: torch.Tensor, dlse: Optional, sink: Optional = None, alibi: Optional = None
+        self, saved: Saved, dout: torch.Tensor, dlse: Optional, sink: Optional = None, alibi: Optional = None
     ) -> tuple[torch.Tensor, ...]:
-        """(dq, dk, dv) of this rank's tokens, (dsink, dalibi) (H,) of this rank's heads over all members' tokens, zero
-        elsewhere: the sum over ranks is the whole gradient, as it is where every rank has its own tokens' part."""
+        """Return (dq, dk, dv) of this rank's tokens and (dsink, dalibi), each (H,): of this rank's heads over the whole
+        group's tokens, zero for other heads, so that the sum over ranks is the gradient."""
         share = self._share
-        rows = Rows(whole.q, whole.out, whole.lse, dout, dlse)
-        k, v = expand(share, whole.k, whole.v)
-        dq, dkv, dslopes = self._passes().backward(rows, k, v, whole.documents)
+        rows = Rows(saved.q, saved.out, saved.lse, dout, dlse)
+        k, v = expand(share, saved.k, saved.v)
+        dq, dkv, dslopes = self._passes().backward(rows, k, v, saved.documents)
         dk, dv = fold(share, split(dkv, k, v))
         dq, dk, dv = self._exchange.to_tokens([(QUERIES, dq), (KEYS, dk), (KEYS, dv)])
         own_sink, own_alibi = (None if x is None else x[share.queries] for x in (sink, alibi))
@@ -103,23 +92,23 @@ class HybridPasses:
         return dq, dk, dv, *(self._spread(x, like) for x, like in zip(found, (sink, alibi), strict=True))
 
     def _spread(self, own: torch.Tensor, like: Optional) -> torch.Tensor:
-        """(H,) with this rank's heads' values, zero elsewhere; empty where there is no such input."""
+        """Return (H,) with this rank's heads' values and zeros elsewhere; `own`, which is empty, without that input."""
         if like is None:
             return own
-        every = torch.zeros_like(like)
-        every[self._share.queries] = own
-        return every
+        spread = torch.zeros_like(like)
+        spread[self._share.queries] = own
+        return spread
 
     @property
     def _share(self) -> Share:
-        return deal(self.heads, self.kv_heads, self.members.size)[self.members.rank]
+        return assign_heads(self.heads, self.kv_heads, self.group.size)[self.group.rank]
 
     @property
-    def _exchange(self) -> Exchange:
-        return Exchange(self.members, deal(self.heads, self.kv_heads, self.members.size))
+    def _exchange(self) -> HeadExchange:
+        return HeadExchange(self.group, assign_heads(self.heads, self.kv_heads, self.group.size))
 
     def _passes(self) -> Passes:
-        """The ring's, for these heads alone."""
+        """Return the ring's passes for this rank's heads alone."""
         scores, queries = self.passes.scores, self._share.queries
         slopes = None if scores.alibi is None else scores.alibi[queries]
         seeds = None if scores.seeds is None else seeds_from(scores.seeds, queries.start)
@@ -131,13 +120,13 @@ def _rows(documents: Optional) -> list[tuple[str, torch.Tensor]]:
 
 
 def seeds_from(seeds: torch.Tensor, head: int) -> torch.Tensor:
-    """(B,) seeds under which head 0 drops what `head` drops under these (kernels/flash/dropout.py counts heads by
-    adding to a seed's upper half)."""
+    """Return (B,) seeds under which head 0 drops what `head` drops under `seeds`: kernels/flash/dropout.py adds a
+    multiple of the head's number to a seed's upper half."""
     return seeds + wrapped(head * 0x9E3779B9 << 32)
 
 
 def expand(share: Share, k: torch.Tensor, v: torch.Tensor) -> Pair:
-    """Keys and values with equally many query heads each: as they are, or copied where they serve unequal numbers."""
+    """Return keys and values such that each head serves equally many query heads, copying heads only if it must."""
     if share.expand is None:
         return k, v
     index = torch.tensor(share.expand, device=k.device)
@@ -145,7 +134,7 @@ def expand(share: Share, k: torch.Tensor, v: torch.Tensor) -> Pair:
 
 
 def fold(share: Share, gradients: Pair) -> Pair:
-    """The gradients of what `expand` was given; copies add up in fp32 or better."""
+    """Return the gradients of `expand`'s arguments: the copies' gradients, summed in fp32 or fp64."""
     if share.expand is None:
         return gradients
     index = torch.tensor(share.expand, device=gradients[0].device)

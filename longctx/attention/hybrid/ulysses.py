@@ -1,8 +1,8 @@
-"""The exchange of heads for tokens between the ulysses members of one ring rank, and back.
+"""The all-to-all of Ulysses: tokens of all heads -> all tokens of some heads, within a ulysses group, and back.
 
-Before: each of U members holds T tokens of all heads. After: each holds all U * T tokens of its own heads, in the local
-order of the ring rank (layout.member_spans deals a ring rank's sequence out to its members in order, so members in
-order restore it). All tensors of one exchange travel in one message a member.
+Before, each of U ranks holds T tokens of all heads. After, each holds all U * T tokens of its own heads, in the local
+order of the ring rank: `layout.member_spans` splits a ring rank's sequence over its group in order, so concatenating in
+the group's order restores it. All tensors of one exchange travel in one message per peer.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from longctx.attention.heads import Share
 from longctx.mesh import Mesh
 
 QUERIES, KEYS, ROWS = "queries", "keys", "rows"
-"""What dimension 1 of a tensor counts: query heads, key heads, or tokens (every member gets the others' as well)."""
+"""What dimension 1 of a tensor counts: query heads, key heads, or tokens (every rank gets the whole group's)."""
 
-_ALIGNMENT = 16  # bytes: a part of a message begins where any dtype may
+_ALIGNMENT = 16  # bytes: each tensor in a message begins at an address that any dtype may have
 
 
-class Members(Protocol):
-    """This rank's end of an exchange."""
+class UlyssesGroup(Protocol):
+    """This rank's end of the all-to-all."""
 
     size: int
     rank: int
 
     def swap(self, sent: torch.Tensor, send_sizes: list[int], received: torch.Tensor, receive_sizes: list[int]) -> None:
-        """Send sent's piece i to member i and fill received with what they send, in order; bytes, sizes in bytes."""
+        """Send piece i of `sent` to rank i of the group and receive their pieces in order. uint8; sizes in bytes."""
 
 
-class ProcessMembers:
+class ProcessUlyssesGroup:
     """Processes, over the mesh's ulysses communicator."""
 
     def __init__(self, mesh: Mesh) -> None:
@@ -46,7 +46,7 @@ class ProcessMembers:
 
 
 def count_exchange(rank: int, send_sizes: list[int], counters: Counters = counters) -> None:
-    """Book what is about to be sent; what stays here does not count."""
+    """Count what is about to be sent, without this rank's own piece."""
     nbytes = sum(send_sizes) - send_sizes[rank]
     counters.exchanges += 1
     counters.messages += len(send_sizes) - 1
@@ -55,37 +55,38 @@ def count_exchange(rank: int, send_sizes: list[int], counters: Counters = counte
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """Tensors to heads and back, for one division of the heads.
+class HeadExchange:
+    """Tensors from tokens to heads and back, for one assignment of heads to ranks.
 
-    Args of both ways: pairs (what dimension 1 counts, a tensor (B, heads, tokens, ...) or (B, tokens) for ROWS).
+    Both directions take pairs (what dimension 1 counts, a tensor (B, heads, tokens, ...), or (B, tokens) for ROWS).
     """
 
-    members: Members
+    group: UlyssesGroup
     shares: tuple[Share, ...]
 
     def to_heads(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[torch.Tensor]:
-        """This rank's tokens of all heads -> all members' tokens of this rank's heads (ROWS: of all members)."""
-        mine = self.shares[self.members.rank]
+        """Exchange this rank's tokens of all heads for the group's tokens of this rank's heads (ROWS: for the group's
+        rows)."""
+        mine = self.shares[self.group.rank]
         outgoing = [[_heads(x, kind, share) for kind, x in tensors] for share in self.shares]
         likes = [_heads(x, kind, mine) for kind, x in tensors]
-        arrived = _swap(self.members, outgoing, [likes] * self.members.size)
+        arrived = _swap(self.group, outgoing, [likes] * self.group.size)
         return [
             torch.cat(parts, 1 if kind == ROWS else 2)
             for (kind, _), parts in zip(tensors, zip(*arrived, strict=True), strict=True)
         ]
 
     def to_tokens(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[torch.Tensor]:
-        """All members' tokens of this rank's heads -> this rank's tokens of all heads; copies of a key head add up."""
-        tokens = tensors[0][1].shape[2] // self.members.size
+        """Exchange the group's tokens of this rank's heads for this rank's tokens of all heads. Several ranks' parts of
+        one key head are summed."""
+        tokens = tensors[0][1].shape[2] // self.group.size
         outgoing = [
-            [x[:, :, member * tokens : (member + 1) * tokens] for _, x in tensors]
-            for member in range(self.members.size)
+            [x[:, :, rank * tokens : (rank + 1) * tokens] for _, x in tensors] for rank in range(self.group.size)
         ]
         likes = [
             [_resized(outgoing[0][i], kind, share) for i, (kind, _) in enumerate(tensors)] for share in self.shares
         ]
-        arrived = _swap(self.members, outgoing, likes)
+        arrived = _swap(self.group, outgoing, likes)
         return [
             self._together(kind, parts) for (kind, _), parts in zip(tensors, zip(*arrived, strict=True), strict=True)
         ]
@@ -108,33 +109,33 @@ def _heads(x: torch.Tensor, kind: str, share: Share) -> torch.Tensor:
 
 
 def _resized(x: torch.Tensor, kind: str, share: Share) -> torch.Tensor:
-    """Something of x's shape and dtype with that share's number of heads."""
+    """Return a view with x's dtype, and x's shape but for that share's number of heads."""
     heads = share.query_count if kind == QUERIES else share.key_count
     return x[:, :1].expand(x.shape[0], heads, *x.shape[2:])
 
 
 def _swap(
-    members: Members, outgoing: list[list[torch.Tensor]], likes: list[list[torch.Tensor]]
+    group: UlyssesGroup, outgoing: list[list[torch.Tensor]], likes: list[list[torch.Tensor]]
 ) -> list[list[torch.Tensor]]:
-    """Send outgoing[i] to member i; returns what each member sent, of the shapes and dtypes of likes[i]."""
+    """Send outgoing[i] to rank i of the group; return what each rank sent, in the shapes and dtypes of likes[i]."""
     device = outgoing[0][0].device
-    send_sizes, receive_sizes = ([sum(map(_nbytes, group)) for group in groups] for groups in (outgoing, likes))
+    send_sizes, receive_sizes = ([sum(map(_nbytes, tensors)) for tensors in each] for each in (outgoing, likes))
     sent = torch.empty(sum(send_sizes), dtype=torch.uint8, device=device)
     received = torch.empty(sum(receive_sizes), dtype=torch.uint8, device=device)
     for views, tensors in zip(_views(sent, outgoing), outgoing, strict=True):
         for view, x in zip(views, tensors, strict=True):
             view.copy_(x)
-    members.swap(sent, send_sizes, received, receive_sizes)
+    group.swap(sent, send_sizes, received, receive_sizes)
     return _views(received, likes)
 
 
 def _nbytes(x: torch.Tensor) -> int:
-    """Bytes of x in a message, rounded up to where the next may begin."""
+    """Return x's bytes in a message, rounded up to where the next tensor may begin."""
     return -(-x.numel() * x.element_size() // _ALIGNMENT) * _ALIGNMENT
 
 
 def _views(buffer: torch.Tensor, groups: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    """The buffer as tensors of the groups' shapes and dtypes, one after the other."""
+    """Return consecutive parts of the buffer as tensors of the groups' shapes and dtypes."""
     offset, result = 0, []
     for group in groups:
         views = []

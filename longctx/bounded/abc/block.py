@@ -1,4 +1,4 @@
-"""ABC over the chunks of one block: forward, and backward from the same weights.
+"""ABC over the chunks of one block: forward, and backward from the same weights (docs/methods/abc.md "Backward").
 
 Rows are the queries of a group times the scale, n = H / G per token, so keys and weights are never expanded. `visible`
 keeps the pairs that may meet; w are the write weights (w_k of keys, w_v of values; see weights.py); K and V are the

@@ -1,4 +1,4 @@
-"""Causal cosine attention over a local sequence by chunks, with its own backward: the training form.
+"""Causal cosine attention over a local sequence by chunks, with its own backward (docs/methods/cottention.md).
 
 With S the state before a chunk, N(x) = x / ||x|| and scaled values v' = size v:
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 from longctx.engine.settings import Settings, group_size
 from longctx.errors import EngineError
-from longctx.mesh import Mesh
+from longctx.patched import patched
 
 
 @contextmanager
-def own_group(settings: Settings, mesh: Mesh) -> Iterator[None]:
+def own_group(settings: Settings) -> Iterator[None]:
     """Have engines and models that are made within hold the copy that ``settings`` ask for, or none. Collective."""
     if (settings.get("zero_optimization") or {}).get("stage", 0) != 3:
         yield
@@ -28,12 +27,9 @@ def own_group(settings: Settings, mesh: Mesh) -> Iterator[None]:
     from longctx.rendezvous import neighbours
 
     def make(size: int) -> None:
-        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = neighbours(mesh, size)
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = neighbours(size)
 
-    with (
-        patch.object(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", None),
-        patch.object(groups, "_create_zero_param_parallel_group", make),
-    ):
+    with patched(groups, _ZERO_PARAM_INTRA_PARALLEL_GROUP=None, _create_zero_param_parallel_group=make):
         yield
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from longctx.errors import EngineError
+from longctx.patched import patched
 
 PREFIX = "nvme_"
 
@@ -82,7 +83,7 @@ def saving(engine: Any) -> Iterator[None]:
         for index, payload in enumerate(_states(engine.optimizer)):
             engine.checkpoint_engine.save(payload, str(Path(folder, tag, _name(engine.global_rank, index))))
 
-    with _instead(engine, _save_zero_checkpoint=save, zero_nvme_offload_optimizer=lambda: False):
+    with patched(engine, _save_zero_checkpoint=save, zero_nvme_offload_optimizer=lambda: False):
         yield
 
 
@@ -98,7 +99,7 @@ def loading(engine: Any, restored: Callable[[], None]) -> Iterator[None]:
         restored()
         return True
 
-    with _instead(engine, _load_zero_checkpoint=load, zero_nvme_offload_optimizer=lambda: False):
+    with patched(engine, _load_zero_checkpoint=load, zero_nvme_offload_optimizer=lambda: False):
         yield
 
 
@@ -147,15 +148,3 @@ def _copy(value: Any) -> Any:
 
 def _name(rank: int, index: int) -> str:
     return f"{PREFIX}rank_{rank:05d}_group_{index:05d}.pt"
-
-
-@contextlib.contextmanager
-def _instead(engine: Any, **methods: Any) -> Iterator[None]:
-    """Put methods on one engine for a while."""
-    for name, method in methods.items():
-        setattr(engine, name, method)
-    try:
-        yield
-    finally:
-        for name in methods:
-            delattr(engine, name)

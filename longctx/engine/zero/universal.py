@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from longctx.patched import patched
+
 Reader = Callable[[Any, Any], Any]  # (path, map_location)
 
 
@@ -97,8 +99,5 @@ def _safely(reader: Reader) -> Iterator[None]:
             return original(file, map_location=map_location, **options)
         return reader(file, map_location)
 
-    torch.load = load  # type: ignore[assignment]
-    try:
+    with patched(torch, load=load):
         yield
-    finally:
-        torch.load = original
