@@ -67,8 +67,9 @@ $(PEERS): $(INSTALLED)
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[peers]'
 	@touch $@
 
-lint: $(INSTALLED)  ## ruff and mypy alone
+lint: $(INSTALLED)  ## ruff (rules and format) and mypy alone
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:  ## remove what builds and tests leave behind (.venv and runs/ stay)

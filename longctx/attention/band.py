@@ -1,10 +1,9 @@
-"""Which keys a query may see by global index alone: causality, window, length. Integers only, no torch.
+"""Which keys each query sees by global index: causality, window, length. Integers only, no torch.
 
-The idea of the whole package sits here. A rank's queries and a block's keys are `Span`s of global indices; for two
-spans of one stride, "key j is visible to query i" is a *band* in local indices, `low <= a - b <= high`, whatever the
-layout. A band splits into a few rectangles that are completely visible, triangles that a fused kernel knows how to
-do, and, at the far edge of a window only, small tiles that need a mask. So contiguous, zigzag and striped are one
-code path.
+A rank's queries and a block's keys are `Span`s of global indices. For two spans of one stride, "key j is visible to
+query i" is a *band* in local indices, `low <= a - b <= high`, in every layout. A band splits into a few rectangles that
+are visible as a whole, triangles that a fused kernel computes as causal, and, only at the far edge of a window, small
+tiles that need a mask. So contiguous, zigzag and striped share one code path.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ class Rule(NamedTuple):
 
 
 class Kind:
-    """How a tile is computed; plain ints so that tiles compare and print cheaply."""
+    """How a tile is computed; plain ints, so that tiles sort and compare cheaply."""
 
     FULL = 0
     """Every query of the tile sees every key of it."""
     TRIANGLE = 1
     """Row a sees columns 0..a of the tile (causality aligned at its top-left corner)."""
     DENSE = 2
-    """Some pairs are masked: an explicit mask decides."""
+    """Some pairs are masked, by an explicit mask."""
 
 
 class Tile(NamedTuple):
@@ -49,11 +48,11 @@ class Tile(NamedTuple):
 
 
 def make_rule(causal: bool, window: int | tuple[int | None, int | None] | None, length: int | None = None) -> Rule:
-    """`causal` and `window` as users give them -> one Rule.
+    """Return the Rule of the users' `causal` and `window`.
 
-    window: None, or w = how many keys a query sees to its left **including itself** (transformers' meaning; the right
-    side is left to `causal`), or (left, right) = how many it sees strictly left and strictly right of itself
-    (flash-attention's meaning; None or -1: no limit). `window=w` equals `(w - 1, None)`.
+    window: None; or w, the number of keys that a query sees to its left **including itself** (as in transformers;
+    `causal` alone limits the right side); or (left, right), the numbers strictly left and strictly right of it (as in
+    flash-attention; None or -1: no limit). `window=w` equals `(w - 1, None)`.
     """
     left: int | None = None
     right: int | None = None
@@ -79,11 +78,11 @@ def make_rule(causal: bool, window: int | tuple[int | None, int | None] | None, 
 
 
 def band(q: Span, k: Span, rule: Rule) -> tuple[int, int] | None:
-    """(low, high) such that a key b of `k` is visible to a query a of `q` iff low <= a - b <= high; None: no pair is.
+    """Return (low, high) such that key b of `k` is visible to query a of `q` iff low <= a - b <= high, or None.
 
-    The bounds are clipped to what can occur, so low == 1 - k.count and high == q.count - 1 mean "no limit here".
+    The bounds are clipped to what can occur: low == 1 - k.count and high == q.count - 1 mean "no limit".
     """
-    assert q.stride == k.stride, "two spans of one ring always have one stride"
+    assert q.stride == k.stride, "all spans of one ring have one stride"
     if not q.count or not k.count:
         return None
     shift, stride = q.start - k.start, q.stride  # i - j = shift + stride * (a - b)
@@ -96,20 +95,20 @@ def band(q: Span, k: Span, rule: Rule) -> tuple[int, int] | None:
 
 
 def trim(span: Span, length: int | None) -> Span:
-    """The part of the span below `length`: what lies beyond is padding and takes part in nothing."""
+    """Return the part of the span below `length`; the rest is padding, which sees nothing and is seen by nothing."""
     if length is None:
         return span
     return Span(span.start, max(0, min(span.count, -((span.start - length) // span.stride))), span.stride)
 
 
 def sees(q_spans: tuple[Span, ...], k_spans: tuple[Span, ...], rule: Rule) -> bool:
-    """Whether any query of the one block sees any key of the other."""
+    """Return whether any query of `q_spans` sees any key of `k_spans`."""
     length = rule.length
     return any(band(trim(q, length), trim(k, length), rule) for q in q_spans for k in k_spans)
 
 
 def visible(q_spans: tuple[Span, ...], k_spans: tuple[Span, ...], rule: Rule) -> int:
-    """How many (query, key) pairs are visible: the work of a step, counted exactly."""
+    """Return the exact number of visible (query, key) pairs: the work of a step."""
     total = 0
     for q in q_spans:
         for k in k_spans:
@@ -122,11 +121,9 @@ def visible(q_spans: tuple[Span, ...], k_spans: tuple[Span, ...], rule: Rule) ->
 
 
 def _staircase(n: int, m: int, low: int) -> int:
-    """Pairs (a, b) in [0, n) x [0, m) with a - b >= low: rows give clip(a - low + 1, 0, m) each."""
-    first, last = (
-        max(0, low),
-        min(n, low + m - 1),
-    )  # rows [first, last) lie on the slope, rows from max(first, last) are full
+    """Count the pairs (a, b) in [0, n) x [0, m) with a - b >= low; row a has clip(a - low + 1, 0, m) of them."""
+    # Rows [first, last) lie on the slope; rows from max(first, last) on are full.
+    first, last = max(0, low), min(n, low + m - 1)
     slope = 0
     if last > first:
         slope = (last - first) * ((first - low + 1) + (last - low)) // 2
@@ -137,24 +134,22 @@ def pieces(n: int, m: int, low: int, high: int, q0: int = 0, k0: int = 0, tile: 
     """Split the band low <= a - b <= high of an n x m block into tiles, shifted by (q0, k0).
 
     Without a window's far edge this is at most one rectangle and one triangle of any size. Along a far edge, rows are
-    cut into strips of `tile`: a DENSE tile at the edge, a FULL core, a TRIANGLE at the near edge.
+    split into strips of `tile`: a DENSE tile at the far edge, a FULL core, a TRIANGLE at the near edge.
     """
-    rows, cols = (
-        (max(0, low), min(n, m + high)),
-        (max(0, -high), min(m, n - low)),
-    )  # drop rows and columns without a pair
+    # Drop the rows and columns without a visible pair.
+    rows, cols = (max(0, low), min(n, m + high)), (max(0, -high), min(m, n - low))
     if rows[0] >= rows[1] or cols[0] >= cols[1]:
         return
     q0, k0, shift = q0 + rows[0], k0 + cols[0], rows[0] - cols[0]
     n, m, low, high = rows[1] - rows[0], cols[1] - cols[0], low - shift, high - shift
-    if high >= n - 1:
+    if high >= n - 1:  # no far edge
         yield from _lower_edge(n, m, low, q0, k0)
         return
     for top in range(0, n, tile):
         bottom = min(n, top + tile)
-        first, last = max(0, top - high), min(m, bottom - low)  # columns any row of the strip sees
-        core = max(0, bottom - 1 - high)  # from here on the far edge is behind every row
-        if core > top - low:  # the window is narrower than the strip: nothing in it is full
+        first, last = max(0, top - high), min(m, bottom - low)  # the columns that any row of the strip sees
+        core = max(0, bottom - 1 - high)  # every row of the strip sees the columns from here to its near edge
+        if core > top - low:  # the window is narrower than the strip: no column is visible to all rows
             yield from _dense(Tile(Kind.DENSE, q0 + top, q0 + bottom, k0 + first, k0 + last), tile)
             continue
         core = min(core, last)
@@ -165,8 +160,8 @@ def pieces(n: int, m: int, low: int, high: int, q0: int = 0, k0: int = 0, tile: 
 
 
 def _lower_edge(n: int, m: int, low: int, q0: int, k0: int) -> Iterator[Tile]:
-    """a - b >= low alone, with low <= 0: a rectangle left of the slope and the slope itself."""
-    full = min(m, 1 - low) if low <= 1 - m else -low  # low = 1 - m: even row 0 sees every column
+    """Split the band a - b >= low, where low <= 0: a rectangle left of the slope, and the slope."""
+    full = min(m, 1 - low) if low <= 1 - m else -low  # low <= 1 - m: even row 0 sees every column
     if full:
         yield Tile(Kind.FULL, q0, q0 + n, k0, k0 + full)
     if full < m:

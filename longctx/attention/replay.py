@@ -1,9 +1,9 @@
-"""Attention that activation checkpointing does not repeat: its result is kept, and handed out again at recomputation.
+"""Exempt attention from recomputation under activation checkpointing: save its results, and reuse them in backward.
 
-A checkpoint runs a layer twice: in forward, and again in backward to have its intermediate results. For attention over
-a ring that would be every hop once more, for a result that is small. ``keep_attention`` makes the two contexts that
-``torch.utils.checkpoint`` asks for: in the first, (out, lse) of every attention are kept; in the second, the operator
-returns them and neither computes nor sends. All around it, autograd sees the same operator both times.
+A checkpoint runs a layer twice: in forward, and in backward to recompute its intermediate results. Ring attention would
+repeat every hop for a result that is small. ``keep_attention`` returns the two contexts that ``torch.utils.checkpoint``
+takes: in the first, (out, lse) of every attention call are saved; in the second, the operator returns them and neither
+computes nor sends. Autograd sees the same operator both times.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ Result = tuple[torch.Tensor, ...]
 
 
 class Store(Protocol):
-    """Where results wait for backward: ``longctx.models.activations.host.HostStore`` for example."""
+    """Where results are held until backward, ``longctx.models.activations.host.HostStore`` for example."""
 
     def put(self, tensor: torch.Tensor) -> Any: ...
     def take(self, kept: Any) -> torch.Tensor: ...
 
 
 class Here:
-    """Results stay where they are."""
+    """Hold results on their device."""
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return what ``take`` wants."""
+        """Return what ``take`` turns into the tensor again."""
         return tensor.detach()
 
     def take(self, kept: torch.Tensor) -> torch.Tensor:
@@ -37,31 +37,31 @@ class Here:
 
 
 class _Active(threading.local):
-    """The tape of the checkpointed region that this thread is in; backward of a GPU runs in a thread of its own."""
+    """The tape of the region that this thread is in. Per thread: backward on a GPU runs in a thread of its own."""
 
     store: Store = Here()
     tape: list[tuple[Any, ...]] | None = None
-    place: int | None = None  # of the next result to hand out; None while recording
+    place: int | None = None  # index of the next result to reuse; None in forward, which records
 
 
 _active = _Active()
 
 
 def keep_attention(store: Store | None = None) -> tuple[_Region, _Region]:
-    """Return (context of a forward, context of its recomputation), sharing what attention returned.
+    """Return the contexts of a checkpoint's forward and of its recomputation.
+
+    For ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=keep_attention)``. Per attention call
+    of the region, out (B, H, T, D) in its dtype and lse (B, H, T) in fp32 are held until its backward is over.
 
     Args:
-        store: where results wait; on their device when None.
-
-    For ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=keep_attention)``. Kept for each
-    attention of the region until its backward is over: out (B, H, T, D) in its dtype, lse (B, H, T) in fp32.
+        store: where results are held; on their device if None.
     """
     tape: list[tuple[Any, ...]] = []
     return _Region(store or Here(), tape, None), _Region(store or Here(), tape, 0)
 
 
 class _Region:
-    """A context that can be entered again, for a second backward of the same graph."""
+    """A context that can be entered repeatedly: once per backward of the same graph."""
 
     def __init__(self, store: Store, tape: list[tuple[Any, ...]], place: int | None) -> None:
         self.inside = store, tape, place
@@ -76,12 +76,12 @@ class _Region:
 
 
 def keeping() -> bool:
-    """Whether this thread is within one of ``keep_attention``'s contexts."""
+    """Return whether this thread is in one of ``keep_attention``'s contexts."""
     return _active.tape is not None
 
 
 def replayed(compute: Callable[[], Result]) -> Result:
-    """Return ``compute()``; within ``keep_attention``'s contexts, keep its result or return the kept one instead."""
+    """Return ``compute()``; in ``keep_attention``'s contexts, save its result or return the saved one instead."""
     tape, place = _active.tape, _active.place
     if tape is None:
         return compute()

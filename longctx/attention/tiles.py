@@ -1,8 +1,8 @@
-"""BlockMask -> the fewest calls of a fused kernel: rectangles, aligned triangles, and small tiles under a mask.
+"""Turn a BlockMask into few calls of a fused kernel: rectangles, aligned triangles, and small tiles under a mask.
 
-Without documents the plan is pure index arithmetic (and remembered): a zigzag step is one rectangle, a rank's own block
-one triangle. With documents, each batch row's tokens fall into runs of one document; a long run is planned like a
-sequence of its own, and neighbouring short runs are done together under a mask of at most 512 x 512.
+Without documents the tiles follow from the indices and are cached: a zigzag step is one rectangle, a rank's own block
+one triangle. With documents, each batch row's tokens are split into runs of one document. A long run is planned as a
+sequence of its own; neighbouring short runs are computed together under a mask of at most 512 x 512.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from longctx.attention.mask import BlockMask
 from longctx.layout import Span
 
 SHORT = 64
-"""Runs below this length are not worth a call of their own (a call costs about as much as 100 x 100 pairs)."""
+"""Runs below this length do not get a call of their own (a call costs about as much as 100 x 100 pairs)."""
 CLUSTER = 128
-"""How many tokens of short runs are gathered into one masked tile."""
+"""The most tokens of short runs that share one masked tile."""
 
 
 class Segment(NamedTuple):
@@ -36,7 +36,7 @@ Plan = list[tuple[slice, tuple[Tile, ...]]]
 
 
 def plan(mask: BlockMask, batch: int) -> Plan:
-    """Which tiles to compute, for which slice of the batch; every visible pair is in exactly one tile."""
+    """Return which tiles to compute for which slice of the batch; every visible pair is in exactly one tile."""
     if mask.q_documents is None or mask.k_documents is None:
         tiles = index_tiles(mask.q_spans, mask.k_spans, mask.rule)
         return [(slice(0, batch), tiles)] if tiles else []
@@ -44,7 +44,7 @@ def plan(mask: BlockMask, batch: int) -> Plan:
         return []
     q_ids, k_ids = mask.q_documents, mask.k_documents
     if batch > 1 and bool((q_ids == q_ids[:1]).all()) and bool((k_ids == k_ids[:1]).all()):
-        rows = [slice(0, batch)]  # every row is cut into documents alike
+        rows = [slice(0, batch)]  # all rows have the same documents
     else:
         rows = [slice(b, b + 1) for b in range(batch)]
     plans = []
@@ -59,7 +59,7 @@ def plan(mask: BlockMask, batch: int) -> Plan:
 
 @lru_cache(maxsize=1024)
 def index_tiles(q_spans: tuple[Span, ...], k_spans: tuple[Span, ...], rule: Rule) -> tuple[Tile, ...]:
-    """The tiles of a block without documents."""
+    """Return the tiles of a block without documents."""
     return _merged(
         tile
         for q0, q in _offsets(q_spans, rule.length)
@@ -82,7 +82,7 @@ def _offsets(spans: tuple[Span, ...], length: int | None) -> Iterator[tuple[int,
 
 
 def segments(ids: torch.Tensor, spans: tuple[Span, ...], length: int | None) -> list[Segment]:
-    """Cut one row's local tokens into long runs of one document and clusters of short ones; padding is left out.
+    """Split one row's local tokens into long runs of one document and clusters of short runs; padding is left out.
 
     Args:
         ids: (T,) document ids.
@@ -96,7 +96,7 @@ def segments(ids: torch.Tensor, spans: tuple[Span, ...], length: int | None) -> 
         own = ids[offset : offset + span.count]
         starts = [0, *((own[1:] != own[:-1]).nonzero().flatten() + 1).tolist(), span.count]
         values = own[torch.tensor(starts[:-1], device=own.device)].tolist()
-        cluster: Segment | None = None
+        cluster: Segment | None = None  # consecutive short runs that have not been appended yet
         for begin, end, value in zip(starts, starts[1:], values, strict=False):
             piece = Segment(offset + begin, span.slice(begin, end - begin), value, value)
             joins = value >= 0 and end - begin < SHORT
@@ -130,7 +130,7 @@ def _document_tiles(q_segments: list[Segment], k_segments: list[Segment], rule: 
 
 
 def _masked(q: Segment, k: Segment, rule: Rule) -> Iterator[Tile]:
-    """Tiles of at most 512 x 512 in which some pairs may be of one document; those hidden by index are left out."""
+    """Yield tiles of at most 512 x 512 that may hold pairs of one document, without those hidden by index."""
     for i in range(0, q.span.count, TILE):
         rows = q.span.slice(i, min(TILE, q.span.count - i))
         for j in range(0, k.span.count, TILE):
@@ -141,26 +141,25 @@ def _masked(q: Segment, k: Segment, rule: Rule) -> Iterator[Tile]:
 
 
 def _merged(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
-    """Join tiles that make up a larger one of their kind, so that one large call does the work of several."""
+    """Join adjacent tiles into larger ones, so that one call does the work of several."""
     by_kind: dict[int, list[Tile]] = {Kind.FULL: [], Kind.TRIANGLE: [], Kind.DENSE: []}
     for tile in tiles:
         by_kind[tile.kind].append(tile)
     full: list[Tile] = []
-    for tile in sorted(by_kind[Kind.FULL], key=lambda t: (t.k0, t.k1, t.q0)):  # one above the other
+    for tile in sorted(by_kind[Kind.FULL], key=lambda t: (t.k0, t.k1, t.q0)):  # with the same columns, vertically
         if full and full[-1][3:] == tile[3:] and full[-1].q1 == tile.q0:
             full[-1] = full[-1]._replace(q1=tile.q1)
         else:
             full.append(tile)
     wide: list[Tile] = []
-    for tile in sorted(full, key=lambda t: (t.q0, t.q1, t.k0)):  # side by side
+    for tile in sorted(full, key=lambda t: (t.q0, t.q1, t.k0)):  # with the same rows, horizontally
         if wide and wide[-1][1:3] == tile[1:3] and wide[-1].k1 == tile.k0:
             wide[-1] = wide[-1]._replace(k1=tile.k1)
         else:
             wide.append(tile)
     triangles: list[Tile] = []
-    for tile in sorted(
-        by_kind[Kind.TRIANGLE]
-    ):  # two triangles and the rectangle between them: a zigzag rank's own block
+    # Two triangles and the rectangle in their corner are one triangle: a zigzag rank's own block.
+    for tile in sorted(by_kind[Kind.TRIANGLE]):
         last = triangles[-1] if triangles else tile
         corner = Tile(Kind.FULL, last.q1, tile.q1, last.k0, last.k1)
         square = last.q1 - last.q0 == last.k1 - last.k0
@@ -169,5 +168,5 @@ def _merged(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
             triangles[-1] = Tile(Kind.TRIANGLE, last.q0, tile.q1, last.k0, tile.k1)
         else:
             triangles.append(tile)
-    # rows in order: see Written in backends/aten.py
+    # In order of rows, as Written in backends/aten.py expects.
     return tuple(sorted(by_kind[Kind.DENSE] + wide + triangles, key=lambda t: (t.q0, t.k0)))

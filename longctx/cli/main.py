@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longctx import __version__
 from longctx.cli.explain import explain
 from longctx.cli.export import export
 from longctx.cli.generate import generate
@@ -46,6 +47,21 @@ app.command()(rehearse)
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (`longctx init` writes one)")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=100")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"longctx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options that come before a command."""
 
 
 @app.command()

@@ -55,7 +55,7 @@ def check(stage: int, memory: dict[str, Any], **sizes: Any) -> None:
             assert (weights[name] - weight).norm() <= tolerance("training weight") * weight.norm(), name
 
 
-@pytest.mark.parametrize(("stage", "tied"), [(0, False), (3, False), (3, True)])
+@pytest.mark.parametrize(("stage", "tied"), [(0, False), pytest.param(3, False, marks=pytest.mark.deep), (3, True)])
 def test_a_tiled_loss_trains_the_same_model(stage: int, tied: bool) -> None:
     check(stage, {"loss_tile": 3}, tie_word_embeddings=tied)
 
@@ -120,7 +120,7 @@ def test_zero3_has_a_recomputed_norms_weight_in_backward_and_reduces_it_once() -
             assert torch.equal(weights[name], weight), name
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.deep)])
 def test_tiled_mlps_train_the_same_model(stage: int) -> None:
     check(stage, {"mlp_tile": 5})
 
@@ -130,7 +130,7 @@ def test_tiled_mlps_train_the_same_model(stage: int) -> None:
     [
         (3, {"recompute": "layer_keep_attention", "mlp_tile": 5, "loss_tile": 3}),
         (2, {"recompute": "layer_keep_attention", "mlp_tile": 5, "offload_checkpoints": True}),
-        (3, {"recompute": "mlp"}),
+        pytest.param(3, {"recompute": "mlp"}, marks=pytest.mark.deep),
     ],
 )
 def test_recomputation_trains_the_same_model(stage: int, memory: dict[str, Any]) -> None:

@@ -87,6 +87,7 @@ def test_mistakes(checkpoints: dict[str, Path], arguments: tuple[str | bytes, ..
     assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.deep
 def test_text_that_is_not_utf8_and_a_terminal_that_is_not(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Bytes of another encoding are refused wherever they come in; characters that stdout lacks are written as \\x…"""
     for stdin, arguments in ((b"caf\xe9\n", ("--prompt-file", "-")), (b"caf\xe9\nHello\n", ("--interactive",))):

@@ -11,7 +11,7 @@ import yaml
 from house_files import ROOT
 from typer.main import get_command
 
-from longctx.cli import app
+from longctx.cli.main import app
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
@@ -78,7 +78,7 @@ def test_pre_commit_runs_what_lint_runs() -> None:
     assert all("rev" in repository for repository in repositories if repository is not local)
     entries = [hook["entry"] for hook in local["hooks"]]
     recipe = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\n\n")[0]
-    for tool in ("ruff check", "mypy"):
+    for tool in ("ruff check", "ruff format", "mypy"):
         assert f"$(BIN)/{tool}" in recipe
         assert any(entry.startswith(f".venv/bin/{tool}") for entry in entries)
 

@@ -80,6 +80,7 @@ def on_a_full_console(rank: int, world: int, folder: str) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is buffered goes there
 
 
+@pytest.mark.deep
 def test_a_run_ends_well_on_a_console_that_is_full(tmp_path: Path) -> None:
     write(tmp_path)
     assert run_ranks(2, on_a_full_console, str(tmp_path), timeout=280) == [0, 0]

@@ -1,19 +1,19 @@
 """torch's fused CPU flash attention, one call per tile: the fast CPU backend.
 
-`aten::_scaled_dot_product_flash_attention_for_cpu` and its backward return and accept (out, lse), which is all a ring
-needs. What it gets wrong for our purpose is mended here and nowhere else:
+`aten::_scaled_dot_product_flash_attention_for_cpu` and its backward return and accept (out, lse), as a ring needs.
+This file alone works around its limits:
 
 - a row of a masked tile that sees no key reports lse 0: set to -inf from the mask;
-- a final lse of -inf makes the whole backward NaN: such rows are handed +inf, so their probabilities are exp(-inf) = 0;
-- d_v != d_k is refused: the narrower side is padded with zeros;
-- a last dimension that is not dense is read wrongly without a word, an empty tensor divides by zero;
-- its backward knows no gradient of the lse: dS = P * (dO V^T - delta + dlse), so dlse is one more column of dO
-  against a column of ones in V;
-- is_causal is aligned top-left, which is what a TRIANGLE tile means;
-- is_causal hides with -inf before the scale is applied, so a scale of 0 or below makes NaN: its sign goes into q.
+- a final lse of -inf makes the whole backward NaN: such rows pass +inf, so their probabilities are exp(-inf) = 0;
+- d_v != d_k is rejected: the narrower side is padded with zeros;
+- a last dimension with a stride is read wrongly, without an error: such tensors are copied; no tile is empty, which
+  would divide by zero;
+- its backward has no gradient of the lse: dS = P * (dO V^T - delta + dlse), so dlse becomes an additional column of dO,
+  with a column of ones in V;
+- is_causal is aligned top-left, as TRIANGLE tiles are;
+- is_causal masks with -inf before it applies the scale, so a scale of 0 or below yields NaN: the sign moves into q.
 
-Heads are done a few at a time, so that the operator's full-size results for a tile never add a whole tensor to the
-peak.
+Heads are computed a few at a time, so that the operator's results for a tile add little to the peak of memory.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ from longctx.attention.merge import merge_
 from longctx.attention.tiles import plan
 
 PAIRS = 1 << 22
-"""(query, key, head) triples a call should at least have, so that its overhead (some 50 us) stays below one per
-cent."""
+"""The (query, key, head) triples that a call should have at least, so that its overhead (some 50 us) is below 1 %."""
 FINE = 512
-"""Half-precision tiles with a side up to this are differentiated in fp32: the operator is many times slower there."""
+"""Half-precision tiles with a side up to this run backward in fp32: in half precision it is many times slower."""
 
 
 class Heads(NamedTuple):
@@ -48,8 +47,8 @@ class Heads(NamedTuple):
 
 
 class AtenBackend:
-    """The Backend protocol over the fused CPU operator; fp64, fp32, bf16 and fp16 (which it rounds to, tile by
-    tile). Plain scores only: the operator knows no cap and no dropout, and returns no gradient of a bias."""
+    """The fused CPU operator as a Backend: fp64, fp32, bf16 and fp16 (each tile's result is rounded to the dtype). It
+    has no softcap, no dropout and no gradient of a bias, so scores must be plain."""
 
     name = "aten"
 
@@ -104,7 +103,7 @@ class AtenBackend:
             for heads in _head_groups(q[batch], k, tile):
                 at, keys = (batch, heads.q, rows), (batch, heads.k, cols)
                 values, dout = v[keys].to(dtype), prepared.dout[at].to(dtype)
-                if dlse is not None:  # one more column: dO V^T gains dlse * 1
+                if dlse is not None:  # an additional column: dO V^T gains dlse * 1
                     values, dout = (
                         F.pad(values, (0, 1), value=1.0),
                         torch.cat([dout, dlse[at][..., None].to(dtype)], -1),
@@ -131,14 +130,14 @@ class AtenBackend:
 
 
 def _positive(scale: float) -> tuple[float, float]:
-    """(a scale above 0, the factor of q): their product is `scale`."""
+    """Return (a scale above 0, a factor of q) whose product is `scale`."""
     if scale > 0:
         return scale, 1.0
     return (-scale, -1.0) if scale < 0 else (1.0, 0.0)
 
 
 def _calls(mask: BlockMask, q: torch.Tensor) -> Iterator[tuple[slice, Tile, torch.Tensor | None, torch.Tensor | None]]:
-    """(batch slice, tile, additive mask or None, rows that see nothing in the tile or None)."""
+    """Yield (batch slice, tile, additive mask or None, mask of the rows that see nothing in the tile or None)."""
     for batch, tiles in plan(mask, q.shape[0]):
         row = mask.row(batch.start)
         for tile in tiles:
@@ -155,7 +154,7 @@ def _calls(mask: BlockMask, q: torch.Tensor) -> Iterator[tuple[slice, Tile, torc
 
 
 def _head_groups(q: torch.Tensor, k: torch.Tensor, tile: Tile) -> Iterator[Heads]:
-    """Split the heads of a tile over calls: enough work in each, results small beside the whole tensor."""
+    """Split the heads of a tile into calls that have enough work each and results much smaller than the tensor."""
     rows, cols, heads, kv_heads = tile.q1 - tile.q0, tile.k1 - tile.k0, q.shape[1], k.shape[1]
     batch, shared = q.shape[0], heads // kv_heads
     want = max(-(-PAIRS // (batch * rows * cols)), -(-torch.get_num_threads() // batch))
@@ -172,21 +171,21 @@ def _head_groups(q: torch.Tensor, k: torch.Tensor, tile: Tile) -> Iterator[Heads
 
 
 class Written:
-    """Which rows of an accumulator hold something yet: the first tile on them is copied, later ones are added.
+    """Which rows of an accumulator are initialised: the first tile on a row is copied, later ones are added.
 
-    Saves filling a whole tensor with zeros only to read them back. A watermark per batch row is enough: tiles come
-    mostly in order, and rows that one skips are filled on the way.
+    This saves writing zeros to a whole tensor and reading them back. A watermark per batch row suffices: tiles come
+    mostly in order of rows, and rows that a tile skips are filled with the initial value.
     """
 
     def __init__(self, batch: int, size: int, *targets: tuple[torch.Tensor, float]) -> None:
         self._marks, self._size, self._targets = [0] * batch, size, targets
 
     def all(self) -> None:
-        """Every row holds something."""
+        """Mark every row as initialised."""
         self._marks = [self._size] * len(self._marks)
 
     def claim(self, batch: slice, begin: int, end: int) -> bool:
-        """Whether rows [begin, end) are new: to be overwritten whole by the caller."""
+        """Return whether rows [begin, end) are new; the caller then overwrites all of them."""
         mark = self._marks[batch.start]
         new = begin >= mark
         self._fill(batch, mark, begin if new else end)
@@ -194,7 +193,7 @@ class Written:
         return new
 
     def finish(self) -> None:
-        """Fill the rows that no tile has touched."""
+        """Fill the rows that no tile has written."""
         for index, mark in enumerate(self._marks):
             self._fill(slice(index, index + 1), mark, self._size)
 
@@ -212,7 +211,7 @@ def _put(target: torch.Tensor, value: torch.Tensor, new: bool) -> None:
 
 
 def _shared(x: torch.Tensor, heads: Heads) -> torch.Tensor:
-    """One key head per query head: repeated by stride, in memory only for small tiles of several key heads."""
+    """Return one key head per query head: a view with stride 0, or copies for small tiles of several key heads."""
     shared = (heads.q.stop - heads.q.start) // x.shape[1]
     if shared == 1:
         return x
@@ -220,7 +219,7 @@ def _shared(x: torch.Tensor, heads: Heads) -> torch.Tensor:
 
 
 def _summed(x: torch.Tensor, heads: Heads, dtype: torch.dtype) -> torch.Tensor:
-    """The gradient of `_shared`."""
+    """Sum the query heads that share a key head: the backward of `_shared`."""
     kv_heads = heads.k.stop - heads.k.start
     return x if x.shape[1] == kv_heads else x.unflatten(1, (kv_heads, -1)).sum(2, dtype=dtype)
 

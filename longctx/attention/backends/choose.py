@@ -1,4 +1,4 @@
-"""Which backend computes a call: the one asked for, or the fastest that can do it."""
+"""Choose the backend of a call: the one that the caller names, or the fastest that supports the call."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ log = logging.getLogger("longctx")
 
 
 GPU = ("triton", "triton-tma", "cudnn", "flash")
-"""What may compute attention on a GPU: our kernels, ours through sm_90's copy engine, torch's operators."""
+"""Backends for GPUs: our kernels, ours reading through sm_90's copy engine (TMA), torch's operators."""
 
 
 def choose_backend(name: str, q: torch.Tensor, v: torch.Tensor, scores: Scores, pattern: str = "other") -> Backend:
-    """The backend of that name, or the fastest for such tensors if `name` is "auto" (announced once, with the reason).
+    """Return the backend of that name; for "auto", the fastest for such tensors, logged once with the reason.
 
     Args:
         pattern: which keys are visible, see `pattern_of`.
 
     Raises:
-        AttentionError: unknown, or not available for these tensors or these scores.
+        AttentionError: there is no such backend, or it does not support these tensors or scores.
     """
     device = q.device
     if name == "auto":
@@ -62,14 +62,14 @@ def choose_backend(name: str, q: torch.Tensor, v: torch.Tensor, scores: Scores, 
 
 
 def pattern_of(rule: Rule, documents: torch.Tensor | None) -> str:
-    """ "full" or "causal" where nothing else hides a key; "other" with a window, documents or padding."""
+    """Return "full" or "causal" if nothing else hides a key; "other" with a window, documents or padding."""
     if documents is not None or rule.left is not None or rule.length is not None or rule.right not in (None, 0):
         return "other"
     return "full" if rule.right is None else "causal"
 
 
 def fastest(q: torch.Tensor, v: torch.Tensor, device: str, scores: Scores, pattern: str = "other") -> tuple[str, str]:
-    """(backend, why) for tensors like these on that type of device."""
+    """Return (backend, why) for such tensors on that type of device."""
     if device == "cpu":
         if scores.extras:
             return "reference", f"torch's fused CPU operator cannot do {' and '.join(scores.extras)}"
@@ -94,7 +94,7 @@ def fastest(q: torch.Tensor, v: torch.Tensor, device: str, scores: Scores, patte
 
 
 def _gpu_problem(name: str, q: torch.Tensor, v: torch.Tensor, device: str, scores: Scores, pattern: str) -> str:
-    """Why that backend of GPU cannot compute such a call; empty if it can."""
+    """Return why that backend of GPU cannot compute such a call; empty if it can."""
     if name in WIDEST:
         if device != "cuda" or torch.version.hip:
             return f"it needs an NVIDIA GPU, and the tensors are on {device}"
@@ -108,7 +108,7 @@ def _gpu_problem(name: str, q: torch.Tensor, v: torch.Tensor, device: str, score
 
 
 def triton_problem(q: torch.Tensor, v: torch.Tensor, device: str) -> str:
-    """Why the Triton kernels of attention cannot take such tensors; empty if they can."""
+    """Return why the Triton kernels of attention cannot take such tensors; empty if they can."""
     problem = why_not_triton(q, device)
     if problem:
         return problem
@@ -120,7 +120,7 @@ def triton_problem(q: torch.Tensor, v: torch.Tensor, device: str) -> str:
 
 
 def why_not_triton(x: torch.Tensor, device: str | None = None) -> str:
-    """Why no Triton kernel can take ``x``, on ``device`` if that is given; empty if one could."""
+    """Return why no Triton kernel can take ``x``, on ``device`` if given; empty if one can."""
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
     device = device or x.device.type
     if importlib.util.find_spec("triton") is None:

@@ -1,9 +1,9 @@
-"""torch's own fused GPU attention, flash or cuDNN, one call per tile: candidates of the measured table.
+"""torch's fused GPU attention, flash or cuDNN, one call per tile; chosen by the table of measurements.
 
-They know a whole tile and a triangle aligned at its corner, so they serve full and causal attention without windows,
-documents or padding, in half precision; everything else is the Triton kernels'. A partial result is merged after each
-tile, which costs the passes over memory that our kernels save (kernels/flash/README.md). Key heads are repeated for
-their query heads. Not run on a GPU by us: checked against the operators' schemas and with a stand-in for them.
+The operators compute a whole tile, or a triangle aligned at its corner. So they support full and causal attention in
+half precision, without windows, documents or padding; the Triton kernels do the rest. A partial result is merged after
+each tile, which costs the passes over memory that our kernels save (kernels/flash/README.md). Key heads are repeated
+for their query heads. Not run on a GPU: tested against the operators' schemas and with a CPU operator in their place.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WIDEST = {"flash": 256, "cudnn": 128}
 
 @dataclass(frozen=True)
 class FusedTorchBackend:
-    """The Backend protocol over one of torch's fused operators; `name` is "flash" or "cudnn"."""
+    """One of torch's fused operators as a Backend; `name` is "flash" or "cudnn"."""
 
     name: str
 
@@ -49,7 +49,9 @@ class FusedTorchBackend:
         return replace(rows, lse=rows.lse.masked_fill(rows.lse == -torch.inf, torch.inf))
 
     def backward_step(self, prepared: Rows, block: KeyBlock, gradients: StepGradients, first: bool) -> None:
-        if prepared.dlse is not None:  # the operators know no gradient of the lse: ours do, from the same (out, lse)
+        if (
+            prepared.dlse is not None
+        ):  # the operators have no gradient of the lse; our kernels do, from the same (out, lse)
             from longctx.attention.backends.triton import TritonBackend
 
             ours, lse = TritonBackend(), prepared.lse.masked_fill(prepared.lse == torch.inf, -torch.inf)
@@ -74,10 +76,10 @@ class FusedTorchBackend:
 
 
 def problem(name: str, q: torch.Tensor, v: torch.Tensor, scores: Scores, plain: bool) -> str:
-    """Why that operator cannot compute such a call; empty if it can. plain: only causality hides keys, if anything."""
+    """Return why that operator cannot compute such a call; empty if it can. plain: only causality hides keys."""
     width = max(q.shape[-1], v.shape[-1])
     if not plain:
-        return "it knows no window, no documents and no padding"
+        return "it supports no window, no documents and no padding"
     if scores.scale <= 0:
         return f"it takes a scale above 0, not {scores.scale}"
     if scores.extras:
@@ -90,9 +92,9 @@ def problem(name: str, q: torch.Tensor, v: torch.Tensor, scores: Scores, plain: 
 
 
 def _tiles(mask: BlockMask) -> Iterator[Tile]:
-    """Rectangles and square triangles."""
+    """Yield rectangles and square triangles."""
     for tile in index_tiles(mask.q_spans, mask.k_spans, mask.rule):
-        assert tile.kind != Kind.DENSE, "choose_backend lets no window pass"
+        assert tile.kind != Kind.DENSE, "choose_backend rejects windows"
         corner = tile.q0 + tile.k1 - tile.k0
         if tile.kind == Kind.TRIANGLE and corner < tile.q1:  # the rows below the corner see every column
             yield tile._replace(q1=corner)
@@ -104,7 +106,7 @@ def _tiles(mask: BlockMask) -> Iterator[Tile]:
 def _forward(
     name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse (B, H, T)) of one tile."""
+    """Return (out, lse (B, H, T)) of one tile."""
     if name == "flash":
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
         return out, lse
@@ -132,11 +134,11 @@ def _backward(
 
 
 def _repeated(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """(B, H, T, D) from (B, G, T, D)."""
+    """Return (B, H, T, D) from (B, G, T, D)."""
     group = q.shape[1] // x.shape[1]
     return x if group == 1 else x.repeat_interleave(group, 1)
 
 
 def _summed(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The gradient of `_repeated`, in the accumulator's dtype."""
+    """Sum the query heads that share a key head, in the accumulator's dtype: the backward of `_repeated`."""
     return x if x.shape[1] == like.shape[1] else x.unflatten(1, (like.shape[1], -1)).sum(2, dtype=like.dtype)

@@ -1,7 +1,7 @@
-"""Which backend was fastest on a GPU like this one, by a table of measurements. No row, no opinion.
+"""Which backend was measured fastest on a GPU like this one. Without a measurement there is no answer.
 
-The rows are times that `make bench-gpu` took after it had found the results right; `python -m benchmarks.gpu.table`
-copies them here. They are data of one chip each: nothing is concluded for another.
+`make bench-gpu` measures the times after it has checked the results; `python -m benchmarks.gpu.table` copies them here.
+Each row holds for one chip; none is used for another.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ TABLE = Path(__file__).with_name("measured.csv")
 
 
 class Call(NamedTuple):
-    """What decides which backend is fastest: tensors (batch, heads, length, head_dim) of a dtype ("bfloat16"), the
-    larger head dimension if they differ; group: query heads a key head; causal or not."""
+    """What decides which backend is fastest, for tensors (batch, heads, length, head_dim). dtype: "bfloat16", say;
+    head_dim: the larger of the two; group: query heads per key head."""
 
     dtype: str
     head_dim: int
@@ -37,7 +37,7 @@ class Measured(NamedTuple):
 
 @cache
 def read(path: Path = TABLE) -> tuple[Measured, ...]:
-    """The rows of a table; none if there is no such file."""
+    """Return the rows of a table; none if there is no such file."""
     if not path.exists():
         return ()
     with path.open(newline="") as file:
@@ -53,7 +53,7 @@ def read(path: Path = TABLE) -> tuple[Measured, ...]:
 
 
 def write(rows: Collection[Measured], path: Path = TABLE) -> None:
-    """Replace the table."""
+    """Overwrite the table."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("chip", *Call._fields, "backend", "milliseconds"))
@@ -64,10 +64,10 @@ def write(rows: Collection[Measured], path: Path = TABLE) -> None:
 
 @lru_cache(maxsize=1024)
 def best(rows: tuple[Measured, ...], chip: str, call: Call, able: tuple[str, ...]) -> Measured | None:
-    """The fastest of the `able` backends in the measured call nearest to this one; None where none was measured.
+    """Return the fastest of the `able` backends in the measured call nearest to this one; None if none was measured.
 
-    Nearest: the same dtype and causality, the next larger head dimension, then the next smaller group and length (the
-    smallest there is, if this one is below).
+    Nearest: the same dtype and causality, the next larger head dimension, then the next smaller group and length (or
+    the smallest, if this call's is below all).
     """
     near = [
         row

@@ -1,7 +1,7 @@
-"""The Triton backend: kernels/flash behind the Backend protocol. Any GPU that Triton knows, or its interpreter.
+"""The Triton backend: kernels/flash as a Backend, on any GPU that Triton supports or in its interpreter.
 
-Here a BlockMask becomes the plain integers that the kernels' block tables are made of. Importing this file imports
-triton, so only `choose.py` does, when the backend is asked for.
+It turns a BlockMask into the integers from which the kernels' block tables are built. Importing this file imports
+triton, so `choose.py` imports it only when the backend is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from longctx.layout import Span
 
 @dataclass(frozen=True)
 class TritonBackend:
-    """fp32, bf16, fp16; head dimensions up to 256. `choose` picks tile sizes (kernels/flash/tiles.py)."""
+    """fp32, bf16, fp16; head dimensions up to 256. `choose` returns tile sizes (kernels/flash/tiles.py)."""
 
     choose: Callable[..., fused.tiles.Config] = fused.tiles.choose
     name: str = "triton"
@@ -59,12 +59,13 @@ class TritonBackend:
 
 
 HOPPER = TritonBackend(fused.tiles.choose_hopper, "triton-tma")
-"""The same kernels, whole tiles read through sm_90's copy engine; what that path does not do, the portable one does."""
+"""The same kernels reading whole tiles through sm_90's copy engine; calls that it does not support use the portable
+ones."""
 
 
 @lru_cache(maxsize=1024)
 def geometry(q_spans: tuple[Span, ...], k_spans: tuple[Span, ...], rule: Rule) -> Geometry:
-    """Queries as rows, keys as columns, as the block tables want them."""
+    """Return the geometry of the block tables, with queries as rows and keys as columns."""
     q_trimmed, k_trimmed = (tuple(trim(span, rule.length) for span in spans) for spans in (q_spans, k_spans))
     bands = tuple(tuple(band(q, k, rule) for k in k_trimmed) for q in q_trimmed)
     return Geometry(_sides(q_spans, q_trimmed), _sides(k_spans, k_trimmed), bands, q_spans[0].stride)
@@ -80,7 +81,7 @@ def _sides(spans: tuple[Span, ...], trimmed: tuple[Span, ...]) -> tuple[Side, ..
 
 @cache
 def arch(device: torch.device) -> str:
-    """The chip as kernels/flash/tiles.py names it."""
+    """Return the chip's name in kernels/flash/tiles.py."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
@@ -90,10 +91,10 @@ def arch(device: torch.device) -> str:
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device."""
+    """Return a context with `device` as the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
-    """x with its last dimension dense in memory, as kernels read it."""
+    """Return x with its last dimension dense in memory, as kernels read it."""
     return x if x.stride(-1) == 1 else x.contiguous()
