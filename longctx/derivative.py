@@ -19,7 +19,7 @@ def first_only(function: Function) -> Function:
     """Decorate a torch.autograd.Function whose backward is no function of autograd.
 
     With `create_graph=True` its gradients are right, and depend on its inputs by a node that raises RuntimeError as
-    soon as a second derivative asks for it.
+    soon as a second derivative is computed.
     """
     forward, backward = function.forward, function.backward
 

@@ -1,4 +1,4 @@
-"""The decode kernels as one operator of torch.library: forward alone, since nobody trains while generating.
+"""The decode kernels as one operator of torch.library: forward only, since generation needs no gradient.
 
 Importing this file registers the operator; triton is imported when it first runs.
 """
