@@ -1,7 +1,7 @@
-"""How a sequence is cut into chunks: blocks of equal chunks, which token sees which, what passes from chunk to chunk.
+"""Split a sequence into chunks: blocks of equal chunks, which token reads which, and packed documents as runs of ids.
 
-Both bounded memories are computed alike. Inside a chunk every pair of tokens meets in a matrix product; between chunks
-only the state travels. A block is a row of chunks that are computed together, small enough to stay in the cache.
+ABC and Cottention use the same scheme. Within a chunk every pair of tokens meets in a matrix product; between chunks
+only the state is carried. A block is a run of chunks that are computed together, small enough to stay in cache.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 
 from longctx.bounded.ranks import monoid
+
+_PIECE = 2048
 
 
 class Block(NamedTuple):
@@ -27,7 +29,7 @@ class Block(NamedTuple):
         return self.start + self.chunks * self.size
 
     def halves(self) -> tuple[Block, Block]:
-        """The same tokens in two blocks; a block of one chunk gives two smaller chunks."""
+        """Split into two blocks; a block of one chunk becomes two smaller chunks."""
         if self.chunks > 1:
             first = self.chunks // 2
             return self._replace(chunks=first), Block(self.start + first * self.size, self.chunks - first, self.size)
@@ -36,7 +38,7 @@ class Block(NamedTuple):
 
 
 def blocks(tokens: int, size: int, chunks: int) -> Iterator[Block]:
-    """Cut `tokens` tokens into blocks of up to `chunks` chunks of `size` tokens; a shorter chunk comes last."""
+    """Split `tokens` tokens into blocks of up to `chunks` chunks of `size` tokens; a shorter chunk comes last."""
     whole = tokens // size
     for first in range(0, whole, chunks):
         yield Block(first * size, min(chunks, whole - first), size)
@@ -45,26 +47,39 @@ def blocks(tokens: int, size: int, chunks: int) -> Iterator[Block]:
 
 
 def fold(x: torch.Tensor, block: Block, heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """The block of x (B, H, T, X) as (B, heads, chunks, H / heads * size, X), H / heads rows a token; or a view."""
+    """Return the block of x (B, H, T, X) as (B, heads, chunks, H / heads * size, X), a view where possible."""
     part = x[:, :, block.start : block.stop].to(dtype)
     part = part.reshape(x.shape[0], heads, -1, block.chunks, block.size, x.shape[3])
     return part.transpose(2, 3).flatten(3, 4)
 
 
 def unfold(out: torch.Tensor, block: Block, part: torch.Tensor) -> None:
-    """Write what `fold` would have cut out back into out (B, H, T, X)."""
+    """Write a part in `fold`'s shape back into its block of out (B, H, T, X)."""
     shaped = part.unflatten(3, (-1, block.size)).transpose(2, 3)
     here = out[:, :, block.start : block.stop]
     here.copy_(shaped.reshape(here.shape))
 
 
-@dataclass(frozen=True)
-class Sight:
-    """Who sees whom in the chunks of a block, as factors 0 and 1; None stands for all 1.
+def pieces(length: int, tokens: torch.Tensor | None) -> Iterator[tuple[slice, torch.Tensor | None]]:
+    """Yield slices of up to 2048 tokens, each with the mask (B, 1, n, 1) of its tokens that do not count, or None.
 
-    visible (C, C) or (B, 1, chunks, C, C): row t reads column j. before (B, 1, chunks, C, 1): t is of the document that
-    the state before the chunk belongs to. after, of the same shape: j is of the document of the state after it. kept
-    (B, 1, chunks, 1, 1): that document is the same. valid, as before: no padding.
+    Args:
+        tokens: (B, T) bool, which tokens count; None: all.
+    """
+    for first in range(0, length, _PIECE):
+        here = slice(first, first + _PIECE)
+        yield here, None if tokens is None else ~tokens[:, None, here, None]
+
+
+@dataclass(frozen=True)
+class ChunkMasks:
+    """Which token reads what in the chunks of a block, as factors 0 and 1; None stands for all 1.
+
+    visible: (C, C) or (B, 1, chunks, C, C), row t reads column j.
+    before: (B, 1, chunks, C, 1), t belongs to the document of the state before its chunk.
+    after: as before, j belongs to the document of the state after its chunk.
+    kept: (B, 1, chunks, 1, 1), both states belong to the same document.
+    valid: as before, but bool: t is not padding.
     """
 
     visible: torch.Tensor
@@ -73,58 +88,63 @@ class Sight:
     kept: torch.Tensor | None = None
     valid: torch.Tensor | None = None
 
-    def pairs(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (B, G, chunks, n * C, C) with 0 where a row must not read; in place."""
+    def mask_pairs(self, scores: torch.Tensor) -> torch.Tensor:
+        """Set scores (B, G, chunks, n * C, C) to 0 where row t must not read column j; in place."""
         size = self.visible.shape[-1]
         scores.unflatten(3, (-1, size)).mul_(self.visible if self.before is None else self.visible[:, :, :, None])
         return scores
 
-    def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, G, chunks, n * C, X) with 0 in rows that do not read the state before their chunk."""
+    def mask_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (B, G, chunks, n * C, X) with 0 in rows that do not read the state before their chunk."""
         if self.before is None:
             return x
         return (x.unflatten(3, (-1, self.visible.shape[-1])) * self.before[:, :, :, None]).flatten(3, 4)
 
-    def add_read(self, out: torch.Tensor, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """out += x memory, in rows that read the state before their chunk; in place."""
+    def add_read(self, out: torch.Tensor, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Add x @ state to out, in rows that read the state before their chunk; in place."""
         if self.before is None:
-            return _add_product(out, x, memory)
-        return out.add_(self.rows(x @ memory))
+            return _add_product(out, x, state)
+        return out.add_(self.mask_rows(x @ state))
 
-    def add_written(self, out: torch.Tensor, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """out += x memory, for tokens of the document of the state after their chunk; in place."""
+    def add_written(self, out: torch.Tensor, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Add x @ state to out, for tokens of the document of the state after their chunk; in place."""
         if self.after is None:
-            return _add_product(out, x, memory)
-        return out.add_(times(x @ memory, self.after))
+            return _add_product(out, x, state)
+        return out.add_(times(x @ state, self.after))
 
 
 def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """out += a b over the chunks of a block, as one operator; out is contiguous."""
+    """out += a @ b over the chunks of a block, in one operator; out is contiguous."""
     out.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
     return out
 
 
 def times(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-    """x * factor, where None is 1."""
+    """Return x * factor, where None is 1."""
     return x if factor is None else x * factor
 
 
-class Runs:
-    """The documents of a row of tokens, each a run of one id; -1 is padding, which ends no run.
+def causal_masks(size: int, dtype: torch.dtype, device: torch.device) -> ChunkMasks:
+    """Return the masks of chunks with one document and no padding."""
+    return ChunkMasks(torch.ones(size, size, dtype=dtype, device=device).tril_())
 
-    An id that comes back after another one is a new document. So runs are numbered, and numbers are compared:
-    `ids` (B, T) are 0 for tokens that go on with the state's document, then 1, 2, ...; -1 at padding.
+
+class Runs:
+    """The documents of each row of tokens; each document is a run of one id. Padding (-1) ends no run.
+
+    An id that returns after another id is a new document. So runs are numbered and the numbers are compared:
+    `ids` (B, T) is 0 for tokens that continue the state's document, then 1, 2, ...; -1 at padding.
 
     Args:
-        ids: (B, T) int64, as users name documents.
-        document: (B,) int64, what the state before the first token belongs to; None: to nothing.
+        ids: (B, T) int64 document ids.
+        document: (B,) int64, the document of the state before the first token; None: no document.
     """
 
     def __init__(self, ids: torch.Tensor, document: torch.Tensor | None) -> None:
         first = torch.full_like(ids[:, :1], -1) if document is None else document.to(ids)[:, None]
         known = torch.cat([first, ids], 1)
-        place = torch.arange(known.shape[1], device=ids.device)
-        latest = torch.where(known >= 0, place, 0).cummax(1).values
+        index = torch.arange(known.shape[1], device=ids.device)
+        latest = torch.where(known >= 0, index, 0).cummax(1).values
         names = known.gather(1, latest)  # names[:, t]: the document of the last valid token before t
         self._begins = (ids >= 0) & (ids != names[:, :-1])
         numbers = self._begins.cumsum(1)
@@ -133,56 +153,53 @@ class Runs:
 
     @property
     def document(self) -> torch.Tensor:
-        """(B,) the document of the last valid token, by the user's name."""
+        """(B,) id of the last valid token."""
         return self._names[:, -1]
 
     @property
     def single(self) -> torch.Tensor:
-        """(B,) whether all tokens are of one document."""
+        """(B,) whether all tokens belong to one document."""
         return self._latest[:, -1] <= 1
 
     @property
     def ending(self) -> torch.Tensor:
-        """(B,) the last document as the states of stretches name it (monoid.py)."""
+        """(B,) the last document in the notation of ranks/monoid.py."""
         return torch.where(self.single, self.document, monoid.begun(self.document))
 
     def edges(self, size: int) -> torch.Tensor:
-        """(B, chunks + 1): the run of the state before each chunk of `size` tokens, and after the last."""
+        """Return (B, chunks + 1): the run of the state before each chunk of `size` tokens, and after the last."""
         ends = torch.arange(0, self._latest.shape[1] + size - 1, size, device=self.ids.device)
         return self._latest[:, ends.clamp_max(self.ids.shape[1])].contiguous()
 
-    def sight(self, block: Block, dtype: torch.dtype) -> Sight:
-        """Who sees whom in a block."""
+    def masks(self, block: Block, dtype: torch.dtype) -> ChunkMasks:
+        """Return the masks of a block's chunks."""
         ids = self.ids[:, block.start : block.stop].unflatten(1, (block.chunks, block.size))[:, None, :, :, None]
         edges = self._latest[:, block.start : block.stop + 1 : block.size][:, None, :, None, None]
         before, after, valid = edges[:, :, :-1], edges[:, :, 1:], ids >= 0
         visible = ((ids == ids.transpose(-1, -2)) & valid).tril()
-        sights = (visible, (ids == before) & valid, (ids == after) & valid, before == after)
-        seen, first, last, kept = (x.to(dtype) for x in sights)
-        return Sight(seen, first, last, kept, valid)
+        masks = (visible, (ids == before) & valid, (ids == after) & valid, before == after)
+        seen, first, last, kept = (x.to(dtype) for x in masks)
+        return ChunkMasks(seen, first, last, kept, valid)
 
     def counts(self, count: torch.Tensor | None) -> torch.Tensor:
-        """(B, T) int64: valid tokens of the token's own document up to and with it; `count` (B,) came before."""
-        valid = self.ids >= 0
-        total = valid.cumsum(1)
-        starts = self._begins
-        base = torch.where(starts, total - 1, 0).cummax(1).values  # what earlier documents have counted
+        """Count, for each token, the valid tokens of its document up to and including it: (B, T) int64.
+
+        Args:
+            count: (B,) tokens of the state's document before the first token; None: 0.
+        """
+        total = (self.ids >= 0).cumsum(1)
+        base = torch.where(self._begins, total - 1, 0).cummax(1).values  # valid tokens of all earlier documents
         carried = torch.zeros_like(base[:, 0]) if count is None else count.to(base)
-        return total - base + torch.where(starts.cumsum(1) > 0, 0, carried[:, None])
+        return total - base + torch.where(self._begins.cumsum(1) > 0, 0, carried[:, None])
 
     def tail(self) -> torch.Tensor:
-        """(B, T) whether a token is of the last document."""
+        """Return (B, T) bool: the tokens of the last document."""
         return (self.ids == self._latest[:, -1:]) & (self.ids >= 0)
 
     def head(self) -> torch.Tensor:
-        """(B, T) whether a token is of the first document that is not the state's."""
+        """Return (B, T) bool: the tokens of the first document that is not the state's."""
         return self.ids == 1
 
     def before(self) -> torch.Tensor:
-        """(B, T) whether a token goes on with the document of the state before the first."""
+        """Return (B, T) bool: the tokens that continue the document of the state before the first token."""
         return self.ids == 0
-
-
-def causal_sight(size: int, dtype: torch.dtype, device: torch.device) -> Sight:
-    """One document and no padding."""
-    return Sight(torch.ones(size, size, dtype=dtype, device=device).tril_())

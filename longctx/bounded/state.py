@@ -1,4 +1,4 @@
-"""What a bounded memory carries from token to token: plain tensors, batch first, that a cache can hold and reorder."""
+"""The states of bounded attention: plain tensors, batch first, that a cache can hold and reorder."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class State:
         return type(self)(**{name: None if x is None else change(x) for name, x in values.items()})  # type: ignore
 
     def select(self, index: torch.Tensor) -> Self:
-        """The state of the sequences `index` (int64), in that order: beam search's reorder."""
+        """Return the state of the rows `index` (int64), in that order, as beam search reorders them."""
         return self._map(lambda x: x.index_select(0, index.to(x.device)))
 
     def detach(self) -> Self:
-        """The same numbers without their history."""
+        """Return the state without its autograd history."""
         return self._map(lambda x: x.detach())
 
     @property
     def rows(self) -> int:
-        """B, the sequences it is the state of."""
+        """B, the number of sequences."""
         return int(getattr(self, fields(self)[0].name).shape[0])  # type: ignore[arg-type]
 
     @property
@@ -39,12 +39,12 @@ class State:
 class ABCState(State):
     """(z, K, V) of docs/methods/abc.md "State"; floating tensors in fp32, fp64 for fp64 inputs.
 
-    log_mass: (B, G, M), the log of all weight a slot has received; -inf where nothing was written.
+    log_mass: (B, G, M), z: the log of all weight a slot has received; -inf where nothing was written.
     keys: (B, G, M, D). values: (B, G, M, Dv).
-    document: (B,) int64, the document that the memory belongs to (-1: no token yet), or None if there is only one.
-    value_log_mass: (B, G, M) where values have a control of their own.
-    count: (B,) int64, the tokens of the document so far, where the control goes by position.
-    clusters: (B, G, M, 2 (D + 1)) fp64, what the control `cluster` goes on from; no gradient flows into it.
+    document: (B,) int64, the document that the state belongs to (-1: no token yet), or None if there is only one.
+    value_log_mass: (B, G, M), where values have their own control.
+    count: (B,) int64, the tokens of the document so far, where the control depends on positions.
+    clusters: (B, G, M, 2 (D + 1)) fp64, the state of the control `cluster`; no gradient flows into it.
     """
 
     log_mass: torch.Tensor
@@ -60,9 +60,9 @@ class ABCState(State):
 class CosineState(State):
     """(S, count) of docs/methods/cottention.md "State".
 
-    memory: (B, G, D, Dv), or (B, H, D, Dv) where query heads of one group scale the values differently (scale_on
+    memory: S (B, G, D, Dv), or (B, H, D, Dv) where query heads of one group scale the values differently (scale_on
         "value" with H exponents); fp32, fp64 for fp64 inputs.
-    count: (B,) int64, the tokens of the document so far, padding not counted.
+    count: (B,) int64, the tokens of the document so far, without padding.
     document: as in `ABCState`.
     """
 
@@ -75,8 +75,8 @@ class CosineState(State):
 class FifoState(State):
     """The last tokens of a queue control (window, dilated, compressive), oldest first.
 
-    keys (B, G, N, D), values (B, G, N, Dv) in their own dtype. document: (B, N) int64, -1 where nothing was seen yet.
-    index: (B, N) int64, each token's place in its document.
+    keys (B, G, N, D), values (B, G, N, Dv) in their own dtype. document: (B, N) int64, -1 where there is no token yet.
+    index: (B, N) int64, each token's position in its document.
     """
 
     keys: torch.Tensor

@@ -1,8 +1,7 @@
-"""Attention of the few newest tokens to a long context: on a GPU by the Triton kernels of kernels/decode, by torch
-elsewhere. Everything that generates comes through here: EL, MLA's latents, grouped and multi-query heads, sharded or
-not.
+"""Attention of the newest tokens to a long context: by the Triton kernels of kernels/decode on a GPU, else by torch.
 
-The kernels know no gradient; "auto" takes torch where one is asked for.
+All of generation calls this: EL, MLA's latents, grouped and multi-query heads, sharded or not. The kernels have no
+backward; "auto" uses torch where an input requires a gradient.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ def decode_attention(
     """Attention of new tokens' queries to cached keys and values, as a part of a larger one; no gradient.
 
     Args:
-        q: (B * beams, H, T, D); beams of a row of k stand side by side. k: (B, G, S, D), G dividing H, any S.
+        q: (B * beams, H, T, D); beams of a row of k are adjacent. k: (B, G, S, D), G dividing H, any S.
         v: (B, G, S, Dv), or None: the values are the first value_width columns of k (default: all).
-        sink: (H,) one more logit a head, without a value. alibi: (H,) slopes.
+        sink: (H,) one more logit per head, without a value. alibi: (H,) slopes.
         mask: broadcastable to (B * beams, H, T, S): bool, True where visible, or floating, added to the logits.
         lengths: (B,) integer: keys from there on are not read.
         causal: queries see keys up to their own position, q_offset + t; q_offset defaults to S - T.
@@ -92,7 +91,7 @@ def shared(
     tile: int = TILE,
     backend: str = "auto",
 ) -> SharedResult:
-    """`shared_attention` of queries (B * beams, H, T, C) that come with everything else a logit is made of.
+    """`shared_attention` of queries (B * beams, H, T, C) with all other terms of their logits.
 
     Args:
         hidden: (B, S, C). offset: position of the first query. keep, sink (H,), tile: see `shared_attention`.

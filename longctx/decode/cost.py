@@ -52,7 +52,7 @@ def read_flops(shape: Shape, *, el: bool) -> int:
     return shape.layers * (4 * shape.heads * shape.width * tokens + expand)
 
 
-class Choice(NamedTuple):
+class CacheChoice(NamedTuple):
     """A method, "kv" or "el", and why."""
 
     method: str
@@ -66,7 +66,7 @@ def choose(
     seconds_per_byte: float = 0.0,
     seconds_per_flop: float = 1.0,
     shared_prompt: bool = True,
-) -> Choice:
+) -> CacheChoice:
     """Choose the faster of the methods that fit in ``memory`` bytes; EL only where it saves any.
 
     A step's time is taken as the slower of reading the cache once and of its arithmetic. The defaults are a processor
@@ -78,19 +78,19 @@ def choose(
     keys, hidden = kv_bytes(shape, shared_prompt=shared_prompt), el_bytes(shape)
     held = f"keys and values take {size(keys)}, hidden states {size(hidden)}"
     if hidden >= keys:
-        return Choice("kv", f"{held}: nothing to save")
+        return CacheChoice("kv", f"{held}: nothing to save")
     if memory is not None and keys > memory:
         what = "only the latter fit in" if hidden <= memory else "neither fits in"
-        return Choice("el", f"{held}: {what} {size(memory)}")
+        return CacheChoice("el", f"{held}: {what} {size(memory)}")
     rows = shape.batch * shape.beams
     kv_time, el_time = (
         max(kept * seconds_per_byte, rows * read_flops(shape, el=el) * seconds_per_flop)
         for kept, el in ((keys, False), (hidden, True))
     )
     if el_time < kv_time:
-        return Choice("el", f"{held}, and are read in {el_time / kv_time:.2f} of the time")
+        return CacheChoice("el", f"{held}, and are read in {el_time / kv_time:.2f} of the time")
     ratio = read_flops(shape, el=True) / read_flops(shape, el=False)
-    return Choice("kv", f"{held}; both fit, and reading the latter takes {ratio:.0f} times the arithmetic")
+    return CacheChoice("kv", f"{held}; both fit, and reading the latter takes {ratio:.0f} times the arithmetic")
 
 
 def size(count: int) -> str:

@@ -1,6 +1,6 @@
-"""EL-attention (Yan et al. 2021): attend to the hidden states themselves, so keys and values are never made or cached.
+"""EL-attention (Yan et al. 2021): attend to the hidden states themselves; keys and values are never computed.
 
-    q_i . (W_k,i h + b_k,i) = (q_i W_k,i) . h + q_i . b_k,i          the query is expanded from D to C numbers
+    q_i . (W_k,i h + b_k,i) = (q_i W_k,i) . h + q_i . b_k,i          the query grows from width D to width C
     sum_j p_ij (W_v,i h_j + b_v,i) = W_v,i (sum_j p_ij h_j) + b_v,i sum_j p_ij
 
 The key bias adds one number to all logits of a query and drops out of the softmax, unless something else competes with

@@ -1,4 +1,4 @@
-"""The decode kernels as one operator of torch.library: forward alone, since nobody trains while generating.
+"""The decode kernels as one operator of torch.library: forward only, since generation needs no gradient.
 
 Importing this file registers the operator; triton is imported when it first runs.
 """
@@ -26,7 +26,7 @@ def decode(
         splits: parts of the context that are read at the same time; None chooses by the shape and the chip.
     """
     t = terms
-    return torch.ops.longctx.decode_attention(
+    return _forward(
         q, k, v, value_width, heads, tokens, t.scale, t.softcap, t.constant, t.factor, t.shift, t.slopes, t.bias,
         t.mask, t.lengths, t.causal, t.offset, splits,
     )  # fmt: skip

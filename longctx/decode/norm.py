@@ -1,4 +1,4 @@
-"""Normalised keys without the keys: what is left of a key's norm is one number a key and head.
+"""Normalised keys without the keys: a key's norm reduces to one number per key and head.
 
 RMSNorm's k / rms(k) and LayerNorm's (k - mean(k)) / std(k) divide by a scalar that depends on the key alone. Everything
 else is linear and moves to the query or into W_k, so a cache of layer inputs needs that scalar beside it and no key:

@@ -52,7 +52,7 @@ class Places:
 
 
 @dataclass
-class Counters:
+class MergeCounters:
     """What this process has received in merges since the last reset()."""
 
     merges: int = 0
@@ -62,7 +62,7 @@ class Counters:
         self.merges = self.bytes = 0
 
 
-counters = Counters()
+counters = MergeCounters()
 
 
 def merge_over_ranks(partial: Partial, mesh: Mesh) -> Partial:

@@ -48,7 +48,7 @@ def shared_attention(
         shared: (B, S, C), keys; its first `value_width` columns are the values (default: all C).
         edit: (logits (B, H, T, n) of keys start..stop, start, stop) -> logits, -inf where hidden.
         keep: (probabilities, start, stop) -> what meets the values (dropout); the denominator does not see it.
-        sink: (H,) one more logit a head, without a value.
+        sink: (H,) one more logit per head, without a value.
         tile: keys at a time.
 
     Raises:
@@ -103,4 +103,4 @@ def _check(q: torch.Tensor, shared: torch.Tensor, value_width: int | None, sink:
     if value_width is not None and not 0 < value_width <= shared.shape[2]:
         raise AttentionError(f"value_width={value_width}: values are columns of shared, 1 to {shared.shape[2]}")
     if sink is not None and tuple(sink.shape) != (q.shape[1],):
-        raise AttentionError(f"sink {tuple(sink.shape)}: expected one logit a head, ({q.shape[1]},)")
+        raise AttentionError(f"sink {tuple(sink.shape)}: expected one logit per head, ({q.shape[1]},)")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from longctx.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from longctx.decode.caches.size import cache_bytes
-from longctx.decode.cost import Choice, Shape, choose, size
+from longctx.decode.cost import CacheChoice, Shape, choose, size
 from longctx.errors import ConfigError, LongctxError
 from longctx.generation.beams import share_beams, unshare_beams
 from longctx.generation.el import disable_el, enable_el
@@ -39,7 +39,7 @@ class Generated(NamedTuple):
     reading: float | None
     """Seconds until the first token, with the prompt's forward; None for beam search, which returns all at the end."""
     cache_bytes: int
-    attention: Choice
+    attention: CacheChoice
 
     def summary(self, ranks: int) -> str:
         """Return two lines for the terminal."""
@@ -112,11 +112,11 @@ class Generator:
                 f"of {rows:,} positions; {fix}"
             )
 
-    def _attend(self, request: Request, prompt: int) -> Choice:
+    def _attend(self, request: Request, prompt: int) -> CacheChoice:
         """Enable the requested kind of attention, or the cheaper one for auto; the same on every rank."""
         disable_el(self.model)
         unshare_beams(self.model)
-        choice = Choice(request.attention, "as asked")
+        choice = CacheChoice(request.attention, "as asked")
         if request.attention == "auto":
             choice = self._choose(request, prompt)
         if choice.method == "el":
@@ -125,13 +125,15 @@ class Generator:
             share_beams(self.model)
         return choice
 
-    def _choose(self, request: Request, prompt: int) -> Choice:
+    def _choose(self, request: Request, prompt: int) -> CacheChoice:
         modules = [module for module in self.model.modules() if spec_of(module) and bounded_child(module) is None]
         if not modules:
             bounded = sum(bounded_child(module) is not None for module in self.model.modules())
             if bounded:
-                return Choice("kv", f"{bounded} of {self.model.config.num_hidden_layers} layers have a bounded state")
-            return Choice("kv", str(refuse(self.model)).split(":")[0])
+                return CacheChoice(
+                    "kv", f"{bounded} of {self.model.config.num_hidden_layers} layers have a bounded state"
+                )
+            return CacheChoice("kv", str(refuse(self.model)).split(":")[0])
         ranks = self.mesh.sequence_size
         free = torch.tensor(_free_memory(self.mesh.device) // 2, device=self.mesh.device)
         if ranks > 1:  # the minimum over ranks, so that all choose the same

@@ -1,4 +1,4 @@
-"""Whole attention layers with a bounded memory: projections in, a memory that does not grow, a projection out."""
+"""Whole attention layers with a bounded state: input projections, a mixer (`mixers.py`), an output projection."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import torch
 
 from longctx.errors import ModelError
 from longctx.nn.kinds import ABC, Cosine, read_kind
-from longctx.nn.memory import ABCMemory, CosineMemory
+from longctx.nn.mixers import ABCMixer, CosineMixer
 
 
 class BoundedAttention(torch.nn.Module):
-    """Queries, keys and values from the layer's input, a bounded memory between, and the output projection.
+    """Project the input to queries, keys and values, mix tokens through a bounded state, and project the output.
 
     Args:
         hidden_size: width of input and output.
         heads: H query heads.
-        kv_heads: G key/value heads, each with a memory of its own; G divides H; default H.
+        kv_heads: G key/value heads, each with its own state; G divides H; default H.
         head_dim: D; default hidden_size / heads.
         bias: of the four projections.
-        causal: a token sees itself and earlier ones; if False, all of them.
+        causal: a token reads itself and earlier tokens; if False, all of them.
     """
 
-    memory: torch.nn.Module
+    memory: torch.nn.Module  # the mixer; its name is part of parameter names in checkpoints
 
     def __init__(
         self,
@@ -63,17 +63,17 @@ class BoundedAttention(torch.nn.Module):
         Args:
             inputs: (B, T, hidden).
             context: (B, S, hidden) to attend to instead of ``inputs`` (cross-attention, with ``causal=False``).
-            position_embeddings: cosines and sines (B or 1, T, D) as a model's rotary module gives them; queries and
-                keys are rotated by them.
-            state: what an earlier call returned, to go on from.
+            position_embeddings: cosines and sines (B or 1, T, D) from a model's rotary module; queries and keys are
+                rotated by them.
+            state: the state that an earlier call returned, to continue from.
             return_state: return ``(output, state)``.
             where: mesh, layout, document_ids, length, backend of the operator.
 
         Returns:
-            (B, T, hidden), with the state behind it if ``return_state``.
+            (B, T, hidden); with ``return_state`` also the state.
 
         Raises:
-            AttentionError: arguments that do not fit together.
+            AttentionError: the arguments do not fit together.
         """
         source = inputs if context is None else context
         query = self._heads(self.q_proj(inputs))
@@ -92,12 +92,13 @@ class BoundedAttention(torch.nn.Module):
 
 
 class ABCAttention(BoundedAttention):
-    """Attention with bounded-memory control (methods: ABC, Peng et al. 2022): M slots instead of all the past.
+    """Attention with bounded-memory control (ABC, Peng et al. 2022): M slots instead of all past tokens.
 
     Args:
         slots: M.
-        control: who writes which token where: mlp, linformer, random, cluster, window, dilated, compressive, identity.
-        options: the others of ``longctx.nn.kinds.ABC`` (normalizer, control_input, per_head, tied, rate, max_length,
+        control: decides which slots a token is written to: mlp, linformer, random, cluster, window, dilated,
+            compressive, identity.
+        options: other options of ``longctx.nn.kinds.ABC`` (normalizer, control_input, per_head, tied, rate, max_length,
             seed), and ``bias``, ``causal`` of the layer.
 
     The other arguments are ``BoundedAttention``'s.
@@ -119,11 +120,11 @@ class ABCAttention(BoundedAttention):
         super().__init__(hidden_size, heads, kv_heads, head_dim, bias=bias, causal=causal)
         kind = read_kind({"abc": {"slots": slots, "control": control, **options}}, "ABCAttention")
         assert isinstance(kind, ABC)
-        self.memory = ABCMemory(kind, hidden_size, self.kv_heads, self.head_dim)
+        self.memory = ABCMixer(kind, hidden_size, self.kv_heads, self.head_dim)
 
 
 class CosineAttention(BoundedAttention):
-    """Cottention (Mongaras et al. 2024): cosine similarity, a D × D state a head, a learned exponent a head.
+    """Cottention (Mongaras et al. 2024): cosine similarity, a D × D state and a learned exponent per head.
 
     Args:
         options: ``scale_on`` and ``exponent`` of ``longctx.nn.kinds.Cosine``, ``bias`` and ``causal`` of the layer.
@@ -145,7 +146,7 @@ class CosineAttention(BoundedAttention):
         super().__init__(hidden_size, heads, kv_heads, head_dim, bias=bias, causal=causal)
         kind = read_kind({"cosine": options}, "CosineAttention")
         assert isinstance(kind, Cosine)
-        self.memory = CosineMemory(kind, heads)
+        self.memory = CosineMixer(kind, heads)
 
 
 def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Cross entropy of one tile of logits, which turn into their gradient in place: by a kernel on a GPU, else by torch."""
+"""Cross entropy of one tile of logits, overwritten by their gradient: by a kernel on a GPU, else by torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BACKENDS = ("auto", "torch", "triton")
 
 @dataclass(frozen=True)
 class Loss:
-    """What is added up over tokens: lse - x[label] + z_loss · lse², of logits x within ± softcap."""
+    """The loss per token: lse - x[label] + z_loss · lse², for logits x bounded by ± softcap."""
 
     softcap: float | None
     z_loss: float
@@ -24,13 +24,13 @@ class Loss:
 
 
 def check_backend(backend: str) -> None:
-    """Raises ModelError if there is no such backend."""
+    """Raise ModelError if there is no such backend."""
     if backend not in BACKENDS:
         raise ModelError(f"backend={backend!r}: use one of {', '.join(map(repr, BACKENDS))}")
 
 
 def choose_backend(backend: str, hidden: torch.Tensor) -> str:
-    """ "torch" or "triton": what was asked for, or the kernel for "auto" on a GPU where it can.
+    """Return "torch" or "triton"; "auto" is the kernel on a GPU if it supports the input.
 
     Raises:
         ModelError: an unknown backend, or one that cannot compute this.
@@ -47,16 +47,16 @@ def choose_backend(backend: str, hidden: torch.Tensor) -> str:
 def loss_and_gradient(
     logits: torch.Tensor, labels: torch.Tensor, loss: Loss, *, backend: str, differentiate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tile's loss (), fp32 or fp64, and the gradient of its logits, which are gone then.
+    """Return a tile's loss (), fp32 or fp64, and the gradient of its logits; the logits are overwritten.
 
     Args:
-        logits: (n, V), any floating dtype; computed with in fp32 (fp64 for fp64).
+        logits: (n, V), any floating dtype; the arithmetic is in fp32 (fp64 for fp64).
         labels: (n,) int64, in [0, V) or the loss's ignore_index.
         backend: "torch" or "triton".
-        differentiate: without it the second result means nothing.
+        differentiate: whether the gradient is needed; else the second result is undefined.
 
     Returns:
-        The gradient is (n, V) in fp32 or fp64 of torch, in the logits' dtype of the kernel, which overwrites them.
+        The loss; the gradient (n, V), from torch in fp32 or fp64, from the kernel in the logits' dtype and storage.
     """
     if backend == "triton":
         rows = _tile(logits, labels, loss.softcap, loss.z_loss, loss.ignore_index, differentiate)
@@ -66,7 +66,7 @@ def loss_and_gradient(
 
 
 def _in_torch(logits: torch.Tensor, labels: torch.Tensor, loss: Loss, differentiate: bool) -> torch.Tensor:
-    """Return a tile's loss, and turn its logits (n, V) into their gradient: no second tile is made.
+    """Return a tile's loss, and overwrite its logits (n, V) with their gradient; no second tile is allocated.
 
     With p = softmax(x), lse = log Σ exp(x): loss = lse − x[label] + z · lse², d loss / dx = (1 + 2 z lse) p − onehot.
     """
@@ -102,7 +102,7 @@ def _tile(
     ignore_index: int,
     gradient: bool,
 ) -> torch.Tensor:
-    """Each row's loss (n,) in fp32; the logits become their gradient, if it is asked for."""
+    """Return each row's loss (n,) in fp32; overwrite the logits with their gradient if `gradient`."""
     from longctx.attention.backends.triton import arch, on_device
     from longctx.kernels.cross_entropy.fused import launch
 

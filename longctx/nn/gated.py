@@ -1,7 +1,7 @@
-"""The gradients of a gated MLP, down(act(gate(x)) · up(x)), written out: four inner widths of a tile and no more.
+"""Backward of a gated MLP, down(act(gate(x)) · up(x)), written out: at most four inner widths of a tile are allocated.
 
-Autograd holds six at its peak, beside one weight's whole gradient. Here every inner result gives its place to the
-gradient that replaces it, the places serve one tile after another, and products add to the weights' sums themselves.
+Autograd holds six at its peak, beside one weight's whole gradient. Here each inner result's buffer is reused for the
+gradient that replaces it, all tiles share the buffers, and products accumulate directly into the weights' gradients.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from longctx.nn.products import add_product
+from longctx.nn.linear import add_product
 
 Total = torch.Tensor | None
 
@@ -41,7 +41,7 @@ class Gated:
         Args:
             x: (N, D).
             dout: (N, E).
-            tile: tokens at a time.
+            tile: tokens per tile.
             of_x: whether x needs one; None is returned if not.
         """
         x, dout = x.detach(), dout.detach()
@@ -57,7 +57,7 @@ class Gated:
     def _tile(
         self, x: torch.Tensor, dout: torch.Tensor, totals: dict[int, torch.Tensor], dx: Total, inner: torch.Tensor
     ) -> None:
-        gate, up, product = inner[:, : x.shape[0]]
+        gate, up, product = inner[:, : x.shape[0]]  # three shared buffers, and `activated`
         _linear(x, self.gate, gate)
         _linear(x, self.up, up)
         activated = self.act(gate)

@@ -1,11 +1,11 @@
-"""Which kind of attention each layer of a model has: small frozen values, read from a layer specification.
+"""The kind of attention of each layer of a model: small frozen values, read from a layer specification.
 
-A specification is what `longctx.convert` takes and `attention.layers` of a YAML holds:
+`longctx.convert` and `attention.layers` of a YAML take such a specification:
 
     {"0-5": "ring", "6-11": {"abc": {"slots": 64}}, "3": "cosine", "4": {"window": 1024}}
 
-Keys are layers: a number, a range with both ends, several of them with commas between, or ``*`` for all. Later entries
-win over earlier ones. Plain Python: a configuration is checked with it before torch is imported.
+Keys are layers: a number, a range including both ends, several of these separated by commas, or ``*`` for all. Later
+entries override earlier ones. No torch here: a configuration is checked with it before torch is imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LAYERS = re.compile(r"(\d{1,6})(?:\s*-\s*(\d{1,6}))?")
 
 @dataclass(frozen=True)
 class Ring:
-    """Exact softmax attention over the ring, as the model has it."""
+    """Exact softmax attention over the ring: the model's own."""
 
     name = "ring"
 
@@ -43,17 +43,17 @@ class Window:
 
 @dataclass(frozen=True)
 class ABC:
-    """Attention with bounded-memory control (Peng et al. 2022): ``slots`` keys and values, however long the past."""
+    """Attention with bounded-memory control (Peng et al. 2022): ``slots`` keys and values for any length."""
 
     name = "abc"
     slots: int = 64
-    control: str = "mlp"  # who writes which token where
+    control: str = "mlp"  # decides which slots a token is written to
     normalizer: str | None = None  # None: prefix where attention is causal, global where not
     control_input: str = "x"  # mlp: the layer's input, or "kv": keys and values
-    per_head: bool = True  # mlp, linformer: a control of its own for every key/value head
+    per_head: bool = True  # mlp, linformer: one control per key/value head
     tied: bool = True  # mlp: keys and values share one control
-    rate: int = 4  # dilated: a slot for every rate-th token; compressive: tokens pooled into one slot
-    max_length: int | None = None  # linformer: the longest sequence; None: the model's
+    rate: int = 4  # dilated: one slot per rate-th token; compressive: tokens pooled into one slot
+    max_length: int | None = None  # linformer: longest sequence; None: the model's
     seed: int = 0  # random
 
     def __post_init__(self) -> None:
@@ -74,11 +74,11 @@ class ABC:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Cottention (Mongaras et al. 2024): cosine similarity, a (head × head) state, one learned exponent a head."""
+    """Cottention (Mongaras et al. 2024): cosine similarity, a D × D state and one learned exponent per head."""
 
     name = "cosine"
     scale_on: str = "value"
-    exponent: float = 0.5  # before the sigmoid, at the start of training
+    exponent: float = 0.5  # initial value, before the sigmoid
 
     def __post_init__(self) -> None:
         _require_word(self, "scale_on", ("value", "query"))
@@ -92,10 +92,10 @@ _SYNONYMS = {"softmax": "ring", "cottention": "cosine", "sliding_window": "windo
 
 
 def read_layers(spec: Any, layers: int, before: tuple[Kind, ...] = ()) -> tuple[Kind, ...]:
-    """Return the kind of each of ``layers`` layers; those that ``spec`` does not name stay as they are.
+    """Return the kind of each of ``layers`` layers; layers that ``spec`` does not name keep their kind.
 
     Args:
-        before: what they are; ``Ring`` if left out.
+        before: the kinds so far; default ``Ring``.
 
     Raises:
         ModelError: a layer out of range, an unknown kind or option, or a value of the wrong type.
@@ -158,7 +158,7 @@ def read_kind(value: Any, where: str = "layers") -> Kind:
 
 
 def write_layers(kinds: tuple[Kind, ...]) -> dict[str, Any]:
-    """Return a specification that ``read_layers`` reads back as ``kinds``, with every option written out."""
+    """Return a specification that ``read_layers`` reads back as ``kinds``, with every option explicit."""
     return {str(index): {kind.name: dataclasses.asdict(kind)} for index, kind in enumerate(kinds) if kind != Ring()}
 
 

@@ -1,4 +1,4 @@
-"""A linear that does not keep its input where backward can have it made anew."""
+"""A linear that does not save its input where backward can recompute it, and the weight gradient of tiled linears."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from longctx.derivative import first_only
-from longctx.nn.kept import not_kept, source_of
+from longctx.nn.saved import find_source, saved_as
+
+_ROWS = 4096  # rows of a sum added to at a time where its dtype differs from the factors'
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear; backward asks whoever has x (..., D) for it, if somebody does (`kept.py`).
+    """F.linear; where x (..., D) has a source (`saved.py`), backward gets it from there instead of saving it.
 
     Args:
         weight: (E, D).
@@ -21,17 +23,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     Returns:
         (..., E); gradients are F.linear's.
     """
-    source = source_of(x)
+    source = find_source(x)
     if source is None:
         return F.linear(x, weight, bias)
-    with not_kept(source):
+    with saved_as(source):
         out: torch.Tensor = _Linear.apply(x, weight, bias)
     return out
 
 
 @first_only
 class _Linear(torch.autograd.Function):
-    """(x, weight, bias) -> x weightᵀ + bias. The weight is asked for its values in backward: ZeRO-3 changes them."""
+    """(x, weight, bias) -> x weightᵀ + bias. Backward reads the weight again: ZeRO-3 replaces its values meanwhile."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -53,3 +55,12 @@ class _Linear(torch.autograd.Function):
         if of_bias:
             dbias = flat.sum(0)
         return dx, dweight, dbias
+
+
+def add_product(total: torch.Tensor, dout: torch.Tensor, x: torch.Tensor) -> None:
+    """Accumulate total (V, D) += dout (n, V)ᵀ x (n, D), without a second whole matrix where total's dtype is wider."""
+    if total.dtype == x.dtype:
+        total.addmm_(dout.T, x)
+        return
+    for rows, columns in zip(total.split(_ROWS), dout.split(_ROWS, 1), strict=True):
+        rows += columns.T @ x

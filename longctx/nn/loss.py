@@ -1,9 +1,9 @@
-"""tiled_loss: cross entropy straight from hidden states; the logits exist for one tile of tokens at a time.
+"""tiled_loss: cross entropy directly from hidden states; logits exist for one tile of tokens at a time.
 
-Logits are the largest tensor of a language model: V of them a token, in fp32 and with a gradient of the same size. The
-loss is a sum over tokens, so a tile of tokens is enough at a time, and everything that its logits are needed for can be
-done while they are there: the loss, and the gradients of hidden states and head. The forward does both; the backward
-only multiplies by what comes down to it. Nothing is computed twice, and the head's weight is read in the forward alone.
+Logits are the largest tensor of a language model: V per token, in fp32 and with a gradient of the same size. The loss
+is a sum over tokens, so forward computes a tile's logits, its loss, and its gradients of hidden states and head, and
+frees the logits. Backward only multiplies these gradients by the incoming one. Nothing is computed twice, and the
+head's weight is read in forward only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from longctx.derivative import first_only
 from longctx.errors import ModelError
 from longctx.nn.entropy import Backend, Loss, choose_backend, loss_and_gradient
-from longctx.nn.products import add_product
+from longctx.nn.linear import add_product
 from longctx.nn.tiling import Tile, choose_tile
 
 IGNORED = -100
@@ -35,29 +35,29 @@ def tiled_loss(
     tile: Tile = "auto",
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """Return the sum over tokens of cross entropy + z_loss · lse², lse the logarithm of the softmax's denominator.
+    """Return the sum over tokens of cross entropy + z_loss · lse², with lse the log of the softmax's denominator.
 
-    The same as ``F.cross_entropy(head(hidden).float(), labels, reduction="sum")``, and so are its gradients. Where
-    every label is ignored the sum is 0 with gradients of 0, never a shortcut. One backward only: it uses up what the
-    forward has kept (the gradients themselves, the head's in fp32).
+    Value and gradients equal those of ``F.cross_entropy(head(hidden).float(), labels, reduction="sum")``. If every
+    label is ignored, the sum is 0 with gradients of 0, computed in the same way. Backward can run only once: it
+    consumes what forward has saved (the gradients themselves, the head's in fp32).
 
     Args:
-        hidden: (..., D), any floating dtype; logits are rounded to it as a head's are, the rest is fp32 (or fp64).
+        hidden: (..., D), any floating dtype; logits are rounded to it as a head's are, the rest is in fp32 (or fp64).
         weight: (V, D), the head's, tied to the embedding or not.
         labels: (...) int64, already shifted; ``ignore_index`` where a token does not count.
         bias: (V,) of the head.
-        softcap: bends logits to within (-softcap, softcap): softcap · tanh(x / softcap).
-        z_loss: how much of lse² is added (PaLM's auxiliary loss, about 1e-4).
+        softcap: bounds logits to (-softcap, softcap): softcap · tanh(x / softcap).
+        z_loss: weight of lse² (PaLM's auxiliary loss, about 1e-4).
         tile: tokens whose logits exist at once; "auto" bounds their bytes.
-        backend: what turns a tile's logits into loss and gradient: "triton", one kernel in fp32, fp16 or bf16 that
+        backend: computes a tile's loss and gradient from its logits: "triton", one kernel in fp32, fp16 or bf16 that
             reads and overwrites them in their own dtype; "torch"; "auto", the kernel on a GPU.
 
     Returns:
         (), fp32; fp64 for fp64.
 
     Raises:
-        ModelError: shapes or numbers that do not fit together, labels beyond the vocabulary (on a GPU or
-            compiled: RuntimeError, on a GPU by an assertion on the device, as of torch's own).
+        ModelError: shapes or numbers do not fit together, or labels exceed the vocabulary (compiled or on a GPU:
+            RuntimeError; on a GPU by a device-side assertion, as in torch).
     """
     _check(hidden, weight, labels, bias, softcap, z_loss)
     _check_labels(labels, weight.shape[0], ignore_index)
@@ -81,7 +81,7 @@ class _Settings:
 
 @first_only
 class _TiledLoss(torch.autograd.Function):
-    """(hidden (N, D), weight (V, D), bias (V,) or None, labels (N,)) -> the sum, with gradients made on the way."""
+    """(hidden (N, D), weight (V, D), bias (V,) or None, labels (N,)) -> the sum; forward computes the gradients."""
 
     @staticmethod
     def forward(
@@ -113,7 +113,7 @@ class _TiledLoss(torch.autograd.Function):
                 torch.mm(dlogits, weight, out=dhidden[part])
             if dweight is not None:
                 add_product(dweight, dlogits, x)
-            del dlogits  # before the next tile's are made
+            del dlogits  # free before the next tile allocates its logits
         ctx.gradients = dhidden, dweight, dbias
         ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
         return total
@@ -121,7 +121,9 @@ class _TiledLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dtotal: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
-            raise ModelError("tiled_loss went backward twice: it keeps its gradients for one backward; compute it anew")
+            raise ModelError(
+                "tiled_loss ran backward twice: it keeps its gradients for one backward; compute the loss again"
+            )
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [
             None if gradient is None else gradient.mul_(dtotal).to(dtype)
@@ -145,14 +147,14 @@ def _check(
     if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
         raise ModelError(
             f"labels are {tuple(labels.shape)} {labels.dtype}, hidden is {tuple(hidden.shape)}: give int64 labels, "
-            "one a token"
+            "one per token"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ModelError(f"bias is {tuple(bias.shape)}: weight {tuple(weight.shape)} needs ({weight.shape[0]},)")
     if softcap is not None and not softcap > 0:
-        raise ModelError(f"softcap={softcap}: a bound above 0, or None for none")
+        raise ModelError(f"softcap={softcap}: give a bound above 0, or None for none")
     if not 0 <= z_loss < float("inf"):
-        raise ModelError(f"z_loss={z_loss}: a finite weight of at least 0")
+        raise ModelError(f"z_loss={z_loss}: give a finite weight of at least 0")
 
 
 def _check_labels(labels: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -162,4 +164,4 @@ def _check_labels(labels: torch.Tensor, vocabulary: int, ignore_index: int) -> N
         if wrong.any():
             raise ModelError(f"{message}: there is a {int(labels[wrong][0])}")
     else:
-        torch._assert_async(~wrong.any(), message)  # nobody waits for the device
+        torch._assert_async(~wrong.any(), message)  # does not synchronise with the device

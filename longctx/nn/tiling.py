@@ -1,4 +1,4 @@
-"""How many tokens make a tile: few enough that its intermediate results are small, enough to keep the machine busy."""
+"""Choose the tokens per tile: few enough that intermediate results are small, enough to use the hardware well."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from longctx.errors import ModelError
 
 Tile = int | Literal["auto"]
 
-# Numbers of intermediate results a tile may have. A GPU wants about a thousand rows in a product; a CPU is as fast with
-# a tile that its caches and allocator like.
+# Elements that a tile's intermediate result may have. A GPU needs about a thousand rows per product; on a CPU smaller
+# tiles, which suit its caches and allocator, are as fast.
 _GPU, _CPU = 2**27, 2**23
 _LEAST = 128
 
 
 def choose_tile(tile: Tile, width: int, device: torch.device) -> int:
-    """Return the tokens of a tile whose widest intermediate result has ``width`` numbers a token.
+    """Return the tokens per tile for a widest intermediate result of ``width`` elements per token.
 
-    It depends on nothing that differs between ranks of one kind, above all not on their data: under ZeRO-3 they go
-    through the same collectives.
+    The result does not depend on data: under ZeRO-3 all ranks must run the same collectives, so the same tiles.
 
     Args:
         tile: a number of tokens, or "auto".
 
     Raises:
-        ModelError: not a positive number.
+        ModelError: ``tile`` is not a positive number.
     """
     if tile == "auto":
         return max(_LEAST, (_CPU if device.type == "cpu" else _GPU) // width // 16 * 16)

@@ -1,4 +1,4 @@
-"""Exact softmax attention to the last tokens, with a state that holds just these: its place among bounded memories."""
+"""Exact softmax attention to the last tokens, with a state that holds just these: the mixer of ``window`` layers."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class WindowState(State):
     documents: torch.Tensor
 
 
-class WindowMemory(torch.nn.Module):
-    """What a layer of kind ``window`` remembers: the last ``size`` tokens as they are. It has no parameters."""
+class WindowMixer(torch.nn.Module):
+    """Exact attention to the last ``size`` tokens. It has no parameters."""
 
-    exact = True  # softmax over tokens: capped logits, sinks and dropout mean something
+    exact = True  # softmax over tokens, so softcap, sinks and dropout apply
 
     def __init__(self, kind: Window) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class WindowMemory(torch.nn.Module):
         backend: str = "auto",
         **extras: Any,
     ) -> Any:
-        """Attend as ``ABCMemory.forward`` does; not causal, the window reaches as far to the right."""
+        """Attend as ``ABCMixer.forward`` does; if not causal, the window extends equally far to the right."""
         size = self.kind.size
         window: int | tuple[int, int] = size if causal else (size - 1, size - 1)
         ids = document_ids
@@ -79,8 +79,11 @@ class WindowMemory(torch.nn.Module):
             key_document_ids=all_ids.to(torch.int32), **extras,
         )  # fmt: skip
         first = max(keys.shape[2] - (size - 1), 0)
-        # copies: a slice would keep all of what it was cut from
+        # clone: a slice would keep the whole tensor alive
         return out, WindowState(keys[:, :, first:].clone(), values[:, :, first:].clone(), all_ids[:, first:].clone())
+
+
+WindowMemory = WindowMixer  # former name
 
 
 def last_tokens(
@@ -92,9 +95,9 @@ def last_tokens(
     layout: str | Layout,
     length: int | None,
 ) -> WindowState:
-    """The last ``count`` tokens of a sequence that is spread over ranks, on each of them, without their history.
+    """Gather the last ``count`` tokens of a sharded sequence on every rank, detached.
 
-    One all-reduce of what they hold, whatever the length of the sequence.
+    One all-reduce of ``count`` tokens, regardless of the sequence's length.
 
     Args:
         key, value, document_ids: of this rank's tokens.
@@ -110,7 +113,7 @@ def last_tokens(
     parts = []
     for x in (key, value, ids.to(torch.int64)[:, None, :, None]):
         part = x.new_zeros(*x.shape[:2], count, x.shape[3])
-        part[:, :, places] = x[:, :, here].detach()  # a place has one owner, so the sum over ranks is what lies there
+        part[:, :, places] = x[:, :, here].detach()  # each token is on one rank, so a sum over ranks gathers
         if count:
             dist.all_reduce(part, group=mesh.sequence_group)
         parts.append(part)

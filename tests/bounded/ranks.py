@@ -12,6 +12,7 @@ from longctx.attention import simulate
 from longctx.attention.comm import Counters, Link
 from longctx.bounded.abc import control
 from longctx.bounded.abc import operator as abc
+from longctx.bounded.arguments import SequenceCall
 from longctx.bounded.cosine import operator as cosine
 from longctx.layout import get_layout
 
@@ -86,21 +87,20 @@ def call(
 ) -> torch.Tensor:
     """The call itself; with return_state it returns (out, state)."""
     q, k, v, *others = tensors
-    causal = CASES[name].causal
+    shared = SequenceCall(
+        causal=CASES[name].causal, mesh=mesh, layout=layout, document_ids=documents, length=length, state=state,
+        return_state=return_state, link=link,
+    )  # fmt: skip
     if "cosine" in name:
         scale_on = "query" if "query" in name else "value"
-        return cosine.attend(
-            q, k, v, others[0], causal, scale_on, mesh, layout, documents, length, state, return_state, "auto", link
-        )  # type: ignore[return-value]
+        return cosine.attend(q, k, v, others[0], shared, scale_on=scale_on)  # type: ignore[return-value]
     chosen: Any = _STRATEGIES.get(name)
     if name == "linformer":
         chosen = control.linformer(others[0])
     elif chosen is None:
         chosen = others[0] if len(others) == 1 else (others[0], others[1])
     normalizer = "running" if "running" in name else "sum" if "sum" in name else "prefix"
-    return abc.attend(
-        q, k, v, chosen, causal, normalizer, 0.7, mesh, layout, documents, length, state, return_state, "auto", link
-    )  # type: ignore[return-value]
+    return abc.attend(q, k, v, chosen, shared, normalizer=normalizer, scale=0.7)  # type: ignore[return-value]
 
 
 def indices(layout: str, ring: int, length: int) -> list[torch.Tensor]:

@@ -10,9 +10,11 @@ from bounded import direct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longctx.bounded import walk
 from longctx.bounded.abc import chunks as abc_chunks
 from longctx.bounded.abc import control
 from longctx.bounded.abc.operator import abc_attention
+from longctx.bounded.abc.weights import Normalizer
 from longctx.bounded.state import ABCState
 from longctx.errors import AttentionError
 from longctx.kernels.abc import reference
@@ -70,8 +72,8 @@ def test_direct_is_chunked(
     seen = direct.visible(length, documents)
     expected = direct.abc(q, k, v, key, value if pair else key, seen, normalizer, SCALE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(abc_chunks, "CHUNK", chunk)
-        patch.setattr(abc_chunks, "BLOCK_ROWS", 256)
+        patch.setattr(walk, "CHUNK", chunk)
+        patch.setattr(walk, "BLOCK_ROWS", 256)
         ours = abc_attention(
             q, k, v, (key, value) if pair else key, normalizer=normalizer, scale=SCALE, document_ids=documents
         )
@@ -93,9 +95,9 @@ def test_states_and_their_gradients(normalizer: str, docs: bool) -> None:
     out, after, _ = reference.recurrent(
         q, k, v, s, tuple(first), documents, document, normalizer=normalizer, scale=SCALE
     )
-    chunked, mass, _, keys, values = abc_chunks.Chunked.apply(
-        q, k, v, s, None, first[0], None, first[1], first[2], documents, document, normalizer, SCALE, 8
-    )
+    tensors = abc_chunks.ABCTensors(q, k, v, s, None, first[0], None, first[1], first[2], documents, document)
+    how = abc_chunks.ChunkSettings(Normalizer(normalizer), SCALE, 8)
+    chunked, mass, _, keys, values = abc_chunks.Chunked.apply(how, *tensors)
     theirs, ours = [out, *after[1:]], [chunked, keys, values]
     if normalizer != "sum":  # there the mass only tells what was written to
         theirs, ours = [*theirs, after[0]], [*ours, mass]
@@ -276,14 +278,14 @@ def test_what_does_not_fit_is_refused() -> None:
     refuse("e\\^s has no bound", normalizer="sum")
     refuse("needs causal=False", normalizer="global")
     refuse("needs causal=True", normalizer="running", causal=False)
-    refuse("one a token and slot", control=torch.zeros(2, 2, 36, 4))
+    refuse("one per token and slot", control=torch.zeros(2, 2, 36, 4))
     refuse("length=40", length=40)
     refuse("expected ABCState", state=object.__new__(control.Random))
     refuse("need causal=True", control=control.window(4), causal=False)
     refuse("are summed", control=control.linformer(torch.zeros(1, 4, 64)), normalizer="running")
     refuse("has 9 positions", control=control.linformer(torch.zeros(1, 4, 9)))
     refuse("has 9 positions", control=control.identity(9))
-    refuse("one key a query", q=torch.zeros(2, 4, 5, 5, dtype=torch.float64))
+    refuse("one key per query", q=torch.zeros(2, 4, 5, 5, dtype=torch.float64))
     (q, k, v, s, _), _, _ = make()
     _, state = abc_attention(q, k, v, s, return_state=True)
     refuse("from the first call on", state=state, document_ids=torch.zeros(2, 37, dtype=torch.int64))

@@ -10,7 +10,7 @@ from bounded import direct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.bounded.cosine import chunks as cosine_chunks
+from longctx.bounded import walk
 from longctx.bounded.cosine.operator import cosine_attention
 from longctx.errors import AttentionError
 from longctx.kernels.cosine import reference
@@ -52,8 +52,8 @@ def test_quadratic_is_chunked(
     documents = direct.random_documents(2, length, g) if docs else None
     expected = direct.cosine(*leaves, direct.visible(length, documents), scale_on)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cosine_chunks, "CHUNK", chunk)
-        patch.setattr(cosine_chunks, "BLOCK_ROWS", 256)
+        patch.setattr(walk, "CHUNK", chunk)
+        patch.setattr(walk, "BLOCK_ROWS", 256)
         ours = cosine_attention(*leaves, scale_on=scale_on, document_ids=documents)
         found = [ours, *direct.gradients(ours, weight, leaves)]
     assert max(direct.differences(found, [expected, *direct.gradients(expected, weight, leaves)])) <= EXACT
@@ -193,7 +193,7 @@ def refuse(message: str, **changes: Any) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     refuse("backend='triton'", backend="triton")
     refuse("scale_on='key'", scale_on="key")
-    refuse("or a key head", m=torch.zeros(3))
-    refuse("a query head", m=torch.zeros(2), scale_on="query")
-    refuse("one key a query", q=torch.zeros(2, 4, 5, 5, dtype=torch.float64))
+    refuse("or per key head", m=torch.zeros(3))
+    refuse("per query head", m=torch.zeros(2), scale_on="query")
+    refuse("one key per query", q=torch.zeros(2, 4, 5, 5, dtype=torch.float64))
     refuse("length=40", length=40)

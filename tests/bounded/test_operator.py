@@ -28,7 +28,8 @@ def test_opcheck(on_query: bool) -> None:
     size = torch.rand(2, 4 if on_query else 2, 70, dtype=torch.float64).requires_grad_()
     state = torch.randn(2, 2, 5, 3, dtype=torch.float64).requires_grad_()
     packed = (IDS, torch.tensor([0, 3])) if on_query else (None, None)
-    torch.library.opcheck(torch.ops.longctx.cosine_chunks.default, (q, k, v, size, state, *packed, on_query, 16))
+    settings = {"on_query": on_query, "chunk": 16}
+    torch.library.opcheck(torch.ops.longctx.cosine_chunks.default, (q, k, v, size, state, *packed), settings)
 
 
 def test_compiled_without_a_break() -> None:
@@ -50,8 +51,8 @@ def test_a_checkpoint_that_keeps_the_operator_computes_it_once(monkeypatch: pyte
     from longctx.bounded.cosine import chunks as cosine_chunks
 
     calls = []
-    plain = cosine_chunks._Walk.forward
-    monkeypatch.setattr(cosine_chunks._Walk, "forward", lambda *x: calls.append(1) or plain(*x))
+    plain = cosine_chunks._CosineWalk.forward
+    monkeypatch.setattr(cosine_chunks._CosineWalk, "forward", lambda *x: calls.append(1) or plain(*x))
 
     def policy(_: object, operator: object, *arguments: object, **names: object) -> CheckpointPolicy:
         keep = operator == torch.ops.longctx.cosine_chunks.default

@@ -48,14 +48,14 @@ def test_a_rank_computes_while_states_travel(name: str, layout: str, monkeypatch
     parts = ranks.indices(layout, ring, length)
     diaries: dict[int, list[str]] = {}
     for method in ("forward", "backward"):
-        plain = getattr(cosine_chunks._Walk, method)
+        plain = getattr(cosine_chunks._CosineWalk, method)
 
         def noted(*arguments: object, plain: object = plain, method: str = method) -> object:
             if (diary := diaries.get(threading.get_ident())) is not None:
                 diary.append(method)
             return plain(*arguments)  # type: ignore[operator]
 
-        monkeypatch.setattr(cosine_chunks._Walk, method, noted)
+        monkeypatch.setattr(cosine_chunks._CosineWalk, method, noted)
 
     def worker(link: Link) -> tuple[ranks.Answer, list[str]]:
         diary = diaries[threading.get_ident()] = []

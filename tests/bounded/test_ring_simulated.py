@@ -204,7 +204,7 @@ def refuse(message: str, layout: str, name: str, documents: torch.Tensor | None,
 
 
 def test_what_a_ring_cannot_do_is_refused() -> None:
-    refuse("deals single tokens out", "striped", "prefix", None)
-    refuse("deals single tokens out", "striped", "cosine value", None)
+    refuse("interleaves tokens", "striped", "prefix", None)
+    refuse("interleaves tokens", "striped", "cosine value", None)
     for name in ("bidirectional", "bidirectional cosine"):
-        refuse("there is no one state", "zigzag", name, DOCUMENTS["packed"], return_state=True)
+        refuse("have one state per document", "zigzag", name, DOCUMENTS["packed"], return_state=True)

@@ -14,7 +14,7 @@ from longctx.attention import simulate
 from longctx.attention.comm import Link, LocalLink
 from longctx.bounded.ranks import monoid
 from longctx.bounded.ranks.exchange import Value
-from longctx.bounded.ranks.scan import associative_exclusive_scan, chain_of
+from longctx.bounded.ranks.scan import associative_exclusive_scan, map_chunks
 from longctx.errors import AttentionError
 
 from tolerances import tolerance
@@ -83,8 +83,8 @@ def same(ours: Value, theirs: Value) -> None:
     st.integers(0, 2**16),
 )
 def test_scan_is_a_loop(name: str, layout: str, ring: int, form: str, reverse: bool, total: bool, seed: int) -> None:
-    chain = chain_of(layout, ring)
-    members, ids = states(name, chain.total, seed)
+    chunk_map = map_chunks(layout, ring)
+    members, ids = states(name, chunk_map.total, seed)
     weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype) for x in members]
     leaves = [x.clone().requires_grad_() for x in members]
     *expected, everything = by_a_loop(name, leaves, ids, reverse)
@@ -94,11 +94,11 @@ def test_scan_is_a_loop(name: str, layout: str, ring: int, form: str, reverse: b
     wanted = torch.autograd.grad(losses, leaves)
 
     def worker(link: Link) -> tuple[list[Value], list[torch.Tensor | None]]:
-        here = chain.chunks[link.rank]
+        here = chunk_map.by_rank[link.rank]
         mine = [[x[chunk].clone().requires_grad_() for x in members] for chunk in here]
         local = [(*own, ids[chunk]) for own, chunk in zip(mine, here, strict=True)]
         found = associative_exclusive_scan(
-            local, MONOIDS[name][0], identity(name, members), link, chain, reverse=reverse, form=form, total=total
+            local, MONOIDS[name][0], identity(name, members), link, chunk_map, reverse=reverse, form=form, total=total
         )
         assert len(found) == len(here) + total
         part = sum((loss(state, weights, chunk) for chunk, state in zip(here, found, strict=False)), torch.zeros(()))
@@ -107,7 +107,7 @@ def test_scan_is_a_loop(name: str, layout: str, ring: int, form: str, reverse: b
         return found, list(torch.autograd.grad(part, flat, allow_unused=True))
 
     results, _ = simulate.run(ring, worker)
-    for here, (found, gradients) in zip(chain.chunks, results, strict=True):
+    for here, (found, gradients) in zip(chunk_map.by_rank, results, strict=True):
         count = len(members)
         for place, chunk in enumerate(here):
             assert found[place][-1].equal(expected[chunk][-1])
@@ -121,13 +121,13 @@ def test_scan_is_a_loop(name: str, layout: str, ring: int, form: str, reverse: b
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_messages_of_both_forms(layout: str) -> None:
     """One stage to all later ranks, or a logarithm of stages."""
-    ring, chain = 16, chain_of(layout, 16)
-    members, ids = states("add", chain.total, 0)
+    ring, chunk_map = 16, map_chunks(layout, 16)
+    members, ids = states("add", chunk_map.total, 0)
 
     def messages(form: str) -> list[int]:
         def worker(link: Link) -> None:
-            local = [(members[0][chunk], ids[chunk]) for chunk in chain.chunks[link.rank]]
-            associative_exclusive_scan(local, monoid.add, identity("add", members), link, chain, form=form)
+            local = [(members[0][chunk], ids[chunk]) for chunk in chunk_map.by_rank[link.rank]]
+            associative_exclusive_scan(local, monoid.add, identity("add", members), link, chunk_map, form=form)
 
         return [c.messages for c in simulate.run(ring, worker)[1]]
 
@@ -140,7 +140,7 @@ def test_a_ring_of_one_and_an_unknown_form() -> None:
     members, ids = states("average", 1, 3)
     nothing = identity("average", members)
     local = [(members[0][0], members[1][0], ids[0])]
-    found = associative_exclusive_scan(local, monoid.average, nothing, LocalLink(), chain_of("zigzag", 1))
+    found = associative_exclusive_scan(local, monoid.average, nothing, LocalLink(), map_chunks("zigzag", 1))
     assert all(a.equal(b) for a, b in zip(found[0], nothing, strict=True))
     with pytest.raises(AttentionError, match="'gather' or 'steps'"):
-        associative_exclusive_scan(local, monoid.average, nothing, LocalLink(), chain_of("zigzag", 1), form="tree")
+        associative_exclusive_scan(local, monoid.average, nothing, LocalLink(), map_chunks("zigzag", 1), form="tree")

@@ -12,10 +12,10 @@ from drawn.draw import Draw, normal, places, worst
 
 from longctx.attention import simulate
 from longctx.attention.comm import Link
-from longctx.bounded.abc import chunks as abc_chunks
+from longctx.bounded import walk
 from longctx.bounded.abc import control
 from longctx.bounded.abc import operator as abc
-from longctx.bounded.cosine import chunks as cosine_chunks
+from longctx.bounded.arguments import SequenceCall
 from longctx.bounded.cosine import operator as cosine
 
 from tolerances import tolerance
@@ -165,12 +165,12 @@ def found(case: BoundedCase) -> list[torch.Tensor]:
 
 def _chunked(case: BoundedCase, run: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
     """Run with chunks of the case's length."""
-    sizes = abc_chunks.CHUNK, cosine_chunks.CHUNK
-    abc_chunks.CHUNK = cosine_chunks.CHUNK = case.chunk
+    size = walk.CHUNK
+    walk.CHUNK = case.chunk
     try:
         return run()
     finally:
-        abc_chunks.CHUNK, cosine_chunks.CHUNK = sizes
+        walk.CHUNK = size
 
 
 def _in_parts(case: BoundedCase, leaves: list[torch.Tensor], weight: torch.Tensor) -> list[torch.Tensor]:
@@ -259,9 +259,12 @@ def _call(
     mesh: Any = None,
 ) -> tuple[torch.Tensor, Any]:
     q, k, v, *others = local
-    places_of = (mesh, case.layout, ids, None, state, wanted, "chunked", link)
+    shared = SequenceCall(
+        causal=case.causal, mesh=mesh, layout=case.layout, document_ids=ids, state=state, return_state=wanted,
+        backend="chunked", link=link,
+    )  # fmt: skip
     if "cosine" in case.name:
-        result: Any = cosine.attend(q, k, v, others[0], case.causal, case.name.split()[1], *places_of)
+        result: Any = cosine.attend(q, k, v, others[0], shared, scale_on=case.name.split()[1])
     else:
         chosen: Any = {
             "random": lambda: control.random(case.slots, 5), "linformer": lambda: control.linformer(others[0]),
@@ -271,7 +274,7 @@ def _call(
         }.get(case.name.split()[0], lambda: others[0] if len(others) == 1 else tuple(others))()  # fmt: skip
         normalizer = "running" if "running" in case.name else "prefix"
         normalizer = "sum" if "sum" in case.name or case.name in ("linformer", "identity") else normalizer
-        result = abc.attend(q, k, v, chosen, case.causal, normalizer, SCALE, *places_of)
+        result = abc.attend(q, k, v, chosen, shared, normalizer=normalizer, scale=SCALE)
     return result if wanted else (result, None)
 
 

@@ -176,7 +176,7 @@ def test_a_second_backward_is_an_error() -> None:
     ("change", "message"),
     [
         ({"weight": torch.zeros(7, 5)}, "one D"),
-        ({"labels": torch.zeros(1, 8, dtype=torch.int64)}, "one a token"),
+        ({"labels": torch.zeros(1, 8, dtype=torch.int64)}, "one per token"),
         ({"labels": torch.zeros(1, 9)}, "int64"),
         ({"labels": torch.full((1, 9), 7)}, "in \\[0, 7\\).*there is a 7"),
         ({"labels": torch.full((1, 9), -1)}, "ignore_index=-100: there is a -1"),

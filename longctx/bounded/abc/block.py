@@ -1,17 +1,20 @@
-"""ABC over the chunks of one block: forward, and backward from the same weights (docs/methods/abc.md
-"Chunked form", "Backward").
+"""ABC over the chunks of one block: forward, and backward from the same weights (docs/methods/abc.md "Backward").
 
-Rows are the queries of a group times the scale, n = H / G a token, so that keys and weights are never expanded. With
-A = Q K^T over the pairs that may meet, W the write weights and K0, V0 the memory before the chunk (`carry` times it:
-K', V'),
+Rows are the queries of a group times the scale, n = H / G per token, so keys and weights are never expanded. `visible`
+keeps the pairs that may meet; w are the write weights (w_k of keys, w_v of values; see weights.py); K and V are the
+state before a chunk times `carry`. Forward:
 
-    logits = read (A W + Q K'^T)            P = softmax(logits)      P' = read P      O = (P' W^T) V + P' V'
-    dP = read (dO V'^T + (dO V^T) W)        dL = P (dP - rowsum(P dP))                G = read dL
-    dQ = (G W^T) K + G K'      dK = (G W^T)^T Q + W U      dV = (P' W^T)^T dO + W U
-    dW = A^T G + K U^T + (dO V^T)^T P' + V U^T
+    a = visible(q k^T)        logits = read (a w_k + q K^T)        p = softmax(logits)        r = read p
+    b = visible(r w_v^T)      out = b v + r V
 
-where U is the gradient of the memory after the chunk. Weights are quotients of masses, see weights.py: c holds, a token
-and slot, by how much the loss falls as the mass grows that the token divided by.
+Backward, with dK and dV the gradients of the state after the chunk:
+
+    db = visible(dout v^T)    dp = read (db w_v + dout V^T)        dl = p (dp - rowsum(p dp))  g = read dl
+    da = visible(g w_k^T)     dq = da k + g K                      dk = da^T q + w_k dK        dv = b^T dout + w_v dV
+    dw_k = a^T g + k dK^T     dw_v = db^T r + v dV^T
+
+`read` and `w` are quotients of masses. c = dl logits (keys) and p dp (values), summed over a token's rows, is how much
+the loss falls as the mass that token t divides by grows.
 """
 
 from __future__ import annotations
@@ -20,129 +23,151 @@ from dataclasses import dataclass
 
 import torch
 
-from longctx.bounded import memory
-from longctx.bounded.abc.weights import Weights
-from longctx.bounded.chunks import Sight, times
+from longctx.bounded import recurrence
+from longctx.bounded.abc.weights import Normalizer, Weights
+from longctx.bounded.chunks import ChunkMasks, times
 
 
 @dataclass
-class Memory:
-    """The state between blocks: keys (B, G, M, D), values (B, G, M, Dv); or its gradient, with that of the log mass of
-    both streams, (B, G, M, 1), negative."""
+class BlockState:
+    """The state between blocks: keys (B, G, M, D) and values (B, G, M, Dv).
+
+    Also its gradient: `mass` then holds the negative gradient of each control's log mass, (B, G, M, 1).
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
     mass: tuple[torch.Tensor, ...] = ()
 
 
-class Pass:
-    """One block: q (B, G, chunks, n * C, D) times the scale, k (B, G, chunks, C, D), v, in the accumulator's dtype.
+@dataclass(frozen=True)
+class BlockWeights:
+    """The weights of keys and of values; values is None where both share one control (tied)."""
 
-    weights: of keys and of values; one object twice where they share a control.
-    """
+    keys: Weights
+    values: Weights | None = None
+
+    @property
+    def tied(self) -> bool:
+        return self.values is None
+
+    @property
+    def of_values(self) -> Weights:
+        return self.keys if self.values is None else self.values
+
+
+class BlockPass:
+    """One block: q (B, G, chunks, n * C, D) times the scale, k (B, G, chunks, C, D), v, in the accumulator's dtype."""
 
     def __init__(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        weights: tuple[Weights, Weights],
-        sight: Sight,
-        before: Memory,
+        weights: BlockWeights,
+        masks: ChunkMasks,
+        before: BlockState,
     ) -> None:
+        self.weights, self.w_k, self.w_v, self.masks = weights, weights.keys, weights.of_values, masks
         sizes = [k.shape[4], v.shape[4]]
-        both = torch.cat([k, v], -1)
-        self.q, self.sight, (self.k, self.v) = q, sight, both.split(sizes, -1)
-        self.for_keys, self.for_values = weights
-        if self.for_keys is self.for_values:
-            met, after = self._remember(torch.cat([before.keys, before.values], -1), both, self.for_keys)
-            self._keys, self._values = met.split(sizes, -1)
-            self.after = Memory(*after.split(sizes, -1))
+        kv = torch.cat([k, v], -1)
+        self.q, (self.k, self.v) = q, kv.split(sizes, -1)
+        if weights.tied:  # one product for keys and values together
+            met, after = self._advance(torch.cat([before.keys, before.values], -1), kv, self.w_k)
+            self._K, self._V = met.split(sizes, -1)
+            self.after = BlockState(*after.split(sizes, -1))
         else:
-            self._keys, keys = self._remember(before.keys, self.k, self.for_keys)
-            self._values, values = self._remember(before.values, self.v, self.for_values)
-            self.after = Memory(keys, values)
+            self._K, keys = self._advance(before.keys, self.k, self.w_k)
+            self._V, values = self._advance(before.values, self.v, self.w_v)
+            self.after = BlockState(keys, values)
 
-    def _remember(self, start: torch.Tensor, x: torch.Tensor, w: Weights) -> tuple[torch.Tensor, torch.Tensor]:
-        """The memory times `carry` before each chunk, and the memory after the block."""
-        local = times(w.write, self.sight.after).transpose(-1, -2) @ x
-        before, after = memory.forwards(start, local, w.carry, w.close, self.sight.kept)
+    def _advance(self, start: torch.Tensor, x: torch.Tensor, w: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the state times `carry` before each chunk, and the state after the block."""
+        local = times(w.write, self.masks.after).transpose(-1, -2) @ x
+        before, after = recurrence.forwards(start, local, w.carry, w.close, self.masks.kept)
         return (before if w.carry is None else before.mul_(w.carry.transpose(-1, -2))), after
 
-    def probabilities(self) -> None:
-        """Compute what both directions need: the pairs' scores, the slots' logits, and their softmax."""
-        w = self.for_keys
-        self.scores = self.sight.pairs(self.q @ self.k.transpose(-1, -2))
-        self.logits = w.scale(self.sight.add_read(self.scores @ w.write, self.q, self._keys.transpose(-1, -2)))
+    def _softmax(self) -> None:
+        """Compute what forward and backward both need: a, logits, p, r and b."""
+        w = self.w_k
+        self.a = self.masks.mask_pairs(self.q @ self.k.transpose(-1, -2))
+        self.logits = w.times_read_(self.masks.add_read(self.a @ w.write, self.q, self._K.transpose(-1, -2)))
         if w.seen is None:
             self.p = self.logits.softmax(-1)
-        else:
+        else:  # empty slots take no part; a row without any slot reads 0
             seen = w.seen[:, :, :, None].expand(*w.seen.shape[:3], self.q.shape[3] // w.seen.shape[3], -1, -1)
             masked = self.logits.masked_fill(~seen.flatten(3, 4), -torch.inf)
             self.p = masked.softmax(-1).nan_to_num_(0.0)
-        self.spread = self.for_values.scaled(self.p)
-        self.mixed = self.sight.pairs(self.spread @ self.for_values.write.transpose(-1, -2))
+        self.r = self.w_v.times_read(self.p)
+        self.b = self.masks.mask_pairs(self.r @ self.w_v.write.transpose(-1, -2))
 
     def forward(self) -> torch.Tensor:
-        """(B, G, chunks, n * C, Dv)."""
-        self.probabilities()
-        return self.sight.add_read(self.mixed @ self.v, self.spread, self._values)
+        """Return out (B, G, chunks, n * C, Dv)."""
+        self._softmax()
+        return self.masks.add_read(self.b @ self.v, self.r, self._V)
 
-    def backward(self, dout: torch.Tensor, gradient: Memory) -> tuple[list[torch.Tensor], Memory]:
-        """([dq, dk, dv, ds of keys, ds of values], folded as the inputs; the gradient of the memory before the block).
+    def backward(self, dout: torch.Tensor, gradient: BlockState) -> tuple[list[torch.Tensor], BlockState]:
+        """Return [dq, dk, dv, ds of keys, ds of values], folded as the inputs, and the gradient of the state before.
 
-        Where both share a control its gradient is the last one's sum with the first.
+        A shared control has one ds, which sums both.
         """
-        self.probabilities()
-        sight, keys, values = self.sight, self.for_keys, self.for_values
-        pairs = sight.pairs(dout @ self.v.transpose(-1, -2))
-        dp = values.scale(sight.add_read(pairs @ values.write, dout, self._values.transpose(-1, -2)))
+        self._softmax()
+        masks, w_k, w_v = self.masks, self.w_k, self.w_v
+        # Through out and the softmax, to the logits.
+        db = masks.mask_pairs(dout @ self.v.transpose(-1, -2))
+        dp = w_v.times_read_(masks.add_read(db @ w_v.write, dout, self._V.transpose(-1, -2)))
         pdp = dp.mul_(self.p)
-        dlogits = torch.addcmul(pdp, self.p, pdp.sum(-1, keepdim=True), value=-1.0)
-        g = keys.scaled(dlogits)
-        mixed = sight.pairs(g @ keys.write.transpose(-1, -2))
-        dq = sight.add_read(mixed @ self.k, g, self._keys)
-        inside_k, dkeys = self._recall(gradient.keys, g, self.q, keys)
-        inside_v, dvalues = self._recall(gradient.values, self.spread, dout, values)
-        dk = sight.add_written(mixed.transpose(-1, -2) @ self.q, keys.write, inside_k)
-        dv = sight.add_written(self.mixed.transpose(-1, -2) @ dout, values.write, inside_v)
-        raw_k = sight.add_written(self.scores.transpose(-1, -2) @ g, self.k, inside_k.transpose(-1, -2))
-        raw_v = sight.add_written(pairs.transpose(-1, -2) @ self.spread, self.v, inside_v.transpose(-1, -2))
-        c_k, c_v = self._per_token(dlogits.mul_(self.logits)), self._per_token(pdp)
-        streams = [(keys, raw_k, c_k), (values, raw_v, c_v)]
-        if keys is values:
-            streams = [(keys, raw_k.add_(raw_v), c_k.add_(c_v))]
+        dl = torch.addcmul(pdp, self.p, pdp.sum(-1, keepdim=True), value=-1.0)
+        g = w_k.times_read(dl)
+        da = masks.mask_pairs(g @ w_k.write.transpose(-1, -2))
+        dq = masks.add_read(da @ self.k, g, self._K)
+        # Through the states: later chunks' reads arrive as dK and dV.
+        dk_state, keys_before = self._advance_back(gradient.keys, g, self.q, w_k)
+        dv_state, values_before = self._advance_back(gradient.values, self.r, dout, w_v)
+        dk = masks.add_written(da.transpose(-1, -2) @ self.q, w_k.write, dk_state)
+        dv = masks.add_written(self.b.transpose(-1, -2) @ dout, w_v.write, dv_state)
+        # To the write weights, and from them to the control.
+        dw_k = masks.add_written(self.a.transpose(-1, -2) @ g, self.k, dk_state.transpose(-1, -2))
+        dw_v = masks.add_written(db.transpose(-1, -2) @ self.r, self.v, dv_state.transpose(-1, -2))
+        c_k, c_v = self._per_token(dl.mul_(self.logits)), self._per_token(pdp)
+        controls = [(w_k, dw_k, c_k), (w_v, dw_v, c_v)]
+        if self.weights.tied:
+            controls = [(w_k, dw_k.add_(dw_v), c_k.add_(c_v))]
         masses, ds = [], []
-        for (w, raw, c), mass in zip(streams, gradient.mass, strict=True):
-            found, before = self._control(w, raw, c, mass)
+        for (w, dw, c), mass in zip(controls, gradient.mass, strict=True):
+            found, before = self._control_gradient(w, dw, c, mass)
             ds.append(found)
             masses.append(before)
-        return [dq, dk, dv, *ds], Memory(dkeys, dvalues, tuple(masses))
+        return [dq, dk, dv, *ds], BlockState(keys_before, values_before, tuple(masses))
 
-    def _recall(
+    def _advance_back(
         self, gradient: torch.Tensor, g: torch.Tensor, x: torch.Tensor, w: Weights
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return memory.backwards(gradient, self.sight.rows(g).transpose(-1, -2) @ x, w.carry, w.close, self.sight.kept)
+        """Return the gradient of what each chunk wrote, and of the state before the block."""
+        local = self.masks.mask_rows(g).transpose(-1, -2) @ x
+        return recurrence.backwards(gradient, local, w.carry, w.close, self.masks.kept)
 
     def _per_token(self, x: torch.Tensor) -> torch.Tensor:
-        """Summed over the n rows of a token: (B, G, chunks, C, M)."""
+        """Sum over the n rows of a token: (B, G, chunks, C, M)."""
         size = self.k.shape[3]
         return x if x.shape[3] == size else x.unflatten(3, (-1, size)).sum(3)
 
-    def _control(
-        self, w: Weights, raw: torch.Tensor, c: torch.Tensor, mass: torch.Tensor
+    def _control_gradient(
+        self, w: Weights, dw: torch.Tensor, c: torch.Tensor, mass: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The control's gradient from that of the write weights, and the (negative) one of the log mass before."""
-        if w.e is None or w.over is None or w.d is None:
-            return raw, mass
-        sight, own = self.sight, raw
-        if w.write is not w.e:  # running: a token divides when it writes, not when it is read
-            own = raw * w.write
-            c = own
-        c = c * w.over
-        local = times(c, sight.before).sum(3, keepdim=True).transpose(-1, -2)
-        inside, before = memory.backwards(mass, local, w.d, w.shut, sight.kept)
-        total = sight.visible.transpose(-1, -2) @ c + times(inside.transpose(-1, -2), sight.after)
-        if w.write is w.e:
-            return raw.sub_(total).mul_(w.e), before
-        return own - total.mul_(w.e), before
+        """Return ds, from the gradient of the write weights, and the (negative) gradient of the log mass before."""
+        if w.normalizer == Normalizer.SUM:
+            return dw, mass
+        assert w.e is not None and w.inv_total is not None and w.d is not None
+        running = w.normalizer == Normalizer.RUNNING
+        # prefix: token t divides by total_t when it reads, which c measures. running: token j divides by total_j when
+        # it writes w_j = e_j / total_j, so the same role falls to dw_j w_j.
+        own = dw * w.write if running else dw
+        c = (own if running else c) * w.inv_total
+        # s_j is part of every total_t with t >= j: in this chunk by the masks, in later ones by the log mass.
+        local = times(c, self.masks.before).sum(3, keepdim=True).transpose(-1, -2)
+        later, before = recurrence.backwards(mass, local, w.d, w.inv_end, self.masks.kept)
+        total = self.masks.visible.transpose(-1, -2) @ c + times(later.transpose(-1, -2), self.masks.after)
+        if running:
+            return own - total.mul_(w.e), before
+        return own.sub_(total).mul_(w.e), before

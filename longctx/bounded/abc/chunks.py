@@ -1,106 +1,112 @@
 """ABC over a local sequence by chunks, with its own backward: the training form.
 
-Forward keeps the inputs and the state at the start of each block, nothing else that grows; backward walks the blocks
-from the last to the first and computes each again.
+Forward saves the inputs and the state at the start of each block. Backward goes through the blocks from last to first
+and recomputes each.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
-from longctx.attention.backends.base import accumulator_dtype
 from longctx.bounded.abc import weights
-from longctx.bounded.abc.block import Memory, Pass
-from longctx.bounded.chunks import Block, Runs, Sight, blocks, causal_sight, fold, unfold
+from longctx.bounded.abc.block import BlockPass, BlockState, BlockWeights
+from longctx.bounded.abc.weights import Normalizer
+from longctx.bounded.chunks import Block, unfold
+from longctx.bounded.walk import ChunkWalk, blocks_of
 from longctx.derivative import first_only
-
-CHUNK = 64
-BLOCK_ROWS = 4096
-"""Rows of queries, over batch and heads, that are computed together."""
 
 Optional = torch.Tensor | None
 
 
-@first_only
-class Chunked(torch.autograd.Function):
-    """(q, k, v, key and value control, state before) -> (out, state after); see `abc_attention` for the shapes.
+class ABCTensors(NamedTuple):
+    """The tensors of one call; see `abc_attention` for the shapes.
 
-    A state is (key log mass, value log mass, keys, values). The value control and log mass are None where both share
-    one. `ids` (B, T) and `document` (B,) as in `Runs`, or None for one document.
+    s_k, s_v: the controls of keys and values. z_k, z_v, keys, values: the state before. s_v and z_v are None where keys
+    and values share one control. ids (B, T) and document (B,) as in `Runs`, or None for one document.
     """
 
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    s_k: torch.Tensor
+    s_v: Optional
+    z_k: torch.Tensor
+    z_v: Optional
+    keys: torch.Tensor
+    values: torch.Tensor
+    ids: Optional = None
+    document: Optional = None
+
+
+@dataclass(frozen=True)
+class ChunkSettings:
+    """The settings of one call. scale: of the logits that read the slots. chunk: tokens per chunk."""
+
+    normalizer: Normalizer
+    scale: float
+    chunk: int
+
+
+State = tuple[torch.Tensor, Optional, torch.Tensor, torch.Tensor]
+"""(z_k, z_v, keys, values)."""
+
+
+@first_only
+class Chunked(torch.autograd.Function):
+    """(settings, *ABCTensors) -> (out, z_k, z_v, keys, values after the last token)."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        s_k: torch.Tensor,
-        s_v: Optional,
-        z_k: torch.Tensor,
-        z_v: Optional,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        ids: Optional,
-        document: Optional,
-        normalizer: str,
-        scale: float,
-        chunk: int,
-    ) -> tuple[Optional, ...]:
-        walk = _Walk(q, k, v, s_k, s_v, ids, document, normalizer, scale)
-        out = q.new_empty((*q.shape[:3], v.shape[3]))
-        state = (z_k, z_v, keys, values)
+    def forward(ctx: Any, settings: ChunkSettings, *tensors: Optional) -> tuple[Optional, ...]:
+        x = ABCTensors(*tensors)  # type: ignore[arg-type]
+        walk = _ABCWalk(x, settings)
+        out = x.q.new_empty((*x.q.shape[:3], x.v.shape[3]))
+        state: State = (x.z_k, x.z_v, x.keys, x.values)
         ctx.steps = []
-        rows = max(q.shape[0] * q.shape[1] * chunk, 1)
-        for block in blocks(q.shape[2], chunk, max(BLOCK_ROWS // rows, 1)):
+        for block in blocks_of(x.q, settings.chunk):
             state = walk.forward(block, state, out, ctx.steps)
         ctx.set_materialize_grads(False)
-        ctx.walk_settings = (normalizer, scale)
-        ctx.save_for_backward(q, k, v, s_k, s_v, ids, document, z_k, z_v, keys, values, *state[2:])
+        ctx.settings = settings
+        ctx.save_for_backward(*tensors, *state[2:])
         # An output must not be an input: a state that nothing was added to is a copy.
-        return (out, *(None if x is None else x.clone() for x in state))
+        return (out, *(None if part is None else part.clone() for part in state))
 
     @staticmethod
     def backward(ctx: Any, dout: Optional, dz_k: Optional, dz_v: Optional, dkeys: Optional, dvalues: Optional) -> Any:
-        q, k, v, s_k, s_v, ids, document, z_k, z_v, keys, values, last_keys, last_values = ctx.saved_tensors
-        walk = _Walk(q, k, v, s_k, s_v, ids, document, *ctx.walk_settings)
-        dkeys = torch.zeros_like(keys) if dkeys is None else dkeys
-        dvalues = torch.zeros_like(values) if dvalues is None else dvalues
-        gradient = Memory(dkeys, dvalues, walk.mass_gradient(dz_k, dz_v, dkeys, dvalues, last_keys, last_values))
+        *tensors, last_keys, last_values = ctx.saved_tensors
+        x = ABCTensors(*tensors)
+        walk = _ABCWalk(x, ctx.settings)
+        dkeys = torch.zeros_like(x.keys) if dkeys is None else dkeys
+        dvalues = torch.zeros_like(x.values) if dvalues is None else dvalues
+        gains = walk.mass_gains((dkeys, last_keys), (dvalues, last_values))
+        gradient = BlockState(
+            dkeys,
+            dvalues,
+            tuple(gain if dz is None else gain - dz[..., None] for gain, dz in zip(gains, (dz_k, dz_v), strict=False)),
+        )
         if dout is None:
-            dout = q.new_zeros((*q.shape[:3], v.shape[3]))
-        grads = [torch.empty_like(x) for x in (q, k, v, s_k, s_v) if x is not None]
+            dout = x.q.new_zeros((*x.q.shape[:3], x.v.shape[3]))
+        grads = [torch.empty_like(y) for y in (x.q, x.k, x.v, *walk.controls)]
         for block, state in reversed(ctx.steps):
             gradient = walk.backward(block, state, dout, gradient, grads)
-        dz = walk.initial_mass_gradient(gradient, keys, values)
-        ds_v, dz_v = (grads[4], dz[1]) if s_v is not None else (None, None)
-        return *grads[:4], ds_v, dz[0], dz_v, gradient.keys, gradient.values, None, None, None, None, None
+        dz = walk.mass_gradient_before(gradient)
+        ds_v, dz_v = (grads[4], dz[1]) if x.s_v is not None else (None, None)
+        return None, *grads[:4], ds_v, dz[0], dz_v, gradient.keys, gradient.values, None, None
 
 
-class _Walk:
+class _ABCWalk(ChunkWalk):
     """The blocks of one call, in either direction."""
 
-    def __init__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        s_k: torch.Tensor,
-        s_v: Optional,
-        ids: Optional,
-        document: Optional,
-        normalizer: str,
-        scale: float,
-    ) -> None:
-        self.q, self.k, self.v, self.controls = q, k, v, [s_k] if s_v is None else [s_k, s_v]
-        self.runs = None if ids is None else Runs(ids, document)
-        self.normalizer, self.scale, self.dtype = normalizer, scale, accumulator_dtype(q.dtype)
-        self._sights: dict[int, Sight] = {}
+    def __init__(self, x: ABCTensors, settings: ChunkSettings) -> None:
+        super().__init__(x.q, x.k, x.v, x.ids, x.document)
+        self.x, self.settings = x, settings
+        self.controls = [x.s_k] if x.s_v is None else [x.s_k, x.s_v]
 
-    def forward(self, block: Block, state: Any, out: torch.Tensor, steps: list[Any]) -> Any:
-        """One block, or the parts of it that fit; returns the state after it and notes each part with its start."""
+    def forward(self, block: Block, state: State, out: torch.Tensor, steps: list[Any]) -> State:
+        """Compute one block, in halves where its logits rise too steeply; append (block, state before) to `steps` and
+        return the state after it."""
         made = self._pass(block, state)
         if made is None:
             for half in block.halves():
@@ -108,68 +114,48 @@ class _Walk:
             return state
         steps.append((block, state))
         unfold(out, block, made.forward())
-        mass_v = made.for_values.mass if len(self.controls) > 1 else None
-        return made.for_keys.mass, mass_v, made.after.keys, made.after.values
+        mass_v = None if made.weights.tied else made.w_v.mass
+        return made.w_k.mass, mass_v, made.after.keys, made.after.values
 
     def backward(
-        self, block: Block, state: Any, dout: torch.Tensor, gradient: Memory, grads: list[torch.Tensor]
-    ) -> Memory:
+        self, block: Block, state: State, dout: torch.Tensor, gradient: BlockState, grads: list[torch.Tensor]
+    ) -> BlockState:
+        """Write one block's gradients into `grads` and return the gradient of the state before it."""
         made = self._pass(block, state)
         assert made is not None
-        parts, gradient = made.backward(fold(dout, block, self.k.shape[1], self.dtype).contiguous(), gradient)
-        parts[0].mul_(self.scale)
+        parts, gradient = made.backward(self.fold(dout, block).contiguous(), gradient)
+        parts[0].mul_(self.settings.scale)
         for whole, part in zip(grads, parts, strict=True):
             unfold(whole, block, part)
         return gradient
 
-    def _pass(self, block: Block, state: Any) -> Pass | None:
+    def _pass(self, block: Block, state: State) -> BlockPass | None:
+        """Return the pass over one block, None if it must be split."""
         z_k, z_v, keys, values = state
-        sight, group = self._sight(block), self.k.shape[1]
-        made = []
+        masks, made = self.masks(block), []
         for control, mass in zip(self.controls, (z_k, z_v), strict=False):
-            found = weights.make(fold(control, block, group, self.dtype), mass, sight, self.normalizer)
+            assert mass is not None
+            found = weights.make(self.fold(control, block), mass, masks, self.settings.normalizer)
             if found is None:
                 return None
             made.append(found)
-        q, k, v = (fold(x, block, group, self.dtype) for x in (self.q, self.k, self.v))
-        if sight.valid is not None:  # what padding holds is nobody's business, NaN included
-            k, v = (x.masked_fill(~sight.valid, 0.0) for x in (k, v))
-            q = q.unflatten(3, (-1, block.size)).masked_fill(~sight.valid[:, :, :, None], 0.0).flatten(3, 4)
-        return Pass(q * self.scale, k, v, (made[0], made[-1]), sight, Memory(keys, values))
+        q, k, v = self.inputs(block, masks)
+        return BlockPass(q * self.settings.scale, k, v, BlockWeights(*made), masks, BlockState(keys, values))
 
-    def _sight(self, block: Block) -> Sight:
-        if self.runs is not None:
-            return self.runs.sight(block, self.dtype)
-        if block.size not in self._sights:
-            self._sights[block.size] = causal_sight(block.size, self.dtype, self.q.device)
-        return self._sights[block.size]
+    def mass_gains(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+        """Return, per control, how much the loss falls as the mass that a state is divided by grows: (B, G, M, 1).
 
-    def mass_gradient(
-        self,
-        dz_k: Optional,
-        dz_v: Optional,
-        dkeys: torch.Tensor,
-        dvalues: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        """By how much the loss falls as the final log masses grow, a control each: (B, G, M, 1)."""
-        falls = [torch.zeros_like(keys[..., :1])] * 2
-        if self.normalizer == "prefix":  # a memory is a mean: it is divided by the mass
-            falls = [(d * x).sum(-1, keepdim=True) for d, x in ((dkeys, keys), (dvalues, values))]
-        if len(self.controls) == 1:
-            falls = [falls[0] + falls[1]]
-        return tuple(
-            fall if dz is None else fall - dz[..., None] for fall, dz in zip(falls, (dz_k, dz_v), strict=False)
-        )
+        Args:
+            pairs: (gradient, state) of keys and of values.
+        """
+        gains = [torch.zeros_like(state[..., :1]) for _, state in pairs]
+        if self.settings.normalizer == Normalizer.PREFIX:  # a state is a mean: it is divided by the mass
+            gains = [(gradient * state).sum(-1, keepdim=True) for gradient, state in pairs]
+        return gains if len(self.controls) > 1 else [gains[0] + gains[1]]
 
-    def initial_mass_gradient(self, gradient: Memory, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
-        """The gradient of the log mass before the first token, a control each: the memory is one more token there."""
-        if self.normalizer == "sum":
-            return [torch.zeros_like(keys[..., 0])] * 2
-        gains = [torch.zeros_like(keys[..., 0])] * 2
-        if self.normalizer == "prefix":
-            gains = [(gradient.keys * keys).sum(-1), (gradient.values * values).sum(-1)]
-        if len(self.controls) == 1:
-            gains = [gains[0] + gains[1]]
-        return [gain - mass[..., 0] for gain, mass in zip(gains, gradient.mass, strict=True)]
+    def mass_gradient_before(self, gradient: BlockState) -> list[torch.Tensor]:
+        """Return the gradient of each control's log mass before the first token: the state acts as one more token."""
+        gains = self.mass_gains((gradient.keys, self.x.keys), (gradient.values, self.x.values))
+        if self.settings.normalizer == Normalizer.SUM:
+            return [torch.zeros_like(gain[..., 0]) for gain in gains]
+        return [(gain - mass)[..., 0] for gain, mass in zip(gains, gradient.mass, strict=True)]

@@ -1,13 +1,13 @@
-"""ABC's control strategies: what decides which slots a token is written to. Each is a small frozen value.
+"""ABC's control strategies, which decide the slots that each token is written to. Each is a small frozen value.
 
-A strategy gives, a token and slot, one of three things:
+A strategy gives one of three things per token and slot:
 
-    logits   the normalizer makes weights of them (a learned control gives its logits directly, without a strategy)
-    slots    logits 0 and -inf: a token belongs to slots or does not; the normalizer "sum" adds without dividing
+    logits   the normalizer turns them into weights (a learned control passes its logits directly, without a strategy)
+    slots    logits 0 and -inf: a token belongs to a slot or not; the normalizer "sum" adds without dividing
     weights  used as they are, and summed: no normalizer applies
 
-or, for memories that are queues of tokens (`Fifo`), the ranges of tokens in view. What depends on a token's place uses
-its index within its document, so the ranks of a ring, and any split of a sequence, agree.
+or, for queues of tokens (`Fifo`), the ranges of tokens in view. Position-dependent strategies use a token's index
+within its document, so the ranks of a ring, and any split of a sequence, agree.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ import torch
 
 from longctx.attention.arguments import wrapped
 from longctx.bounded.abc import clusters
-from longctx.bounded.ranks.sequence import Place
+from longctx.bounded.ranks.sequence import LocalTokens
 from longctx.bounded.state import ABCState
 from longctx.errors import AttentionError
 
 
 @dataclass(frozen=True)
 class Control:
-    """A control strategy; see the functions below, which make them."""
+    """A control strategy; the functions below create them."""
 
     kind: ClassVar[str] = "logits"
     positional: ClassVar[bool] = False
-    """Whether it needs the index of a token in its document: a state must count tokens."""
+    """Whether it needs the index of a token in its document; states then count tokens."""
 
     def control(self, k: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None, causal: bool) -> torch.Tensor:
-        """(B, G, T, M) for keys k (B, G, T, D) at `index` (B or 1, T) of their documents."""
+        """Return (B, G, T, M) for keys k (B, G, T, D) at `index` (B or 1, T) of their documents."""
         raise AttentionError(f"{type(self).__name__} writes no weights: it is a queue of tokens")
 
 
 @dataclass(frozen=True)
 class Random(Control):
-    """Every token belongs to one slot, drawn at random from the seed, the head and the token's index."""
+    """Assign every token to one slot by a hash of the seed, the head and the token's index."""
 
     slots: int
     seed: int = 0
@@ -55,7 +55,7 @@ class Random(Control):
 
 @dataclass(frozen=True)
 class Identity(Control):
-    """Token i is slot i: softmax attention over all tokens so far, for tests; `slots` bounds the length."""
+    """Write token i to slot i: softmax attention over all tokens so far, for tests; `slots` bounds the length."""
 
     slots: int | None = None
     kind: ClassVar[str] = "slots"
@@ -70,7 +70,7 @@ class Identity(Control):
 
 @dataclass(frozen=True)
 class Linformer(Control):
-    """Learned weights by position: token i is written with column i of `weight` (G or 1, M, S_max)."""
+    """Write token i with column i of `weight` (G or 1, M, S_max), learned per position."""
 
     weight: torch.Tensor
     kind: ClassVar[str] = "weights"
@@ -90,11 +90,11 @@ class Linformer(Control):
 
 @dataclass(frozen=True)
 class Cluster(Control):
-    """A token belongs to the slot whose centroid is nearest its key; a slot's memory is then a centroid itself.
+    """Assign a token to the slot whose centroid is nearest its key; the slot's keys then average to that centroid.
 
     Bidirectional: k-means over all keys, `iterations` rounds from evenly spaced tokens. Causal: the first M tokens of a
-    document found the slots, later tokens join the nearest as it stood at the last of every 64 tokens. No gradient
-    flows through the choice.
+    document start one slot each, later tokens join the nearest centroid, and centroids are updated every 64 tokens. No
+    gradient flows through the assignment.
     """
 
     slots: int
@@ -104,31 +104,31 @@ class Cluster(Control):
 
     def control(self, k: torch.Tensor, index: torch.Tensor, valid: torch.Tensor | None, causal: bool) -> torch.Tensor:
         index = index.expand(k.shape[0], -1)
-        begins = index == 0  # so does every document
+        begins = index == 0  # of a document
         ids = begins.cumsum(1) if valid is None else (begins & valid).cumsum(1).masked_fill(~valid, -1)
         return _members(clusters.assign(k.detach(), ids, self.slots, self.iterations), self.slots, k.dtype)
 
     def online(
-        self, k: torch.Tensor, index: torch.Tensor, place: Place, state: ABCState | None, total: bool
+        self, k: torch.Tensor, index: torch.Tensor, local: LocalTokens, state: ABCState | None, total: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the control of causal attention, what the state carries on of it, on a ring only if `total`)."""
+        """Return the control of causal attention, and `ABCState.clusters` after it, on a ring only if `total`."""
         if state is None or state.clusters is None:
             seen, document = clusters.empty(k, self.slots), torch.full((k.shape[0],), -1, device=k.device)
         else:
             known = state.document
             seen = state.clusters.detach()
             document = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device) if known is None else known
-        slot, seen = clusters.over_ranks(k.detach(), index.expand(k.shape[0], -1), place, seen, document, total)
+        slot, seen = clusters.over_ranks(k.detach(), index.expand(k.shape[0], -1), local, seen, document, total)
         return _members(slot, self.slots, k.dtype), seen
 
 
 @dataclass(frozen=True)
 class Fifo(Control):
-    """A queue of tokens of the document.
+    """A queue of the document's tokens.
 
-    recent: tokens always in view, the token itself included. strided: older entries in view, one every `stride`
-    tokens; each is the last token of its stride, or with `pooled` the mean of the stride, seen once all of it has left
-    the recent ones.
+    recent: number of latest tokens in view, the token itself included. strided: number of older entries in view, one
+    every `stride` tokens. An entry is the last token of its stride, or with `pooled` the mean of the stride, in view
+    once the whole stretch has left the recent tokens.
     """
 
     recent: int
@@ -139,25 +139,25 @@ class Fifo(Control):
 
 
 def random(slots: int, seed: int = 0) -> Control:
-    """ABC_RD: each token is written to one slot, drawn at random."""
+    """ABC_RD: write each token to one random slot."""
     _check_positive("random", slots=slots)
     return Random(slots, seed)
 
 
 def identity(slots: int | None = None) -> Control:
-    """Each token has a slot of its own (softmax attention); for tests."""
+    """Give each token its own slot (softmax attention); for tests."""
     return Identity(slots)
 
 
 def linformer(weight: torch.Tensor) -> Control:
-    """Linformer's projection, learned by position, causal or not; weight (G or 1, M, S_max), differentiable."""
+    """Linformer's projection, learned per position, causal or not; weight (G or 1, M, S_max), differentiable."""
     if weight.dim() != 3 or not weight.is_floating_point():
         raise AttentionError(f"linformer weight {tuple(weight.shape)} of {weight.dtype}: expected (G or 1, M, S_max)")
     return Linformer(weight)
 
 
 def cluster(slots: int, iterations: int = 5) -> Control:
-    """ABC_CL: centroids of clustered keys."""
+    """ABC_CL: slots are clusters of keys."""
     _check_positive("cluster", slots=slots, iterations=iterations)
     return Cluster(slots, iterations)
 
@@ -169,27 +169,26 @@ def window(slots: int) -> Control:
 
 
 def dilated(slots: int, rate: int) -> Control:
-    """A queue that moves on at every `rate`-th token, its newest slot holding the latest token in between: the token
-    itself and the last tokens of the `slots - 1` strides before it."""
+    """A queue of the token itself and the last tokens of the `slots - 1` strides of `rate` tokens before it."""
     _check_positive("dilated", slots=slots, rate=rate)
     return Fifo(slots) if rate == 1 else Fifo(1, slots - 1, rate)
 
 
 def compressive(slots: int, ratio: int) -> Control:
-    """The Compressive Transformer's memory: half of the slots hold the last tokens, the others means of `ratio` tokens
-    each that left it."""
+    """The Compressive Transformer's queue: half of the slots hold the last tokens, the others means of `ratio` older
+    tokens each."""
     _check_positive("compressive", slots=slots, ratio=ratio)
     return Fifo(slots - slots // 2, slots // 2, ratio, pooled=True)
 
 
 def _members(slot: torch.Tensor, slots: int, dtype: torch.dtype) -> torch.Tensor:
-    """Logits 0 in the slot of each token and -inf elsewhere: (B, G, T) -> (B, G, T, M)."""
+    """Return logits (B, G, T, M) that are 0 in each token's slot (B, G, T) and -inf elsewhere."""
     belongs = slot[..., None] == torch.arange(slots, device=slot.device)
     return torch.zeros(belongs.shape, dtype=dtype, device=slot.device).masked_fill_(~belongs, -torch.inf)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of int64 that leaves no pattern (the finalizer of splitmix64)."""
+    """Hash int64 bijectively (the finalizer of splitmix64)."""
     x = x + wrapped(0x9E3779B97F4A7C15)
     x = (x ^ ((x >> 30) & (2**34 - 1))) * wrapped(0xBF58476D1CE4E5B9)
     x = (x ^ ((x >> 27) & (2**37 - 1))) * wrapped(0x94D049BB133111EB)

@@ -1,7 +1,7 @@
-"""Causal ABC with the prefix normalizer by the Triton kernels: `abc_chunks.Chunked` on a GPU or interpreted.
+"""Causal ABC with the prefix normalizer by the Triton kernels: `abc/chunks.py` on a GPU or interpreted.
 
-Only the inputs are kept; backward makes the masses and memories again. Importing this file imports triton, so it is
-imported when that backend is asked for.
+Only the inputs are saved; backward recomputes masses and states. Importing this file imports triton, so it is imported
+when that backend is chosen.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from longctx.attention.backends.triton import arch, dense, on_device
-from longctx.bounded.cosine.triton import documents_of
+from longctx.bounded.abc.chunks import ABCTensors
+from longctx.bounded.fused import empty_like, output_gradient, state_gradient, with_documents
 from longctx.derivative import first_only
 from longctx.kernels.abc.fused import Causal, Masses
 
@@ -19,92 +20,75 @@ Optional = torch.Tensor | None
 
 
 @first_only
-class Fused(torch.autograd.Function):
-    """(q, k, v, s, z, K, V before) -> (out, z, K, V after): one control for keys and values, logits of any size."""
+class FusedABC(torch.autograd.Function):
+    """(scale, *ABCTensors) -> (out, z, keys, values after the last token): one control for keys and values."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        s: torch.Tensor,
-        z: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        ids: Optional,
-        document: Optional,
-        scale: float,
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, scale: float, *tensors: Optional) -> tuple[torch.Tensor, ...]:
+        x = ABCTensors(*tensors)  # type: ignore[arg-type]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, s, z, keys, values, ids, document)
+        ctx.save_for_backward(*tensors)
         ctx.scale = scale
-        out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-        with on_device(q.device):
-            call = _call(q, k, v, s, ids, document, scale)
-            masses, key_states, value_states = _memories(call, z, keys, values)
-            call.output(masses, key_states, value_states, out)()
-        return out, masses.boundary[:, :, -1].clone(), key_states[:, :, -1].clone(), value_states[:, :, -1].clone()
+        out = torch.empty((*x.q.shape[:3], x.v.shape[3]), dtype=x.q.dtype, device=x.q.device)
+        with on_device(x.q.device):
+            call = _call(x, scale)
+            masses, keys, values = _states(call, x)
+            call.output(masses, keys, values, out)()
+        return out, masses.boundary[:, :, -1].clone(), keys[:, :, -1].clone(), values[:, :, -1].clone()
 
     @staticmethod
     def backward(ctx: Any, dout: Optional, dz: Optional, dkeys: Optional, dvalues: Optional) -> Any:
-        q, k, v, s, z, keys, values, ids, document = ctx.saved_tensors
-        dout = q.new_zeros((*q.shape[:3], v.shape[3])) if dout is None else dense(dout)
-        dkeys, dvalues = (
-            torch.zeros_like(x) if d is None else d.contiguous() for d, x in ((dkeys, keys), (dvalues, values))
-        )
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        ds = torch.empty(s.shape, dtype=torch.float32, device=s.device)
-        with on_device(q.device):
-            call = _call(q, k, v, s, ids, document, ctx.scale)
-            masses, key_states, value_states = _memories(call, z, keys, values)
-            fall = (dkeys * key_states[:, :, -1]).sum(-1) + (dvalues * value_states[:, :, -1]).sum(-1)
-            fall = fall if dz is None else fall - dz
-            rows, reads = call.queries(masses, key_states, value_states, dout, dq)
+        x = ABCTensors(*ctx.saved_tensors)
+        dout = output_gradient(dout, x.q, x.v)
+        dkeys, dvalues = state_gradient(dkeys, x.keys), state_gradient(dvalues, x.values)
+        dq, dk, dv = empty_like(x.q, x.k, x.v)
+        ds = torch.empty(x.s_k.shape, dtype=torch.float32, device=x.s_k.device)
+        with on_device(x.q.device):
+            call = _call(x, ctx.scale)
+            masses, keys, values = _states(call, x)
+            # How much the loss falls as the last log mass grows: the last state is a mean, divided by that mass.
+            gain = (dkeys * keys[:, :, -1]).sum(-1) + (dvalues * values[:, :, -1]).sum(-1)
+            gain = gain if dz is None else gain - dz
+            rows, reads = call.queries(masses, keys, values, dout, dq)
             rows()
-            of_keys = _gradients(call, call.q, reads.g, masses, dkeys)
-            of_values = _gradients(call, dout, reads.p, masses, dvalues)
-            of_masses = _gradients(call, call.ones(q.shape[1]), reads.c, masses, fall[..., None].contiguous())
+            of_keys = _state_gradients(call, call.q, reads.g, masses, dkeys)
+            of_values = _state_gradients(call, dout, reads.p, masses, dvalues)
+            of_masses = _state_gradients(
+                call, call.ones(x.q.shape[1]), reads.c, masses, gain[..., None].contiguous()
+            )  # fmt: skip
             call.keys(call.k, call.q, reads.g, masses, of_keys, dk)()
             call.keys(call.v, dout, reads.p, masses, of_values, dv)()
             call.control(call.k, call.q, reads.g, masses, of_keys, ds, first=True)()
             call.control(call.v, dout, reads.p, masses, of_values, ds, first=False)()
             call.mass(reads.c, masses, of_masses, ds)()
-        dkeys, dvalues, fall = of_keys[:, :, 0].clone(), of_values[:, :, 0].clone(), of_masses[:, :, 0, :, 0]
-        dz = (dkeys * keys).sum(-1) + (dvalues * values).sum(-1) - fall
-        return dq, dk, dv, ds.to(s.dtype), dz, dkeys, dvalues, None, None, None
+        dkeys, dvalues, gain = of_keys[:, :, 0].clone(), of_values[:, :, 0].clone(), of_masses[:, :, 0, :, 0]
+        dz = (dkeys * x.keys).sum(-1) + (dvalues * x.values).sum(-1) - gain
+        return None, dq, dk, dv, ds.to(x.s_k.dtype), None, dz, None, dkeys, dvalues, None, None
 
 
-def _call(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    s: torch.Tensor,
-    ids: Optional,
-    document: Optional,
-    scale: float,
-) -> Causal:
-    given = dense(q), dense(k), dense(v), dense(s), scale
-    made = Causal(*given, None, arch(q.device))
-    return made if ids is None else Causal(*given, documents_of(ids, document, made.chunk), made.arch)
+def _call(x: ABCTensors, scale: float) -> Causal:
+    inputs = dense(x.q), dense(x.k), dense(x.v), dense(x.s_k), scale
+    return with_documents(lambda documents: Causal(*inputs, documents, arch(x.q.device)), x.ids, x.document)
 
 
-def _memories(call: Causal, z: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Any:
-    """(the log masses, the keys' memory and the values' before each chunk and after the last)."""
-    launches, masses = call.masses(z.contiguous())
+def _states(call: Causal, x: ABCTensors) -> tuple[Masses, torch.Tensor, torch.Tensor]:
+    """Return the log masses, and the states of keys and of values before each chunk and after the last."""
+    launches, masses = call.masses(x.z_k.contiguous())
     for launch in launches:
         launch()
     found = []
-    for x, start in ((call.k, keys), (call.v, values)):
-        launch, states = call.write(x, masses)
+    for tokens, start in ((call.k, x.keys), (call.v, x.values)):
+        launch, states = call.write(tokens, masses)
         launch()
         call.scan(states, start.contiguous(), masses, down=False)()
         found.append(states)
-    return masses, *found
+    return masses, found[0], found[1]
 
 
-def _gradients(call: Causal, x: torch.Tensor, y: torch.Tensor, masses: Masses, last: torch.Tensor) -> torch.Tensor:
-    """The gradient of a memory at each boundary, from that at the end."""
+def _state_gradients(
+    call: Causal, x: torch.Tensor, y: torch.Tensor, masses: Masses, last: torch.Tensor
+) -> torch.Tensor:
+    """Return the gradient of a state at each chunk boundary, from that at the end."""
     launch, states = call.write(x, masses, y)
     launch()
     call.scan(states, last, masses, down=True)()

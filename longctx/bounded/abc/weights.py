@@ -1,106 +1,144 @@
-"""The weights with which tokens are written into ABC's slots, for the chunks of a block; no exponent is above 0.
+"""Weights with which tokens are written into ABC's slots, for the chunks of a block; no exponent is above 0.
 
-Each chunk has one reference r a slot, the larger of the log mass before it and of its own logits. Relative to it a
-token's mass is e = exp(s - r), that of the state before is d = exp(z_before - r), and the mass that token t sees is
-total_t = d + sum_{j<=t} e_j. Every weight of the formulas is a quotient of these, exp(s_j - z_t) = e_j / total_t, so
-the products of a chunk need one exponential a logit and the division comes last, as in any softmax.
+Each chunk and slot has one reference r, the larger of the log mass before the chunk and of the chunk's own logits. All
+masses are relative to it:
 
-That is exact as long as no total_t underflows: if a slot gains more than exp(60) within one chunk (exp(600) in fp64),
-`make` returns None and the caller cuts the block in two. A chunk of one token has total_t >= 1.
+    e_j = exp(s_j - r)                            mass of token j
+    d = exp(z_before - r)                         mass of the state before the chunk
+    total_t = d + sum_{j<=t} e_j                  mass that token t sees
+    end                                           mass of the state after the chunk
+
+Every weight of the formulas is a quotient of these, for example exp(s_j - z_t) = e_j / total_t. So a chunk needs one
+exponential per logit, and the division comes last, as in any softmax.
+
+This is exact as long as no total_t underflows. If a slot gains more than exp(60) within one chunk (exp(600) in fp64),
+`make` returns None and the caller splits the block. A chunk of one token has total_t >= 1.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 
-from longctx.bounded.chunks import Sight, times
+from longctx.bounded.chunks import ChunkMasks, times
 
 _SMALLEST = {torch.float32: 8.7e-27, torch.float64: 2.6e-261}  # exp(-60), exp(-600)
 
 
+class Normalizer(StrEnum):
+    """What the weight of token j is divided by."""
+
+    PREFIX = "prefix"
+    """total_t of the token t that reads: a slot is a weighted mean."""
+    RUNNING = "running"
+    """total_j at the time of writing: a token keeps its weight."""
+    SUM = "sum"
+    """Nothing: the logits are the weights."""
+
+
 @dataclass(frozen=True)
 class Weights:
-    """Of one control in one block. Shapes (B, G, chunks, C, M) for tokens and (B, G, chunks, 1, M) for states.
+    """The weights of one control in one block; (B, G, chunks, C, M) per token and (B, G, chunks, 1, M) per state.
 
-    write: token j enters the memory as write_j x_j. read: what token t has read is multiplied by it (None: 1).
-    carry: the memory before a chunk enters it so. close: the memory after it is divided so (None: 1). seen: whether a
-    slot has been written to when t reads it (None: all have). mass: the log mass after the block (B, G, M).
-    e, over, d, shut: mass of the tokens, 1 / total_t, mass before, 1 / mass after; relative to r (None for `sum`).
+    normalizer: prefix, running or sum.
+    write: token j is written as write_j x_j.
+    seen: whether a slot has been written to when token t reads it; None: all have.
+    mass: (B, G, M), the log mass after the block.
+    e, inv_total, d, inv_end: as above, the last three as used in quotients: 1 / total_t, d, 1 / end. None for `sum`.
     """
 
+    normalizer: Normalizer
     write: torch.Tensor
-    read: torch.Tensor | None
-    carry: torch.Tensor | None
-    close: torch.Tensor | None
     seen: torch.Tensor | None
     mass: torch.Tensor
     e: torch.Tensor | None = None
-    over: torch.Tensor | None = None
+    inv_total: torch.Tensor | None = None
     d: torch.Tensor | None = None
-    shut: torch.Tensor | None = None
+    inv_end: torch.Tensor | None = None
 
-    def scaled(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, G, chunks, n * C, M) * read."""
-        return x if self.read is None else (_tokens(x, self.read) * self.read[:, :, :, None]).flatten(3, 4)
+    # With prefix a state between chunks is a mean. Within a chunk it is a sum: `carry` (d) turns the mean before the
+    # chunk into a sum, `read` and `close` divide again. The other normalizers have sums throughout, and None is 1.
 
-    def scale(self, x: torch.Tensor) -> torch.Tensor:
-        """The same in place."""
+    @property
+    def read(self) -> torch.Tensor | None:
+        """The factor of what token t reads."""
+        return self.inv_total if self.normalizer == Normalizer.PREFIX else None
+
+    @property
+    def carry(self) -> torch.Tensor | None:
+        """The factor of the state before a chunk."""
+        return self.d if self.normalizer == Normalizer.PREFIX else None
+
+    @property
+    def close(self) -> torch.Tensor | None:
+        """The factor of the state after a chunk."""
+        return self.inv_end if self.normalizer == Normalizer.PREFIX else None
+
+    def times_read(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (B, G, chunks, n * C, M) * read."""
+        return x if self.read is None else (_per_token(x, self.read) * self.read[:, :, :, None]).flatten(3, 4)
+
+    def times_read_(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply x by read in place."""
         if self.read is not None:
-            _tokens(x, self.read).mul_(self.read[:, :, :, None])
+            _per_token(x, self.read).mul_(self.read[:, :, :, None])
         return x
 
 
-def _tokens(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """x (B, G, chunks, n * C, M) as (B, G, chunks, n, C, M), beside a factor (B, G, chunks, C, M)."""
+def _per_token(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """View x (B, G, chunks, n * C, M) as (B, G, chunks, n, C, M), for a factor (B, G, chunks, C, M)."""
     return x.unflatten(3, (-1, factor.shape[3]))
 
 
-def make(s: torch.Tensor, mass: torch.Tensor, sight: Sight, normalizer: str) -> Weights | None:
-    """The weights of logits s (B, G, chunks, C, M) after a state of log mass (B, G, M); None if a chunk is too long."""
-    if sight.valid is not None:
-        s = s.masked_fill(~sight.valid, 0.0 if normalizer == "sum" else -torch.inf)
-    if normalizer == "sum":
-        return _plain(s, mass, sight)
+def make(s: torch.Tensor, mass: torch.Tensor, masks: ChunkMasks, normalizer: Normalizer) -> Weights | None:
+    """Return the weights of logits s (B, G, chunks, C, M) after a state of log mass (B, G, M); None if a chunk is too
+    long for its logits."""
+    if masks.valid is not None:
+        s = s.masked_fill(~masks.valid, 0.0 if normalizer == Normalizer.SUM else -torch.inf)
+    if normalizer == Normalizer.SUM:
+        return _given(s, mass, masks)
+    # e relative to the chunk's own maximum first: the log masses between chunks, and with them r, come from its sum.
     top = s.amax(3, keepdim=True)
     safe = top.masked_fill(top == -torch.inf, 0.0)
     e = (s - safe).exp_()
     written = e.sum(3, keepdim=True)
     local = written.log() + safe
-    if sight.after is not None:
-        local = torch.logsumexp(s.masked_fill(sight.after == 0, -torch.inf), 3, keepdim=True)
-    masses = _scan(mass, local[:, :, :, 0], sight.kept)
+    if masks.after is not None:
+        local = torch.logsumexp(s.masked_fill(masks.after == 0, -torch.inf), 3, keepdim=True)
+    masses = _masses(mass, local[:, :, :, 0], masks.kept)
     before = masses[:, :, :-1, None]
-    if sight.before is not None and sight.kept is not None:  # a state that is neither read nor kept sets no reference
-        used = (sight.before.amax(3, keepdim=True) + sight.kept) > 0
+    if masks.before is not None and masks.kept is not None:  # a state that is neither read nor kept does not set r
+        used = (masks.before.amax(3, keepdim=True) + masks.kept) > 0
         before = before.masked_fill(~used, -torch.inf)
-    reference = torch.maximum(before, top)
-    reference = reference.masked_fill(reference == -torch.inf, 0.0)
-    share = (top - reference).exp_()
-    e.mul_(share)
-    d = (before - reference).exp_()
-    total = sight.visible @ e
-    total += times(d, sight.before)
-    over, seen = total.reciprocal(), None
-    least = total if sight.before is not None else total[:, :, :, :1]  # within a document it only grows
+    # Now relative to r.
+    r = torch.maximum(before, top)
+    r = r.masked_fill(r == -torch.inf, 0.0)
+    rescale = (top - r).exp_()
+    e.mul_(rescale)
+    d = (before - r).exp_()
+    total = masks.visible @ e
+    total += times(d, masks.before)
+    inv_total, seen = total.reciprocal(), None
+    # Without documents total_t grows with t, so the first row tells whether all are large enough.
+    least = total if masks.before is not None else total[:, :, :, :1]
     if not bool(least.amin() >= _SMALLEST[s.dtype]):
-        # What was written, not what is left of it beside the chunk's largest mass: d may underflow to 0.
-        held = times((before > -torch.inf).to(s.dtype), sight.before)
-        seen = (sight.visible @ (s > -torch.inf).to(s.dtype)) + held > 0
+        # A slot is empty if nothing was written to it. d may underflow to 0 beside the chunk's maximum, so look at z.
+        held = times((before > -torch.inf).to(s.dtype), masks.before)
+        seen = (masks.visible @ (s > -torch.inf).to(s.dtype)) + held > 0
         if bool((seen & (total < _SMALLEST[s.dtype])).any()):
             return None
-        over = over.masked_fill_(~seen, 0.0)
-    written = written.mul_(share) if sight.after is None else times(e, sight.after).sum(3, keepdim=True)
-    end = written + times(d, sight.kept)
-    shut = torch.where(end > 0, end.reciprocal(), 0.0)
-    if normalizer == "prefix":
-        return Weights(e, over, d, shut, seen, masses[:, :, -1], e, over, d, shut)
-    return Weights(e * over, None, None, None, seen, masses[:, :, -1], e, over, d, shut)
+        inv_total = inv_total.masked_fill_(~seen, 0.0)
+    written = written.mul_(rescale) if masks.after is None else times(e, masks.after).sum(3, keepdim=True)
+    end = written + times(d, masks.kept)
+    inv_end = torch.where(end > 0, end.reciprocal(), 0.0)
+    write = e if normalizer == Normalizer.PREFIX else e * inv_total
+    return Weights(normalizer, write, seen, masses[:, :, -1], e, inv_total, d, inv_end)
 
 
-def _scan(mass: torch.Tensor, local: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-    """The log mass before every chunk and after the last: (B, G, chunks + 1, M)."""
+def _masses(mass: torch.Tensor, local: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """Return the log mass before every chunk and after the last: (B, G, chunks + 1, M)."""
     if kept is None:
         return torch.cat([mass[:, :, None], local], 2).logcumsumexp(2)
     masses = [mass]
@@ -111,10 +149,10 @@ def _scan(mass: torch.Tensor, local: torch.Tensor, kept: torch.Tensor | None) ->
     return torch.stack(masses, 2)
 
 
-def _plain(s: torch.Tensor, mass: torch.Tensor, sight: Sight) -> Weights:
-    """Weights that are given: nothing is divided; the log mass only tells which slots were written to."""
-    local = times(s.abs(), sight.after).sum(3).log()
-    masses = _scan(mass, local, sight.kept)
+def _given(s: torch.Tensor, mass: torch.Tensor, masks: ChunkMasks) -> Weights:
+    """Use s as weights: nothing is divided, and the log mass only tells which slots were written to."""
+    local = times(s.abs(), masks.after).sum(3).log()
+    masses = _masses(mass, local, masks.kept)
     before = (masses[:, :, :-1, None] > -torch.inf).to(s.dtype)
-    seen = sight.visible @ s.abs() + times(before, sight.before) > 0
-    return Weights(s, None, None, None, None if bool(seen.all()) else seen, masses[:, :, -1])
+    seen = masks.visible @ s.abs() + times(before, masks.before) > 0
+    return Weights(Normalizer.SUM, s, None if bool(seen.all()) else seen, masses[:, :, -1])

@@ -1,26 +1,42 @@
 """Causal cosine attention over a local sequence by chunks, with its own backward (docs/methods/cottention.md).
 
-Inside a chunk (Q K^T over visible pairs) V, between chunks Q S with the state S, in fp32 (fp64 for fp64 inputs).
-Backward is the same product three times, with S and with the gradient of S that comes from the chunks behind.
+With S the state before a chunk, N(x) = x / ||x|| and scaled values v' = size v:
+
+    out = visible(N(q) N(k)^T) v' + N(q) S
+
+in fp32 (fp64 for fp64 inputs). Backward computes the same kind of product three times, with S and with the gradient of
+S that comes from later chunks. With `on_query`, size multiplies the output instead of the values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from longctx.attention.backends.base import accumulator_dtype
-from longctx.bounded import memory
-from longctx.bounded.chunks import Block, Runs, Sight, blocks, causal_sight, fold, times, unfold
+from longctx.bounded import recurrence
+from longctx.bounded.chunks import Block, ChunkMasks, times, unfold
+from longctx.bounded.walk import ChunkWalk, block_count, blocks_of
 from longctx.kernels.cosine.reference import EPSILON
 
-CHUNK = 64
-BLOCK_ROWS = 4096
-"""Rows of queries, over batch and heads, that are computed together."""
-
 Optional = torch.Tensor | None
+
+
+class CosineTensors(NamedTuple):
+    """The tensors of one call: q (B, H, T, D) and k (B, G, T, D), not normalised, v (B, G, T, Dv).
+
+    size: n^-a, (B, G, T) for the values, or (B, H, T) for the outputs with `on_query`. state: (B, G, D, Dv), S before.
+    ids (B, T) and document (B,) as in `Runs`, or None for one document.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    size: torch.Tensor
+    state: torch.Tensor
+    ids: Optional = None
+    document: Optional = None
 
 
 @torch.library.custom_op("longctx::cosine_chunks", mutates_args=())
@@ -32,19 +48,18 @@ def chunked(
     state: torch.Tensor,
     ids: Optional,
     document: Optional,
+    *,
     on_query: bool,
     chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, S after, S before each block, which backward goes on from and which has no gradient).
+    """Return out, S after the last token, and S before each block, which backward starts from (no gradient).
 
-    q (B, H, T, D), k (B, G, T, D) need not be normalised, v (B, G, T, Dv). size = n^-a: (B, G, T) multiplies the
-    values, (B, H, T) the outputs, as `on_query` says. S (B, G, D, Dv). `ids` (B, T) and `document` (B,) as in `Runs`,
-    or None for one document.
+    Tensors as in `CosineTensors`; chunk: tokens per chunk.
     """
-    walk = _Walk(q, k, v, size, ids, document, on_query)
+    walk = _CosineWalk(CosineTensors(q, k, v, size, state, ids, document), on_query)
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     starts = []
-    for block in _blocks(q, chunk):
+    for block in blocks_of(q, chunk):
         starts.append(state)
         state = walk.forward(block, state, out)
     return out, state.clone(), torch.stack(starts)
@@ -52,12 +67,11 @@ def chunked(
 
 @chunked.register_fake
 def _(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: torch.Tensor, state: torch.Tensor, *settings: Any
-) -> Any:
-    rows, chunk = max(q.shape[0] * q.shape[1] * settings[-1], 1), settings[-1]
-    count, whole = max(BLOCK_ROWS // rows, 1), q.shape[2] // chunk
-    blocks = -(-whole // count) + -(-(q.shape[2] - whole * chunk) // chunk)
-    return q.new_empty((*q.shape[:3], v.shape[3])), torch.empty_like(state), state.new_empty((blocks, *state.shape))
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: torch.Tensor, state: torch.Tensor, *documents: Any,
+    on_query: bool, chunk: int,
+) -> Any:  # fmt: skip
+    starts = state.new_empty((block_count(q, chunk), *state.shape))
+    return q.new_empty((*q.shape[:3], v.shape[3])), torch.empty_like(state), starts
 
 
 @torch.library.custom_op("longctx::cosine_chunks_backward", mutates_args=())
@@ -69,135 +83,111 @@ def chunked_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     size: torch.Tensor,
-    ids: Optional,
-    document: Optional,
+    documents: Sequence[Optional],
+    *,
     on_query: bool,
     chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of q, k, v, size and of the state before."""
-    walk = _Walk(q, k, v, size, ids, document, on_query)
+    """Return the gradients of q, k, v, size and of the state before; documents: ids and document."""
+    walk = _CosineWalk(CosineTensors(q, k, v, size, dstate, *documents), on_query)
     gradient = dstate.clone()
     dq, dk, dv, dsize = grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, size)]
-    for block, state in reversed(list(zip(_blocks(q, chunk), starts, strict=True))):
+    for block, state in reversed(list(zip(blocks_of(q, chunk), starts, strict=True))):
         gradient = walk.backward(block, state, dout, gradient, grads)
     return dq, dk, dv, dsize, gradient
 
 
 @chunked_backward.register_fake
-def _(dout: torch.Tensor, dstate: torch.Tensor, starts: torch.Tensor, *inputs: Any) -> Any:
+def _(dout: torch.Tensor, dstate: torch.Tensor, starts: torch.Tensor, *inputs: Any, **settings: Any) -> Any:
     return (*(x.new_empty(x.shape) for x in inputs[:4]), torch.empty_like(dstate))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *tensors, ctx.on_query, ctx.chunk = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Any, ...]) -> None:
+    q, k, v, size, _, ids, document = inputs
+    ctx.settings = keyword_only_inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[2], *tensors[:4], *tensors[5:])
+    ctx.save_for_backward(output[2], q, k, v, size, ids, document)
 
 
 def _differentiate(ctx: Any, dout: Optional, dstate: Optional, _: Any) -> Any:
     starts, q, k, v, size, ids, document = ctx.saved_tensors
     dout = q.new_zeros((*q.shape[:3], v.shape[3])) if dout is None else dout
     dstate = starts.new_zeros(starts.shape[1:]) if dstate is None else dstate
-    grads = chunked_backward(dout, dstate, starts, q, k, v, size, ids, document, ctx.on_query, ctx.chunk)
-    return *grads, None, None, None, None
+    grads = chunked_backward(dout, dstate, starts, q, k, v, size, [ids, document], **ctx.settings)
+    return *grads, None, None
 
 
 chunked.register_autograd(_differentiate, setup_context=_save)
 
 
-def _blocks(q: torch.Tensor, chunk: int) -> Iterator[Block]:
-    rows = max(q.shape[0] * q.shape[1] * chunk, 1)
-    return blocks(q.shape[2], chunk, max(BLOCK_ROWS // rows, 1))
-
-
-class _Walk:
+class _CosineWalk(ChunkWalk):
     """The blocks of one call, in either direction."""
 
-    def __init__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        size: torch.Tensor,
-        ids: Optional,
-        document: Optional,
-        on_query: bool,
-    ) -> None:
-        self.q, self.k, self.v, self.size, self.on_query = q, k, v, size[..., None], on_query
-        self.group, self.dtype = k.shape[1], accumulator_dtype(q.dtype)
-        self.runs = None if ids is None else Runs(ids, document)
-        self._sights: dict[int, Sight] = {}
+    def __init__(self, x: CosineTensors, on_query: bool) -> None:
+        super().__init__(x.q, x.k, x.v, x.ids, x.document)
+        self.size, self.on_query = x.size[..., None], on_query
 
     def forward(self, block: Block, state: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        sight = self._sight(block)
-        (q, _), (k, _), v, size = self._inputs(block, sight)
-        scaled = v.contiguous() if self.on_query else v * size
-        before, state = self._remember(k, scaled, state, sight)
-        part = self._read(q, k, scaled, before, sight)
-        unfold(out, block, part.mul_(size) if self.on_query else part)
-        return state
+        """Write the block's outputs and return the state after it."""
+        made = _Block(self, block, state)
+        part = made.read()
+        unfold(out, block, part.mul_(made.size) if self.on_query else part)
+        return made.after
 
     def backward(
         self, block: Block, state: torch.Tensor, dout: torch.Tensor, gradient: torch.Tensor, grads: list[torch.Tensor]
     ) -> torch.Tensor:
-        sight = self._sight(block)
-        (q, q_norm), (k, k_norm), v, size = self._inputs(block, sight)
-        scaled = v.contiguous() if self.on_query else v * size
-        before, _ = self._remember(k, scaled, state, sight)
-        dout = fold(dout, block, self.group, self.dtype).contiguous()
+        """Write the block's gradients into `grads` and return the gradient of the state before it."""
+        made = _Block(self, block, state)
+        masks, q, k, size, scaled = made.masks, made.q, made.k, made.size, made.scaled
+        dout = self.fold(dout, block).contiguous()
         dsize = None
         if self.on_query:
-            dsize = (dout * self._read(q, k, scaled, before, sight)).sum(-1, keepdim=True)
+            dsize = (dout * made.read()).sum(-1, keepdim=True)
             dout = dout * size
-        pairs = sight.pairs(dout @ scaled.transpose(-1, -2))
-        dq = sight.add_read(pairs @ k, dout, before.transpose(-1, -2))
-        local = sight.rows(q).transpose(-1, -2) @ dout
-        inside, gradient = memory.backwards(gradient, local, None, None, sight.kept)
-        dk = sight.add_written(pairs.transpose(-1, -2) @ q, scaled, inside.transpose(-1, -2))
-        scores = sight.pairs(q @ k.transpose(-1, -2))
-        dscaled = sight.add_written(scores.transpose(-1, -2) @ dout, k, inside)
+        # The gradient of the scores, and through it and S that of N(q).
+        dscores = masks.mask_pairs(dout @ scaled.transpose(-1, -2))
+        dq = masks.add_read(dscores @ k, dout, made.before.transpose(-1, -2))
+        # The gradient of S as each chunk wrote it: from later chunks of this block, and from later blocks.
+        local = masks.mask_rows(q).transpose(-1, -2) @ dout
+        written, gradient = recurrence.backwards(gradient, local, None, None, masks.kept)
+        dk = masks.add_written(dscores.transpose(-1, -2) @ q, scaled, written.transpose(-1, -2))
+        scores = masks.mask_pairs(q @ k.transpose(-1, -2))
+        dscaled = masks.add_written(scores.transpose(-1, -2) @ dout, k, written)
         if dsize is None:
-            dsize = (dscaled * v).sum(-1, keepdim=True)
+            dsize = (dscaled * made.v).sum(-1, keepdim=True)
             dscaled.mul_(size)
-        parts = (through_unit(dq, q, q_norm), through_unit(dk, k, k_norm), dscaled, dsize)
+        parts = (through_unit(dq, q, made.q_norm), through_unit(dk, k, made.k_norm), dscaled, dsize)
         for whole, part in zip(grads, parts, strict=True):
             unfold(whole[..., None] if whole.dim() == 3 else whole, block, part)
         return gradient
 
-    def _inputs(self, block: Block, sight: Sight) -> Any:
-        """((unit q, its norms), (unit k, its norms), v, size), folded; zeros at padding, whatever it holds."""
-        q, k, v, size = (fold(x, block, self.group, self.dtype) for x in (self.q, self.k, self.v, self.size))
-        if sight.valid is not None:
-            k, v = (x.masked_fill(~sight.valid, 0.0) for x in (k, v))
-            q = q.unflatten(3, (-1, block.size)).masked_fill(~sight.valid[:, :, :, None], 0.0).flatten(3, 4)
-        return unit(q), unit(k), v, size
 
-    def _remember(
-        self, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor, sight: Sight
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        local = times(k, sight.after).transpose(-1, -2) @ v
-        return memory.forwards(state, local, None, None, sight.kept)
+class _Block:
+    """One block, folded: unit q and k with their norms, v, size, scaled values, S before each chunk and after all."""
 
-    def _read(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: torch.Tensor, sight: Sight
-    ) -> torch.Tensor:
-        return sight.add_read(sight.pairs(q @ k.transpose(-1, -2)) @ v, q, before)
+    def __init__(self, walk: _CosineWalk, block: Block, state: torch.Tensor) -> None:
+        self.masks: ChunkMasks = walk.masks(block)
+        q, k, self.v = walk.inputs(block, self.masks)
+        self.size = walk.fold(walk.size, block)
+        (self.q, self.q_norm), (self.k, self.k_norm) = unit(q), unit(k)
+        self.scaled = self.v.contiguous() if walk.on_query else self.v * self.size
+        local = times(self.k, self.masks.after).transpose(-1, -2) @ self.scaled
+        self.before, self.after = recurrence.forwards(state, local, None, None, self.masks.kept)
 
-    def _sight(self, block: Block) -> Sight:
-        if self.runs is not None:
-            return self.runs.sight(block, self.dtype)
-        if block.size not in self._sights:
-            self._sights[block.size] = causal_sight(block.size, self.dtype, self.q.device)
-        return self._sights[block.size]
+    def read(self) -> torch.Tensor:
+        """Return the outputs, before any scale on the query."""
+        scores = self.masks.mask_pairs(self.q @ self.k.transpose(-1, -2))
+        return self.masks.add_read(scores @ self.scaled, self.q, self.before)
 
 
 def unit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of length 1 and the length they had; zero rows stay zero."""
+    """Return rows of length 1 and their former norms; zero rows stay zero."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(EPSILON)
     return x / norm, norm
 
 
 def through_unit(gradient: torch.Tensor, unit: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """The gradient of x from that of x / ||x||."""
+    """Return the gradient of x from that of x / ||x||; in place."""
     along = (gradient * unit).sum(-1, keepdim=True)
     return gradient.addcmul_(unit, along, value=-1.0).div_(norm)

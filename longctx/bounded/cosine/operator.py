@@ -1,4 +1,4 @@
-"""cosine_attention (Cottention): causal or bidirectional, on one device or a ring."""
+"""cosine_attention (Cottention): causal, bidirectional or cross, on one device or a ring."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import torch
 
 from longctx.attention.arguments import check_tensors
 from longctx.attention.backends.base import accumulator_dtype
-from longctx.attention.comm import Link
-from longctx.bounded.arguments import check_ids, check_state, choose_backend
+from longctx.bounded.arguments import SequenceCall, check_ids, check_state, choose_backend
 from longctx.bounded.cosine import forms as cosine_forms
-from longctx.bounded.ranks.packed import memory_each
-from longctx.bounded.ranks.sequence import locate
+from longctx.bounded.ranks.packed import attend_documents, separate_documents
 from longctx.bounded.state import CosineState
 from longctx.errors import AttentionError
 from longctx.layout import Layout
@@ -43,12 +41,12 @@ def cosine_attention(
         q: (B, H, T, D), this rank's tokens. k: (B, G, T, D), v: (B, G, T, Dv), G dividing H; one floating dtype.
             Without `causal` (and a ring) k and v may have another length than q.
         m: (H,), or (G,) for scale_on="value"; learned, 0.5 at first.
-        causal: a token sees itself and what came before; else all tokens, and n is their number throughout.
+        causal: a token reads itself and earlier tokens; else all tokens, and n is their number throughout.
         scale_on: where the scale is applied, "value" (the authors' code and checkpoints) or "query" (the paper's
-            equation). Without `causal` they are one. With "value", H exponents and G < H the state has H heads.
+            equation). Without `causal` both are the same. With "value", H exponents and G < H the state has H heads.
         mesh, layout, document_ids, length, state, return_state: as of `abc_attention`.
         backend: "chunked", matrix products of torch; "triton", kernels for causal attention in bf16, fp16 and fp32,
-            head dimensions up to 256; "auto", the kernels on a GPU where they can.
+            head dimensions up to 256; "auto", the kernels on a GPU where possible.
 
     Returns:
         out (B, H, T, Dv) in q's dtype [, state]. Padding gets 0 and no gradient.
@@ -56,50 +54,43 @@ def cosine_attention(
     Raises:
         AttentionError: the arguments do not fit together, or are not supported.
     """
-    return attend(q, k, v, m, causal, scale_on, mesh, layout, document_ids, length, state, return_state, backend)
+    call = SequenceCall(
+        causal=causal, mesh=mesh, layout=layout, document_ids=document_ids, length=length, state=state,
+        return_state=return_state, backend=backend,
+    )  # fmt: skip
+    return attend(q, k, v, m, call, scale_on=scale_on)
 
 
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    m: torch.Tensor,
-    causal: bool,
-    scale_on: str,
-    mesh: Mesh | None,
-    layout: str | Layout,
-    document_ids: torch.Tensor | None,
-    length: int | None,
-    state: CosineState | None,
-    return_state: bool,
-    backend: str,
-    link: Link | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m: torch.Tensor, call: SequenceCall, *, scale_on: str = "value"
 ) -> torch.Tensor | tuple[torch.Tensor, CosineState]:
-    """`cosine_attention` over a link of the caller's choice."""
+    """`cosine_attention` with the arguments that both operators share in one value, and over any link."""
     check_tensors(q, k, v)
+    causal, state = call.causal, call.state
     unsupported = "" if causal else "without causal there is one state, two matrix products, and no kernel for it"
-    backend = choose_backend(backend, q, v, unsupported)
-    check_ids(document_ids, q, k, causal)
+    backend = choose_backend(call.backend, q, v, unsupported)
+    check_ids(call.document_ids, q, k, causal)
     if scale_on not in ("value", "query"):
         raise AttentionError(f"scale_on={scale_on!r}: use 'value' or 'query'")
     heads, group = q.shape[1], k.shape[1]
     on_query = scale_on == "query" or not causal
     if m.dim() != 1 or m.shape[0] not in ({heads} if on_query else {heads, group}) or not m.is_floating_point():
         raise AttentionError(
-            f"m {tuple(m.shape)} of {m.dtype}: expected a floating-point number a query head, ({heads},)"
-            + ("" if on_query else f", or a key head, ({group},)")
+            f"m {tuple(m.shape)} of {m.dtype}: expected one floating-point number per query head, ({heads},)"
+            + ("" if on_query else f", or per key head, ({group},)")
         )
-    place = locate(
-        k.shape[2], k.shape[0], k.device,
-        mesh=mesh, layout=layout, document_ids=document_ids, length=length, link=link,
-    )  # fmt: skip
-    check_state(state, place, CosineState, q.shape[0])
-    if not on_query and m.shape[0] != group:  # heads of a group scale the values differently: a memory each
+    local = call.locate(k)
+    check_state(state, local, CosineState, q.shape[0])
+    assert state is None or isinstance(state, CosineState)
+    if not on_query and m.shape[0] != group:  # query heads of one group scale the values differently: a state for each
         k, v = (x.repeat_interleave(heads // group, 1) for x in (k, v))
     exponent = m.to(accumulator_dtype(q.dtype)).sigmoid()
-    inputs = cosine_forms.Inputs(q, k, v, exponent, on_query, backend)
-    if not causal and memory_each(place, q.shape[2], state is not None or return_state):
-        return cosine_forms.packed(inputs, place)
+    inputs = cosine_forms.CosineInputs(q, k, v, exponent, on_query, backend)
+    if not causal and separate_documents(local, q.shape[2], call.with_state):
+        return attend_documents(inputs, local)
     form = cosine_forms.causal if causal else cosine_forms.over_all
-    out, after = form(inputs, place, state, return_state)
-    return (out, after) if return_state else out
+    out, after = form(inputs, local, state, call.return_state)
+    if not call.return_state:
+        return out
+    assert after is not None
+    return out, after

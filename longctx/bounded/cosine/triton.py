@@ -1,7 +1,7 @@
-"""Causal cosine attention by the Triton kernels: the function of `cosine_chunks.chunked`, on a GPU or interpreted.
+"""Causal cosine attention by the Triton kernels: `cosine/chunks.py` on a GPU or interpreted.
 
-Only the inputs are kept; backward makes the states again. Importing this file imports triton, so it is imported when
-that backend is asked for.
+Only the inputs are saved; backward recomputes the states. Importing this file imports triton, so it is imported when
+that backend is chosen.
 """
 
 from __future__ import annotations
@@ -11,81 +11,55 @@ from typing import Any
 import torch
 
 from longctx.attention.backends.triton import arch, dense, on_device
-from longctx.bounded.chunks import Runs
+from longctx.bounded.cosine.chunks import CosineTensors
+from longctx.bounded.fused import empty_like, output_gradient, state_gradient, with_documents
 from longctx.derivative import first_only
-from longctx.kernels.cosine.fused import Causal, Documents
+from longctx.kernels.cosine.fused import Causal, Side
 
 Optional = torch.Tensor | None
 
 
 @first_only
-class Fused(torch.autograd.Function):
-    """(q, k, v, size, S) -> (out, S after); as `cosine_chunks.chunked`, in bf16, fp16 or fp32, the state in fp32."""
+class FusedCosine(torch.autograd.Function):
+    """(on_query, *CosineTensors) -> (out, S after the last token), in bf16, fp16 or fp32; S in fp32."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        size: torch.Tensor,
-        state: torch.Tensor,
-        ids: Optional,
-        document: Optional,
-        on_query: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, on_query: bool, *tensors: Optional) -> tuple[torch.Tensor, torch.Tensor]:
+        x = CosineTensors(*tensors)  # type: ignore[arg-type]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, size, state, ids, document)
+        ctx.save_for_backward(*tensors)
         ctx.on_query = on_query
-        out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-        with on_device(q.device):
-            call = _call(q, k, v, size, ids, document, on_query)
-            queries, keys, states = _states(call, state)
+        out = torch.empty((*x.q.shape[:3], x.v.shape[3]), dtype=x.q.dtype, device=x.q.device)
+        with on_device(x.q.device):
+            call = _call(x, on_query)
+            queries, keys, states = _states(call, x.state)
             call.output(queries, keys, states, out)()
         return out, states[:, :, -1].clone()
 
     @staticmethod
     def backward(ctx: Any, dout: Optional, dstate: Optional) -> Any:
-        q, k, v, size, state, ids, document = ctx.saved_tensors
-        dout = q.new_zeros((*q.shape[:3], v.shape[3])) if dout is None else dense(dout)
-        dstate = torch.zeros_like(state) if dstate is None else dstate
-        dq, dk, dv, dsize = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, size))
+        x = CosineTensors(*ctx.saved_tensors)
+        dout, dstate = output_gradient(dout, x.q, x.v), state_gradient(dstate, x.state)
+        dq, dk, dv, dsize = empty_like(x.q, x.k, x.v, x.size)
         of_queries, of_keys = (dsize, None) if ctx.on_query else (None, dsize)
-        with on_device(q.device):
-            call = _call(q, k, v, size, ids, document, ctx.on_query)
-            queries, keys, states = _states(call, state)
+        with on_device(x.q.device):
+            call = _call(x, ctx.on_query)
+            queries, keys, states = _states(call, x.state)
             call.queries(queries, keys, dout, states, dq, of_queries)()
-            call.write(queries, dout, states, after=False)()
-            call.scan(states, dstate.contiguous(), down=True)()
+            call.write(queries, dout, states, after=False)()  # states now hold the gradient of S
+            call.scan(states, dstate, down=True)()
             call.keys(queries, keys, dout, states, dk, of_keys)()
             call.values(queries, keys, dout, states, dv)()
-        return dq, dk, dv, dsize, states[:, :, 0].clone(), None, None, None
+        return None, dq, dk, dv, dsize, states[:, :, 0].clone(), None, None
 
 
-def _call(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    size: torch.Tensor,
-    ids: Optional,
-    document: Optional,
-    on_query: bool,
-) -> Causal:
-    made = Causal(dense(q), dense(k), dense(v), size, on_query, None, arch(q.device))
-    if ids is None:
-        return made
-    return Causal(made.q, made.k, made.v, size, on_query, documents_of(ids, document, made.chunk), made.arch)
+def _call(x: CosineTensors, on_query: bool) -> Causal:
+    inputs = dense(x.q), dense(x.k), dense(x.v), x.size, on_query
+    return with_documents(lambda documents: Causal(*inputs, documents, arch(x.q.device)), x.ids, x.document)
 
 
-def documents_of(ids: torch.Tensor, document: Optional, chunk: int) -> Documents:
-    """What the kernels need to know of packed documents: ids (B, T), and the one before them (B,) or None."""
-    runs = Runs(ids, document)
-    edges = runs.edges(chunk)
-    return Documents(runs.ids.contiguous(), edges, (edges[:, 1:] == edges[:, :-1]).float())
-
-
-def _states(call: Causal, start: torch.Tensor) -> Any:
-    """(the factors of queries, those of keys, the state before each chunk and after the last)."""
+def _states(call: Causal, start: torch.Tensor) -> tuple[Side, Side, torch.Tensor]:
+    """Return the factors of queries, those of keys, and the state before each chunk and after the last."""
     first, queries = call.lengths(queries=True)
     second, keys = call.lengths(queries=False)
     first()

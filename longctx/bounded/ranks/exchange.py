@@ -1,6 +1,7 @@
-"""States on their way between ranks, with autograd: to all ranks that need them at once, or one step along the ring.
+"""Exchange states between ranks, with autograd: with all ranks that need them at once, or one step along the ring.
 
-Both are collectives of the ring, forward and backward: each rank enters both, also one that gets or gives nothing.
+Both are collectives of the ring, forward and backward: every rank must enter both, even one that has nothing to send
+or to receive.
 """
 
 from __future__ import annotations
@@ -18,137 +19,146 @@ Value = tuple[torch.Tensor, ...]
 Operation = Callable[[Value, Value], Value]
 
 
-class Chain(NamedTuple):
-    """Which chunks of the sequence, counted in its order, each rank holds, in local order."""
+class ChunkMap(NamedTuple):
+    """The chunks of the sequence, numbered in its order, that each rank holds, in local order."""
 
-    chunks: tuple[tuple[int, ...], ...]
+    by_rank: tuple[tuple[int, ...], ...]
 
     @property
     def total(self) -> int:
-        return sum(len(here) for here in self.chunks)
+        return sum(len(here) for here in self.by_rank)
 
-    def reversed(self) -> Chain:
-        """The same sequence read from its end."""
-        return Chain(tuple(tuple(self.total - 1 - chunk for chunk in here) for here in self.chunks))
-
-
-def one_each(ring: int) -> Chain:
-    """Every rank has one state, in the order of the ranks."""
-    return Chain(tuple((rank,) for rank in range(ring)))
+    def reversed(self) -> ChunkMap:
+        """Return the map of the same sequence, numbered from its end."""
+        return ChunkMap(tuple(tuple(self.total - 1 - chunk for chunk in here) for here in self.by_rank))
 
 
-class Arriving:
-    """States on their way; what is computed before `finish` hides their journey."""
+def one_per_rank(ring: int) -> ChunkMap:
+    """Return the map of one chunk per rank, in the order of the ranks."""
+    return ChunkMap(tuple((rank,) for rank in range(ring)))
+
+
+class PendingStates:
+    """States in flight; what is computed before `finish` overlaps with their transfer."""
 
     def __init__(
-        self, known: dict[int, Value], asked: dict[int, list[int]], sent: torch.Tensor, trip: _Trip | None
+        self,
+        known: dict[int, Value],
+        requested: dict[int, list[int]],
+        sent: torch.Tensor,
+        transfer: _Transfer | None,
     ) -> None:
-        self._known, self._asked, self._sent, self._trip = known, asked, sent, trip
+        self._known, self._requested, self._sent, self._transfer = known, requested, sent, transfer
 
     def finish(self) -> tuple[dict[int, Value], torch.Tensor]:
-        """({chunk: state}, this rank's own included; a token). The token is 0: what it is added to takes part in the
-        exchange's backward, which every rank must reach."""
-        if self._trip is None:
+        """Wait for the states.
+
+        Returns:
+            {chunk: state}, this rank's own included; and a token, which is 0. Add it to something that the loss
+            depends on, so that backward reaches this exchange on every rank.
+        """
+        if self._transfer is None:
             return self._known, self._sent
-        token, *received = _Receive.apply(self._trip, {r: len(c) for r, c in self._asked.items()}, self._sent)
+        counts = {rank: len(chunks) for rank, chunks in self._requested.items()}
+        token, *received = _Receive.apply(self._transfer, counts, self._sent)
         parts = iter(received)
-        for chunks in self._asked.values():
+        for chunks in self._requested.values():
             for chunk in chunks:
-                self._known[chunk] = tuple(next(parts) for _ in self._trip.like)
+                self._known[chunk] = tuple(next(parts) for _ in self._transfer.like)
         return self._known, token
 
 
 @dataclass
-class _Trip:
-    """What the two ends of an exchange share: a state's shapes, what comes back, and what is under way."""
+class _Transfer:
+    """What `_Send` and `_Receive` of one exchange share: shapes of a state, gradients to come back, the messages."""
 
     link: Link
     like: list[torch.Tensor]
     back: dict[int, list[torch.Tensor]]
-    trade: Trade | None = None
+    exchange: Exchange | None = None
 
     def wait(self) -> dict[int, list[torch.Tensor]]:
-        trade, self.trade = self.trade, None
-        assert trade is not None
-        return trade.wait()
+        exchange, self.exchange = self.exchange, None
+        assert exchange is not None
+        return exchange.wait()
 
 
 def begin(
-    states: Sequence[Value], link: Link, chain: Chain, needed: Callable[[int, tuple[int, ...]], bool]
-) -> Arriving:
-    """Start to fetch every chunk's state that `needed(chunk, chunks of this rank)`; each rank asks by the same rule.
+    states: Sequence[Value], link: Link, chunks: ChunkMap, needed: Callable[[int, tuple[int, ...]], bool]
+) -> PendingStates:
+    """Start to fetch every chunk's state for which `needed(chunk, chunks of the receiving rank)` holds.
 
-    In the backward of the whole the gradients' exchange likewise starts at `finish` and ends here, so that it hides
-    behind the backward of what forward computed in between.
+    All ranks pass the same rule. In backward the exchange of gradients starts at `finish` and ends here, so it overlaps
+    with the backward of what forward computed in between.
     """
-    here = chain.chunks[link.rank]
+    here = chunks.by_rank[link.rank]
     others = [rank for rank in range(link.ring) if rank != link.rank]
-    asked = {rank: [c for c in chain.chunks[rank] if needed(c, here)] for rank in others}
-    given = {rank: [i for i, c in enumerate(here) if needed(c, chain.chunks[rank])] for rank in others}
+    requested = {rank: [c for c in chunks.by_rank[rank] if needed(c, here)] for rank in others}
+    given = {rank: [i for i, c in enumerate(here) if needed(c, chunks.by_rank[rank])] for rank in others}
     known = dict(zip(here, states, strict=True))
     flat = [x for state in states for x in state]
     if link.ring == 1:
-        return Arriving(known, asked, torch.zeros((), device=flat[0].device), None)
+        return PendingStates(known, requested, torch.zeros((), device=flat[0].device), None)
     like = [x.detach() for x in states[0]]
     real = [x for x in like if x.is_floating_point()]
-    trip = _Trip(link, like, {rank: real * len(some) for rank, some in given.items() if some})
-    sent = _Send.apply(trip, {rank: len(chunks) for rank, chunks in asked.items()}, given, *flat)
-    return Arriving(known, asked, sent, trip)
+    transfer = _Transfer(link, like, {rank: real * len(some) for rank, some in given.items() if some})
+    sent = _Send.apply(transfer, {rank: len(some) for rank, some in requested.items()}, given, *flat)
+    return PendingStates(known, requested, sent, transfer)
 
 
 def collect(
-    states: Sequence[Value], link: Link, chain: Chain, needed: Callable[[int, tuple[int, ...]], bool]
+    states: Sequence[Value], link: Link, chunks: ChunkMap, needed: Callable[[int, tuple[int, ...]], bool]
 ) -> tuple[dict[int, Value], torch.Tensor]:
-    """`begin` and `finish` at once."""
-    return begin(states, link, chain, needed).finish()
+    """Call `begin` and `finish` at once."""
+    return begin(states, link, chunks, needed).finish()
 
 
 def shift(state: Value, identity: Value, link: Link, by: int) -> Value:
-    """The state of the rank `by` places before this one; `identity` where there is none."""
+    """Return the state of the rank `by` places before this one; `identity` where there is none."""
     return _Shift.apply(link, by, len(state), *state, *identity)
 
 
-class Trade:
-    """Send `give[rank]` to its ranks, receive from each rank in `like` tensors of those shapes: one message a pair."""
+class Exchange:
+    """Send `give[rank]` to each rank and receive tensors shaped like `like[rank]`: one message per pair of ranks."""
 
     def __init__(self, link: Link, give: dict[int, list[torch.Tensor]], like: dict[int, list[torch.Tensor]]) -> None:
         sends, self._receives = [], []
         for rank, tensors in give.items():
             packet = Packet(tensors)
-            for place, x in zip(packet.parts, tensors, strict=True):
-                assert place is not None
-                place.copy_(x)
+            for buffer, x in zip(packet.parts, tensors, strict=True):
+                assert buffer is not None
+                buffer.copy_(x)
             sends.append(Message(rank, packet, STATE))
         for rank, tensors in like.items():
             self._receives.append(Message(rank, Packet(tensors), STATE))
-        self._sends, self._pending = sends, link.exchange(sends, self._receives)  # buffers live until they have left
+        self._sends, self._pending = sends, link.exchange(sends, self._receives)  # buffers must outlive the sends
 
     def wait(self) -> dict[int, list[torch.Tensor]]:
-        """What has come, by rank."""
+        """Return what has been received, by rank."""
         self._pending.wait()
         return {message.peer: [x for x in message.packet.parts if x is not None] for message in self._receives}
 
 
 @first_only
 class _Send(torch.autograd.Function):
-    """Forward sends states; backward awaits their gradients."""
+    """Send states in forward; wait for their gradients in backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, trip: _Trip, asked: dict[int, int], given: dict[int, list[int]], *flat: torch.Tensor
+        ctx: Any, transfer: _Transfer, requested: dict[int, int], given: dict[int, list[int]], *flat: torch.Tensor
     ) -> torch.Tensor:
-        ctx.trip, ctx.given, ctx.like = trip, given, [x.detach() for x in flat]
-        per = len(trip.like)
+        ctx.transfer, ctx.given, ctx.like = transfer, given, [x.detach() for x in flat]
+        per = len(transfer.like)
         give = {rank: [x for i in some for x in flat[i * per : (i + 1) * per]] for rank, some in given.items() if some}
-        like = {rank: trip.like * count for rank, count in asked.items() if count}
-        trip.trade = Trade(trip.link, give, like)
+        like = {rank: transfer.like * count for rank, count in requested.items() if count}
+        transfer.exchange = Exchange(transfer.link, give, like)
         return torch.zeros((), device=flat[0].device)
 
     @staticmethod
     def backward(ctx: Any, _: Any) -> Any:
         totals = [torch.zeros_like(x) if x.is_floating_point() else None for x in ctx.like]
-        per = len(ctx.trip.like)
-        for rank, tensors in ctx.trip.wait().items():
+        per = len(ctx.transfer.like)
+        for rank, tensors in ctx.transfer.wait().items():
             arrived = iter(tensors)
             for i in ctx.given[rank]:
                 for total in totals[i * per : (i + 1) * per]:
@@ -159,28 +169,30 @@ class _Send(torch.autograd.Function):
 
 @first_only
 class _Receive(torch.autograd.Function):
-    """Forward awaits states; backward sends their gradients."""
+    """Wait for states in forward; send their gradients in backward."""
 
     @staticmethod
-    def forward(ctx: Any, trip: _Trip, asked: dict[int, int], sent: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.trip, ctx.asked = trip, asked
-        # Views of one buffer must not be outputs of one function: autograd would take them for each other's views.
-        received = [x.clone() for tensors in trip.wait().values() for x in tensors]
+    def forward(
+        ctx: Any, transfer: _Transfer, requested: dict[int, int], sent: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.transfer, ctx.requested = transfer, requested
+        # Clone: if one function returned views of one buffer, autograd would take them for each other's views.
+        received = [x.clone() for tensors in transfer.wait().values() for x in tensors]
         ctx.mark_non_differentiable(*(x for x in received if not x.is_floating_point()))
         ctx.set_materialize_grads(False)
         return sent.clone(), *received
 
     @staticmethod
     def backward(ctx: Any, _: Any, *gradients: torch.Tensor | None) -> Any:
-        trip, found = ctx.trip, iter(gradients)
+        transfer, found = ctx.transfer, iter(gradients)
         give: dict[int, list[torch.Tensor]] = {}
-        for rank, number in ctx.asked.items():
-            for x in trip.like * number:
+        for rank, number in ctx.requested.items():
+            for x in transfer.like * number:
                 gradient = next(found)
                 if x.is_floating_point():
                     give.setdefault(rank, []).append(torch.zeros_like(x) if gradient is None else gradient)
-        trip.trade = Trade(trip.link, give, trip.back)
-        return None, None, torch.zeros((), device=trip.like[0].device)
+        transfer.exchange = Exchange(transfer.link, give, transfer.back)
+        return None, None, torch.zeros((), device=transfer.like[0].device)
 
 
 @first_only
@@ -193,7 +205,7 @@ class _Shift(torch.autograd.Function):
         ctx.like = [x.detach() for x in state]
         give = {target: list(state)} if 0 <= target < link.ring else {}
         like = {source: list(state)} if 0 <= source < link.ring else {}
-        received = tuple(x.clone() for x in Trade(link, give, like).wait().get(source, identity))
+        received = tuple(x.clone() for x in Exchange(link, give, like).wait().get(source, identity))
         ctx.mark_non_differentiable(*(x for x in received if not x.is_floating_point()))
         ctx.set_materialize_grads(False)
         return received
@@ -204,6 +216,6 @@ class _Shift(torch.autograd.Function):
         filled = [torch.zeros_like(x) if g is None else g for g, x in pairs]
         give = {ctx.source: filled} if 0 <= ctx.source < ctx.link.ring else {}
         wanted = {ctx.target: [x for _, x in pairs]} if 0 <= ctx.target < ctx.link.ring else {}
-        arrived = iter(Trade(ctx.link, give, wanted).wait().get(ctx.target, []))
+        arrived = iter(Exchange(ctx.link, give, wanted).wait().get(ctx.target, []))
         back = [next(arrived, None) if x.is_floating_point() else None for x in ctx.like]
         return None, None, None, *back, *(None for _ in back)

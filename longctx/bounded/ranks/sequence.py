@@ -1,4 +1,4 @@
-"""Where a call's tokens stand: on which rank of which ring, at which index, in which document."""
+"""Locate a call's local tokens in the sequence: the ring and rank, their global indices, their documents."""
 
 from __future__ import annotations
 
@@ -10,40 +10,61 @@ import torch
 from longctx.attention.comm import Link, LocalLink, ProcessLink
 from longctx.bounded.chunks import Runs
 from longctx.bounded.ranks import monoid
-from longctx.bounded.ranks.exchange import Chain
-from longctx.bounded.ranks.scan import associative_exclusive_scan, chain_of
+from longctx.bounded.ranks.exchange import ChunkMap
+from longctx.bounded.ranks.scan import associative_exclusive_scan, map_chunks
 from longctx.errors import AttentionError
 from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
 
 
 @dataclass(frozen=True)
-class Place:
+class LocalTokens:
     """The local tokens of one call.
 
-    parts: the stretches of the sequence held here, as slices of the local tokens, beside `chain.chunks[link.rank]`.
-    index: (T,) int64 global indices. ids: (B, T) int64 documents with -1 at padding, None for one and no padding.
+    chunks: which rank holds which chunks.
+    parts: the contiguous stretches held here, as slices of the local tokens, beside `chunks.by_rank[link.rank]`.
+    index: (T,) int64, global indices.
+    ids: (B, T) int64, documents with -1 at padding; None for one document without padding.
     """
 
     link: Link
-    chain: Chain
+    chunks: ChunkMap
     parts: tuple[slice, ...]
     index: torch.Tensor
     ids: torch.Tensor | None
 
     @property
     def valid(self) -> torch.Tensor | None:
-        """(B, T) bool: no padding."""
+        """(B, T) bool: not padding."""
         return None if self.ids is None else self.ids >= 0
+
+    def ids_of(self, here: slice) -> torch.Tensor | None:
+        """Return the documents of a stretch."""
+        return None if self.ids is None else self.ids[:, here]
+
+    def tail(self, here: slice, batch: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return the tokens of a stretch's last document, (B, T) bool or None for all, and that document (B,) in the
+        notation of monoid.py."""
+        if self.ids is None:
+            return None, self.index.new_zeros(batch)
+        runs = Runs(self.ids[:, here], None)
+        return runs.tail(), runs.ending
+
+    def document_before(self, document: torch.Tensor | None, batch: int) -> torch.Tensor:
+        """Return the document (B,) of a state before the sequence; without ids all tokens continue it, as 0."""
+        return self.index.new_zeros(batch) if self.ids is None or document is None else document
 
     def counts(
         self, count: torch.Tensor | None, document: torch.Tensor | None, total: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """((B or 1, T) int64: the tokens of each token's document up to and with it, whichever ranks hold them;
-        (B or 1,) those of the document that ends the sequence, on a ring only if `total`, else of this rank's tokens).
+        """Count the tokens of each token's document up to and including it, over all ranks.
 
         Args:
             count, document: (B,) each, of the state before the first token of the sequence.
+
+        Returns:
+            (B or 1, T) int64; and (B or 1,) the count of the sequence's last document, on a ring only if `total`, else
+            that of this rank's last token.
         """
         if self.ids is None:
             found, last = self.index[None] + 1, self.index.new_full((1,), self.link.ring * len(self.index))
@@ -52,9 +73,8 @@ class Place:
         starts = [(count, document)]
         if self.link.ring > 1:
             ends = [(run.tail().sum(1), run.ending) for run in here]
-            zero = torch.zeros_like(ends[0][0])
             starts = associative_exclusive_scan(  # type: ignore[assignment]
-                ends, monoid.latest, (zero, zero - 1), self.link, self.chain, total=total
+                ends, monoid.latest, monoid.identity(ends[0]), self.link, self.chunks, total=total
             )
             if count is not None and document is not None:
                 starts = [monoid.latest((count, document), start) for start in starts]  # type: ignore[misc,arg-type]
@@ -72,7 +92,7 @@ _SEVERAL = -2
 
 
 def only_document(ids: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
-    """(B,) the one document of each row here, -1 if there is none, a mark if there are several."""
+    """Return the one document (B,) of each row: -1 if it has none, -2 if it has several."""
     if ids is None:
         return torch.zeros(batch, dtype=torch.int64, device=device)
     top = ids.amax(1)
@@ -81,7 +101,7 @@ def only_document(ids: torch.Tensor | None, batch: int, device: torch.device) ->
 
 
 def check_one_document(documents: list[torch.Tensor]) -> None:
-    """Every rank sees all ranks' `only_document`, so that all raise or none does.
+    """Check all ranks' `only_document`, so that either all ranks raise or none does.
 
     Raises:
         AttentionError: a row holds several documents.
@@ -90,8 +110,8 @@ def check_one_document(documents: list[torch.Tensor]) -> None:
     top = found.amax(0)
     if bool(((found == _SEVERAL) | ((found >= 0) & (found != top))).any()):
         raise AttentionError(
-            "packed documents without causal have a memory each: there is no one state, and in cross attention it is "
-            "not known which one a query belongs to"
+            "packed documents without causal have one state per document: there is no state to return, and cross "
+            "attention cannot tell which document a query belongs to"
         )
 
 
@@ -105,8 +125,8 @@ def locate(
     document_ids: torch.Tensor | None,
     length: int | None,
     link: Link | None = None,
-) -> Place:
-    """Find the place of `tokens` local tokens.
+) -> LocalTokens:
+    """Locate `tokens` local tokens of a sequence sharded in `layout` over the mesh's ring.
 
     Raises:
         AttentionError: the mesh splits heads, the layout interleaves tokens, or the length does not fit.
@@ -119,11 +139,11 @@ def locate(
     if link is None:
         link = LocalLink() if mesh is None or mesh.ring_size == 1 else ProcessLink(mesh)
     layout = get_layout(layout)
-    chain = chain_of(layout, link.ring)
+    chunks = map_chunks(layout, link.ring)
     padded = tokens * link.ring
     if padded % layout.multiple(link.ring) and link.ring > 1:
         raise AttentionError(
-            f"{tokens} tokens a rank over a ring of {link.ring} make {padded}, and layout {layout.name!r} needs a "
+            f"{tokens} tokens per rank over a ring of {link.ring} make {padded}, and layout {layout.name!r} needs a "
             f"multiple of {layout.multiple(link.ring)}; pad with longctx.shard"
         )
     if length is not None and not 0 < length <= padded:
@@ -141,4 +161,4 @@ def locate(
         if document_ids is None:
             document_ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
         document_ids = document_ids.masked_fill(index >= length, -1)
-    return Place(link, chain, parts, index, document_ids)
+    return LocalTokens(link, chunks, parts, index, document_ids)

@@ -1,4 +1,4 @@
-"""A cache of layer inputs instead of keys and values, in transformers' clothes."""
+"""A cache of layer inputs instead of keys and values, with transformers' interface."""
 
 from __future__ import annotations
 

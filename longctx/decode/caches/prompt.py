@@ -1,4 +1,4 @@
-"""A growing cache that keeps a prompt once for all its beams, in transformers' clothes."""
+"""A growing cache with transformers' interface that stores a prompt once for all its beams."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PromptLayer(DynamicLayer):
         """Take (rows, G, T, D); the first call brings the prompt, equal for the beams of a row."""
         if self.is_initialized or self.beams == 1:
             super().update(key_states, value_states, *args, **kwargs)
-            self.keys.longctx_prompt = self.prompt  # whoever attends to these keys finds the rest here
+            self.keys.longctx_prompt = self.prompt  # attention to these keys finds the prompt here
             return self.keys, self.values
         self.prompt = key_states[:: self.beams].clone(), value_states[:: self.beams].clone()
         super().update(key_states[:, :, :0], value_states[:, :, :0], *args, **kwargs)

@@ -1,4 +1,4 @@
-"""A cache of a context that is spread over the ranks of a mesh, in transformers' clothes.
+"""A cache, with transformers' interface, of a context that is sharded over the ranks of a mesh.
 
 Layers keep what their attention needs: keys and values, or layer inputs (EL), of the tokens that lie on this rank; or a
 bounded state of the whole context, which has the same size on every rank whatever the length.

@@ -1,8 +1,8 @@
 """The cache of a layer whose state does not grow: one entry among the others of transformers' `Cache`.
 
 It holds the operator's state (ABC's slots, Cottention's matrix, a window's last tokens) and where each row of the batch
-stands: how many tokens it has seen, the last one's position, and the number of its document. Whoever runs the layer
-reads and writes ``state``; transformers asks for lengths, and reorders the batch for beam search.
+stands: how many tokens it has seen, the last one's position, and the number of its document. The layer reads and
+writes ``state``; transformers queries lengths, and reorders the batch for beam search.
 """
 
 from __future__ import annotations

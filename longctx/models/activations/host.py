@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from longctx.nn.kept import know
+from longctx.nn.saved import register_source
 
 LEAST_BYTES = 1 << 16  # offloading smaller tensors is not worth the copy
 
@@ -43,7 +43,7 @@ class Offloaded:
         self._again: torch.Tensor | None = None
 
     def result(self) -> torch.Tensor:
-        """Return the tensor in backward, for operators that did not save it themselves (``longctx.nn.kept``)."""
+        """Return the tensor in backward, for operators that did not save it themselves (``longctx.nn.saved``)."""
         if self._again is None:
             self._again = self.store.take(self)
         return self._again
@@ -117,14 +117,14 @@ class HostStore:
         """As ``put``, for a layer's input: its first norm then need not save it but gets it from the store."""
         kept = self.put(tensor)
         if isinstance(kept, Offloaded):
-            know(tensor, kept)
+            register_source(tensor, kept)
         return kept
 
     def take_input(self, kept: torch.Tensor | Offloaded) -> torch.Tensor:
         """As ``take``, for what ``put_input`` returned; the layer is recomputed from it."""
         tensor = self.take(kept)
         if isinstance(kept, Offloaded):
-            know(tensor, kept)
+            register_source(tensor, kept)
         return tensor
 
     def fetch(self, layer: int) -> None:

@@ -15,7 +15,7 @@ from longctx.errors import ModelError
 from longctx.models.hook.binding import Binding
 from longctx.models.hook.documents import padded_tokens, sharded_documents, whole_documents
 from longctx.nn.kinds import Kind, Ring, read_layers
-from longctx.nn.memory import make_memory
+from longctx.nn.mixers import make_mixer
 
 CHILD = "memory"
 NOTES = "longctx_notes"
@@ -56,7 +56,7 @@ def bounded_child(module: torch.nn.Module) -> Any:
 
 def _add(module: torch.nn.Module, kind: Kind, config: Any, index: int) -> None:
     heads, width = config.num_attention_heads, config.hidden_size
-    memory = make_memory(
+    memory = make_mixer(
         kind,
         hidden_size=width,
         heads=heads,

@@ -19,7 +19,7 @@ from longctx.errors import ModelError
 from longctx.models.hook.bounded_layer import install
 from longctx.models.names import NAME, PREFIX
 from longctx.nn.kinds import read_layers
-from longctx.nn.memory import ABCMemory, CosineMemory
+from longctx.nn.mixers import ABCMixer, CosineMixer
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class BoundedWeights:
     def _init_weights(self, module: torch.nn.Module) -> None:
         from transformers import initialization as init
 
-        if isinstance(module, ABCMemory):
+        if isinstance(module, ABCMixer):
             for weight in module.parameters(recurse=False):
                 init.normal_(weight, mean=0.0, std=module.initial_std)
-        elif isinstance(module, CosineMemory):
+        elif isinstance(module, CosineMixer):
             init.constant_(module.exponent, module.kind.exponent)
         else:
             super()._init_weights(module)  # type: ignore[misc]

@@ -1,8 +1,8 @@
-"""ABCMemory and CosineMemory: what a bounded layer adds to queries, keys and values, and nothing of projections.
+"""Token mixers of bounded layers, without projections: ABCMixer and CosineMixer.
 
-A memory owns the few parameters that the method brings (ABC's control, Cottention's exponent) and calls the operator.
-`longctx.nn.attention` puts projections around it; `longctx.convert` hangs it onto a layer of a transformers model,
-whose own projections, rotary positions and norms stay as they are.
+A mixer owns the parameters that its method adds (ABC's control, Cottention's exponent) and calls the operator.
+`longctx.nn.attention` adds projections; `longctx.convert` attaches a mixer to a layer of a transformers model, whose
+own projections, rotary positions and norms stay as they are.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from longctx.bounded.abc.operator import abc_attention
 from longctx.bounded.cosine.operator import cosine_attention
 from longctx.errors import ModelError
 from longctx.nn.kinds import ABC, Cosine, Kind, Ring, Window
-from longctx.nn.window import WindowMemory
+from longctx.nn.window import WindowMixer
 
 
-def make_memory(
+def make_mixer(
     kind: Kind,
     *,
     hidden_size: int,
@@ -32,28 +32,28 @@ def make_memory(
     max_length: int | None = None,
     place: int = 0,
 ) -> torch.nn.Module | None:
-    """Return the module that a layer of this kind needs; None for ``Ring``, which needs nothing.
+    """Return the mixer of a layer of this kind; None for ``Ring``, which needs no module.
 
     Args:
-        max_length: the model's longest sequence, for a linformer control that names none.
-        place: number of the layer; random controls of two layers differ.
+        max_length: the model's longest sequence, for a linformer control without its own.
+        place: number of the layer; random controls differ between layers.
     """
     if isinstance(kind, Ring):
         return None
     if isinstance(kind, Window):
-        return WindowMemory(kind)
+        return WindowMixer(kind)
     if isinstance(kind, Cosine):
-        return CosineMemory(kind, heads)
-    return ABCMemory(kind, hidden_size, kv_heads, head_dim, max_length=max_length, place=place)
+        return CosineMixer(kind, heads)
+    return ABCMixer(kind, hidden_size, kv_heads, head_dim, max_length=max_length, place=place)
 
 
-class ABCMemory(torch.nn.Module):
-    """The control of one ABC layer: which tokens its slots keep.
+class ABCMixer(torch.nn.Module):
+    """ABC with a layer's control, which decides the slots that tokens are written to.
 
     Args:
         kind: slots, control and normaliser.
         hidden_size: width of the layer's input, which the control ``mlp`` reads (with ``control_input="x"``).
-        kv_heads: G, heads that have a memory of their own.
+        kv_heads: G, the heads; each has its own state.
         head_dim: D of keys and values, read by ``control_input="kv"``.
         max_length: longest sequence of a ``linformer`` control.
         place: number of the layer.
@@ -73,7 +73,7 @@ class ABCMemory(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.kind, self.kv_heads, self.place = kind, kv_heads, place
-        self.initial_std = 0.0  # of the first weights: it gives logits of size one for inputs of size one
+        self.initial_std = 0.0  # of the initial weights; set so that inputs of unit size give logits of unit size
         own = kv_heads if kind.per_head else 1
         self.key_control: torch.nn.Parameter | None = None
         self.value_control: torch.nn.Parameter | None = None
@@ -92,7 +92,7 @@ class ABCMemory(torch.nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the control's weights."""
+        """Initialise the control's weights."""
         for weight in (self.key_control, self.value_control):
             if weight is not None:
                 torch.nn.init.normal_(weight, std=self.initial_std)
@@ -112,13 +112,13 @@ class ABCMemory(torch.nn.Module):
 
         Args:
             query: (B, H, T, D).
-            key: (B, G, T, D), rotated if the model rotates.
+            key: (B, G, T, D), with any rotary embedding applied.
             value: (B, G, T, Dv).
             inputs: (B, T, hidden), the layer's input, for ``control_input="x"``.
             where: mesh, layout, document_ids, length, state, return_state, backend of ``abc_attention``.
 
         Returns:
-            (B, H, T, Dv), with the state behind it if ``return_state``.
+            (B, H, T, Dv); with ``return_state`` also the state.
         """
         normalizer = self.kind.normalizer or ("prefix" if causal else "global")
         control = self.control(key, value, inputs)
@@ -150,7 +150,7 @@ class ABCMemory(torch.nn.Module):
         if self.kind.control_input == "kv":
             return (tokens @ weight.to(tokens.dtype).transpose(-1, -2)).expand(*tokens.shape[:3], -1)
         if inputs is None:
-            raise ModelError("abc: control_input 'x' reads the layer's input, and none was given")
+            raise ModelError("abc: control_input 'x' reads the layer's input; pass inputs")
         own, slots, width = weight.shape
         logits = F.linear(inputs, weight.reshape(own * slots, width)).unflatten(-1, (own, slots)).transpose(1, 2)
         return logits.expand(-1, self.kv_heads, -1, -1)
@@ -160,8 +160,8 @@ class ABCMemory(torch.nn.Module):
         return repr(self.kind)
 
 
-class CosineMemory(torch.nn.Module):
-    """Cottention's learned exponent: the sum of n tokens is divided by n ** sigmoid(exponent), a number a head."""
+class CosineMixer(torch.nn.Module):
+    """Cottention with its learned exponent per head: the sum over n tokens is divided by n ** sigmoid(exponent)."""
 
     exact = False
 
@@ -172,7 +172,7 @@ class CosineMemory(torch.nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start where the paper does."""
+        """Set the initial exponent, the paper's by default."""
         torch.nn.init.constant_(self.exponent, self.kind.exponent)
 
     def forward(
@@ -186,9 +186,12 @@ class CosineMemory(torch.nn.Module):
         scale: float | None = None,
         **where: Any,
     ) -> Any:
-        """Attend as ``ABCMemory.forward`` does; ``scale`` and ``inputs`` mean nothing to a cosine."""
+        """Attend as ``ABCMixer.forward`` does; ``scale`` and ``inputs`` are ignored."""
         return cosine_attention(query, key, value, self.exponent, causal=causal, scale_on=self.kind.scale_on, **where)
 
     def extra_repr(self) -> str:
         """Show the kind."""
         return repr(self.kind)
+
+
+ABCMemory, CosineMemory, make_memory = ABCMixer, CosineMixer, make_mixer  # former names

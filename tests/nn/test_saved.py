@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from longctx.nn.kept import source_of
 from longctx.nn.linear import linear
+from longctx.nn.saved import find_source
 from longctx.nn.tokenwise import in_tiles, tiled
 
 WIDTH, OUT = 24, 40
@@ -74,7 +74,7 @@ def test_it_is_made_once_for_all_and_let_go(monkeypatch: pytest.MonkeyPatch) -> 
     x, weights = inputs()
     calls: list[int] = []
     h = tiled(squash, x, [], 5, again=lambda x: calls.append(1) or in_tiles(squash, x, 5))  # type: ignore[func-returns-value]
-    kept: Any = source_of(h)
+    kept: Any = find_source(h)
     out = sum(linear(h, w, None) for w in weights).sum()
     for again in range(2):
         torch.autograd.grad(out, [x, *weights], retain_graph=True)
@@ -86,20 +86,20 @@ def test_only_the_whole_and_unchanged_result_is_known() -> None:
     x, _ = inputs()
     h = remade(x)
     assert (
-        source_of(h) is not None
-        and source_of(h.view(-1, WIDTH)) is source_of(h)
-        and source_of(h.view_as(h)) is source_of(h)
+        find_source(h) is not None
+        and find_source(h.view(-1, WIDTH)) is find_source(h)
+        and find_source(h.view_as(h)) is find_source(h)
     )
-    assert source_of(h[:1]) is None and source_of(h.transpose(0, 1)) is None and source_of(h + 0) is None
-    assert source_of(h.detach()) is None
+    assert find_source(h[:1]) is None and find_source(h.transpose(0, 1)) is None and find_source(h + 0) is None
+    assert find_source(h.detach()) is None
     with torch.no_grad():
-        assert source_of(h) is None
+        assert find_source(h) is None
     with torch.autocast("cpu"):
-        assert source_of(h) is None
+        assert find_source(h) is None
         assert linear(h, torch.randn(OUT, WIDTH), None).dtype == torch.bfloat16
     with torch.no_grad():
         h.mul_(2)
-    assert source_of(h) is None
+    assert find_source(h) is None
 
 
 def test_a_result_whose_memory_others_have_now_is_forgotten() -> None:
@@ -107,12 +107,12 @@ def test_a_result_whose_memory_others_have_now_is_forgotten() -> None:
     x, _ = inputs()
     h = remade(x)
     place, shape = h.data_ptr(), h.shape
-    assert source_of(h) is not None
+    assert find_source(h) is not None
     del h
     bytes_there = (ctypes.c_float * shape.numel()).from_address(place)  # nobody reads or writes them
     other = torch.frombuffer(bytes_there, dtype=torch.float32).view(shape).requires_grad_()
     assert other.data_ptr() == place and other.is_contiguous()
-    assert source_of(other) is None
+    assert find_source(other) is None
 
 
 def test_frozen_weights_have_nothing_made() -> None:
