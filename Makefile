@@ -10,7 +10,7 @@ PEERS := .venv/.peers
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart smoke test test-slow test-aot test-multinode bench bench-gpu bench-gpu-longest bench-alst bench-bounded bench-generation compare-bounded lint clean
+.PHONY: help install quickstart smoke test test-deep test-slow test-aot test-multinode bench bench-gpu bench-gpu-longest bench-alst bench-bounded bench-generation compare-bounded lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -26,8 +26,11 @@ quickstart: $(INSTALLED)  ## train a small Llama on this machine's own text, seq
 smoke: $(INSTALLED)  ## the same in under a minute
 	$(BIN)/longctx train configs/smoke.yaml
 
-test: $(INSTALLED)  ## lint, types, layering and the test suite
+test: $(INSTALLED)  ## lint, types, layering and every kind of test, about ten minutes
 	$(BIN)/python -m pytest
+
+test-deep: $(INSTALLED)  ## the rest of the suite: larger grids, whole runs, more ranks; under 40 minutes
+	$(BIN)/python -m pytest -m deep
 
 test-slow: $(INSTALLED)  ## the full grids
 	LONGCTX_TEST_RANDOM=1 $(BIN)/python -m pytest -m slow
@@ -64,8 +67,9 @@ $(PEERS): $(INSTALLED)
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[peers]'
 	@touch $@
 
-lint: $(INSTALLED)  ## ruff and mypy alone
+lint: $(INSTALLED)  ## ruff (rules and format) and mypy alone
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:  ## remove what builds and tests leave behind (.venv and runs/ stay)

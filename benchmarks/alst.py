@@ -3,14 +3,13 @@
     python -m benchmarks.alst [--quick] [--only step longest] [--length 8192] [--cap 192]
 
 The same small Llama, ranks, ZeRO-3 and rows for everyone, in one run. ``step``: engines take turns in the same ranks
-and their losses must agree; the ladder adds what ALST's paper adds, on both sides. ``longest``: each length is tried in
-fresh ranks under a limit that the kernel enforces on what a rank allocates after its first (short) step, and bisected.
+and their losses must agree; the ladder adds what ALST's paper adds, on both sides. ``longest``: bisected; every
+length is tried in new ranks, under a limit that the kernel enforces on what a rank allocates after a first, short step.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import os
 import resource
@@ -25,32 +24,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-import torch.distributed as dist
 
-from benchmarks import hardware
-from benchmarks.measure import peak_bytes
+from benchmarks.harness import MIB, RESULTS, judge, origin, ratio, write_csv
 from benchmarks.peers import deepspeed_alst, installed
 from benchmarks.ranks import run_ranks
 from benchmarks.registry import StepRow
 from benchmarks.training_step import (
-    LOSS_LIMIT,
     Step,
     load_ours,
+    loss_differences,
     make_config,
     make_model,
     make_optimizer,
     make_rows,
-    turn,
+    take_turns,
 )
 from longctx.launch.prepare import prepare
 
 ROW = StepRow(length=8192, vocabulary=16_384, steps=3)
 QUICK = StepRow(length=1024, layers=2, hidden=64, intermediate=128, vocabulary=512, steps=1)
-RESULTS = Path(__file__).parent / "results"
-MIB = 2**20
-GRAIN = 512  # tokens: how finely the longest sequence is looked for
+GRAIN = 512  # tokens: resolution of the longest sequence
 SHORT = 256  # tokens of the step before the cap
-# A cap counts what malloc holds: it must give back at once what is freed, or chance decides how much fits. Costs time.
+# The cap counts what malloc holds, so freed memory must go back to the system at once, or chance decides what fits.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 KEEP = {"recompute": "layer_keep_attention"}
@@ -60,7 +55,7 @@ OURS: dict[str, dict[str, Any]] = {
     "longctx ring + tiled loss, MLP": {**KEEP, "loss_tile": "auto", "mlp_tile": "auto"},
     "longctx": {**KEEP, "loss_tile": "auto", "mlp_tile": "auto", "recompute_norms": True},
 }
-LEAN = {"longctx, layers computed anew": {**OURS["longctx"], "recompute": "layer"}}  # slower: for length alone
+LEAN = {"longctx, layers recomputed": {**OURS["longctx"], "recompute": "layer"}}  # slower: for length alone
 THEIRS: dict[str, dict[str, bool]] = {
     "ZeRO-3, checkpoints": {"parallel": False, "loss": False, "mlp": False},
     "Ulysses, checkpoints": {"loss": False, "mlp": False},
@@ -77,7 +72,7 @@ AIMS = (
 
 
 def load(name: str, row: StepRow) -> Step:
-    """Build a contestant's engine; return its step."""
+    """Build a contestant's engine and return its step."""
     if name in OURS or name in LEAN:
         return load_ours(row, (OURS | LEAN)[name])[1]
     installed(deepspeed_alst.PACKAGE, deepspeed_alst.PINNED)
@@ -89,35 +84,14 @@ def load(name: str, row: StepRow) -> Step:
 
 
 def step_worker(rank: int, ranks: int, row: StepRow) -> Iterator[dict[str, Any]]:
-    """All contestants in turns; what rank 0 yields is the table."""
-    engines = {name: load(name, row) for name in [*THEIRS, *OURS]}
-    results: dict[str, dict[str, Any]] = {name: {"cpu": [], "wall": [], "blocked": [], "loss": []} for name in engines}
-    generator = torch.Generator().manual_seed(7)
-    for number in range(1 + row.steps):  # the first warms up
-        rows = make_rows(row, generator)
-        names = list(engines)[number % len(engines) :] + list(engines)[: number % len(engines)]
-        for name in names:
-            turn(engines[name], rows, results[name], timed=number > 0)
-    rows = make_rows(row, generator)
-    for name, step in engines.items():
-        gc.collect()
-        peak = torch.tensor([peak_bytes(lambda step=step: step(rows))])  # type: ignore[misc]
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        results[name]["peak"] = int(peak)
-    agree({name: result["loss"] for name, result in results.items()})
+    """Time all contestants in turns; rank 0 yields the table."""
+    results = take_turns({name: load(name, row) for name in [*THEIRS, *OURS]}, row, warm_up=1)
+    loss_differences(results, "longctx")
     yield results
 
 
-def agree(losses: dict[str, list[float]]) -> None:
-    """Everyone must have trained the same."""
-    for name, given in losses.items():
-        difference = max(abs(a - b) / abs(b) for a, b in zip(given, losses["longctx"], strict=True))
-        if not difference <= LOSS_LIMIT:
-            raise AssertionError(f"{name}: losses differ by {difference:.1e} (limit {LOSS_LIMIT:.0e}): {losses}")
-
-
 def checkpoint_bytes(name: str, row: StepRow) -> int:
-    """What a rank keeps of its layers between forward and backward: inputs; for longctx attention's (out, lse) too."""
+    """Return what a rank saves of its layers for backward: inputs; for longctx also attention's (out, lse)."""
     local = row.length // (1 if name.startswith("ZeRO") else row.ranks)
     kept = row.hidden if name in THEIRS else 2 * row.hidden + row.heads
     return local * row.layers * kept * 4
@@ -127,7 +101,7 @@ def checkpoint_bytes(name: str, row: StepRow) -> int:
 
 
 def longest_worker(rank: int, ranks: int, name: str, row: StepRow, cap: int) -> Iterator[str]:
-    """One step at ``row.length`` with ``cap`` bytes beyond what the rank has after a short step; '' if it fits."""
+    """Take a step at ``row.length`` with ``cap`` bytes beyond what the rank holds after a short one; '' if it fits."""
     step = load(name, row)
     generator = torch.Generator().manual_seed(7)
     step(make_rows(replace(row, length=SHORT), generator))
@@ -141,7 +115,7 @@ def longest_worker(rank: int, ranks: int, name: str, row: StepRow, cap: int) -> 
 
 
 def fits(name: str, row: StepRow, cap: int, length: int) -> bool:
-    """Try one length; every failure but a lack of memory (and its consequence, a lost partner) is raised."""
+    """Try one length; every failure except lack of memory (or of a rank that died of it) is raised."""
     try:
         next(run_ranks(row.ranks, longest_worker, name, replace(row, length=length), cap))
     except RuntimeError as error:
@@ -171,34 +145,34 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tiny and quick; nothing is judged or written")
     parser.add_argument("--only", nargs="+", choices=("step", "longest"), default=["step", "longest"])
     parser.add_argument("--length", type=int, help="tokens of the timed rows")
-    parser.add_argument("--cap", type=int, default=192, help="MiB a rank may allocate in a step")
-    parser.add_argument("--ladder", action="store_true", help="the longest sequence of every rung, not of three")
+    parser.add_argument("--cap", type=int, default=192, help="MiB that a rank may allocate in a step")
+    parser.add_argument("--ladder", action="store_true", help="the longest sequence of every rung instead of three")
     chosen = parser.parse_args()
     row = QUICK if chosen.quick else ROW
     row = replace(row, length=chosen.length or row.length)
     prepare()
-    here = {"hardware": hardware.describe(), "load": f"{hardware.load():.2f}", "commit": hardware.commit()}
+    here = origin()
     print("; ".join(here.values()), flush=True)
     said: dict[str, float] = {}
+    tables = {}
     if "step" in chosen.only:
-        rows = steps(row, said)
-        _write("alst_step_cpu", rows, here, chosen.quick)
+        tables["alst_step_cpu"] = steps(row, said)
     if "longest" in chosen.only:
         names = [*THEIRS, *OURS, *LEAN] if chosen.ladder else list(JUDGED)
-        rows = lengths(row, 16 * MIB if chosen.quick else chosen.cap * MIB, names, said)
-        _write("alst_longest_cpu", rows, here, chosen.quick)
-    missed = 0
-    for text, aim, above in AIMS:
-        if text in said and not chosen.quick:
-            holds = said[text] >= aim if above else said[text] <= aim
-            missed += not holds
-            sign = ">=" if above else "<="
-            print(f"{'ok      ' if holds else 'MISSED  '}{text} = {said[text]:.3f}, aim {sign} {aim}")
-    return int(bool(missed))
+        tables["alst_longest_cpu"] = lengths(row, 16 * MIB if chosen.quick else chosen.cap * MIB, names, said)
+    if chosen.quick:
+        return 0
+    for name, rows in tables.items():
+        write_csv(RESULTS / f"{name}.csv", [one | here for one in rows])
+    reached = [(aim, said[aim[0]]) for aim in AIMS if aim[0] in said]
+    return int(not judge(
+        (f"{text} = {value:.3f}, aim {'>=' if above else '<='} {aim}", value >= aim if above else value <= aim)
+        for (text, aim, above), value in reached
+    ))  # fmt: skip
 
 
 def steps(row: StepRow, said: dict[str, float]) -> list[dict[str, Any]]:
-    """Time and bytes of everyone at one length."""
+    """Measure time and bytes of everyone at one length."""
     results = next(run_ranks(row.ranks, step_worker, row))
     table = []
     print(f"\none step, {row.length} tokens, {row.ranks} ranks, ZeRO-3, fp32")
@@ -213,19 +187,18 @@ def steps(row: StepRow, said: dict[str, float]) -> list[dict[str, Any]]:
         print(f"  {name:28}{median(result['cpu']):8.2f} CPU s{median(result['wall']):8.2f} s  "
               f"{peak}{(result['peak'] - kept) / MIB:8.1f}", flush=True)  # fmt: skip
     ours, theirs = results["longctx"], results["ALST"]
-    said[AIMS[0][0]] = median(b / a for a, b in zip(ours["cpu"], theirs["cpu"], strict=True))
+    said[AIMS[0][0]] = ratio(theirs["cpu"], ours["cpu"])
     said[AIMS[1][0]] = (ours["peak"] - checkpoint_bytes("longctx", row)) / (
         theirs["peak"] - checkpoint_bytes("ALST", row)
     )
-    print(f"  tokens a second, longctx ÷ ALST, on the wall: "
-          f"{median(b / a for a, b in zip(ours['wall'], theirs['wall'], strict=True)):.3f}")  # fmt: skip
+    print(f"  tokens per second, longctx ÷ ALST, on the wall: {ratio(theirs['wall'], ours['wall']):.3f}")
     return table
 
 
 def lengths(row: StepRow, cap: int, names: list[str], said: dict[str, float]) -> list[dict[str, Any]]:
-    """The longest sequence of everyone under the same cap."""
+    """Find the longest sequence of everyone under the same cap."""
     table, found = [], {}
-    os.environ.update(GIVE_BACK)  # of the ranks to come
+    os.environ.update(GIVE_BACK)  # for the ranks started below
     print(f"\nlongest sequence, {row.ranks} ranks of at most {cap // MIB} MiB beyond their states, to {GRAIN} tokens")
     for name in names:
         found[name] = longest(partial(fits, name, row, cap), 4 * GRAIN)
@@ -234,15 +207,6 @@ def lengths(row: StepRow, cap: int, names: list[str], said: dict[str, float]) ->
     said[AIMS[2][0]] = found["longctx"] / max(found["ALST"], 1)
     said[AIMS[3][0]] = found["longctx"] / max(found["Ulysses, checkpoints"], 1)
     return table
-
-
-def _write(name: str, rows: list[dict[str, Any]], here: dict[str, str], quick: bool) -> None:
-    if quick:
-        return
-    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *here])
-        writer.writeheader()
-        writer.writerows({**row, **here} for row in rows)
 
 
 if __name__ == "__main__":

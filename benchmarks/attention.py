@@ -1,8 +1,7 @@
-"""The attention rows: every contestant computes the same attention, is checked, and is then timed in turns.
+"""The attention rows: every contestant computes the same attention, is checked, and is then timed in interleaved turns.
 
-Each rank holds the full inputs (made from one seed) and gives every contestant the tokens it asks for. The truth is
-fp64, computed once a row. Turns are interleaved and rotated, so that a noisy minute hits everyone alike, and ratios
-are taken turn by turn.
+Each rank generates the full inputs from one seed and passes every contestant the tokens it asks for. The reference is
+fp64, computed once per row. Ratios are taken turn by turn.
 """
 
 from __future__ import annotations
@@ -10,29 +9,30 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.measure import Sample, measure, peak_bytes, relative_error
+from benchmarks.harness import add_turn, gathered, largest_peak, ratio, turns
+from benchmarks.measure import relative_error
 from benchmarks.peers import Contestant, NotMeasured, Step, Tensors, torch_sdpa
 from benchmarks.registry import CONTESTANTS, OURS, SDPA, AttentionRow
 
 LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}  # relative error at which a contestant's results count as wrong
 BF16_FACTOR = 2.0  # ours in bf16: at most this many times the error of torch's SDPA in the same run
 NAMES = ("out", "dq", "dk", "dv")
-PATIENCE = 40.0  # seconds of CPU time after which a contestant gets no further turn in a row
+PATIENCE = 40.0  # CPU seconds in a row after which a contestant gets no further turn
 
 
 @dataclass
 class Result:
-    """What one contestant did in one row."""
+    """One contestant's figures in one row."""
 
     contestant: str
     version: str = ""
-    reason: str = ""  # why it was not measured, or what is wrong with it
+    reason: str = ""  # why it was not measured, or what is wrong with its results
     errors: tuple[float, ...] = ()  # out, dq, dk, dv
     cpu: list[float] = field(default_factory=list)  # per turn, summed over ranks
     wall: list[float] = field(default_factory=list)  # per turn, the slowest rank
@@ -64,7 +64,8 @@ def run_row(rank: int, ranks: int, row: AttentionRow, without: list[str]) -> dic
         local = part_of(contestant, rank, ranks, inputs)
         result.errors = check(contestant, step, rank, local, part_of(contestant, rank, ranks, truth))
         ready[contestant.name] = (contestant, step, local)
-        result.peak = measure_peak(contestant, step, rank, local)
+        gc.collect()
+        result.peak = largest_peak(partial(step, *local) if contestant.computes(rank) else None)
     judge(results, row)
     take_turns(rank, row, ready, {result.contestant: result for result in results})
     return {"row": asdict(row) | {"name": row.name}, "results": [asdict(result) for result in results]}
@@ -89,46 +90,35 @@ def make_inputs(row: AttentionRow) -> Tensors:
 
 
 def true_results(rank: int, ranks: int, row: AttentionRow, inputs: Tensors) -> Tensors:
-    """(out, dq, dk, dv) in fp64; each rank computes its share of the key heads and all gather."""
+    """(out, dq, dk, dv) in fp64; each rank computes every ranks-th key head, and an all-reduce adds them up."""
     step, share = torch_sdpa.load(), row.heads // row.kv_heads
-    mine = range(rank, row.kv_heads, ranks)
-    truth = []
-    parts: dict[int, Tensors] = {}
-    for head in mine:
-        query = slice(head * share, (head + 1) * share)
-        q, k, v, grad = (
-            tensor[:, part].double()
-            for tensor, part in zip(inputs, (query, slice(head, head + 1), slice(head, head + 1), query), strict=True)
-        )
-        parts[head] = step(q, k, v, grad)
-    for position, like in enumerate((inputs[0], inputs[0], inputs[1], inputs[2])):
-        full = torch.zeros(like.shape, dtype=torch.float64)
-        width = like.shape[1] // row.kv_heads
-        for head, values in parts.items():
-            full[:, head * width : (head + 1) * width] = values[position]
-        dist.all_reduce(full)
-        truth.append(full)
-    return tuple(truth)
+    truth = tuple(torch.zeros(inputs[i].shape, dtype=torch.float64) for i in (0, 0, 1, 2))
+    for head in range(rank, row.kv_heads, ranks):
+        query, key = slice(head * share, (head + 1) * share), slice(head, head + 1)
+        q, k, v, grad = (x[:, part].double() for x, part in zip(inputs, (query, key, key, query), strict=True))
+        for whole, part, values in zip(truth, (query, query, key, key), step(q, k, v, grad), strict=True):
+            whole[:, part] = values
+    for whole in truth:
+        dist.all_reduce(whole)
+    return truth
 
 
 def part_of(contestant: Contestant, rank: int, ranks: int, tensors: Tensors) -> Tensors:
-    """What a contestant gives this rank of whole (B, H, S, D) tensors."""
+    """Return this rank's part of whole (B, H, S, D) tensors, as the contestant shards them."""
     index = contestant.positions(rank, ranks, tensors[0].shape[2])
     parts = (tensor.chunk(ranks, 1)[rank] if contestant.split_heads else tensor for tensor in tensors)
     return tuple(tensor[:, :, index].contiguous() for tensor in parts)
 
 
 def check(contestant: Contestant, step: Step, rank: int, local: Tensors, truth: Tensors) -> tuple[float, ...]:
-    """Relative error of out, dq, dk and dv, on the rank where it is largest."""
-    takes_part = contestant.ranks == "all" or rank == 0
-    values = step(*local) if takes_part else truth
-    errors = torch.tensor([relative_error(a, b) for a, b in zip(values, truth, strict=True)])
-    dist.all_reduce(errors, op=dist.ReduceOp.MAX)
-    return tuple(errors.tolist())
+    """Return the largest relative error over ranks, of out, dq, dk and dv."""
+    values = step(*local) if contestant.computes(rank) else truth
+    found = gathered(*(relative_error(a, b) for a, b in zip(values, truth, strict=True)))
+    return tuple(max(errors) for errors in zip(*found, strict=True))
 
 
 def judge(results: list[Result], row: AttentionRow) -> None:
-    """Refuse to time a wrong longctx or a wrong baseline; say of a peer what is wrong with it."""
+    """Refuse to time a wrong longctx or a wrong baseline; note what is wrong with a peer's results."""
     by_name = {result.contestant: result for result in results}
     own, base = by_name[OURS.name], by_name[SDPA.name]
     limits = [LIMITS[row.dtype]] * 4
@@ -149,44 +139,20 @@ def judge(results: list[Result], row: AttentionRow) -> None:
             result.reason = "wrong results as called here (relative error " + ", ".join(wrong) + "); timed all the same"
 
 
-def measure_peak(contestant: Contestant, step: Step, rank: int, local: Tensors) -> int:
-    """Peak bytes of one step on the largest rank."""
-    gc.collect()
-    takes_part = contestant.ranks == "all" or rank == 0
-    peak = torch.tensor([peak_bytes(lambda: step(*local)) if takes_part else 0])
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    return int(peak)
-
-
 def take_turns(
     rank: int, row: AttentionRow, ready: dict[str, tuple[Contestant, Step, Tensors]], results: dict[str, Result]
 ) -> None:
-    """Time everyone once a turn, starting with another one each turn."""
-    names = list(ready)
-    for turn in range(row.repeats):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+    """Time everyone once per turn."""
+    for _, names in turns(ready, row.repeats):
+        for name in names:
+            contestant, step, local = ready[name]
             if sum(results[name].cpu) <= PATIENCE:
-                _turn(rank, *ready[name], results[name])
-
-
-def _turn(rank: int, contestant: Contestant, step: Step, local: Tensors, result: Result) -> None:
-    gc.collect()
-    takes_part = contestant.ranks == "all" or rank == 0
-    torch.set_num_threads(contestant.threads)
-    dist.barrier()
-    sample = measure(lambda: step(*local)) if takes_part else Sample(0.0, 0.0, 0.0)
-    torch.set_num_threads(1)
-    known = sample.blocked is not None
-    mine = torch.tensor([sample.cpu, sample.wall, sample.blocked if known else float("nan")], dtype=torch.float64)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    table = torch.stack(everyone)
-    result.cpu.append(float(table[:, 0].sum()))
-    result.wall.append(float(table[:, 1].max()))
-    result.blocked.append(float(table[:, 2].max() / table[:, 1].max()))
+                gc.collect()
+                torch.set_num_threads(contestant.threads)
+                add_turn(partial(step, *local) if contestant.computes(rank) else None, vars(results[name]))
+                torch.set_num_threads(1)
 
 
 def ratios(own: dict[str, Any], other: dict[str, Any], key: str = "cpu") -> float:
-    """Median over turns of ours ÷ theirs; turns that only one of them had are left out."""
-    return median(a / b for a, b in zip(own[key], other[key], strict=False))
+    """Return ours ÷ theirs."""
+    return ratio(own[key], other[key])

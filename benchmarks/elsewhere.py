@@ -1,4 +1,4 @@
-"""Checkpoints offloaded where there is no GPU, so that what a device would hold can be measured on a CPU."""
+"""Offload checkpoints without a GPU, so that what a device would hold can be measured on a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from longctx.models.activations.host import HostStore, Parked
 
 
 class Elsewhere(HostStore):
-    """Keeps a CPU's tensors in memory that is not torch's: its profiler sees them leave and come back, as a GPU's."""
+    """Move a CPU's tensors to memory that torch did not allocate: its profiler sees them go and return."""
 
     def __init__(self) -> None:
         super().__init__(everything=True)

@@ -1,18 +1,17 @@
-"""The EL paper's table, regenerated: generate() by what is cached, at equal batch and at the largest that fits.
+"""The EL paper's table: generate() by what is cached, at equal batch and at the largest batch that fits.
 
     python -m benchmarks.generation [--full] [--cap-mib 64] [--turns 3] [--shapes bart-large gpt2 gpt2-medium]
 
-Random weights of the published shapes, 4 beams and greedy, three columns in one run and in turns: transformers' own
+Random weights of the published shapes, 4 beams and greedy, three methods in one run and in turns: transformers' own
 cache, the same with prompts and sources kept once for all beams (a stronger baseline than the paper's), and hidden
-states. Every column's tokens are compared first. Lengths are an eighth of the paper's unless ``--full`` (for a GPU).
-The cap is on cache bytes, by the formulas that tests/models compares with real caches; without --cap-mib it is what
-transformers' own cache takes at the equal batch. On two quiet cores all of it takes a quarter of an hour.
+states. The tokens of all methods are compared first. Lengths are an eighth of the paper's unless ``--full`` (for a
+GPU). The cap is on cache bytes, by the formulas that tests/models compares with real caches; without --cap-mib it is
+what transformers' own cache takes at the equal batch. All of it takes a quarter of an hour on two quiet cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,11 +22,13 @@ from typing import Any
 import torch
 
 from benchmarks import hardware
+from benchmarks.harness import MIB, ratio, turns, write_csv
+from benchmarks.harness import RESULTS as FOLDER
 from longctx.decode.cost import Shape, el_bytes, kv_bytes
 from longctx.generation.beams import share_beams, unshare_beams
 from longctx.generation.el import disable_el, enable_el
 
-RESULTS = Path(__file__).parent / "results" / "generation.csv"
+RESULTS = FOLDER / "generation.csv"
 METHODS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {
     "transformers": (lambda model: None, lambda model: None),
     "shared beams": (share_beams, unshare_beams),
@@ -48,7 +49,7 @@ BEAMS = (4, 1)
 
 @dataclass(frozen=True)
 class Model:
-    """A published shape."""
+    """A published model's shape."""
 
     name: str
     layers: int
@@ -58,7 +59,7 @@ class Model:
     vocabulary: int = 50_265
 
     def build(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """Random weights of this shape, on the device."""
+        """Build the model with random weights, on the device."""
         import transformers as library
 
         torch.manual_seed(0)
@@ -72,18 +73,14 @@ class Model:
             model: Any = library.BartForConditionalGeneration(config)
         else:
             config = library.GPT2Config(
-                vocab_size=self.vocabulary,
-                bos_token_id=0,
-                eos_token_id=2,
-                n_embd=self.width,
-                n_layer=self.layers,
+                vocab_size=self.vocabulary, bos_token_id=0, eos_token_id=2, n_embd=self.width, n_layer=self.layers,
                 n_head=self.heads,
-            )
+            )  # fmt: skip
             model = library.GPT2LMHeadModel(config)
         return model.to(device, dtype).eval()
 
     def shape(self, batch: int, beams: int, read: int, written: int, element_bytes: int) -> Shape:
-        """What one generation keeps."""
+        """Return the sizes that decide what one generation caches."""
         prompt, source = (1, read) if self.encoder_decoder else (read, 0)
         return Shape(
             layers=self.layers, heads=self.heads, key_heads=self.heads, head_dim=self.width // self.heads,
@@ -100,7 +97,7 @@ MODELS = {
 
 
 def generate(model: Any, ids: torch.Tensor, beams: int, written: int) -> tuple[float, torch.Tensor]:
-    """(seconds, tokens) of one generation of exactly ``written`` tokens."""
+    """Return (seconds, tokens) of one generation of exactly ``written`` tokens."""
     _synchronize(ids.device)
     started = time.perf_counter()
     tokens = model.generate(
@@ -112,18 +109,18 @@ def generate(model: Any, ids: torch.Tensor, beams: int, written: int) -> tuple[f
 
 
 def largest_batch(model: Model, method: str, beams: int, read: int, written: int, cap: int, element_bytes: int) -> int:
-    """The most rows whose cache fits in ``cap`` bytes; 0 where one does not."""
+    """Return the most rows whose cache fits in ``cap`` bytes; 0 if one row does not."""
     return cap // BYTES[method](model.shape(1, beams, read, written, element_bytes))
 
 
 def measure(
-    built: Any, batches: dict[str, int], beams: int, read: int, written: int, turns: int
+    built: Any, batches: dict[str, int], beams: int, read: int, written: int, count: int
 ) -> dict[str, list[float]]:
-    """Seconds of every method at its batch, turn by turn; each turn begins with another method."""
+    """Return the seconds of every method at its batch, turn by turn."""
     device = next(built.parameters()).device
     seconds: dict[str, list[float]] = {method: [] for method, batch in batches.items() if batch}
-    for turn in range(turns + 1):  # the first warms up
-        for method in [*list(seconds)[turn % len(seconds) :], *list(seconds)[: turn % len(seconds)]]:
+    for turn, methods in turns(seconds, count + 1):  # the first warms up
+        for method in methods:
             start, stop = METHODS[method]
             start(built)
             make = torch.Generator().manual_seed(turn)
@@ -136,7 +133,7 @@ def measure(
 
 
 def same_tokens(built: Any, beams: int, read: int, written: int) -> dict[str, bool]:
-    """Whether each method writes what transformers writes."""
+    """Return by method whether it generates transformers' tokens."""
     ids = torch.randint(5, built.config.vocab_size, (2, read), generator=torch.Generator().manual_seed(9))
     ids = ids.to(next(built.parameters()).device)
     made = {}
@@ -147,8 +144,8 @@ def same_tokens(built: Any, beams: int, read: int, written: int) -> dict[str, bo
     return {method: torch.equal(tokens, made["transformers"]) for method, tokens in made.items()}
 
 
-def rows(model: Model, beams: int, read: int, written: int, batch: int, cap: int, turns: int) -> list[dict[str, Any]]:
-    """Rows of one model and width of beam: every method at equal batch and at its largest under the cap."""
+def rows(model: Model, beams: int, read: int, written: int, batch: int, cap: int, count: int) -> list[dict[str, Any]]:
+    """Return the rows of one model and beam count: every method at equal batch and at its largest under the cap."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     built = model.build(device, dtype)
@@ -158,22 +155,22 @@ def rows(model: Model, beams: int, read: int, written: int, batch: int, cap: int
         batches = dict.fromkeys(METHODS, batch)
         if kind == "largest batch":
             batches = {m: largest_batch(model, m, beams, read, written, cap, dtype.itemsize) for m in METHODS}
-        seconds = measure(built, batches, beams, read, written, turns)
+        seconds = measure(built, batches, beams, read, written, count)
         for method, rows_at_once in batches.items():
-            shown, ratio = "does not fit", ""
+            shown, times = "does not fit", ""
             if method in seconds:
                 shown = f"{rows_at_once / median(seconds[method]):.3f}"
             if method in seconds and "transformers" in seconds:
-                pairs = zip(seconds[method], seconds["transformers"], strict=True)
-                ratio = f"{rows_at_once / batches['transformers'] * median(b / a for a, b in pairs):.2f}"
+                faster = ratio(seconds["transformers"], seconds[method])
+                times = f"{rows_at_once / batches['transformers'] * faster:.2f}"
             shape = model.shape(rows_at_once, beams, read, written, dtype.itemsize)
             found.append({
                 "model": model.name, "beams": beams, "read": read, "written": written, "batch": kind,
                 "method": method, "rows": rows_at_once, "samples_per_second": shown,
-                "over_transformers": ratio,
+                "over_transformers": times,
                 "paper": PAPER[model.name, beams] if method.startswith("hidden") and kind == "largest batch" else "",
                 "cache_bytes": BYTES[method](replace(shape)), "cap_bytes": cap if kind == "largest batch" else "",
-                "same_tokens": same[method], "dtype": str(dtype).removeprefix("torch."), "turns": turns,
+                "same_tokens": same[method], "dtype": str(dtype).removeprefix("torch."), "turns": count,
                 "load": f"{hardware.load():.1f}", "commit": hardware.commit(), "hardware": hardware.describe(),
             })  # fmt: skip
     return found
@@ -197,19 +194,13 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         shorter = min(read, 1024 - written) if not model.encoder_decoder else read
         for beams in BEAMS:
             own = BYTES["transformers"](model.shape(batch, beams, shorter, written, element_bytes))
-            cap = own if cap_mib is None else cap_mib * 2**20
+            cap = own if cap_mib is None else cap_mib * MIB
             made = rows(model, beams, shorter, written, batch, cap, options.turns)
             for row in made:
                 line = "  ".join(f"{row[key]!s:<18}" for key in SHOWN)
-                print(line, f"{row['cache_bytes'] / 2**20:8.1f} MiB", flush=True)
+                print(line, f"{row['cache_bytes'] / MIB:8.1f} MiB", flush=True)
             found += made
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not options.results.exists()
-    with options.results.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, list(found[0]))
-        if fresh:
-            writer.writeheader()
-        writer.writerows(found)
+    write_csv(options.results, found, append=True)
     return found
 
 

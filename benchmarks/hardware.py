@@ -1,4 +1,4 @@
-"""What a number was measured on: goes into every row."""
+"""Describe what a number was measured on; part of every row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @cache
 def describe() -> str:
-    """CPU model, cores, memory, and the versions that matter, in one line."""
+    """Return CPU model, cores, memory and versions in one line."""
     import torch
 
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -22,7 +22,7 @@ def describe() -> str:
 
 
 def cpu_model() -> str:
-    """The processor's own name, where the system tells it."""
+    """Return the processor's name, where the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -33,13 +33,13 @@ def cpu_model() -> str:
 
 
 def load() -> float:
-    """Processes that want a core, averaged over a minute: wall times mean something only near zero at the start."""
+    """Return runnable processes, averaged over a minute: wall times are valid only if it is near zero at the start."""
     return os.getloadavg()[0]
 
 
 @cache
 def commit() -> str:
-    """The revision measured, with a + when the tree had changes."""
+    """Return the revision measured, with a + if the tree had changes."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return done.stdout.strip() or "unknown"

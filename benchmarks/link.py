@@ -1,18 +1,17 @@
 """How much of its communication the ring hides, over links of known bandwidth: ``python -m benchmarks.link``.
 
-Two ranks, each in a network namespace of its own with one core's worth of threads, joined by one cable whose bandwidth
-`tc` limits (tbf). For every length and bandwidth: how long the messages of a pass take alone, how long the pass takes,
-and how long its computing thread waited for messages. Hidden is what it did not wait for.
+Two ranks, each in its own network namespace with one core's worth of threads, joined by a cable whose bandwidth `tc`
+limits (tbf). Measured for every length and bandwidth: how long the messages of a pass take alone, how long the pass
+takes, and how long its computing thread waited for messages. Hidden is what it did not wait for.
 
-The prediction: a block of c tokens is on its way while the one before is computed, so all of it is hidden if
-c >= c* = e · (kv heads ÷ heads) · F ÷ B, and c ÷ c* of it otherwise (causal, balanced; e bytes an element, F achieved
-flop/s, B bytes/s). Needs root, Linux and iproute2. Takes about two minutes on a quiet machine.
+The prediction (docs/methods/ring.md "Overlap"): a block of c tokens travels while the one before it is computed, so all
+of it is hidden if c >= c* = e · (kv heads ÷ heads) · F ÷ B, and c ÷ c* of it otherwise (causal, balanced; e bytes per
+element, F achieved FLOP/s, B bytes/s). Needs root, Linux and iproute2. Takes about two minutes on a quiet machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
@@ -23,25 +22,27 @@ from statistics import median
 from typing import Any
 
 from benchmarks import hardware
+from benchmarks.harness import RESULTS as FOLDER
+from benchmarks.harness import gathered, read_csv, write_csv
 from benchmarks.measure import measure
 
 NAMES, ADDRESSES = ("longctx-link1", "longctx-link2"), ("10.231.78.1", "10.231.78.2")
 INTERFACE = "cable"
 MEGABITS = (100, 250, 500, 1000, 2000, 4000)
-LENGTHS = (512, 1024, 2048)  # tokens a rank
+LENGTHS = (512, 1024, 2048)  # tokens per rank
 HEADS = KV_HEADS = 8
 HEAD_DIM = 64
-BYTES = 4  # an element of fp32
+BYTES = 4  # per element, fp32
 TURNS = 3
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PLOT = ROOT / "benchmarks" / "results" / "link_cpu.csv", ROOT / "docs" / "images" / "link.png"
+RESULTS, PLOT = FOLDER / "link_cpu.csv", ROOT / "docs" / "images" / "link.png"
 
 
 def main() -> int:
-    """Measure, write the rows, and draw them."""
+    """Measure, write the rows, and plot them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--plot", action="store_true", help="only draw the rows that are there")
+    parser.add_argument("--plot", action="store_true", help="only plot the rows in the file")
     options = parser.parse_args()
     if options.rank is not None:
         rank(options.rank)
@@ -62,7 +63,7 @@ def main() -> int:
 
 @contextmanager
 def cable() -> Iterator[None]:
-    """Two namespaces with one cable between them; all of it is taken away at the end."""
+    """Two namespaces with one cable between them, removed at the end."""
     try:
         for name in NAMES:
             _ip("netns", "add", name)
@@ -83,14 +84,14 @@ def _ip(*arguments: str) -> None:
 
 
 def limit(megabits: int) -> None:
-    """Let no more than so much leave this namespace; the other side does the same."""
+    """Limit the bandwidth out of this namespace; the other side does the same."""
     burst = max(megabits * 1_000_000 // 8 // 250, 65_536)
     rate = ["rate", f"{megabits}mbit", "burst", str(burst), "latency", "200ms"]
     subprocess.run(["tc", "qdisc", "replace", "dev", INTERFACE, "root", "tbf", *rate], check=True)
 
 
 def rank(number: int) -> None:
-    """Measure all rows as one of the two ranks; the first writes them."""
+    """Measure all rows as one of the two ranks; rank 0 writes them."""
     os.environ.update(RANK=str(number), WORLD_SIZE="2", GLOO_SOCKET_IFNAME=INTERFACE, DS_ACCELERATOR="cpu")
     import torch
     import torch.distributed as dist
@@ -109,14 +110,11 @@ def rank(number: int) -> None:
             if number == 0:
                 print(*(f"{key}={value}" for key, value in rows[-2].items() if key != "hardware"), flush=True)
     if number == 0:
-        with RESULTS.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(RESULTS, rows)
 
 
 def row(mesh: Any, megabits: int, length: int) -> list[dict[str, Any]]:
-    """Return the forward and the backward row of one length and bandwidth: medians, of the slower rank each turn."""
+    """Return the forward and backward row of one length and bandwidth: medians of the slower rank's turns."""
     import torch
 
     shape = (1, HEADS, length, HEAD_DIM)
@@ -135,36 +133,25 @@ def row(mesh: Any, megabits: int, length: int) -> list[dict[str, Any]]:
         ("backward", 3, 10, passes[2:]),
     ):
         computed = wall - waited
-        flops = work * length**2 * HEADS * HEAD_DIM / computed  # two blocks a rank, half of each is masked
+        flops = work * length**2 * HEADS * HEAD_DIM / computed  # two blocks per rank, half of each is masked
         alone = messages * message_seconds
         bandwidth = block / message_seconds
         enough = BYTES * KV_HEADS / HEADS * flops / bandwidth if name == "forward" else 0.0
         step = computed / 2
         exposed = sum(max(message_seconds - step, 0.0) for _ in range(messages - (name == "backward")))
-        exposed += message_seconds if name == "backward" else 0.0  # a gradient's last way home is behind no block
-        found.append(
-            {
-                "pass": name,
-                "megabits": megabits,
-                "local_tokens": length,
-                "message_seconds": f"{message_seconds:.5f}",
-                "messages_alone_seconds": f"{alone:.5f}",
-                "wall_seconds": f"{wall:.5f}",
-                "waited_seconds": f"{waited:.5f}",
-                "gigaflops": f"{flops / 1e9:.1f}",
-                "tokens_needed": f"{enough:.0f}" if enough else "",
-                "hidden": f"{max(1 - waited / alone, 0.0):.3f}",
-                "predicted": f"{1 - exposed / alone:.3f}",
-                "load_at_start": f"{load:.2f}",
-                "commit": hardware.commit(),
-                "hardware": hardware.describe(),
-            }
-        )
+        exposed += message_seconds if name == "backward" else 0.0  # a gradient's last hop home overlaps with no block
+        found.append({
+            "pass": name, "megabits": megabits, "local_tokens": length, "message_seconds": f"{message_seconds:.5f}",
+            "messages_alone_seconds": f"{alone:.5f}", "wall_seconds": f"{wall:.5f}", "waited_seconds": f"{waited:.5f}",
+            "gigaflops": f"{flops / 1e9:.1f}", "tokens_needed": f"{enough:.0f}" if enough else "",
+            "hidden": f"{max(1 - waited / alone, 0.0):.3f}", "predicted": f"{1 - exposed / alone:.3f}",
+            "load_at_start": f"{load:.2f}", "commit": hardware.commit(), "hardware": hardware.describe(),
+        })  # fmt: skip
     return found
 
 
 def one_turn(mesh: Any, inputs: tuple[Any, ...], weights: Any, block: int) -> tuple[float, ...]:
-    """Return seconds: of a message alone; wall and waited of a forward pass; wall and waited of a backward pass."""
+    """Return seconds: of one message alone; wall and waited of a forward pass; wall and waited of a backward pass."""
     import torch
 
     import longctx
@@ -179,7 +166,7 @@ def one_turn(mesh: Any, inputs: tuple[Any, ...], weights: Any, block: int) -> tu
 
 
 def _exchange(size: int) -> None:
-    """Send one block to the other rank while one comes from there, and compute nothing."""
+    """Send one block to the other rank while receiving one from it, and compute nothing."""
     import torch
     import torch.distributed as dist
 
@@ -191,25 +178,18 @@ def _exchange(size: int) -> None:
 
 def _slowest(sample: Any) -> tuple[float, float]:
     """Return (wall, waited) of the rank that took longer."""
-    import torch
-    import torch.distributed as dist
-
-    own = torch.tensor([sample.wall, sample.blocked], dtype=torch.float64)
-    everyone = [torch.empty_like(own) for _ in range(2)]
-    dist.all_gather(everyone, own)
-    wall, waited = max((one.tolist() for one in everyone), key=lambda one: one[0])
+    wall, waited = max(gathered(sample.wall, sample.blocked))
     return wall, waited
 
 
 def draw() -> None:
-    """Draw the rows: what was hidden against c ÷ c*, and the prediction."""
+    """Plot the hidden share against c ÷ c*, and the prediction."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with RESULTS.open() as handle:
-        rows = list(csv.DictReader(handle))
+    rows = read_csv(RESULTS)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
     forward = [one for one in rows if one["pass"] == "forward"]
     ratios = [float(one["local_tokens"]) / float(one["tokens_needed"]) for one in forward]
@@ -228,7 +208,7 @@ def draw() -> None:
         points = [(float(one["predicted"]), float(one["hidden"])) for one in backward
                   if int(one["local_tokens"]) == length]  # fmt: skip
         right.plot(*zip(*points, strict=True), "o", label=f"c = {length:,}")
-    right.set(xlabel="predicted by the schedule (1 of 3 messages is behind no block)")
+    right.set(xlabel="predicted by the schedule (1 of 3 messages overlaps with no block)")
     right.set_title("backward")
     for axes in (left, right):
         axes.set_ylim(-0.03, 1.05)

@@ -1,8 +1,8 @@
-"""What one measurement is: CPU time, wall time, time blocked on others, and exact bytes. No sampling anywhere.
+"""Measure one call: CPU time, wall time, time blocked on other ranks, and exact bytes. Nothing is sampled.
 
-CPU time is the process's own (gloo's threads included), so it means the same on a busy machine; wall time only means
-something on a quiet one, which is why every row carries the load. ``blocked`` is the time in which the computing thread
-was neither running nor waiting for a core: it waited for another rank, which is communication nobody hid.
+CPU time is that of the process (gloo's threads included), so it holds on a busy machine; wall time holds on a quiet one
+only, which is why every row carries the load. ``blocked`` is the time in which the computing thread was neither running
+nor waiting for a core: it waited for another rank, so this communication was not overlapped.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
 _CPU = torch.profiler.ProfilerActivity.CPU
-_TO_DROP = 0.0005  # seconds after which a thread of gloo's has let a finished exchange go
+_TO_DROP = 0.0005  # seconds after which gloo's thread has released a finished collective
 _SCHEDSTAT = Path("/proc/thread-self/schedstat")
 
 
 def _scheduled() -> tuple[float, float] | None:
-    """(seconds on a core, seconds waiting for one) of this thread, where the kernel tells."""
+    """(seconds on a core, seconds waiting for one) of this thread, where the kernel reports them."""
     try:
         on_core, waiting, _ = _SCHEDSTAT.read_text().split()
     except (OSError, ValueError):
@@ -32,7 +33,7 @@ def _scheduled() -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class Sample:
-    """One call. Seconds; ``blocked`` is None where the kernel does not tell."""
+    """One call. Seconds; ``blocked`` is None where the kernel does not report it."""
 
     cpu: float
     wall: float
@@ -40,7 +41,7 @@ class Sample:
 
 
 def measure(call: Callable[[], Any]) -> Sample:
-    """Run ``call`` once and say what it took in this process."""
+    """Run ``call`` once and measure it in this process."""
     scheduled, cpu, wall = _scheduled(), time.process_time(), time.perf_counter()
     call()
     wall = time.perf_counter() - wall
@@ -52,24 +53,25 @@ def measure(call: Callable[[], Any]) -> Sample:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most bytes that ``call`` held at once beyond what was there before it, to the byte (CPU allocations)."""
+    """Return the peak bytes of ``call`` beyond what was allocated before it, to the byte (CPU allocations)."""
     with frees_seen(), torch.profiler.profile(activities=[_CPU], profile_memory=True) as profiler:
         result = call()
     del result
+    return max(accumulate(allocations(profiler), initial=0))
+
+
+def allocations(profiler: Any) -> list[int]:
+    """Return the bytes of every allocation (frees are negative) that a profiler recorded, in order of time."""
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 @contextmanager
 def frees_seen() -> Iterator[None]:
-    """Let gloo's threads drop a finished exchange before its waiter goes on.
+    """Let gloo's threads release a finished collective before its waiter continues.
 
-    The profiler does not see what other threads free: whatever loses its last reference there stays in the account for
-    ever, by chance a few MB in a training step.
+    The profiler does not see what other threads free: a tensor that loses its last reference there would count as
+    allocated from then on, by chance a few MB in a training step.
     """
     wait = torch.distributed.Work.wait
 

@@ -1,4 +1,4 @@
-"""longctx's own entries in the attention rows: ring_attention as a user calls it, on a ring and on a hybrid mesh."""
+"""longctx in the attention rows: ring_attention as a user calls it, on a ring and on a hybrid mesh."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.peers import Contestant, NotMeasured, Step, by_autograd, zigzag
 
-ULYSSES = 2  # ranks that exchange heads; the others make the ring
+ULYSSES = 2  # members per ring rank
 
 
 def load(ulysses: int = 1) -> Step:
@@ -22,14 +22,14 @@ def load(ulysses: int = 1) -> Step:
 
 def load_hybrid() -> Step:
     if torch.distributed.get_world_size() < 2 * ULYSSES:
-        raise NotMeasured(f"a ring of two outside ulysses {ULYSSES} takes {2 * ULYSSES} ranks")
+        raise NotMeasured(f"a ring of 2 with ulysses {ULYSSES} takes {2 * ULYSSES} ranks")
     return load(ULYSSES)
 
 
-def dealt(rank: int, ranks: int, length: int) -> torch.Tensor:
-    """A ring rank's zigzag tokens, dealt out in order to those that exchange heads."""
+def member_tokens(rank: int, ranks: int, length: int) -> torch.Tensor:
+    """Return a Ulysses member's tokens: its ring rank's zigzag tokens, split in order."""
     return zigzag(rank // ULYSSES, ranks // ULYSSES, length).chunk(ULYSSES)[rank % ULYSSES]
 
 
 CONTESTANT = Contestant("longctx ring", "longctx", None, load, zigzag)
-HYBRID = Contestant(f"longctx ring x ulysses {ULYSSES}", "longctx", None, load_hybrid, dealt)
+HYBRID = Contestant(f"longctx ring x ulysses {ULYSSES}", "longctx", None, load_hybrid, member_tokens)

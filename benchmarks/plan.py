@@ -1,14 +1,13 @@
 """The planner's memory against real training steps on CPU ranks, to the byte: `python -m benchmarks.plan`.
 
-Everything a rank allocates is in the profiler's events, from before the model exists; what counts is the most it held
-during its second optimizer step, weights and optimizer states included. DeepSpeed's buckets are made small, or the
-smallest models would be mostly bucket.
+The profiler records everything that a rank allocates, from before the model exists; what is compared is the peak during
+its second optimizer step, weights and optimizer states included. DeepSpeed's buckets are made small, or the smallest
+models would be mostly buckets.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,8 +16,8 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.hardware import commit, describe
+from benchmarks.harness import RESULTS, largest, write_csv
 
-RESULTS = Path(__file__).parent / "results" / "plan_memory_cpu.csv"
 LIMIT = 0.10  # of the measured peak
 
 _BASE: dict[str, dict[str, Any]] = {
@@ -81,15 +80,15 @@ def text_of(changes: dict[str, Any]) -> str:
 
 
 def ranks_of(case: str) -> int:
-    """Return how many ranks a case has."""
+    """Return the number of ranks of a case."""
     return int(CASES[case].get("mesh.ring", 2))
 
 
 def predicted(case: str) -> tuple[int, str]:
-    """Return the planner's peak of a case in bytes, and at which moment it is."""
+    """Return the planner's peak of a case in bytes, and the moment of the step where it is."""
     from longctx.config.derived import derive
     from longctx.config.load import loads
-    from longctx.plan.memory import memory_of
+    from longctx.plan.memory import step_bytes
     from longctx.plan.setup import setup_of
     from longctx.plan.shape import shape_of
 
@@ -98,17 +97,16 @@ def predicted(case: str) -> tuple[int, str]:
     shape = shape_of(config)
     setup = setup_of(config, derive(config, ranks), shape, on_gpu=False)
     setup = replace(setup, offload_checkpoints=config.memory.offload_checkpoints)
-    peak = memory_of(shape, setup).peak
+    peak = step_bytes(shape, setup).peak
     return peak.total, peak.name
 
 
 def measured(case: str, ranks: int) -> int:
     """Return the most bytes that any rank held during its second training step. Every rank calls this."""
     import torch
-    import torch.distributed as dist
     from torch.profiler import ProfilerActivity, profile
 
-    from benchmarks.measure import frees_seen
+    from benchmarks.measure import allocations, frees_seen
 
     gc.collect()
     with frees_seen(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -118,24 +116,21 @@ def measured(case: str, ranks: int) -> int:
         torch.empty(_MARK, dtype=torch.uint8)
         step()
         torch.empty(_MARK, dtype=torch.uint8)
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = marks = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        marks += event.nbytes() == _MARK
-        peak = max(peak, held) if marks == 1 and abs(event.nbytes()) != _MARK else peak
+    for nbytes in allocations(recorded):
+        held += nbytes
+        marks += nbytes == _MARK
+        peak = max(peak, held) if marks == 1 and abs(nbytes) != _MARK else peak
     assert marks == 2
     engine.destroy()
-    largest = torch.tensor([peak])
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest)
+    return largest(peak)
 
 
-_MARK = 1_234_567  # bytes of an allocation that nothing else makes: it says where the second step begins and ends
+_MARK = 1_234_567  # bytes of an allocation that nothing else makes: it marks the start and end of the second step
 
 
 def _engine(case: str, ranks: int) -> tuple[Any, Any]:
-    """Return the run's engine as `longctx train` makes it, and a function that takes one step on random tokens."""
+    """Return the run's engine as `longctx train` builds it, and a function that takes one step on random tokens."""
     import torch
 
     import longctx
@@ -153,7 +148,7 @@ def _engine(case: str, ranks: int) -> tuple[Any, Any]:
     model = build_model(config, model_config(config, vocabulary, None), settings, mesh)
     optimizer = make_optimizer(model, config.train)
     layout, memory = config.attention.layout, memory_of(config)
-    with patch("longctx.engine.memory.HostStore", Elsewhere):  # a CPU's tensors would stay where they are
+    with patch("longctx.engine.activations.HostStore", Elsewhere):  # the real one leaves a CPU's tensors in place
         engine = longctx.initialize(model, settings, mesh, layout=layout, optimizer=optimizer, memory=memory)[0]
 
     def step() -> None:
@@ -177,7 +172,7 @@ def main() -> None:
     from benchmarks.ranks import run_ranks
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "plan_memory_cpu.csv")
     output = parser.parse_args().output
     rows = []
     for ranks in (1, 2):
@@ -185,15 +180,13 @@ def main() -> None:
         for case, peak in zip(cases, run_ranks(ranks, worker, cases), strict=True):
             guess, moment = predicted(case)
             error = guess / peak - 1
-            rows.append((case, ranks, peak, guess, f"{error:+.4f}", moment, describe(), commit()))
+            rows.append({
+                "case": case, "ranks": ranks, "measured_bytes": peak, "predicted_bytes": guess,
+                "error": f"{error:+.4f}", "peak_at": moment, "hardware": describe(), "commit": commit(),
+            })  # fmt: skip
             print(f"{case:<45} measured {peak:>12,}  predicted {guess:>12,}  {error:+.1%}", flush=True)
-    with output.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            ("case", "ranks", "measured_bytes", "predicted_bytes", "error", "peak_at", "hardware", "commit")
-        )
-        writer.writerows(rows)
-    missed = [row[0] for row in rows if abs(float(row[4])) > LIMIT]
+    write_csv(output, rows)
+    missed = [row["case"] for row in rows if abs(float(row["error"])) > LIMIT]
     raise SystemExit(f"more than {LIMIT:.0%} off: {', '.join(missed)}" if missed else 0)
 
 

@@ -1,32 +1,30 @@
-"""The planner's times beside numbers that others have published: `python -m benchmarks.published`.
+"""The planner's times beside published numbers: `python -m benchmarks.published`.
 
-Nothing is fitted row by row. What goes in, for all rows: bandwidths and latencies of `longctx.plan.machines`; the rates
-of the kernels that each system uses, as measured on one device by somebody else; one rate of FP8 products.
+Nothing is fitted row by row. The inputs, the same for all rows: bandwidths and latencies of `longctx.plan.machines`,
+published single-device rates of the kernels that each system uses, and one rate of FP8 products.
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from benchmarks.harness import RESULTS, write_csv
 from longctx.plan.cluster import Kernel, attention_pass, gathered_pass, rate_of
 from longctx.plan.machines import MACHINES
 from longctx.plan.shape import ModelShape
 from longctx.plan.traffic import Layer
 
-RESULTS = Path(__file__).parent / "results" / "plan_published.csv"
 LIMIT = 0.12  # of the published value, for the median row
 
 # H100, causal, head 128, 32K tokens (MagiAttention's comparison of kernels); A100 by FlashAttention-2's paper. A ring
 # of FlashAttention-2 merges its partial results in passes of their own, at the speed of memory.
 FA2, FA3, CUDNN = Kernel(366e12, 330e12, 3e12), Kernel(680e12, 586e12), Kernel(568e12, 485e12)
 FA2_A100 = Kernel(195e12, 175e12, 1.8e12)
-FP8 = 800e12  # products of an H100 in FP8: 768 at 4K tokens, where hardly anything else is done (NeMo's first row)
-POWER = (500 / 700) ** (1 / 3)  # clock of a device held at 500 instead of 700 W: power goes with its cube
+FP8 = 800e12  # products of an H100 in FP8: 768 at 4K tokens, where little else is computed (NeMo's first row)
+POWER = (500 / 700) ** (1 / 3)  # clock at 500 instead of 700 W: power grows with the cube of the clock
 H100 = MACHINES["h100"]
 H800 = replace(H100, link=180e9)  # NVLink cut to 400 GB/s in both directions, of which 0.9
 LLAMA_8B = ModelShape(4096, 32, 32, 8, 128, 14336, 128256)
@@ -34,7 +32,7 @@ LLAMA2_7B = ModelShape(4096, 32, 32, 32, 128, 11008, 32000)
 
 
 class Row(NamedTuple):
-    """One published number and ours."""
+    """One published number and the planner's."""
 
     source: str
     what: str
@@ -57,7 +55,7 @@ def rows() -> Iterator[Row]:
 
 
 def _ring_flash_attention() -> Iterator[Row]:
-    """README at 8996282: iterations/s of one attention layer, 8 devices, 8K tokens each, heads 32:8."""
+    """Its README at 8996282: iterations/s of one attention layer, 8 devices, 8K tokens per device, heads 32:8."""
     table = {
         ("8 x H800", "contiguous"): (38.5, 10.4),
         ("8 x H800", "zigzag"): (63.0, 17.4),
@@ -76,7 +74,7 @@ def _ring_flash_attention() -> Iterator[Row]:
 
 
 def _magi_attention() -> Iterator[Row]:
-    """docs/source/blog/cp_benchmark.md at 2c64135: TFLOP/s a device, H100, 8K tokens each, heads 64:8."""
+    """docs/source/blog/cp_benchmark.md at 2c64135: TFLOP/s per device, H100, 8K tokens per device, heads 64:8."""
     table = {
         "Ulysses": ((602, 557, 580, 586), (582, 560, 573, 585)),
         "ring p2p (Transformer Engine)": ((421, 454, 452, 446), (432, 474, 469, 457)),
@@ -96,23 +94,23 @@ def _magi_attention() -> Iterator[Row]:
 
 
 def _nemo() -> Iterator[Row]:
-    """performance_long_sequence.md: TFLOP/s a device, Llama2-7B, FP8 products, cuDNN attention, H100."""
+    """performance_long_sequence.md: TFLOP/s per device, Llama2-7B, FP8 products, cuDNN attention, H100."""
     for length, published in ((4, 768), (32, 610), (64, 574), (128, 555), (256, 549), (512, 549), (1024, 536)):
-        products, attention = _flops_a_token(LLAMA2_7B, 1024 * length)
+        products, attention = _flops_per_token(LLAMA2_7B, 1024 * length)
         seconds = products / FP8 + attention * (1 / CUDNN.forward + 2.5 / CUDNN.backward)
         useful = products + 3.5 * attention  # as Transformer Engine counts: five products backward
         yield Row("NeMo", f"Llama2-7B FP8, {length}K tokens, H100", "TFLOP/s", published, useful / seconds / 1e12)
 
 
 def _torchtitan() -> Iterator[Row]:
-    """benchmarks/llama3_h100_202412 at b5bcd76: tokens/s a device, Llama-3.1-8B, FP8, layers recomputed, H100 at 500 W.
+    """benchmarks/llama3_h100_202412 at b5bcd76: tokens/s per device, Llama-3.1-8B, FP8, recomputed, H100 at 500 W.
 
-    Taken as not balanced (the last rank does 2 C / (C + 1) of the mean work): that is an assumption, which its numbers
-    suggest. With balance the row of 256K tokens would be predicted 60 % too fast.
+    Assumed unbalanced (the last rank does 2 C / (C + 1) of the mean work), as its numbers suggest: with balance the row
+    of 256K tokens would be predicted 60 % too fast.
     """
     for devices, published in ((1, 3890), (2, 2540), (4, 1071), (8, 548)):
         length = 32768 * devices
-        products, attention = _flops_a_token(LLAMA_8B, length)
+        products, attention = _flops_per_token(LLAMA_8B, length)
         unbalanced = 2 * devices / (devices + 1)
         seconds = products * 8 / 6 / FP8 + unbalanced * attention * (2 / FA2.forward + 2.5 / FA2.backward)
         what = f"Llama-3.1-8B, {length // 1024}K tokens, {devices} of 8 x H100"
@@ -121,24 +119,24 @@ def _torchtitan() -> Iterator[Row]:
 
 def _alst() -> Iterator[Row]:
     """Arctic's recipe: minutes of a step of 3.7M tokens, Llama-8B, 8 x H100, Ulysses, FlashAttention-2, recomputed."""
-    products, attention = _flops_a_token(LLAMA_8B, 3_700_000)
+    products, attention = _flops_per_token(LLAMA_8B, 3_700_000)
     rate = H100.peak * H100.matmul
     seconds = products * 8 / 6 / rate + attention * (2 / FA2.forward + 2.5 / FA2.backward)
     yield Row("ALST", "Llama-8B, 3.7M tokens, 8 x H100", "minutes", 102.9, seconds * 3_700_000 / 8 / 60)
 
 
-def _flops_a_token(shape: ModelShape, length: int) -> tuple[float, float]:
-    """(products forward and backward, attention forward) of one token of a causal row."""
+def _flops_per_token(shape: ModelShape, length: int) -> tuple[float, float]:
+    """Return FLOPs per token of a causal row: (products forward and backward, attention forward)."""
     return 6.0 * shape.matrix_weights, 4.0 * shape.q_width * shape.layers * length / 2
 
 
 def main() -> None:
     """Print and write the table, worst last."""
     found = sorted(rows(), key=lambda row: abs(row.error))
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow((*Row._fields, "error"))
-        writer.writerows((*row[:4], f"{row.model:.4g}", f"{row.error:+.3f}") for row in found)
+    write_csv(
+        RESULTS / "plan_published.csv",
+        [row._asdict() | {"model": f"{row.model:.4g}", "error": f"{row.error:+.3f}"} for row in found],
+    )
     for row in found:
         print(f"{row.source:<21} {row.what:<62} {row.published:>8g} {row.model:>8.4g} {row.unit:<9} {row.error:+.1%}")
     print(f"typical error {median(abs(row.error) for row in found):.1%}, worst: {found[-1].source}, {found[-1].what}")

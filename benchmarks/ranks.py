@@ -1,4 +1,4 @@
-"""Starts the ranks of a row: fresh processes over gloo, rendezvous by a file, so that no port is needed."""
+"""Start the ranks of a row: new processes over gloo, with rendezvous through a file, so that no port is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ END = "end of the rows"
 
 
 def run_ranks(ranks: int, worker: Worker, *arguments: Any) -> Iterator[Any]:
-    """Iterate ``worker(rank, ranks, *arguments)`` on every rank and yield what rank 0 yields; any failure is raised."""
+    """Iterate ``worker(rank, ranks, *arguments)`` on every rank; yield what rank 0 yields, raise any rank's failure."""
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="longctx-bench-") as folder:
         answers = [context.Pipe(duplex=False) for _ in range(ranks)]

@@ -1,4 +1,4 @@
-"""Every row that `make bench` measures, and what each must reach. Nothing is measured that is not listed here."""
+"""Every row that `make bench` measures, and its requirements. Nothing else is measured."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class AttentionRow:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """Peak bytes of ring attention per rank at ``local`` tokens a rank."""
+    """Peak bytes of ring attention per rank at ``local`` tokens per rank."""
 
     local: int
     ranks: int
@@ -83,7 +83,7 @@ class Required:
     ratio: float
 
 
-# Longer rows have fewer heads: attention's work grows with the square, and the bench should end within half an hour.
+# Longer rows have fewer heads: attention is quadratic, and the benchmark should end within half an hour.
 ATTENTION_ROWS = tuple(
     AttentionRow(length, dtype, heads=heads, kv_heads=kv_heads, repeats=repeats)
     for dtype in ("float32", "bfloat16")
@@ -117,5 +117,5 @@ REQUIRED = (
 
 
 def requirements(length: int, dtype: str) -> Iterator[Required]:
-    """The requirements that hold for one row."""
+    """Return the requirements on one row."""
     return (required for required in REQUIRED if required.dtype == dtype and length >= required.length)

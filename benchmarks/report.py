@@ -1,123 +1,95 @@
-"""Turns measurements into lines on the screen, rows in results/*.csv, and the table in the README."""
+"""Format measurements: lines on the screen, rows of results/*.csv, and the README's tables."""
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks import hardware
 from benchmarks.attention import ratios
+from benchmarks.harness import MIB, NOT_MEASURED, RESULTS, Verdict, at_most, read_csv, spread
 from benchmarks.registry import OURS, requirements
 from benchmarks.training_step import speed
 
-RESULTS = Path(__file__).parent / "results"
-MIB = 2**20
+Row = dict[str, Any]
 
 
-def attention_rows(measured: dict[str, Any], load: float) -> list[dict[str, Any]]:
-    """One flat row per contestant."""
+def attention_rows(measured: dict[str, Any], load: float) -> list[Row]:
+    """Return one flat row per contestant."""
     row = measured["row"]
     own = next(result for result in measured["results"] if result["contestant"] == OURS.name)
+    shape = {name: row[name] for name in ("dtype", "ranks", "heads", "kv_heads", "head_dim")}
     flat = []
     for result in measured["results"]:
         timed = bool(result["cpu"])
-        flat.append(
-            {
-                "row": row["name"],
-                "tokens": row["length"],
-                "dtype": row["dtype"],
-                "ranks": row["ranks"],
-                "heads": row["heads"],
-                "kv_heads": row["kv_heads"],
-                "head_dim": row["head_dim"],
-                "contestant": result["contestant"],
-                "version": result["version"],
-                "turns": len(result["cpu"]),
-                "cpu_seconds": f"{median(result['cpu']):.4f}" if timed else "not measured",
-                "cpu_spread": f"{(max(result['cpu']) - min(result['cpu'])) / median(result['cpu']):.3f}"
-                if timed
-                else "",
-                "wall_seconds": f"{median(result['wall']):.4f}" if timed else "not measured",
-                "exposed_share": f"{median(result['blocked']):.3f}" if timed else "",
-                "peak_bytes_per_rank": result["peak"] if timed else "",
-                "ours_over_theirs_cpu": f"{ratios(own, result):.3f}" if timed and own["cpu"] else "",
-                "ours_over_theirs_wall": f"{ratios(own, result, 'wall'):.3f}" if timed and own["cpu"] else "",
-                "largest_error": f"{max(result['errors']):.1e}" if result["errors"] else "",
-                "note": result["reason"],
-                **_origin(load),
-            }
-        )
+        compared = timed and bool(own["cpu"])
+        flat.append({
+            "row": row["name"], "tokens": row["length"], **shape, "contestant": result["contestant"],
+            "version": result["version"], "turns": len(result["cpu"]),
+            "cpu_seconds": f"{median(result['cpu']):.4f}" if timed else NOT_MEASURED,
+            "cpu_spread": f"{spread(result['cpu']):.3f}" if timed else "",
+            "wall_seconds": f"{median(result['wall']):.4f}" if timed else NOT_MEASURED,
+            "exposed_share": f"{median(result['blocked']):.3f}" if timed else "",
+            "peak_bytes_per_rank": result["peak"] if timed else "",
+            "ours_over_theirs_cpu": f"{ratios(own, result):.3f}" if compared else "",
+            "ours_over_theirs_wall": f"{ratios(own, result, 'wall'):.3f}" if compared else "",
+            "largest_error": f"{max(result['errors']):.1e}" if result["errors"] else "",
+            "note": result["reason"], **_origin(load),
+        })  # fmt: skip
     return flat
 
 
-def memory_rows(measured: list[dict[str, Any]], load: float) -> list[dict[str, Any]]:
+def memory_rows(measured: list[dict[str, Any]], load: float) -> list[Row]:
+    """Return one flat row per length and number of ranks."""
     return [
         {
-            "local_tokens": entry["row"]["local"],
-            "ranks": entry["row"]["ranks"],
-            "peak_bytes_per_rank": entry["peak"],
-            "peak_in_local_tensors": f"{entry['peak_in_tensors']:.3f}",
-            **_origin(load),
+            "local_tokens": entry["row"]["local"], "ranks": entry["row"]["ranks"], "peak_bytes_per_rank": entry["peak"],
+            "peak_in_local_tensors": f"{entry['peak_in_tensors']:.3f}", **_origin(load),
         }
         for entry in measured
-    ]
+    ]  # fmt: skip
 
 
-def step_rows(measured: dict[str, Any], load: float) -> list[dict[str, Any]]:
-    """One flat row per engine."""
+def step_rows(measured: dict[str, Any], load: float) -> list[Row]:
+    """Return one flat row per engine."""
     row, ours, flat = measured["row"], measured["results"][0], []
     for result in measured["results"]:
         timed = bool(result["cpu"])
-        flat.append(
-            {
-                "row": f"step-{row['length']}",
-                "tokens": row["length"],
-                "ranks": row["ranks"],
-                "parameters": measured["parameters"],
-                "contestant": result["contestant"],
-                "version": result["version"],
-                "steps": len(result["cpu"]),
-                "tokens_per_cpu_second": f"{row['length'] / median(result['cpu']):.0f}" if timed else "not measured",
-                "tokens_per_second": f"{row['length'] / median(result['wall']):.0f}" if timed else "not measured",
-                "cpu_seconds": f"{median(result['cpu']):.3f}" if timed else "",
-                "wall_seconds": f"{median(result['wall']):.3f}" if timed else "",
-                "exposed_share": f"{median(result['blocked']):.3f}" if timed else "",
-                "peak_bytes_per_rank": result.get("peak", ""),
-                "ours_over_theirs_speed": f"{speed(ours, result, 'wall'):.3f}" if timed and ours["wall"] else "",
-                "ours_over_theirs_speed_cpu": f"{speed(ours, result, 'cpu'):.3f}" if timed and ours["cpu"] else "",
-                "loss_difference": f"{result['loss_difference']:.1e}" if "loss_difference" in result else "",
-                "note": result["note"],
-                **_origin(load),
-            }
-        )
+        cpu, wall, blocked = (median(result[key]) if timed else 0.0 for key in ("cpu", "wall", "blocked"))
+        flat.append({
+            "row": f"step-{row['length']}", "tokens": row["length"], "ranks": row["ranks"],
+            "parameters": measured["parameters"], "contestant": result["contestant"], "version": result["version"],
+            "steps": len(result["cpu"]),
+            "tokens_per_cpu_second": f"{row['length'] / cpu:.0f}" if timed else NOT_MEASURED,
+            "tokens_per_second": f"{row['length'] / wall:.0f}" if timed else NOT_MEASURED,
+            "cpu_seconds": f"{cpu:.3f}" if timed else "", "wall_seconds": f"{wall:.3f}" if timed else "",
+            "exposed_share": f"{blocked:.3f}" if timed else "", "peak_bytes_per_rank": result.get("peak", ""),
+            "ours_over_theirs_speed": f"{speed(ours, result, 'wall'):.3f}" if timed and ours["wall"] else "",
+            "ours_over_theirs_speed_cpu": f"{speed(ours, result, 'cpu'):.3f}" if timed and ours["cpu"] else "",
+            "loss_difference": f"{result['loss_difference']:.1e}" if "loss_difference" in result else "",
+            "note": result["note"], **_origin(load),
+        })  # fmt: skip
     return flat
 
 
-def _origin(load: float) -> dict[str, Any]:
+def _origin(load: float) -> dict[str, str]:
     return {"load_at_start": f"{load:.2f}", "commit": hardware.commit(), "hardware": hardware.describe()}
 
 
-def verdicts(measured: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Each requirement on a row, with whether it holds; what was not measured is not judged."""
+def verdicts(measured: dict[str, Any]) -> list[Verdict]:
+    """Return the verdicts on a row's requirements; what was not measured is not judged."""
     row, by_name = measured["row"], {result["contestant"]: result for result in measured["results"]}
     own, said = by_name[OURS.name], []
     for required in requirements(row["length"], row["dtype"]):
         other = by_name[required.against.name]
         if own["cpu"] and other["cpu"]:
-            ratio = ratios(own, other)
-            said.append(
-                (
-                    f"{row['name']}: CPU time ÷ {required.against.name} = {ratio:.3f}, "
-                    f"required <= {required.ratio:.3f}",
-                    ratio <= required.ratio,
-                )
-            )
+            text = f"{row['name']}: CPU time ÷ {required.against.name}"
+            said.append(at_most(text, ratios(own, other), required.ratio))
     return said
 
 
-def show(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+def show(rows: list[Row], columns: tuple[str, ...]) -> None:
     """Print rows as an aligned table."""
     table = [columns, *(tuple(str(row.get(column, "")) for column in columns) for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
@@ -126,30 +98,15 @@ def show(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
         print("  " + "  ".join(cells).rstrip(), flush=True)
 
 
-def write(name: str, rows: list[dict[str, Any]], folder: Path) -> Path:
-    """Write rows to ``folder/name.csv``, replacing an older measurement."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.csv"
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
 STEP_COLUMNS = {
-    "tokens": "tokens",
-    "contestant": "",
-    "tokens_per_second": "tokens/s",
-    "tokens_per_cpu_second": "tokens/CPU s",
-    "ours_over_theirs_speed": "ours ÷ theirs",
-    "peak_bytes_per_rank": "peak MiB a rank",
+    "tokens": "tokens", "contestant": "", "tokens_per_second": "tokens/s", "tokens_per_cpu_second": "tokens/CPU s",
+    "ours_over_theirs_speed": "ours ÷ theirs", "peak_bytes_per_rank": "peak MiB per rank",
     "loss_difference": "loss difference",
-}
+}  # fmt: skip
 
 
 def readme_tables() -> dict[str, str]:
-    """The README's tables, by the name of their marks; a table without measurements is left out."""
+    """Return the README's tables by the names of their marks; a table without measurements is left out."""
     makers = {"attention": ("attention_cpu", pivot), "step": ("step_cpu", listing)}
     paths = {name: (RESULTS / f"{file}.csv", make) for name, (file, make) in makers.items()}
     return {name: make(path) for name, (path, make) in paths.items() if path.is_file()}
@@ -167,45 +124,33 @@ def update_readme() -> None:
 
 
 def pivot(path: Path) -> str:
-    """The attention rows, one line a shape: our own figures, then ours ÷ theirs in CPU time for everyone else."""
-    rows = _read(path)
+    """Format the attention rows, one line per shape: our figures, then ours ÷ theirs in CPU time for everyone else."""
+    rows = read_csv(path)
     names = list(dict.fromkeys(row["contestant"] for row in rows))
-    shapes = list(dict.fromkeys(row["row"] for row in rows))
     found = {(row["row"], row["contestant"]): row for row in rows}
     lines = []
-    for shape in shapes:
+    for shape in dict.fromkeys(row["row"] for row in rows):
         own = found[shape, names[0]]
-        ratios = [found[shape, name]["ours_over_theirs_cpu"] or "–" for name in names[1:]]
-        lines.append(
-            [
-                own["tokens"],
-                own["dtype"],
-                f"{own['heads']}:{own['kv_heads']}",
-                own["cpu_seconds"],
-                own["exposed_share"],
-                f"{int(own['peak_bytes_per_rank']) / MIB:.0f}",
-                *ratios,
-            ]
-        )
+        lines.append([
+            own["tokens"], own["dtype"], f"{own['heads']}:{own['kv_heads']}", own["cpu_seconds"], own["exposed_share"],
+            f"{int(own['peak_bytes_per_rank']) / MIB:.0f}",
+            *(found[shape, name]["ours_over_theirs_cpu"] or "–" for name in names[1:]),
+        ])  # fmt: skip
     notes = dict.fromkeys(f"{row['contestant']}: {row['note'].split(' (')[0]}" for row in rows if row["note"])
-    headings = ["tokens", "dtype", "heads", "CPU s", "exposed", "peak MiB a rank", *(f"÷ {name}" for name in names[1:])]
+    headings = ["tokens", "dtype", "heads", "CPU s", "exposed", "peak MiB per rank"]
+    headings += [f"÷ {name}" for name in names[1:]]
     said = ("\n\n– not measured, or see the results file. " + "; ".join(notes) + ".") if notes else ""
     return _table(headings, lines) + said + _measured_on(rows)
 
 
 def listing(path: Path) -> str:
-    """The training-step rows as they are."""
-    rows = _read(path)
+    """Format the training-step rows."""
+    rows = read_csv(path)
     for row in rows:
         if row["peak_bytes_per_rank"]:
             row["peak_bytes_per_rank"] = f"{int(row['peak_bytes_per_rank']) / MIB:.0f}"
     lines = [[row[key] for key in STEP_COLUMNS] for row in rows]
     return _table(list(STEP_COLUMNS.values()), lines) + _measured_on(rows)
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def _table(headings: list[str], lines: list[list[str]]) -> str:

@@ -1,15 +1,13 @@
-"""`python -m benchmarks.tiles`: the tiled loss and a tiled MLP by themselves, beside the whole ones and DeepSpeed's.
+"""`python -m benchmarks.tiles`: the tiled loss and a tiled MLP alone, beside the untiled ones and DeepSpeed's.
 
-One process and one thread, fp32, forward and backward, everybody on the same numbers and in turns; CPU seconds (medians
-of ratios taken turn by turn) and exact peak bytes beyond inputs and weights. Gradients are checked before anything is
-timed.
+One process and one thread, fp32, forward and backward, everyone on the same inputs and in turns; CPU seconds (medians
+of ratios taken turn by turn) and exact peak bytes beyond inputs and weights. Gradients are checked before timing.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import gc
 import os
 from collections.abc import Callable
@@ -25,13 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import hardware
+from benchmarks.harness import MIB, RESULTS, origin, ratio, turns, write_csv
 from benchmarks.measure import measure, peak_bytes, relative_error
 from benchmarks.peers.deepspeed_alst import TILE_BYTES, tile_mlp
 from longctx.models.activations.mlp import tile_mlps
 from longctx.nn.loss import tiled_loss
 
-RESULTS = Path(__file__).parent / "results" / "tiles_cpu.csv"
 TOKENS, VOCABULARY = 4096, 32_000  # of the loss
 HIDDEN, INNER, MLP_TOKENS = 512, 1792, 8192
 TURNS = 5
@@ -40,7 +37,7 @@ Call = Callable[[], list[torch.Tensor]]
 
 
 def losses() -> dict[str, Call]:
-    """name -> a forward and backward; returns gradients of hidden states and head."""
+    """Return calls by name: forward and backward of a loss, returning the gradients of hidden states and head."""
     hidden = torch.randn(1, TOKENS, HIDDEN, requires_grad=True)
     head = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False)
     labels = torch.randint(0, VOCABULARY, (1, TOKENS))
@@ -68,7 +65,7 @@ def losses() -> dict[str, Call]:
 
 
 def mlps() -> dict[str, Call]:
-    """name -> a forward and backward; returns gradients of the input and the three weights."""
+    """Return calls by name: forward and backward of an MLP, returning the gradients of input and weights."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -105,7 +102,7 @@ def _gradients(
 
 
 def compare(what: str, calls: dict[str, Call]) -> list[dict[str, Any]]:
-    """Check, measure and print everybody."""
+    """Check, measure and print every call."""
     truth = calls["whole"]()
     for name, call in calls.items():
         error = max(map(relative_error, call(), truth))
@@ -113,19 +110,18 @@ def compare(what: str, calls: dict[str, Call]) -> list[dict[str, Any]]:
             raise AssertionError(f"{what}, {name}: gradients are off by {error:.1e} (limit {CLOSE:.0e})")
     del truth
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for number in range(TURNS):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+    for _, names in turns(calls, TURNS):
+        for name in names:
             seconds[name].append(measure(calls[name]).cpu)
     table = []
     for name, call in calls.items():
         gc.collect()
         peak = peak_bytes(call)
-        ratio = median(a / b for a, b in zip(seconds[name], seconds["whole"], strict=True))
-        print(f"  {what:5}{name:32}{median(seconds[name]):7.2f} CPU s  {ratio:5.2f} x whole  {peak / 2**20:8.2f} MiB")
+        times = ratio(seconds[name], seconds["whole"])
+        print(f"  {what:5}{name:32}{median(seconds[name]):7.2f} CPU s  {times:5.2f} x whole  {peak / MIB:8.2f} MiB")
         table.append({
             "what": what, "contestant": name, "cpu_seconds": f"{median(seconds[name]):.3f}",
-            "ratio_to_whole": f"{ratio:.3f}", "peak_bytes": peak,
+            "ratio_to_whole": f"{times:.3f}", "peak_bytes": peak,
         })  # fmt: skip
     return table
 
@@ -133,16 +129,13 @@ def compare(what: str, calls: dict[str, Call]) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure both and write the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tiles", description=__doc__)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "tiles_cpu.csv")
     output = parser.parse_args().output
     torch.manual_seed(0)
-    here = {"hardware": hardware.describe(), "load": f"{hardware.load():.2f}", "commit": hardware.commit()}
+    here = origin()
     print("; ".join(here.values()), flush=True)
     rows = compare("loss", losses()) + compare("MLP", mlps())
-    with output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *here], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **here} for row in rows)
+    write_csv(output, [row | here for row in rows])
 
 
 if __name__ == "__main__":

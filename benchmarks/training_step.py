@@ -1,21 +1,20 @@
 """The training-step row: one optimizer step of a small Llama under ZeRO-3, longctx's engine beside DeepSpeed's Ulysses.
 
-Both engines live in the same ranks, start from the same weights and see the same rows in the same order; they take
-turns step by step, and their losses must agree before any speed is reported.
+Both engines run in the same ranks, start from the same weights and see the same rows in the same order. They take turns
+step by step, and their losses must agree before any speed is reported.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from benchmarks.measure import measure, peak_bytes
+from benchmarks.harness import Verdict, add_turn, at_least, largest_peak, ratio, turns
 from benchmarks.peers import NotMeasured, deepspeed_ulysses_engine, installed
 from benchmarks.ranks import run_ranks
 from benchmarks.registry import StepRow
@@ -28,40 +27,69 @@ Step = Callable[[dict[str, torch.Tensor]], float]
 
 
 def measure_row(row: StepRow) -> dict[str, Any]:
-    """Run the row on fresh ranks."""
+    """Run the row on newly started ranks."""
     return next(run_ranks(row.ranks, worker, row))
 
 
 def worker(rank: int, ranks: int, row: StepRow) -> Iterator[dict[str, Any]]:
-    """Both engines in turns; what rank 0 yields is the row's result."""
+    """Time both engines in turns; rank 0 yields the row's result."""
     engines: dict[str, Step] = {}
     results: dict[str, dict[str, Any]] = {}
     for name, load in ((OURS, load_ours), (THEIRS, load_theirs)):
-        empty: dict[str, Any] = {"cpu": [], "wall": [], "blocked": [], "loss": []}
-        results[name] = {"contestant": name, "note": "", "version": "", **empty}
+        results[name] = {"contestant": name, "note": "", "version": ""}
         try:
             results[name]["version"], engines[name] = load(row)
         except NotMeasured as error:
             results[name]["note"] = str(error)
+    for name, figures in take_turns(engines, row, WARM_UP).items():
+        results[name] |= figures
+    if THEIRS in engines:
+        (results[THEIRS]["loss_difference"],) = loss_differences({OURS: results[OURS], THEIRS: results[THEIRS]}, OURS)
+    parameters = sum(parameter.numel() for parameter in make_model(row).parameters())
+    missing: dict[str, Any] = {"cpu": [], "wall": [], "blocked": [], "loss": []}
+    yield {"row": asdict(row), "parameters": parameters, "results": [missing | found for found in results.values()]}
+
+
+def take_turns(engines: Mapping[str, Step], row: StepRow, warm_up: int) -> dict[str, dict[str, Any]]:
+    """Return every engine's timed steps (cpu, wall, blocked, loss), and the peak bytes of one more step."""
+    results: dict[str, dict[str, Any]] = {name: {"cpu": [], "wall": [], "blocked": [], "loss": []} for name in engines}
     generator = torch.Generator().manual_seed(7)
-    for number in range(WARM_UP + row.steps):
+    for turn, names in turns(engines, warm_up + row.steps):
         rows = make_rows(row, generator)
-        names = list(engines) if number % 2 == 0 else list(engines)[::-1]
         for name in names:
-            turn(engines[name], rows, results[name], timed=number >= WARM_UP)
+            gc.collect()
+            losses = results[name]["loss"]
+            untimed: dict[str, list[float]] = {"cpu": [], "wall": [], "blocked": []}
+            add_turn(
+                lambda losses=losses, step=engines[name], rows=rows: losses.append(step(rows)),  # type: ignore[misc]
+                untimed if turn < warm_up else results[name],
+            )
     rows = make_rows(row, generator)
     for name, step in engines.items():
         gc.collect()
-        peak = torch.tensor([peak_bytes(lambda step=step: step(rows))])  # type: ignore[misc]
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-        results[name]["peak"] = int(peak)
-    agree(results)
-    parameters = sum(parameter.numel() for parameter in make_model(row).parameters())
-    yield {"row": asdict(row), "parameters": parameters, "results": list(results.values())}
+        results[name]["peak"] = largest_peak(partial(step, rows))
+    return results
+
+
+def loss_differences(results: Mapping[str, dict[str, Any]], ours: str) -> list[float]:
+    """Return the largest relative difference of each engine's losses to `ours`, which is left out.
+
+    Raises:
+        AssertionError: a difference exceeds LOSS_LIMIT.
+    """
+    found = []
+    for name, result in results.items():
+        if name != ours:
+            pairs = zip(result["loss"], results[ours]["loss"], strict=True)
+            found.append(max(abs(a - b) / abs(b) for a, b in pairs))
+            if not found[-1] <= LOSS_LIMIT:
+                both = f"{result['loss']} {results[ours]['loss']}"
+                raise AssertionError(f"{name}: losses differ by {found[-1]:.1e} (limit {LOSS_LIMIT:.0e}): {both}")
+    return found
 
 
 def make_model(row: StepRow, attention: str = "sdpa") -> torch.nn.Module:
-    """The same small Llama for everyone, from one seed."""
+    """Build the same small Llama for everyone, from one seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
@@ -84,7 +112,7 @@ def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def make_config() -> dict[str, Any]:
-    """A fresh DeepSpeed configuration: ZeRO-3, fp32, clipping."""
+    """Return a new DeepSpeed configuration: ZeRO-3, fp32, clipping."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -96,7 +124,7 @@ def make_config() -> dict[str, Any]:
 
 
 def make_rows(row: StepRow, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """One sequence, the same on every rank; a third of the labels are ignored, unevenly over the sequence."""
+    """Return one sequence, the same on every rank; its first third has no labels."""
     ids = torch.randint(row.vocabulary, (1, row.length), generator=generator)
     labels = ids.clone()
     labels[:, : row.length // 3] = -100
@@ -104,7 +132,7 @@ def make_rows(row: StepRow, generator: torch.Generator) -> dict[str, torch.Tenso
 
 
 def load_ours(row: StepRow, memory: dict[str, Any] | None = None) -> tuple[str, Step]:
-    """longctx as a user's own loop has it."""
+    """Return longctx's version and step, as in a user's own loop."""
     import longctx
 
     model = make_model(row)
@@ -124,52 +152,22 @@ def load_ours(row: StepRow, memory: dict[str, Any] | None = None) -> tuple[str, 
 
 
 def load_theirs(row: StepRow) -> tuple[str, Step]:
-    """DeepSpeed's engine, if the pinned version is installed."""
+    """Return DeepSpeed's version and step, if the pinned version is installed."""
     peer = deepspeed_ulysses_engine
     version = installed(peer.PACKAGE, peer.PINNED)
     model = make_model(row)
     return version, peer.load(model, make_optimizer(model), make_config())
 
 
-def turn(step: Step, rows: dict[str, torch.Tensor], result: dict[str, Any], timed: bool) -> None:
-    """One step of one engine; its times, summed or the largest over ranks, go to ``result`` if ``timed``."""
-    gc.collect()
-    dist.barrier()
-    sample = measure(lambda: result["loss"].append(step(rows)))
-    blocked = float("nan") if sample.blocked is None else sample.blocked
-    mine = torch.tensor([sample.cpu, sample.wall, blocked], dtype=torch.float64)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    table = torch.stack(everyone)
-    if timed:
-        result["cpu"].append(float(table[:, 0].sum()))
-        result["wall"].append(float(table[:, 1].max()))
-        result["blocked"].append(float(table[:, 2].max() / table[:, 1].max()))
-
-
-def agree(results: dict[str, dict[str, Any]]) -> None:
-    """Losses of both engines, step by step."""
-    ours, theirs = results[OURS], results[THEIRS]
-    if not theirs["loss"]:
-        return
-    difference = max(abs(a - b) / abs(b) for a, b in zip(ours["loss"], theirs["loss"], strict=True))
-    theirs["loss_difference"] = difference
-    if not difference <= LOSS_LIMIT:
-        both = f"{ours['loss']} {theirs['loss']}"
-        raise AssertionError(f"losses differ by {difference:.1e} (limit {LOSS_LIMIT:.0e}): {both}")
-
-
 def speed(ours: dict[str, Any], theirs: dict[str, Any], key: str) -> float:
-    """Ours ÷ theirs in tokens a second, the median over turns."""
-    return median(b / a for a, b in zip(ours[key], theirs[key], strict=True))
+    """Return ours ÷ theirs in tokens per second."""
+    return ratio(theirs[key], ours[key])
 
 
-def verdicts(measured: dict[str, Any]) -> list[tuple[str, bool]]:
-    """At least as many tokens a second as DeepSpeed's engine, in CPU time and on the wall."""
+def verdicts(measured: dict[str, Any]) -> list[Verdict]:
+    """Require at least as many tokens per second as DeepSpeed's engine, in CPU time and on the wall."""
     ours, theirs = measured["results"]
-    said = []
-    if theirs["cpu"]:
-        for key, title in (("cpu", "tokens per CPU second"), ("wall", "tokens per second")):
-            ratio = speed(ours, theirs, key)
-            said.append((f"training step: {title} ÷ {THEIRS} = {ratio:.3f}, required >= 1.000", ratio >= 1.0))
-    return said
+    titles = {"cpu": "tokens per CPU second", "wall": "tokens per second"} if theirs["cpu"] else {}
+    return [
+        at_least(f"training step: {title} ÷ {THEIRS}", speed(ours, theirs, key), 1.0) for key, title in titles.items()
+    ]

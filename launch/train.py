@@ -14,7 +14,8 @@ from pathlib import Path
 if importlib.util.find_spec("longctx") is None:  # a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from longctx.launch.rank import end, main  # noqa: E402
+from longctx.launch.rank import main  # noqa: E402
+from longctx.launch.rank_process import end  # noqa: E402
 
 if __name__ == "__main__":
     end(main())

@@ -1,15 +1,15 @@
-"""Mesh: the data × ring × ulysses grid of ranks, and the mpu that DeepSpeed asks about it.
+"""Mesh: the data × ring × ulysses grid of ranks, and the ``mpu`` object that DeepSpeed queries.
 
-Until it is used a Mesh is arithmetic only, so a planner or a test can build one for a thousand ranks. Asking for a
-group connects it: torch.distributed is started if nobody has, and the groups are made, by all ranks in one order.
+Constructing a Mesh is arithmetic only, so the planner or a test can build one for a thousand ranks. The first access to
+a group connects it: torch.distributed is initialized if it is not yet, and all ranks create the groups in one order.
 """
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import MeshError
+from longctx.world import launched_world
 
 if TYPE_CHECKING:
     import torch
@@ -19,21 +19,21 @@ _registered: dict[str, Mesh] = {}
 
 
 def from_key(key: str) -> Mesh:
-    """Return the mesh that this process registered under ``key`` (custom operators carry the key, not the object)."""
+    """Return the mesh registered under ``key`` in this process; custom operators take the key, not the object."""
     if key not in _registered:
         raise MeshError(f"mesh {key!r} was never made in this process; build longctx.Mesh before running the model")
     return _registered[key]
 
 
 class Cut:
-    """The integers that ``longctx.shard`` has sharded over one mesh so far: how many tensors, and a checksum of all."""
+    """Number and checksum of the integer tensors that ``longctx.shard`` has sharded over one mesh."""
 
     def __init__(self) -> None:
         self.count = 0
         self.checksum: torch.Tensor | int = 0  # () int64, on the tensors' device
 
     def add(self, x: torch.Tensor) -> None:
-        """Count a whole tensor."""
+        """Add one unsharded tensor."""
         from longctx.sameness import checksum
 
         self.count += 1
@@ -43,17 +43,18 @@ class Cut:
 class Mesh:
     """A grid of ``data × ring × ulysses`` ranks.
 
-    ``rank = ((data_rank · ring) + ring_rank) · ulysses + ulysses_rank``: ulysses members are adjacent (inside a
-    node), then ring neighbours, and data replicas are furthest apart.
+    ``rank = ((data_rank · ring) + ring_rank) · ulysses + ulysses_rank``: the ranks of a ulysses group are adjacent
+    (within a node), then come ring neighbours; data replicas are furthest apart.
 
     Args:
-        ring: ranks that share one sequence by passing keys and values around.
-        ulysses: ranks that share one sequence by exchanging heads.
-        data: replicas; inferred from the world when None.
-        world_size: ranks in all; torch.distributed's, else ``WORLD_SIZE``, else 1.
-        rank: this process; torch.distributed's, else ``RANK``, else 0. Give it only to look at another rank's view.
-        patience: seconds that a rank waits for the others at the start of a window, an evaluation or a checkpoint of an
-            engine before it stops and names those that are missing.
+        ring: ranks that share one sequence by ring attention.
+        ulysses: ranks that share one sequence by all-to-all of heads.
+        data: data-parallel replicas; None derives it from the world size.
+        world_size: total number of ranks; default torch.distributed's, else ``WORLD_SIZE``, else 1.
+        rank: of this process; default torch.distributed's, else ``RANK``, else 0. Set it only to inspect another rank's
+            view of the grid.
+        patience: seconds that a rank of an engine waits for the others at the start of a window, an evaluation or a
+            checkpoint before it raises and names the missing ranks.
 
     Raises:
         MeshError: a size is not a positive integer, or the grid does not fill the world.
@@ -75,7 +76,7 @@ class Mesh:
         if not patience > 0:
             raise MeshError(f"Mesh(patience={patience!r}): a positive number of seconds is needed")
         self.patience = patience
-        found_world, found_rank = _discover()
+        found_world, found_rank = launched_world()
         if world_size is None:
             world_size = found_world or 1
         if data is None:
@@ -100,10 +101,10 @@ class Mesh:
         self.cut = Cut()
         self._groups: dict[str, dist.ProcessGroup] | None = None
 
-    # -- who shares what with this rank, as global ranks ---------------------------------------------------------
+    # -- the members of this rank's groups, as global ranks -------------------------------------------------------
 
     def rank_at(self, data: int, ring: int, ulysses: int) -> int:
-        """Return the global rank at a grid point."""
+        """Return the global rank at one point of the grid."""
         return (data * self.ring_size + ring) * self.ulysses_size + ulysses
 
     @property
@@ -113,7 +114,7 @@ class Mesh:
 
     @property
     def ulysses_ranks(self) -> tuple[int, ...]:
-        """Global ranks this rank exchanges heads with."""
+        """Global ranks of this rank's ulysses group, in order."""
         return tuple(self.rank_at(self.data_rank, self.ring_rank, u) for u in range(self.ulysses_size))
 
     @property
@@ -130,10 +131,11 @@ class Mesh:
     # -- groups ----------------------------------------------------------------------------------------------------
 
     def connect(self) -> Mesh:
-        """Make the process groups (idempotent; collective: every rank of the world must call it).
+        """Create the process groups. Idempotent; collective over the world.
 
-        Starts torch.distributed if nothing else has: environment variables (torchrun, deepspeed), then OpenMPI, PMI
-        and SLURM variables, then mpi4py, else one process. ``deepspeed.init_distributed`` afterwards adopts it.
+        Initializes torch.distributed if it is not yet: from the environment variables of torchrun or deepspeed, then
+        those of OpenMPI, PMI and SLURM, then mpi4py, else as one process. A later ``deepspeed.init_distributed`` uses
+        the same world.
 
         Raises:
             MeshError: on every rank, when the ranks ask for different grids.
@@ -144,9 +146,20 @@ class Mesh:
         from longctx.sameness import compare_grids
 
         rendezvous.start(self.world_size, self.rank)
-        compare_grids(self)
-        self._groups = rendezvous.make_groups(self)
+        grid = (self.data_size, self.ring_size, self.ulysses_size)
+        compare_grids(self.ring_size, self.ulysses_size, self.data_size)
+        self._groups = rendezvous.make_groups(grid, self._partitions(), self.rank)
         return self
+
+    def _partitions(self) -> dict[str, list[list[int]]]:
+        """Return the groups of all ranks, by name."""
+        data, ring, ulysses = range(self.data_size), range(self.ring_size), range(self.ulysses_size)
+        return {
+            "ring": [[self.rank_at(d, r, u) for r in ring] for d in data for u in ulysses],
+            "ulysses": [[self.rank_at(d, r, u) for u in ulysses] for d in data for r in ring],
+            "sequence": [[self.rank_at(d, r, u) for r in ring for u in ulysses] for d in data],
+            "data": [[self.rank_at(d, r, u) for d in data] for r in ring for u in ulysses],
+        }
 
     def _group(self, name: str) -> dist.ProcessGroup:
         self.connect()
@@ -155,12 +168,12 @@ class Mesh:
 
     @property
     def ring_group(self) -> dist.ProcessGroup:
-        """The ring's own communicator; used by nothing but ring attention."""
+        """Ranks of this rank's ring, with a communicator that only ring attention uses."""
         return self._group("ring")
 
     @property
     def ulysses_group(self) -> dist.ProcessGroup:
-        """Ranks that exchange heads."""
+        """Ranks of the all-to-all of heads."""
         return self._group("ulysses")
 
     @property
@@ -185,12 +198,12 @@ class Mesh:
 
         return rendezvous.local_device()
 
-    # -- the mpu that DeepSpeed asks --------------------------------------------------------------------------------
+    # -- the mpu that DeepSpeed queries -----------------------------------------------------------------------------
     # ZeRO shards over data × sequence, i.e. the whole world, and averages over world / sequence_parallel_size.
-    # There is deliberately no get_data_parallel_*: DeepSpeed would shard ZeRO-3 over the replicas only.
+    # get_data_parallel_* is left out on purpose: with it DeepSpeed would shard ZeRO-3 over the replicas only.
 
     def initialize_sequence_parallel(self, sequence_parallel_size: int | None = None) -> None:
-        """Connect; to DeepSpeed this attribute marks an mpu that only splits sequences."""
+        """Connect. DeepSpeed takes an mpu that has this attribute for one with sequence parallelism only."""
         if sequence_parallel_size not in (None, self.sequence_size):
             raise MeshError(f"sequence_parallel_size {sequence_parallel_size} is not the mesh's {self.sequence_size}")
         self.connect()
@@ -213,12 +226,13 @@ class Mesh:
     def get_sequence_data_parallel_rank(self) -> int:
         return self.rank
 
-    # Gradient norms and overflow checks treat the sequence group as "model parallel": only its first rank counts.
+    # For gradient norms and overflow checks DeepSpeed counts replicated values once per model-parallel group; here that
+    # is the sequence group.
     get_model_parallel_group = get_sequence_parallel_group
     get_model_parallel_world_size = get_sequence_parallel_world_size
     get_model_parallel_rank = get_sequence_parallel_rank
 
-    # Universal checkpoints ask for a tensor-parallel degree; without these they would take the sequence's.
+    # Universal checkpoints read the tensor-parallel degree; without these they would use the sequence group's size.
     def get_tensor_model_parallel_group(self) -> Any:
         return self._group("self")
 
@@ -233,43 +247,3 @@ class Mesh:
             f"Mesh(ring={self.ring_size}, ulysses={self.ulysses_size}, data={self.data_size}, rank={self.rank}: "
             f"ring_rank={self.ring_rank}, ulysses_rank={self.ulysses_rank}, data_rank={self.data_rank})"
         )
-
-
-_SCHEDULERS = (  # (world size, rank) as set by torchrun and deepspeed, OpenMPI, MPICH/PMI, SLURM
-    ("WORLD_SIZE", "RANK"),
-    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ("PMI_SIZE", "PMI_RANK"),
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-)
-
-
-def _discover() -> tuple[int | None, int]:
-    """Return (world size or None, rank) of this process without starting anything; a world of one is no job."""
-    import sys
-
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size(), distributed.get_rank()
-    found = _scheduled()
-    return (None, 0) if found is None else (found[2], found[3])
-
-
-def launched_by() -> str | None:
-    """Return the environment variables by which a launcher says that this is one of several ranks; None without."""
-    found = _scheduled()
-    return None if found is None else f"{found[0]}={found[2]}, {found[1]}={found[3]}"
-
-
-def _scheduled() -> tuple[str, str, int, int] | None:
-    """Return (variable of the world size, of the rank, world size, rank) of the first launcher of several ranks."""
-    for world, rank in _SCHEDULERS:
-        if world in os.environ and rank in os.environ:
-            try:
-                size, number = int(os.environ[world]), int(os.environ[rank])
-            except ValueError:
-                raise MeshError(
-                    f"{world}={os.environ[world]!r}, {rank}={os.environ[rank]!r}: both must be integers"
-                ) from None
-            if size > 1:
-                return world, rank, size, number
-    return None

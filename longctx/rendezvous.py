@@ -1,6 +1,6 @@
-"""Start torch.distributed once, whoever launched this process, and make a mesh's groups.
+"""Initialize torch.distributed under any launcher, and create the process groups of a grid.
 
-Apart from ``mesh`` so that grid arithmetic needs neither torch nor a network.
+Separate from ``mesh``, so that grid arithmetic needs neither torch nor a network.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import socket
 import subprocess
 import time
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,27 +17,18 @@ import torch.distributed as dist
 from longctx import slurm
 from longctx.errors import MeshError
 from longctx.network import address_of, bind_towards
-
-if TYPE_CHECKING:
-    from longctx.mesh import Mesh
+from longctx.world import local_rank
 
 
 def local_device() -> torch.device:
-    """Return this rank's device: the local GPU, or the CPU where there is none or DS_ACCELERATOR=cpu."""
+    """Return this rank's device: its local GPU, or the CPU if there is none or DS_ACCELERATOR is cpu."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
-        return torch.device("cuda", _local_rank() % torch.cuda.device_count())
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
 
 
-def _local_rank() -> int:
-    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "RANK"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
-
-
 def start(world_size: int, rank: int) -> None:
-    """Start torch.distributed for ``world_size`` ranks, or check the world that somebody else started.
+    """Initialize torch.distributed with ``world_size`` ranks, or check the size of a world that is initialized already.
 
     Raises:
         MeshError: the running world has another size, or several ranks were started without a common address.
@@ -65,21 +55,21 @@ def start(world_size: int, rank: int) -> None:
 
 
 def _let_threads_finish() -> None:
-    """Before the interpreter ends, let gloo's threads drop the tensors of their last collectives.
+    """Before the interpreter exits, let gloo's threads free the tensors of their last collectives.
 
-    That takes the GIL, and a C++ thread that asks for it after the interpreter has begun to end aborts the process
-    ("terminate called without an active exception", exit code 134), although all work is done.
+    Freeing needs the GIL, and a C++ thread that requests the GIL during interpreter shutdown aborts the process
+    ("terminate called without an active exception", exit code 134) although all work is done.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    time.sleep(0.2)  # gives the GIL away
+    time.sleep(0.2)  # releases the GIL
 
 
 def _export_address(world_size: int, rank: int) -> None:
-    """Put rank, world size and the meeting point into the environment, where env:// and DeepSpeed look for them."""
+    """Set rank, world size and master address in the environment, where env:// and DeepSpeed read them."""
     os.environ.setdefault("RANK", str(rank))
     os.environ.setdefault("WORLD_SIZE", str(world_size))
-    os.environ.setdefault("LOCAL_RANK", str(_local_rank()))
+    os.environ.setdefault("LOCAL_RANK", str(local_rank()))
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         return
     if "SLURM_STEP_NODELIST" in os.environ and not _mpi_started():
@@ -97,7 +87,7 @@ def _export_address(world_size: int, rank: int) -> None:
             f"{world_size} ranks, but MASTER_ADDR and MASTER_PORT are not set and MPI sees "
             f"{MPI.COMM_WORLD.Get_size()}: start with `longctx train`, `deepspeed`, `torchrun` or `mpirun`"
         )
-    address = bytearray(256)  # a raw buffer: mpi4py's object broadcast would unpickle what it receives
+    address = bytearray(256)  # a raw buffer, because mpi4py's object broadcast unpickles what it receives
     if rank == 0:
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -108,7 +98,7 @@ def _export_address(world_size: int, rank: int) -> None:
 
 
 def _own_address() -> str:
-    """Return the address of this host by which others reach it: not that of the loopback, if there is another."""
+    """Return an address of this host that other hosts can reach: a loopback address only if there is no other."""
     try:
         named = socket.gethostbyname(socket.gethostname())
     except OSError:
@@ -120,13 +110,14 @@ def _own_address() -> str:
 
 
 def _mpi_started() -> bool:
-    """Say whether mpirun or mpiexec started this rank, perhaps through srun; srun alone speaks PMI too."""
+    """Return whether mpirun or mpiexec started this rank, perhaps through srun. PMI variables alone do not tell: plain
+    srun sets them too."""
     by_srun = os.environ.get("SLURM_STEP_NUM_TASKS")
     return "OMPI_COMM_WORLD_SIZE" in os.environ or os.environ.get("PMI_SIZE", by_srun) != by_srun
 
 
 def _slurm_address() -> tuple[str, str]:
-    """Return where the ranks of a SLURM step meet: its first host, at a port that follows from the job's number."""
+    """Return address and port for the ranks of a SLURM step: its first host, and a port derived from the job id."""
     try:
         first = slurm.nodes(os.environ["SLURM_STEP_NODELIST"])[0]
         port = 20_000 + int(os.environ["SLURM_JOB_ID"]) * 7 % 10_000 + int(os.environ["SLURM_STEP_ID"]) % 7
@@ -138,33 +129,33 @@ def _slurm_address() -> tuple[str, str]:
         ) from None
 
 
-# Groups live as long as the process: each costs threads and sockets, so equal grids share theirs.
+# Groups are never destroyed, and each costs threads and sockets: equal grids share theirs.
 _made: dict[tuple[int, int, int], tuple[dist.ProcessGroup, dict[str, dist.ProcessGroup]]] = {}
 
 
-def make_groups(mesh: Mesh) -> dict[str, dist.ProcessGroup]:
-    """Return every group of the grid, made on first use. Every rank makes all of them in the same order, as torch
-    requires. The ring has a communicator of its own; groups of one rank, or of the whole world, are shared."""
+def make_groups(
+    grid: tuple[int, int, int], partitions: dict[str, list[list[int]]], rank: int
+) -> dict[str, dist.ProcessGroup]:
+    """Return this rank's process groups by name, with "world" and "self"; created on first use, by all ranks in the
+    same order as torch requires. Groups of one rank or of the whole world are shared; only the ring always has a
+    communicator of its own.
+
+    Args:
+        grid: (data, ring, ulysses).
+        partitions: the members of all ranks' groups, by name.
+    """
     world = dist.group.WORLD
     assert world is not None
-    grid = (mesh.data_size, mesh.ring_size, mesh.ulysses_size)
     if grid in _made and _made[grid][0] is world:
         return _made[grid][1]
-    data, ring, ulysses = map(range, grid)
-    partitions = {
-        "ring": [[mesh.rank_at(d, r, u) for r in ring] for d in data for u in ulysses],
-        "ulysses": [[mesh.rank_at(d, r, u) for u in ulysses] for d in data for r in ring],
-        "sequence": [[mesh.rank_at(d, r, u) for r in ring for u in ulysses] for d in data],
-        "data": [[mesh.rank_at(d, r, u) for d in data] for r in ring for u in ulysses],
-    }
-    groups: dict[str, dist.ProcessGroup] = {"world": world, "self": _alone(mesh, world)}
+    groups: dict[str, dist.ProcessGroup] = {"world": world, "self": _alone(world, rank)}
     for name, members in partitions.items():
         if len(members[0]) == 1:
             groups[name] = groups["self"]
         elif len(members) == 1 and name != "ring":
             groups[name] = world
         else:
-            groups[name] = _split(members, mesh.rank)
+            groups[name] = _split(members, rank)
     _made[grid] = (world, groups)
     return groups
 
@@ -172,26 +163,27 @@ def make_groups(mesh: Mesh) -> dict[str, dist.ProcessGroup]:
 _neighbours: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
 
 
-def neighbours(mesh: Mesh, size: int) -> dist.ProcessGroup:
-    """Return this rank's group of ``size`` ranks that stand side by side, as those of a host do; ``size`` divides the
-    world. Collective over the world on first use."""
+def neighbours(size: int) -> dist.ProcessGroup:
+    """Return this rank's group of ``size`` adjacent ranks, as those of one host are; ``size`` divides the world size.
+    Collective over the world on first use."""
     world = dist.group.WORLD
     assert world is not None
     if size not in _neighbours or _neighbours[size][0] is not world:
-        members = [list(range(first, first + size)) for first in range(0, mesh.world_size, size)]
-        _neighbours[size] = (world, _split(members, mesh.rank))
+        members = [list(range(first, first + size)) for first in range(0, world.size(), size)]
+        _neighbours[size] = (world, _split(members, world.rank()))
     return _neighbours[size][1]
 
 
-def _alone(mesh: Mesh, world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Return this rank's group of one, from another grid of the same world if there is one."""
+def _alone(world: dist.ProcessGroup, rank: int) -> dist.ProcessGroup:
+    """Return this rank's group of one, that of another grid of the same world if there is one."""
     for owner, groups in _made.values():
         if owner is world:
             return groups["self"]
-    return _split([[rank] for rank in range(mesh.world_size)], mesh.rank)
+    return _split([[one] for one in range(world.size())], rank)
 
 
 def _split(members: list[list[int]], rank: int) -> dist.ProcessGroup:
+    """Create one group per list of ``members``, and return the one that ``rank`` belongs to."""
     mine = None
     for ranks in members:
         group = dist.new_group(ranks)

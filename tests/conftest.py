@@ -44,6 +44,21 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
+ALL_ITEMS: pytest.StashKey[list[pytest.Item]] = pytest.StashKey()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Remember every collected test, also those that ``-m`` is about to deselect."""
+    config.stash[ALL_ITEMS] = list(items)
+
+
+@pytest.fixture
+def all_items(request: pytest.FixtureRequest) -> list[pytest.Item]:
+    """Every collected test, of all tiers."""
+    return request.config.stash[ALL_ITEMS]
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Compile DeepSpeed's extension once, before ranks could race for it, and outside any test's time limit."""
     if not (session.config.option.collectonly or only_gpu(session.config)):

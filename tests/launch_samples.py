@@ -1,4 +1,4 @@
-"""What tests of the launcher share: a small configuration, a ticket, and strings that a shell would obey."""
+"""What tests of the launcher share: a small configuration, a job spec, and strings that a shell would obey."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from longctx.config.load import loads
 from longctx.config.schema import RunConfig
-from longctx.launch.cluster import ticket
+from longctx.launch.cluster import jobspec
 from longctx.launch.cluster.hosts import default_world
 
 BASE = """
@@ -43,8 +43,8 @@ def config(launch: str, *overrides: str) -> RunConfig:
     return loads(f"{BASE}launch: {launch}\n", overrides, default_world=default_world).config
 
 
-def make_ticket(folder: Path, **changes: object) -> ticket.Ticket:
-    """Return a ticket for three ranks on two hosts."""
+def make_spec(folder: Path, **changes: object) -> jobspec.JobSpec:
+    """Return a job spec for three ranks on two hosts."""
     values = {
         "address": "127.0.0.1",
         "port": 1,
@@ -62,4 +62,4 @@ def make_ticket(folder: Path, **changes: object) -> ticket.Ticket:
         "columns": 0,
         "command": ("true",),
     }
-    return ticket.Ticket(**(values | changes))  # type: ignore[arg-type]
+    return jobspec.JobSpec(**(values | changes))  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ _TABLE: dict[str, tuple[float, str]] = {
     "bf16": (2e-2, "as fp16, of which bf16 has three bits fewer (2^-8); relative"),
     "fp32": (1e-5, "fp32 arithmetic in another order of summation, relative to the largest value"),
     "training loss": (1e-5, "fp32, 20 optimizer steps on ranks against one process; relative"),
+    "printed loss": (1e-3, "what a page says a run prints: fp32 sums of another processor, over ten steps; relative"),
     "training norm": (1e-5, "as the loss"),
     "training gradient": (1e-5, "fp32 sums over ranks in another order; of each tensor's norm"),
     "training weight": (1e-5, "after 20 steps; of each tensor's norm"),

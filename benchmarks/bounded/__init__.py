@@ -1,1 +1,1 @@
-"""Bounded memories beside softmax: speed and memory against length, and what models learn with them."""
+"""ABC and cosine attention beside softmax: speed and memory against length, and the quality of trained models."""

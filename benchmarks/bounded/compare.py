@@ -1,10 +1,10 @@
-"""Train the same small model with every kind of layer, from one YAML, under equal budgets and seeds; then compare.
+"""Train the same small model with every kind of layer, from one YAML, with equal budgets and seeds; then compare.
 
     python -m benchmarks.bounded.compare [--seeds 0 1 2] [--hours 4] [--only softmax cottention] [train.steps=…]
 
-Each run is `longctx train` over a ring of two. Runs that are complete are not repeated, one that was stopped goes on
-from its last checkpoint, and when the hours are over the next call continues. All variants of a seed see the same rows
-in the same order and are judged on the same held-out documents, so differences are taken seed by seed.
+Each run is `longctx train` over a ring of two. Complete runs are not repeated, a stopped run resumes from its last
+checkpoint, and when the hours are over the next call continues. All variants of a seed see the same rows in the same
+order and are evaluated on the same held-out documents, so differences are taken seed by seed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEMPORARY = 75  # exit code of a run that was stopped after a checkpoint
 
 
 def train(name: str, seed: int, folder: Path, overrides: list[str], seconds: float) -> bool:
-    """Train one variant with one seed, or go on with it; return whether it is complete."""
+    """Train one variant with one seed, or resume it; return whether it is complete."""
     output = folder / f"{name}-seed{seed}"
     if complete(output):
         return True
@@ -49,13 +49,13 @@ def train(name: str, seed: int, folder: Path, overrides: list[str], seconds: flo
 
 
 def complete(output: Path) -> bool:
-    """Tell whether a run has finished."""
+    """Return whether a run has finished."""
     summary = output / "summary.json"
     return summary.is_file() and json.loads(summary.read_text()).get("status") == "completed"
 
 
 def result_of(name: str, seed: int, folder: Path, rows: int) -> dict[str, Any]:
-    """Return a finished run's losses, computed once and kept beside it."""
+    """Return a finished run's losses, computed once and stored in its folder."""
     output = folder / f"{name}-seed{seed}"
     kept = output / "comparison.json"
     if kept.is_file():

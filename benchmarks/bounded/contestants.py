@@ -1,4 +1,4 @@
-"""Who is timed: softmax by torch's fused attention, ABC and Cottention by ours; and the slow truth of each."""
+"""The layers to time: softmax by torch's fused attention, ABC and Cottention by ours; and the definition of each."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def inputs(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> d
 
 
 def sdpa(q: Any, k: Any, v: Any, **_: Any) -> torch.Tensor:
-    """Softmax over all earlier tokens, torch's fused CPU kernel."""
+    """Softmax over all earlier tokens, by torch's fused CPU operator."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -50,7 +50,7 @@ def abc(q: Any, k: Any, v: Any, s: Any, **_: Any) -> Any:
 
 
 def cosine(q: Any, k: Any, v: Any, m: Any, **_: Any) -> Any:
-    """Cottention, values scaled."""
+    """Cottention with scaled values."""
     return longctx.cosine_attention(q, k, v, m)
 
 
@@ -63,7 +63,7 @@ USES = {"softmax (SDPA)": "qkv", "ABC, 64 slots": "qkvs", "Cottention": "qkvm"}
 
 
 def truth(name: str, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the definition, written out with T × T matrices, in fp64."""
+    """Compute the definition with T × T matrices in fp64."""
     q, k, v, s, m = (given[key].double() for key in "qkvsm")
     k, v, s = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v, s))
     seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
@@ -80,7 +80,7 @@ def truth(name: str, given: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def state_bytes(name: str, shape: Shape) -> int:
-    """Return what a layer keeps between two generated tokens (keys and values, or the state), fp32."""
+    """Return the bytes that a layer caches between two generated tokens: keys and values, or its state; fp32."""
     given = inputs(Shape(min(shape.tokens, 4096), shape.heads, shape.kv_heads, shape.head_dim))
     with torch.no_grad():
         if name.startswith("ABC"):

@@ -1,4 +1,4 @@
-"""Loss by position: what a model gains from a longer past, on held-out documents, from the exported folder."""
+"""Loss by position on held-out documents: what a model gains from a longer context."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ BINS = 32
 
 
 def held_out_rows(tokens: Path, length: int, count: int) -> torch.Tensor:
-    """Return up to ``count`` rows (R, length + 1) int64, each from inside one held-out document.
+    """Return up to ``count`` rows (R, length + 1) int64, each from within one held-out document.
 
-    Documents are taken in turns, so that a long one does not fill the sample.
+    Documents are taken in turns, so that a long one does not dominate.
     """
     folders = [path.parent for path in sorted(tokens.rglob("build.json"))] or [tokens]
     build = open_build(folders[0])
@@ -35,7 +35,7 @@ def held_out_rows(tokens: Path, length: int, count: int) -> torch.Tensor:
 
 
 def losses_by_position(model_folder: Path, tokens: Path, length: int, count: int) -> list[float]:
-    """Return the mean loss in ``BINS`` equal stretches of the first ``length`` positions; one process, CPU."""
+    """Return the mean loss in ``BINS`` equal bins of the first ``length`` positions; one process, CPU."""
     rows = held_out_rows(tokens, length, count)
     model = load_pretrained(model_folder).eval()
     total = torch.zeros(length, dtype=torch.float64)

@@ -2,15 +2,14 @@
 
     python -m benchmarks.bounded.recall [--steps 1500] [--seeds 0 1 2] [--only softmax cottention] [--tasks passkey]
 
-Copying n random tokens needs n tokens of memory: M slots or a D × D matrix can hold them only up to a length. A key in
-filler needs one thing to be kept and the rest to be passed over, which a learned control can do and a window shorter
-than the distance cannot. Two-layer models, one process; accuracy is the share of right tokens.
+Copying n random tokens needs n tokens of memory: M slots or a D × D matrix hold them only up to some length. A key in
+filler needs one thing to be kept and the rest ignored, which a learned control can do and a window shorter than the
+distance cannot. Two-layer models, one process; accuracy is the share of correct tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import hardware
+from benchmarks.harness import RESULTS, read_csv, write_csv
 from longctx.models.convert import convert
 from longctx.models.load.pretrained import make_model
 from longctx.models.load.scratch import make_config
@@ -34,11 +34,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "hybrid-16": {"0": {"abc": {"slots": 16}}, "1": "ring"},
 }
 TASKS = {"copy": (8, 16, 32, 64), "passkey": (64, 128, 256)}
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 def draw(task: str, length: int, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, int]:
-    """Return rows (B, S) and how many of their last tokens are asked for."""
+    """Return rows (B, S), and the number of their last tokens that the model must predict."""
     if task == "copy":
         text = torch.randint(SYMBOLS, (batch, length), generator=generator)
         return torch.cat([text, torch.full((batch, 1), ASK), text], 1), length
@@ -59,7 +58,7 @@ def make(kind: str, length: int, seed: int) -> Any:
 
 
 def accuracy(kind: str, task: str, length: int, seed: int, steps: int, batch: int = 32) -> float:
-    """Train one model on fresh rows and return the share of right tokens on rows it has not seen."""
+    """Train one model on new rows and return the share of correct tokens on rows that it has not seen."""
     model, generator = make(kind, length, seed), torch.Generator().manual_seed(seed)
     rule = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     warm = max(steps // 20, 1)
@@ -79,7 +78,7 @@ def accuracy(kind: str, task: str, length: int, seed: int, steps: int, batch: in
 
 
 def main() -> None:
-    """Train every kind on every task and length; results/recall_cpu.csv grows row by row, and what is there stays."""
+    """Train every kind on every task and length; rows that results/recall_cpu.csv already has are skipped."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -88,8 +87,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=None, help="instead of each task's own")
     parser.add_argument("--output", type=Path, default=RESULTS / "recall_cpu.csv")
     arguments = parser.parse_args()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    rows = list(csv.DictReader(arguments.output.open())) if arguments.output.is_file() else []
+    rows: list[dict[str, Any]] = [*read_csv(arguments.output)] if arguments.output.is_file() else []
     done = {(row["task"], row["length"], row["kind"], row["seed"], row["steps"]) for row in rows}
     for seed in arguments.seeds:
         for task in arguments.tasks:
@@ -98,28 +96,13 @@ def main() -> None:
                     if (task, str(length), kind, str(seed), str(arguments.steps)) in done:
                         continue
                     share = accuracy(kind, task, length, seed, arguments.steps)
-                    rows.append(
-                        {
-                            "task": task,
-                            "length": length,
-                            "kind": kind,
-                            "seed": seed,
-                            "steps": arguments.steps,
-                            "accuracy": f"{share:.4f}",
-                            "chance": f"{1 / SYMBOLS:.4f}",
-                            "hardware": hardware.describe(),
-                            "commit": hardware.commit(),
-                        }
-                    )
+                    rows.append({
+                        "task": task, "length": length, "kind": kind, "seed": seed, "steps": arguments.steps,
+                        "accuracy": f"{share:.4f}", "chance": f"{1 / SYMBOLS:.4f}", "hardware": hardware.describe(),
+                        "commit": hardware.commit(),
+                    })  # fmt: skip
                     print(f"{task:<8} {length:>4} {kind:<14} seed {seed}: {share:.3f}", flush=True)
-                    _write(rows, arguments.output)
-
-
-def _write(rows: list[dict[str, Any]], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+                    write_csv(arguments.output, rows)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
-"""Time and memory of one attention layer against length: the flat line beside the rising one.
+"""Time and memory of one attention layer against length: bounded state beside softmax.
 
     python -m benchmarks.bounded.speed [--lengths 256 512 … 262144] [--sdpa-up-to 65536] [--turns 3] [--quick]
 
-Every contestant is checked against its definition in fp64 before it is timed. CPU time is the process's own, on one
-thread unless ``--threads`` says otherwise: then it is work, and not threads that wait for each other on a busy machine.
-Contestants take turns. Softmax beyond ``--sdpa-up-to`` is not measured, and no number is put in its place; beyond 16K,
-where nothing is judged by it, it is called once.
+Every contestant is checked against its definition in fp64 before it is timed. CPU time is that of the process, on one
+thread unless ``--threads`` says otherwise, so that it counts work and not waiting threads. Contestants take turns.
+Softmax beyond ``--sdpa-up-to`` is reported as not measured; beyond 16K, where it judges nothing, it is called once.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from pathlib import Path
 from statistics import median
@@ -21,17 +19,17 @@ import torch
 
 from benchmarks import hardware
 from benchmarks.bounded.contestants import CONTESTANTS, USES, Shape, inputs, state_bytes, truth
+from benchmarks.harness import MIB, NOT_MEASURED, RESULTS, Verdict, at_least, judge, spread, turns, write_csv
 from benchmarks.measure import measure, peak_bytes, relative_error
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
-RESULTS = Path(__file__).parents[1] / "results"
 SOFTMAX = "softmax (SDPA)"
 JUDGED = 16_384
-FROM, EXPONENT = 4096, 0.05  # the exponent of time in length is fitted from here on
+FROM, EXPONENT = 4096, 0.05  # tokens from which the exponent of time in length is fitted; its tolerance
 AIMS = {"ABC, 64 slots": (8.0, 4.0), "Cottention": (15.0, 6.0)}  # times SDPA at 16K: forward, forward + backward
 LARGEST_ERROR = 1e-5
 TOKENS = 4096
-"""Of one sample at least: short sequences are called several times."""
+"""Per sample at least: short sequences are called several times."""
 
 
 def check(shape: Shape) -> dict[str, float]:
@@ -40,8 +38,8 @@ def check(shape: Shape) -> dict[str, float]:
     return {name: relative_error(call(**given), truth(name, given)) for name, call in CONTESTANTS.items()}
 
 
-def run_row(shape: Shape, turns: int, sdpa_up_to: int) -> list[dict[str, Any]]:
-    """Time forward, and forward with backward, of everyone in turns; return a row each."""
+def run_row(shape: Shape, count: int, sdpa_up_to: int) -> list[dict[str, Any]]:
+    """Time forward, and forward with backward, of everyone in turns; return one row per contestant."""
     given = inputs(shape)
     names = [name for name in CONTESTANTS if name != SOFTMAX or shape.tokens <= sdpa_up_to]
     tensors = {name: {key: given[key].clone().requires_grad_() for key in USES[name]} for name in names}
@@ -56,8 +54,8 @@ def run_row(shape: Shape, turns: int, sdpa_up_to: int) -> list[dict[str, Any]]:
 
     times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "both": []} for name in names}
     calls = max(1, TOKENS // shape.tokens)
-    for turn in range(turns + 1):  # the first warms up
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    for turn, order in turns(names, count + 1):  # the first warms up
+        for name in order:
             once = name == SOFTMAX and shape.tokens > JUDGED
             if once and turn != 1:
                 continue
@@ -76,12 +74,12 @@ def _row(shape: Shape, name: str, times: dict[str, list[float]] | None, both: An
         "commit": hardware.commit(),
     }  # fmt: skip
     if times is None:
-        return {**row, "forward_cpu_seconds": "not measured", "both_cpu_seconds": "not measured", "peak_bytes": ""}
+        return {**row, "forward_cpu_seconds": NOT_MEASURED, "both_cpu_seconds": NOT_MEASURED, "peak_bytes": ""}
     forward, whole = median(times["forward"]), median(times["both"])
     return {
         **row, "forward_cpu_seconds": f"{forward:.6f}", "both_cpu_seconds": f"{whole:.6f}",
         "tokens_per_cpu_second": f"{shape.tokens / whole:.0f}", "peak_bytes": peak_bytes(both),
-        "both_spread": f"{(max(times['both']) - min(times['both'])) / whole:.3f}",
+        "both_spread": f"{spread(times['both']):.3f}",
     }  # fmt: skip
 
 
@@ -93,13 +91,13 @@ def exponent(points: list[tuple[int, float]]) -> float:
     return across / sum((x - mean_x) ** 2 for x in xs)
 
 
-def verdicts(rows: list[dict[str, Any]]) -> list[tuple[str, bool]]:
-    """Return what the rows must satisfy, each with whether it holds; a row that was not measured judges nothing."""
+def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
+    """Return the verdicts on all rows; a row that was not measured judges nothing."""
     seconds = {
         (row["contestant"], int(row["tokens"]), kind): float(row[f"{kind}_cpu_seconds"])
         for row in rows
         for kind in ("forward", "both")
-        if row["forward_cpu_seconds"] != "not measured"
+        if row["forward_cpu_seconds"] != NOT_MEASURED
     }
     said = []
     for name, aims in AIMS.items():
@@ -108,16 +106,11 @@ def verdicts(rows: list[dict[str, Any]]) -> list[tuple[str, bool]]:
             far = [point for point in points if point[0] >= FROM]
             if len(far) > 2:
                 slope = exponent(far)
-                said.append(
-                    (
-                        f"{name}, {kind}: time grows as length^{slope:.3f}, required 1 ± {EXPONENT}",
-                        abs(slope - 1) <= EXPONENT,
-                    )
-                )
+                text = f"{name}, {kind}: time grows as length^{slope:.3f}, required 1 ± {EXPONENT}"
+                said.append((text, abs(slope - 1) <= EXPONENT))
             if (SOFTMAX, JUDGED, kind) in seconds and (name, JUDGED, kind) in seconds:
-                ratio = seconds[SOFTMAX, JUDGED, kind] / seconds[name, JUDGED, kind]
-                text = f"{name}, {kind} at {JUDGED}: {ratio:.2f} x SDPA's speed, required >= {aim}"
-                said.append((text, ratio >= aim))
+                speed = seconds[SOFTMAX, JUDGED, kind] / seconds[name, JUDGED, kind]
+                said.append(at_least(f"{name}, {kind} at {JUDGED}: x SDPA's speed", speed, aim, digits=2))
             faster = [t for t, own in points if seconds.get((SOFTMAX, t, kind), 0.0) >= own]
             if any(t <= 512 for t, _ in points):
                 text = f"{name}, {kind}: faster than SDPA from {min(faster, default=0)} tokens on, required <= 512"
@@ -128,16 +121,16 @@ def verdicts(rows: list[dict[str, Any]]) -> list[tuple[str, bool]]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the speed of training, its peak of memory, and what is kept for generation, over the length."""
+    """Plot the speed of training, its peak memory, and the bytes cached for generation, over the length."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = (
-        ("tokens_per_cpu_second", 1, "forward + backward, tokens a CPU second"),
-        ("peak_bytes", 2**20, "forward + backward, peak of memory, MiB"),
-        ("state_bytes", 2**20, "kept for the next token, MiB a layer and sequence"),
+        ("tokens_per_cpu_second", 1, "forward + backward, tokens per CPU second"),
+        ("peak_bytes", MIB, "forward + backward, peak memory, MiB"),
+        ("state_bytes", MIB, "cached for the next token, MiB per layer and sequence"),
     )
     for axes, (field, unit, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for name in CONTESTANTS:
@@ -179,20 +172,11 @@ def main() -> int:
                 flush=True,
             )
         _write(rows, arguments.output)
-    said = [] if arguments.quick else verdicts(rows)
-    for text, holds in said:
-        print("holds " if holds else "MISSED", text)
-    print(f"{sum(holds for _, holds in said)} of {len(said)} aims reached")
-    return 0 if all(holds for _, holds in said) else 1
+    return int(not judge([] if arguments.quick else verdicts(rows)))
 
 
 def _write(rows: list[dict[str, Any]], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    with (folder / "bounded_cpu.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "bounded_cpu.csv", rows)
     plot(rows, folder / "bounded_cpu.png")
 
 

@@ -1,4 +1,4 @@
-"""Turns finished runs into a table with spread, paired differences, and two plots."""
+"""Summarise finished runs: a table with spread, paired differences, and two plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Results = list[dict[str, Any]]
 
 
 def report(results: Results, folder: Path) -> None:
-    """Write comparison.json, comparison.md and comparison.png from what is finished so far."""
+    """Write comparison.json, comparison.md and comparison.png from the runs finished so far."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.json").write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
     (folder / "comparison.md").write_text("\n".join([*table(results), "", *differences(results), ""]))
@@ -67,7 +67,7 @@ def differences(results: Results) -> list[str]:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Draw held-out loss over the steps, and loss over the position in the row; a band from seed to seed."""
+    """Plot held-out loss over the steps, and loss over the position in the row, with a band over seeds."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

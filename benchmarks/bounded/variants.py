@@ -1,4 +1,4 @@
-"""What is compared when models are trained: which kinds of layers each has, everything else equal."""
+"""The variants to train: each has other kinds of layers, everything else is equal."""
 
 from __future__ import annotations
 

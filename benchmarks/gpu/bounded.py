@@ -1,14 +1,14 @@
-"""Bounded memories on one GPU beside flash-linear-attention's kernels; part of `python -m benchmarks.gpu.run`.
+"""ABC and cosine attention on one GPU beside flash-linear-attention's kernels; part of `python -m benchmarks.gpu.run`.
 
-Everyone is checked against the definition in fp64 first. `floor` is the time in which this GPU copies as many bytes as
-the inputs and results have: what no kernel can be faster than.
+Everyone is checked against the definition in fp64 first. The floor is the time in which this GPU copies as many bytes
+as the inputs and results have, which no kernel can beat.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,18 +16,18 @@ import torch.nn.functional as F
 
 import longctx
 from benchmarks.bounded.contestants import truth
-from benchmarks.gpu import measure
-from benchmarks.gpu.results import Results, milliseconds
+from benchmarks.gpu import figures, measure
+from benchmarks.gpu.figures import OURS, Figure, Run, Table
+from benchmarks.harness import Verdict, judge
 from benchmarks.measure import relative_error
 from benchmarks.peers import NotMeasured
 
 Tensors = dict[str, torch.Tensor]
 Call = Callable[[], torch.Tensor]
-OURS = "longctx"
 CHECKED = 192
-"""Tokens of the check; the definition takes memory of their square times the slots."""
+"""Tokens of the check; the definition's memory grows with their square times the slots."""
 FLOOR = 0.8
-"""The share of the copy's speed that is required of ours."""
+"""Required share of the copy's speed."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,17 @@ def _ours(backend: str) -> Callable[[Row, Tensors], Call]:
 
 
 def _fla(x: Tensors, module: str, name: str) -> Any:
-    if x["q"].device.type != "cuda":
-        raise NotMeasured("needs a GPU")
     try:
+        figures.need_gpu(x["q"])
         return getattr(__import__(f"fla.ops.{module}", fromlist=[name]), name)
     except (ImportError, AttributeError) as error:
-        raise NotMeasured(f"flash-linear-attention: {error}") from None
+        raise NotMeasured(f"not measured: flash-linear-attention: {error}") from None
+    except NotMeasured as error:
+        raise NotMeasured(f"not measured: {error}") from None
 
 
 def _time_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """(B, H, T, X) as (B, T, H, X), which is how flash-linear-attention wants its inputs."""
+    """Return (B, H, T, X) as (B, T, H, X), flash-linear-attention's layout."""
     return [x.transpose(1, 2).contiguous() for x in tensors]
 
 
@@ -101,7 +102,7 @@ def chunk_abc(row: Row, x: Tensors) -> Call:
 
 
 def chunk_gsa(row: Row, x: Tensors) -> Call:
-    """Gated slots whose gates are those of ABC: s' = exp(s_t - z_t), g = z_{t-1} - z_t."""
+    """Gated slot attention with ABC's gates: s' = exp(s_t - z_t), g = z_{t-1} - z_t."""
     call = _fla(x, "gsa", "chunk_gsa")
 
     def attend() -> torch.Tensor:
@@ -114,7 +115,7 @@ def chunk_gsa(row: Row, x: Tensors) -> Call:
 
 
 def chunk_linear(row: Row, x: Tensors) -> Call:
-    """The same function as Cottention's: of unit rows, and values that n^-a scaled before."""
+    """Cottention as linear attention: unit rows, and values scaled by n^-a."""
     call = _fla(x, "linear_attn", "chunk_linear_attn")
     counts = torch.arange(1, row.length + 1, device=x["q"].device)
 
@@ -134,20 +135,8 @@ CONTESTANTS: dict[str, dict[str, Callable[[Row, Tensors], Call]]] = {
 }  # fmt: skip
 
 
-@dataclass
-class Figure:
-    """One contestant in one row: seconds, or why there are none."""
-
-    row: Row
-    contestant: str
-    forward: float | None = None
-    backward: float | None = None
-    note: str = ""
-    wrong: bool = False
-
-
-def check(row: Row, name: str, device: torch.device) -> str:
-    """What is wrong with a contestant's output and gradients at a short length; empty if nothing is."""
+def error_of(row: Row, name: str, device: torch.device) -> tuple[float, float]:
+    """Return the largest relative error of output and gradients at a short length, and the limit."""
     small = replace(row, length=min(row.length, CHECKED), heads=2, batch=1)
     x = make_inputs(small, device)
     exact = {key: y.detach().double().requires_grad_(key != "grad") for key, y in x.items()}
@@ -156,7 +145,7 @@ def check(row: Row, name: str, device: torch.device) -> str:
     true, call = _with_gradients(truth(kind, blank | exact), exact), CONTESTANTS[row.operator][name](small, x)
     found = [relative_error(a, b) for a, b in zip(_with_gradients(call(), x), true, strict=True)]
     limit = measure.LIMITS[row.dtype]
-    return "" if max(found) <= limit else f"bounded {name} {row.name}: error {max(found):.1e}, allowed {limit:.0e}"
+    return max(found), limit
 
 
 def _with_gradients(out: torch.Tensor, x: Tensors) -> list[torch.Tensor]:
@@ -164,29 +153,19 @@ def _with_gradients(out: torch.Tensor, x: Tensors) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, wanted, x["grad"])]
 
 
-def run_row(row: Row, name: str, device: torch.device) -> Figure:
-    """Check, then time one contestant. A peer that fails does not end the run; a failure of ours is wrong."""
-    figure = Figure(row, name)
-    try:
-        figure.note = check(row, name, device)
-        figure.wrong = bool(figure.note)
-        x = make_inputs(row, device)
-        call, wanted = CONTESTANTS[row.operator][name](row, x), [y for key, y in x.items() if key != "grad"]
-        out = call()
-        figure.backward = measure.seconds_of(
-            lambda: torch.autograd.grad(out, wanted, x["grad"], retain_graph=True), device
-        )
-        with torch.no_grad():
-            figure.forward = measure.seconds_of(call, device)
-    except NotMeasured as error:
-        figure.note = f"not measured: {error}"
-    except Exception as error:
-        figure.note, figure.wrong = f"{type(error).__name__}: {error}".splitlines()[0], name.startswith(OURS)
-    return figure
+def _measure(device: torch.device, figure: Figure) -> None:
+    row, name = figure.row, figure.contestant
+    figures.compare(figure, *error_of(row, name, device))
+    x = make_inputs(row, device)
+    call, wanted = CONTESTANTS[row.operator][name](row, x), [y for key, y in x.items() if key != "grad"]
+    out = call()
+    figure.backward = measure.seconds_of(lambda: torch.autograd.grad(out, wanted, x["grad"], retain_graph=True), device)
+    with torch.no_grad():
+        figure.forward = measure.seconds_of(call, device)
 
 
 def bytes_moved(row: Row) -> tuple[int, int]:
-    """Bytes that (forward, backward) must at least read and write: inputs and results once each."""
+    """Return the bytes that (forward, backward) must at least read and write: inputs and results once each."""
     tokens, size = row.batch * row.heads * row.length, getattr(torch, row.dtype).itemsize
     slots = row.slots if row.operator == "abc" else 0
     inputs = 3 * row.head_dim + slots
@@ -194,16 +173,16 @@ def bytes_moved(row: Row) -> tuple[int, int]:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of a large copy."""
+    """Return bytes per second, read plus written, of a large copy."""
     a = torch.empty(2**28, dtype=torch.float32, device=device)
     b = torch.empty_like(a)
     return 2.0 * a.nbytes / measure.seconds_of(lambda: b.copy_(a), device)
 
 
-def verdicts(figures: list[Figure], rate: float) -> Iterator[tuple[str, bool]]:
-    """Ours beside each peer (at least as fast), and beside the copy of its bytes; what was not measured judges none."""
-    by_name = {(f.row, f.contestant): f for f in figures}
-    for ours in (f for f in figures if f.contestant == OURS and f.forward and f.row.length >= 16_384):
+def verdicts(found: list[Figure], rate: float) -> Iterator[Verdict]:
+    """Require ours to be as fast as every peer, and near the copy of its bytes; what was not measured is not judged."""
+    by_name = {(f.row, f.contestant): f for f in found}
+    for ours in (f for f in found if f.contestant == OURS and f.forward and f.row.length >= 16_384):
         for place, direction in enumerate(("forward", "backward")):
             own, name = getattr(ours, direction), f"{ours.row.name} {direction}"
             for peer in CONTESTANTS[ours.row.operator]:
@@ -214,27 +193,19 @@ def verdicts(figures: list[Figure], rate: float) -> Iterator[tuple[str, bool]]:
             yield f"{name}: {share:.2f} of the bandwidth floor, required {FLOOR}", share >= FLOOR
 
 
-def run(wanted: list[Row], device: torch.device, folder: Path | None, chip: str, resume: bool) -> list[Figure]:
-    """Measure the rows, print a line each and every verdict, and append each figure to bounded_gpu.csv in `folder`."""
-    figures: list[Figure] = []
-    results = Results(folder / "bounded_gpu.csv" if folder else None, ("forward_ms", "backward_ms"), chip, resume)
-    for row in wanted:
-        own = [_kept(row, name, device, results) for name in CONTESTANTS[row.operator]]
-        parts = [f"{f.contestant} {1e3 * f.forward:.3g}/{1e3 * (f.backward or 0):.3g}" for f in own if f.forward]
-        print(f"{row.name}: ms forward/backward: {', '.join(parts)}", flush=True)
-        figures += own
-    if figures and device.type == "cuda":
-        for text, holds in verdicts(figures, copy_rate(device)):
-            print(("ok      " if holds else "MISSED  ") + text)
-    return figures
+def run(this: Run) -> list[Figure]:
+    """Measure the wanted rows, print one line per row and every verdict, append each figure to bounded_gpu.csv."""
+    columns = ("forward_ms", "backward_ms")
+    results, found = this.results("bounded", columns), []
+    for operator, contestants in CONTESTANTS.items():
+        ours = tuple(name for name in contestants if name.startswith(OURS))
+        table = Table(results, columns, contestants, partial(_measure, this.device), _line, ours=ours)
+        found += table.run(row for row in this.rows(ROWS, TINY) if row.operator == operator)
+    if found and this.device.type == "cuda":
+        judge(verdicts(found, copy_rate(this.device)))
+    return found
 
 
-def _kept(row: Row, name: str, device: torch.device, results: Results) -> Figure:
-    """A figure of an earlier run, or a new one, which is on the disk when this returns."""
-    known = results.seconds(row.name, name, "forward_ms", "backward_ms")
-    if known is not None:
-        return Figure(row, name, *known)
-    figure = run_row(row, name, device)
-    times = (milliseconds(figure.forward), milliseconds(figure.backward))
-    results.add(row.name, row.dtype, name, times, figure.note)
-    return figure
+def _line(row: Row, measured: list[Figure]) -> str:
+    parts = [f"{f.contestant} {1e3 * (f.forward or 0):.3g}/{1e3 * (f.backward or 0):.3g}" for f in measured]
+    return f"{row.name}: ms forward/backward: {', '.join(parts)}"

@@ -1,5 +1,8 @@
-"""Who is measured: ours, ours as a ring in sequence, what torch ships, and the tutorial's kernel. Each takes a row and
-inputs and returns a function without arguments that computes attention, differentiable; or says why it cannot."""
+"""The implementations to measure: ours, ours as a ring in sequence, torch's, and the Triton tutorial's kernel.
+
+Each takes a row and inputs and returns a function without arguments that computes attention, differentiable; or raises
+NotMeasured with the reason.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from benchmarks.gpu.figures import OURS, need_gpu
 from benchmarks.gpu.rows import Row
 from benchmarks.peers import NotMeasured
 from longctx import block_attention
@@ -31,7 +35,7 @@ class Inputs(NamedTuple):
 
 
 def _ours(backend: str) -> Callable[[Row, Inputs], Call]:
-    """block_attention on one of its backends; what that backend refuses, by name, is not measured."""
+    """block_attention on one of its backends; what that backend refuses is not measured."""
 
     def prepare(row: Row, x: Inputs) -> Call:
         pattern = pattern_of(make_rule(row.causal, row.window), x.documents)
@@ -52,7 +56,7 @@ def _ours(backend: str) -> Callable[[Row, Inputs], Call]:
 
 def ours_as_ring(row: Row, x: Inputs) -> Call:
     if row.ring == 1:
-        raise NotMeasured("the row is no ring")
+        raise NotMeasured("the row is not a ring")
     from benchmarks.gpu.ring import attention  # imports triton
 
     return lambda: attention(row, x.q, x.k, x.v)
@@ -62,8 +66,7 @@ def _sdpa(backend: str) -> Callable[[Row, Inputs], Call]:
     def prepare(row: Row, x: Inputs) -> Call:
         if row.window is not None or row.documents > 1:
             raise NotMeasured("no window and no documents without a dense mask")
-        if x.q.device.type != "cuda":
-            raise NotMeasured("needs a GPU")
+        need_gpu(x.q)
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         def call() -> torch.Tensor:
@@ -78,8 +81,7 @@ def _sdpa(backend: str) -> Callable[[Row, Inputs], Call]:
 
 
 def flex(row: Row, x: Inputs) -> Call:
-    if x.q.device.type != "cuda":
-        raise NotMeasured("needs a GPU")
+    need_gpu(x.q)
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     fresh_compiler()
@@ -104,9 +106,9 @@ def flex(row: Row, x: Inputs) -> Call:
 
 
 def fresh_compiler() -> None:
-    """Forget what torch.compile has made: a function of more than eight shapes runs unfused, and would be measured so.
+    """Reset torch.compile: a function of more than eight shapes runs unfused, and would be measured so.
 
-    Code that meets that limit all the same raises an error.
+    Code that reaches that limit all the same raises an error.
     """
     torch._dynamo.reset()
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -122,9 +124,9 @@ def tutorial(row: Row, x: Inputs) -> Call:
     return lambda: attention(x.q, x.k, x.v, row.causal)
 
 
-OURS, TMA, RING = "longctx", "longctx, TMA", "longctx, ring in sequence"
+TMA, RING = "longctx, TMA", "longctx, ring in sequence"
 BACKENDS = {OURS: "triton", TMA: "triton-tma", "longctx over cuDNN": "cudnn", "longctx over flash": "flash"}
-"""Between whom backend="auto" may choose: `python -m benchmarks.gpu.table` makes its table of their rows."""
+"""What backend="auto" may choose between: `python -m benchmarks.gpu.table` builds its table from their rows."""
 CONTESTANTS: dict[str, Callable[[Row, Inputs], Call]] = {
     **{name: _ours(backend) for name, backend in BACKENDS.items()},
     RING: ours_as_ring,

@@ -1,8 +1,8 @@
-"""Decoding's rows of `python -m benchmarks.gpu.run`: one token's attention to a long context, in gigabytes a second.
+"""Decoding's rows of `python -m benchmarks.gpu.run`: one token's attention to a long context, in gigabytes per second.
 
-A step has to read the cache once and does little else, so the measure is how near it comes to the speed of memory. For
-EL the same context as keys and values of every head, kept once for all beams, is measured beside it: the strongest
-plain cache. Results are checked against fp64 at a smaller size first.
+A step reads the cache once and does little else, so the measure is how close it comes to the memory's bandwidth. EL is
+compared with the same context as keys and values of every head, kept once for all beams: the strongest plain cache.
+Results are checked against fp64 at a smaller size first.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu import figures, measure
-from benchmarks.gpu.figures import OURS, Figure
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.figures import OURS, Figure, Run, Table, need_gpu
 from benchmarks.measure import relative_error
 from benchmarks.peers import NotMeasured
 from longctx.decode.attend import decode_attention
@@ -27,8 +25,11 @@ Call = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """One new token of each of batch x beams rows. value_width: values are so many columns of the keys; None: their
-    own. key_heads: of the cache; EL's hidden states and MLA's latents are one."""
+    """One new token for each of batch x beams rows.
+
+    value_width: values are that many columns of the keys; None: a tensor of their own. key_heads: of the cache; 1 for
+        EL's hidden states and MLA's latents.
+    """
 
     kind: str
     batch: int
@@ -47,7 +48,7 @@ class Row:
 
     @property
     def bytes(self) -> int:
-        """Of the cache: what has to be read."""
+        """Bytes of the cache, which have to be read."""
         numbers = self.key_width if self.value_width else 2 * self.key_width
         return self.batch * self.key_heads * self.keys * numbers * getattr(torch, self.dtype).itemsize
 
@@ -99,9 +100,8 @@ def _ours(backend: str) -> Callable[[Row, Inputs], Call]:
 
 
 def _sdpa(row: Row, x: Inputs) -> Call:
-    """torch's own, with everything that reads the same keys as queries of one head."""
-    if x.q.device.type != "cuda":
-        raise NotMeasured("needs a GPU")
+    """torch's operator, with everything that reads the same keys as queries of one head."""
+    need_gpu(x.q)
     values = x.k[..., : row.value_width] if x.v is None else x.v
     group = row.heads // row.key_heads
 
@@ -114,9 +114,8 @@ def _sdpa(row: Row, x: Inputs) -> Call:
 
 
 def _sdpa_grouped(row: Row, x: Inputs) -> Call:
-    """torch's own as models call it."""
-    if x.q.device.type != "cuda":
-        raise NotMeasured("needs a GPU")
+    """torch's operator as models call it."""
+    need_gpu(x.q)
     if x.v is None or row.beams > 1:
         raise NotMeasured("for grouped keys and values without beams")
     return lambda: F.scaled_dot_product_attention(x.q, x.k, x.v, enable_gqa=True)
@@ -126,7 +125,7 @@ KEY_VALUES = "SDPA over keys and values, once for all beams"
 
 
 def _key_values(row: Row, x: Inputs) -> Call:
-    """What EL replaces: other numbers, so it is timed and not compared."""
+    """What EL replaces: timed, but computing something else, so its results are not checked."""
     if row.kind != "el" or x.q.device.type != "cuda":
         raise NotMeasured("for EL, on a GPU")
     shape = row.batch, row.heads, row.keys, row.key_width // row.heads
@@ -141,11 +140,11 @@ CONTESTANTS: dict[str, Callable[[Row, Inputs], Call]] = {
 }  # fmt: skip
 
 
-def run(device: torch.device, wanted: Callable[[str], bool], folder: Path | None, chip: str, resume: bool) -> list[str]:
-    """Measure every wanted row, print it, append its figures to decode_gpu.csv; returns what is wrong."""
-    rows = [row for row in (ROWS if device.type == "cuda" else TINY) if wanted(row.name)]
-    results = Results(folder / "decode_gpu.csv" if folder else None, ("ms", "cache_bytes"), chip, resume)
-    return figures.wrong(figures.run(rows, CONTESTANTS, partial(_measure, device), _line, results))
+def run(this: Run) -> list[str]:
+    """Measure every wanted row, append its figures to decode_gpu.csv, return what is wrong."""
+    results, measured = this.results("decode", ("ms", "cache_bytes")), partial(_measure, this.device)
+    table = Table(results, ("ms",), CONTESTANTS, measured, _line, lambda figure: (figure.bytes,))
+    return figures.wrong(table.run(this.rows(ROWS, TINY)))
 
 
 def _measure(device: torch.device, figure: Figure) -> None:
@@ -153,9 +152,9 @@ def _measure(device: torch.device, figure: Figure) -> None:
     figure.bytes = row.bytes
     if name != KEY_VALUES:
         small = replace(row, batch=1, keys=min(row.keys, measure.LONGEST_CHECK))
-        figures.judge(figure, _error(small, name, device), measure.LIMITS[row.dtype])
+        figures.compare(figure, _error(small, name, device), measure.LIMITS[row.dtype])
     with torch.no_grad():
-        figure.seconds = measure.seconds_of(CONTESTANTS[name](row, make_inputs(row, device)), device)
+        figure.forward = measure.seconds_of(CONTESTANTS[name](row, make_inputs(row, device)), device)
 
 
 def _error(row: Row, name: str, device: torch.device) -> float:
@@ -166,7 +165,6 @@ def _error(row: Row, name: str, device: torch.device) -> float:
 
 
 def _line(row: Row, measured: list[Figure]) -> str:
-    said = [
-        f"{f.contestant} {row.bytes / f.seconds / 1e9:.3g} ({f.seconds * 1e3:.3f} ms)" for f in measured if f.seconds
-    ]
+    times = [(f.contestant, f.forward) for f in measured if f.forward]
+    said = [f"{name} {row.bytes / seconds / 1e9:.3g} ({seconds * 1e3:.3f} ms)" for name, seconds in times]
     return f"{row.name}: GB/s of the cache: " + ", ".join(said)

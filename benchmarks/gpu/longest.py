@@ -1,14 +1,13 @@
-"""`python -m benchmarks.gpu.longest`: what a token costs in memory at Llama-3-8B's widths on one GPU, rung by rung.
+"""`python -m benchmarks.gpu.longest`: bytes per token at Llama-3-8B's widths on one GPU, rung by rung.
 
-ALST's ablation ladder on longctx and on DeepSpeed's pieces: forward and backward of a model of two layers in bf16 at
-growing lengths, the allocator's peak at each, the bytes that one more token takes, and the sequence at which the card
-would be full. Beside it the bytes of `longctx plan`. `--tiny` runs the same code on a CPU at tiny widths.
+ALST's ablation ladder on longctx and on DeepSpeed's parts: forward and backward of a model of two layers in bf16 at
+growing lengths, the allocator's peak at each, the bytes per additional token, and the length at which the card would be
+full. Beside it the bytes that `longctx plan` predicts. `--tiny` runs the same code on a CPU at tiny widths.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,28 +18,35 @@ from typing import Any
 import torch
 
 from benchmarks import hardware
+from benchmarks.gpu.figures import find_device
+from benchmarks.harness import RESULTS as FOLDER
+from benchmarks.harness import write_csv
 from benchmarks.measure import peak_bytes
 from benchmarks.peers import deepspeed_alst
-from longctx.engine.memory import Memory, save_memory
-from longctx.plan.memory import memory_of
+from longctx.engine.activations import ActivationSettings, apply_settings
+from longctx.plan.memory import step_bytes
 from longctx.plan.setup import Setup, resolve_loss_tile, resolve_mlp_tile
 from longctx.plan.shape import ModelShape
 
-RESULTS = Path(__file__).parents[1] / "results" / "longest_gpu.csv"
+RESULTS = FOLDER / "longest_gpu.csv"
 WIDTHS = ModelShape(hidden=4096, layers=2, heads=32, kv_heads=8, head_dim=128, inner=14_336, vocab=128_256)
 LENGTHS = (16_384, 32_768, 65_536, 131_072)
 TINY = replace(WIDTHS, hidden=64, heads=4, kv_heads=2, head_dim=16, inner=192, vocab=8192)
 TINY_LENGTHS = (1024, 2048)
 
 OURS = {
-    "longctx, checkpoints": Memory(recompute="layer"),
-    "longctx + tiled loss": Memory(recompute="layer", loss_tile="auto"),
-    "longctx + checkpoints on the host": Memory(recompute="layer", loss_tile="auto", offload_checkpoints=True),
-    "longctx + tiled MLP": Memory(recompute="layer", loss_tile="auto", offload_checkpoints=True, mlp_tile="auto"),
-    "longctx + attention kept": Memory(
+    "longctx, checkpoints": ActivationSettings(recompute="layer"),
+    "longctx + tiled loss": ActivationSettings(recompute="layer", loss_tile="auto"),
+    "longctx + checkpoints on the host": ActivationSettings(
+        recompute="layer", loss_tile="auto", offload_checkpoints=True
+    ),
+    "longctx + tiled MLP": ActivationSettings(
+        recompute="layer", loss_tile="auto", offload_checkpoints=True, mlp_tile="auto"
+    ),
+    "longctx + attention kept": ActivationSettings(
         recompute="layer_keep_attention", loss_tile="auto", offload_checkpoints=True, mlp_tile="auto"
     ),
-    "longctx + norms recomputed": Memory(
+    "longctx + norms recomputed": ActivationSettings(
         recompute="layer_keep_attention", loss_tile="auto", offload_checkpoints=True, mlp_tile="auto",
         recompute_norms=True,
     ),
@@ -55,7 +61,7 @@ Step = Callable[[torch.Tensor], None]
 
 
 def make_model(shape: ModelShape, device: torch.device, attention: str) -> Any:
-    """A Llama of these widths in bf16."""
+    """Build a Llama of these widths in bf16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -68,12 +74,12 @@ def make_model(shape: ModelShape, device: torch.device, attention: str) -> Any:
         return LlamaForCausalLM(config).to(torch.bfloat16).train()
 
 
-def ours(shape: ModelShape, device: torch.device, memory: Memory) -> Step:
+def ours(shape: ModelShape, device: torch.device, memory: ActivationSettings) -> Step:
     import longctx
 
     longctx.register()
     model = make_model(shape, device, "longctx")
-    save_memory(model, memory)
+    apply_settings(model, memory)
 
     def step(ids: torch.Tensor) -> None:
         model.zero_grad(set_to_none=True)
@@ -103,7 +109,7 @@ def theirs(shape: ModelShape, device: torch.device, *, loss: bool, host: bool, m
 
 
 def peak_of(step: Step, length: int, vocabulary: int, device: torch.device) -> int | None:
-    """The most bytes allocated during a step; None where the device has no room. On a CPU beyond what was there."""
+    """Return the peak bytes of a step (on a CPU: beyond what was allocated before); None if the device is too small."""
     ids = torch.randint(vocabulary, (1, length), device=device)
     gc.collect()
     if device.type != "cuda":
@@ -117,26 +123,25 @@ def peak_of(step: Step, length: int, vocabulary: int, device: torch.device) -> i
     return torch.cuda.max_memory_allocated(device)
 
 
-def planned(shape: ModelShape, memory: Memory, lengths: tuple[int, int], on_gpu: bool) -> float:
-    """The planner's bytes of one more token between two lengths."""
+def planned(shape: ModelShape, memory: ActivationSettings, lengths: tuple[int, int], on_gpu: bool) -> float:
+    """Return the planner's bytes per additional token between two lengths."""
     setup = Setup(
         0, stage=0, recompute=memory.recompute, offload_checkpoints=memory.offload_checkpoints and on_gpu, states=0,
         loss_tile=resolve_loss_tile(memory.loss_tile, shape, on_gpu), mlp_tile=resolve_mlp_tile(memory.mlp_tile, shape),
         recompute_norms=memory.recompute_norms, on_gpu=on_gpu,
     )  # fmt: skip
-    short, long = (memory_of(shape, replace(setup, tokens=tokens)).peak.total for tokens in lengths)
+    short, long = (step_bytes(shape, replace(setup, tokens=tokens)).peak.total for tokens in lengths)
     return (long - short) / (lengths[1] - lengths[0])
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.longest", description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="tiny widths on a CPU; nothing is kept")
+    parser.add_argument("--tiny", action="store_true", help="tiny widths on a CPU; no file")
     parser.add_argument("--output", type=Path, default=RESULTS)
     chosen = parser.parse_args(arguments)
-    if not chosen.tiny and not torch.cuda.is_available():
-        print("no GPU here: nothing measured. --tiny exercises the script without one.")
+    device = find_device(chosen.tiny, "--tiny")
+    if device is None:
         return 2
-    device = torch.device("cpu" if chosen.tiny else "cuda")
     shape, lengths = (TINY, TINY_LENGTHS) if chosen.tiny else (WIDTHS, LENGTHS)
     chip = hardware.describe() if chosen.tiny else torch.cuda.get_device_name()
     room = 0 if chosen.tiny else torch.cuda.get_device_properties(device).total_memory
@@ -144,22 +149,19 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     for name in (*THEIRS, *OURS):
         step = ours(shape, device, OURS[name]) if name in OURS else theirs(shape, device, **THEIRS[name])
-        step(torch.randint(shape.vocab, (1, 256), device=device))  # groups, autotuning, caches
+        step(torch.randint(shape.vocab, (1, 256), device=device))  # warm up: process groups, autotuning, caches
         peaks = {length: peak_of(step, length, shape.vocab, device) for length in lengths}
         del step
         rows.append(_row(name, shape, {length: peak for length, peak in peaks.items() if peak is not None}, room))
         print("  " + "  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     if not chosen.tiny:
-        with chosen.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], "chip", "torch", "commit"], lineterminator="\n")
-            writer.writeheader()
-            more = {"chip": chip, "torch": torch.__version__, "commit": hardware.commit()}
-            writer.writerows(row | more for row in rows)
+        more = {"chip": chip, "torch": torch.__version__, "commit": hardware.commit()}
+        write_csv(chosen.output, [row | more for row in rows])
     return 0
 
 
 def _row(name: str, shape: ModelShape, peaks: dict[int, int], room: int) -> dict[str, Any]:
-    """Bytes of one more token between the two longest that fit, and where the card would be full by it."""
+    """Return the bytes per additional token between the two longest that fit, and the length that fills the card."""
     row: dict[str, Any] = {"contestant": name, "layers": shape.layers, "tokens": max(peaks, default=0)}
     row |= {"peak_bytes": max(peaks.values(), default=0), "bytes_a_token": "", "full_at_tokens": "", "planned": ""}
     if len(peaks) < 2:

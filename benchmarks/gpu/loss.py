@@ -1,4 +1,4 @@
-"""The loss's rows of `python -m benchmarks.gpu.run`: forward and backward from hidden states, and the memory they take.
+"""The loss's rows of `python -m benchmarks.gpu.run`: forward and backward from hidden states, time and memory.
 
 Beside the fused kernel: the same tiles by torch's operators, Liger's fused linear cross entropy, and all logits at
 once. Gradients of hidden states and head are checked against fp64 at fewer tokens first.
@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu import figures, measure
-from benchmarks.gpu.figures import OURS, Figure
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.figures import OURS, Figure, Run, Table, need_gpu
 from benchmarks.measure import relative_error
 from benchmarks.peers import NotMeasured
 from longctx.nn.loss import tiled_loss
@@ -24,7 +22,7 @@ from longctx.nn.loss import tiled_loss
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of so many hidden numbers, and a vocabulary."""
+    """Tokens, hidden size and vocabulary of a loss."""
 
     tokens: int
     hidden: int
@@ -45,7 +43,7 @@ CHECKED = 512
 
 @dataclass
 class Inputs:
-    """hidden (T, D) and weight (V, D), which want gradients; labels (T,), a tenth of them ignored."""
+    """hidden (T, D) and weight (V, D), which require gradients; labels (T,), a tenth of them ignored."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -73,9 +71,8 @@ def _ours(backend: str) -> Callable[[Inputs], torch.Tensor]:
 
 
 def _liger(x: Inputs) -> torch.Tensor:
-    """With its weight's gradient summed in fp32, as ours."""
-    if x.hidden.device.type != "cuda":
-        raise NotMeasured("needs a GPU")
+    """Liger, with the weight's gradient summed in fp32, as in ours."""
+    need_gpu(x.hidden)
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
     except ImportError as error:
@@ -96,25 +93,25 @@ CONTESTANTS: dict[str, Callable[[Inputs], torch.Tensor]] = {
 }  # fmt: skip
 
 
-def run(device: torch.device, wanted: Callable[[str], bool], folder: Path | None, chip: str, resume: bool) -> list[str]:
-    """Measure every wanted row, print it, append its figures to loss_gpu.csv; returns what is wrong."""
-    rows = [row for row in (ROWS if device.type == "cuda" else TINY) if wanted(row.name)]
-    results = Results(folder / "loss_gpu.csv" if folder else None, ("ms", "peak_bytes"), chip, resume)
-    return figures.wrong(figures.run(rows, CONTESTANTS, partial(_measure, device), _line, results))
+def run(this: Run) -> list[str]:
+    """Measure every wanted row, append its figures to loss_gpu.csv, return what is wrong."""
+    results, measured = this.results("loss", ("ms", "peak_bytes")), partial(_measure, this.device)
+    table = Table(results, ("ms",), CONTESTANTS, measured, _line, lambda figure: (figure.bytes,))
+    return figures.wrong(table.run(this.rows(ROWS, TINY)))
 
 
 def _measure(device: torch.device, figure: Figure) -> None:
-    """Seconds, and on a GPU the most bytes beyond the inputs."""
+    """Measure seconds, and on a GPU the peak bytes beyond the inputs."""
     row, loss = figure.row, CONTESTANTS[figure.contestant]
     error = _error(replace(row, tokens=min(row.tokens, CHECKED)), loss, device)
-    figures.judge(figure, error, measure.LIMITS[row.dtype])
+    figures.compare(figure, error, measure.LIMITS[row.dtype])
     x = make_inputs(row, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         x.gradients(loss(x))
         figure.bytes = torch.cuda.max_memory_allocated() - before
-    figure.seconds = measure.seconds_of(lambda: x.gradients(loss(x)), device)
+    figure.forward = measure.seconds_of(lambda: x.gradients(loss(x)), device)
 
 
 def _error(row: Row, loss: Callable[[Inputs], torch.Tensor], device: torch.device) -> float:
@@ -126,5 +123,5 @@ def _error(row: Row, loss: Callable[[Inputs], torch.Tensor], device: torch.devic
 
 def _line(row: Row, measured: list[Figure]) -> str:
     peaks = [f", {f.bytes / 2**20:.0f} MiB" if f.bytes else "" for f in measured]
-    said = [f"{f.contestant} {(f.seconds or 0) * 1e3:.3f} ms{peak}" for f, peak in zip(measured, peaks, strict=True)]
+    said = [f"{f.contestant} {(f.forward or 0) * 1e3:.3f} ms{peak}" for f, peak in zip(measured, peaks, strict=True)]
     return f"{row.name}, forward and backward: " + "; ".join(said)

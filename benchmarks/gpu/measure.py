@@ -1,4 +1,4 @@
-"""What one figure is: the median of several timed calls with a cold L2 cache, random data, results checked before."""
+"""Measure one figure: the median of several timed calls with a cold L2 cache, on random data."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from longctx.attention.band import make_rule, visible
 from longctx.layout import Span
 
 SECONDS = 0.5
-"""Of timed calls for one figure, at most; three calls at least."""
+"""Of timed calls per figure, at most; at least three calls."""
 LONGEST_CHECK = 1024
 LIMITS = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-5}
 """Relative error (norm) against fp64 at which results count as wrong."""
 
 
 def make_inputs(row: Row, device: torch.device, seed: int = 0) -> Inputs:
-    """Random tensors, never zeros: they make a GPU look faster than it is."""
+    """Return random tensors: zeros would make a GPU look faster than it is."""
     g = torch.Generator(device).manual_seed(seed)
 
     def random(heads: int) -> torch.Tensor:
@@ -40,7 +40,7 @@ def make_inputs(row: Row, device: torch.device, seed: int = 0) -> Inputs:
 
 
 def flops(row: Row) -> float:
-    """Of a forward: two products a visible pair. A backward is counted as 2.5 times that."""
+    """Return the FLOPs of a forward: two products per visible pair. A backward counts as 2.5 times that."""
     rule = make_rule(row.causal, row.window)
     spans = (Span(0, row.length // row.documents),)
     pairs = visible(spans, spans, rule) * row.documents
@@ -48,7 +48,7 @@ def flops(row: Row) -> float:
 
 
 def errors(call: Call, x: Inputs, row: Row, order: torch.Tensor | None = None) -> tuple[float, ...]:
-    """(out, dq, dk, dv) against the reference in fp64. `order`: global index of every token of `x`, if not its own."""
+    """Return the relative errors of (out, dq, dk, dv) against fp64. `order`: global index of every token of `x`."""
     back = torch.arange(row.length) if order is None else order.argsort()
     exact = [t.detach()[:, :, back].double().requires_grad_() for t in (x.q, x.k, x.v)]
     truth = block_attention(
@@ -61,7 +61,7 @@ def errors(call: Call, x: Inputs, row: Row, order: torch.Tensor | None = None) -
 
 
 def times(call: Call, x: Inputs) -> tuple[float, float]:
-    """Seconds of (forward, backward)."""
+    """Return the seconds of (forward, backward)."""
     out = call()
     backward = seconds_of(lambda: torch.autograd.grad(out, (x.q, x.k, x.v), x.dout, retain_graph=True), x.q.device)
     with torch.no_grad():
@@ -89,6 +89,6 @@ def _event(call: Callable[[], Any], flush: torch.Tensor) -> float:
 
 
 def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of one 8192^3 bf16 product of random matrices: the roof of this very run."""
+    """Return the FLOP/s of an 8192^3 bf16 product of random matrices: this run's roof."""
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2.0 * 8192**3 / seconds_of(lambda: a @ b, device)

@@ -1,4 +1,4 @@
-"""A table of figures on disk: every figure is in the file as soon as it is measured, and a later run can go on."""
+"""A CSV file of figures: every figure is written as soon as it is measured, and a later run can continue."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from typing import Any
 import torch
 
 from benchmarks import hardware
-
-NONE = "not measured"
+from benchmarks.harness import NOT_MEASURED, read_csv
 
 
 class Results:
-    """One CSV file of figures, a line a row and contestant.
+    """One CSV file of figures, one line per row and contestant.
 
     Args:
-        path: None keeps nothing.
-        columns: of the figures themselves, between who was measured and what was wrong.
-        resume: leave out what the file has from this commit, torch and chip, measured and right.
+        path: None writes nothing.
+        columns: of the figures, between contestant and note.
+        resume: skip what the file has from this commit, torch and chip, if it was measured without a note.
     """
 
     def __init__(self, path: Path | None, columns: Sequence[str], chip: str, resume: bool = False) -> None:
@@ -30,22 +29,21 @@ class Results:
         self._columns = ("row", "dtype", "contestant", *columns, "note", *self._origin)
         self._known: dict[tuple[str, str], dict[str, str]] = {}
         if resume and path is not None and path.exists():
-            with path.open(newline="") as file:
-                for line in csv.DictReader(file):
-                    if not line["note"] and all(line[name] == value for name, value in self._origin.items()):
-                        self._known[line["row"], line["contestant"]] = line
+            for line in read_csv(path):
+                if not line["note"] and all(line[name] == value for name, value in self._origin.items()):
+                    self._known[line["row"], line["contestant"]] = line
 
     def known(self, row: str, contestant: str) -> dict[str, str] | None:
-        """The line of an earlier run that this one goes on from."""
+        """Return the line of an earlier run, if this one continues it."""
         return self._known.get((row, contestant))
 
     def seconds(self, row: str, contestant: str, *columns: str) -> list[float] | None:
-        """Times of a known line, which are in milliseconds; None if there is no such line."""
+        """Return the times of a known line, given in milliseconds; None if there is no such line."""
         line = self.known(row, contestant)
         return None if line is None else [float(line[name]) / 1e3 for name in columns]
 
     def add(self, row: str, dtype: str, contestant: str, values: Sequence[Any], note: str) -> None:
-        """Append one line, on the disk when this returns."""
+        """Append one line; it is on disk when this returns."""
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,4 +58,4 @@ class Results:
 
 
 def milliseconds(seconds: float | None) -> str:
-    return f"{seconds * 1e3:.4f}" if seconds else NONE
+    return f"{seconds * 1e3:.4f}" if seconds else NOT_MEASURED

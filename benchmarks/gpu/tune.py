@@ -1,7 +1,7 @@
-"""`python -m benchmarks.gpu.tune`: measures candidate tile shapes on this GPU and prints rows for tiles.py.
+"""`python -m benchmarks.gpu.tune`: measure candidate tile shapes on this GPU and print rows for tiles.py.
 
-Offline on purpose: what it finds is committed and compiled ahead of time, so that no job tunes while it runs. What does
-not fit the chip is left out by the compiler.
+Offline on purpose: what it finds is committed and compiled ahead of time, so that no job tunes while it runs. Shapes
+that do not fit the chip fail to compile and are skipped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def candidates(width: int, described: bool) -> Iterator[Config]:
 
 
 def launches(width: int, name: str, kind: str, config: Config) -> Any:
-    """The launch of one pass over causal attention with that configuration, and what it must keep alive."""
+    """Return the launch of one pass over causal attention with that configuration."""
     heads, device = max(1, 2048 // width), torch.device("cuda")
     dtype = torch.float32 if kind == "float" else torch.bfloat16
     q, k, v, dout = (torch.randn(TOKENS // LENGTH, heads, LENGTH, width, device=device, dtype=dtype) for _ in range(4))

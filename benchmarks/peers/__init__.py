@@ -1,7 +1,7 @@
-"""One file a peer. Each names the package, the version it was written for, and returns a step function.
+"""One file per peer. Each names the package and the version it was written for, and returns a step function.
 
 A step takes this rank's ``(q, k, v, grad_out)``, each (B, H, T, D), and returns ``(out, dq, dk, dv)``. ``positions``
-says which global tokens a rank holds, so that one harness shards, gathers and compares for all of them.
+returns the global indices of a rank's tokens, so that one harness shards, gathers and compares for all of them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Tensor
 
 
 class NotMeasured(Exception):
-    """A peer cannot run here; the message is the reason that the report prints."""
+    """Raised where a peer cannot run; the message is the reason that the report prints."""
 
 
 def installed(package: str, pinned: str | None) -> str:
-    """The installed version of ``package``; ours is the checkout's. Raises NotMeasured if absent or not ``pinned``."""
+    """Return the installed version of ``package`` (longctx: the checkout's).
+
+    Raises:
+        NotMeasured: it is absent, or not the ``pinned`` version.
+    """
     if package == "longctx":
         import longctx
 
@@ -37,21 +41,25 @@ def installed(package: str, pinned: str | None) -> str:
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who takes part: ``load`` imports the package and returns its step, or raises NotMeasured."""
+    """An implementation to measure: ``load`` imports the package and returns its step, or raises NotMeasured."""
 
     name: str
     package: str
     pinned: str | None
     load: Callable[[], Step]
     positions: Callable[[int, int, int], torch.Tensor]  # (rank, ranks, length) → (T,) int64
-    ranks: str = "all"  # or "first": one process does the whole work
+    ranks: str = "all"  # or "first": one process does all the work
     threads: int = 1
-    split_heads: bool = False  # each rank does its share of the heads, and nothing is exchanged
+    split_heads: bool = False  # each rank computes its share of the heads, without communication
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     longest: int | None = None  # beyond this length a single step takes minutes
 
+    def computes(self, rank: int) -> bool:
+        """Whether this rank does any of the work."""
+        return self.ranks == "all" or rank == 0
+
     def version(self) -> str:
-        """The installed version. Raises NotMeasured when absent or not the pinned one."""
+        """Return the installed version, or raise NotMeasured."""
         return installed(self.package, self.pinned)
 
 

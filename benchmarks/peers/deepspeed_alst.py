@@ -1,8 +1,8 @@
-"""DeepSpeed's Arctic Long Sequence Training: Ulysses, tiled loss and MLPs, checkpointing, as its pages wire them.
+"""DeepSpeed's Arctic Long Sequence Training: Ulysses, tiled loss and MLPs, checkpointing, as in its documentation.
 
-The loss is divided inside a tile by the tokens of all ranks: TiledFusedLogitsLoss does its backward in its forward and
-scales the gradient of the hidden states afterwards, but not the head's, so anything but a gradient of one is wrong.
-ALST moves checkpoints to the CPU's memory; with CPU ranks they are there already.
+The loss is divided by the tokens of all ranks within each tile: TiledFusedLogitsLoss runs its backward in forward and
+later scales the gradient of the hidden states, but not the head's, so any incoming gradient other than 1 is wrong.
+ALST offloads checkpoints to host memory; with CPU ranks they are there already.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 Step = Callable[[dict[str, torch.Tensor]], float]
 NAME, PACKAGE, PINNED = "DeepSpeed ALST", "deepspeed", "0.19.8"
 TILE_BYTES = 32 * 2**20  # of fp32 logits, the size longctx takes on a CPU
-_registered: list[Any] = []  # registering twice would exchange heads twice
+_registered: list[Any] = []  # registering twice would run the all-to-alls twice
 
 
 def load(
     model: Any, optimizer: Any, ds_config: dict[str, Any], *, parallel: bool = True, loss: bool = True, mlp: bool = True
 ) -> Step:
-    """Wrap ``model`` (attention "sdpa"), with checkpointing; return a function that does one step and returns its loss.
+    """Wrap ``model`` (attention "sdpa"), with checkpointing; return a function that takes a step and returns its loss.
 
     Args:
         parallel: shard the sequence (Ulysses); else every rank computes all of it.
@@ -79,7 +79,7 @@ def _ulysses(model: Any, ranks: int) -> Any:
 
 
 def _alone(model: Any) -> None:
-    """Give ``model`` torch's attention under another name: register_with_transformers takes "sdpa" for everybody."""
+    """Give ``model`` torch's attention under another name: register_with_transformers replaces "sdpa" globally."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -98,7 +98,7 @@ def _hidden(model: Any, input_ids: torch.Tensor, position_ids: torch.Tensor) -> 
 def whole_loss(
     model: Any, ranks: int, *, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor, tokens: int
 ) -> torch.Tensor:
-    """The share of the mean loss, times ranks, which ZeRO divides by; all logits at once, in fp32 as transformers."""
+    """Return this rank's part of the mean loss, times ranks (ZeRO divides by them); all logits at once, in fp32."""
     logits = model.lm_head(_hidden(model, input_ids, position_ids)).float()
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") * (ranks / tokens)
 
@@ -106,7 +106,7 @@ def whole_loss(
 def tiled_loss(
     model: Any, ranks: int, *, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor, tokens: int
 ) -> torch.Tensor:
-    """The same by TiledFusedLogitsLoss."""
+    """Return the same by TiledFusedLogitsLoss."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
 
     def of_tile(head: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -121,7 +121,7 @@ def tiled_loss(
 
 
 def tile_mlp(mlp: Any) -> None:
-    """ALST's patch of a Llama MLP, as in the example of its docstring."""
+    """Patch a Llama MLP as in the example of TiledMLP's docstring."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
 
     def of_tile(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""DeepSpeed Ulysses: DistributedAttention exchanges heads for sequence, then runs torch's attention on whole rows."""
+"""DeepSpeed Ulysses: DistributedAttention's all-to-alls around torch's attention on whole rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def load() -> Step:
 
     deepspeed.init_distributed("gloo")
 
-    def local(q, k, v):  # type: ignore[no-untyped-def]  # (B, S, H/ranks, D), as DeepSpeed hands them over
+    def local(q, k, v):  # type: ignore[no-untyped-def]  # (B, S, H/ranks, D), DeepSpeed's layout
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)

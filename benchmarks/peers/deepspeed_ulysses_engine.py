@@ -1,7 +1,7 @@
-"""DeepSpeed's own way to train a transformers model on a sharded sequence: UlyssesSPAttentionHF under its engine.
+"""DeepSpeed's training of a transformers model on a sharded sequence: UlyssesSPAttentionHF under its engine.
 
-Wired as DeepSpeed's tutorial does it: contiguous shards with labels shifted before sharding, and the mean over ranks
-weighted by their valid tokens through a differentiable all_gather (right on ZeRO-3's default path, which is used here).
+As in DeepSpeed's tutorial: contiguous shards with labels shifted before sharding, and the mean over ranks
+weighted by their valid tokens through a differentiable all_gather (correct on ZeRO-3's default path, used here).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAME, PACKAGE, PINNED = "DeepSpeed Ulysses engine", "deepspeed", "0.19.8"
 
 
 def load(model: torch.nn.Module, optimizer: Any, ds_config: dict[str, Any]) -> Step:
-    """Wrap ``model`` (attention "sdpa"); return a function that does one step on full rows and returns its loss."""
+    """Wrap ``model`` (attention "sdpa"); return a function that takes a step on full rows and returns its loss."""
     import deepspeed
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 

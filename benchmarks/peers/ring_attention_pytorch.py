@@ -1,4 +1,4 @@
-"""ring-attention-pytorch: the best-known stand-alone ring, in plain PyTorch on a CPU."""
+"""ring-attention-pytorch: the best-known stand-alone ring; plain PyTorch on a CPU."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ CONTESTANT = Contestant(
     load,
     contiguous,
     longest=16384,
-    dtypes=("float32",),  # its CPU path multiplies fp32 weights with the values as they come
+    dtypes=("float32",),  # its CPU path multiplies fp32 weights with values in their own dtype
 )

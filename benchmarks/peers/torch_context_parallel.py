@@ -1,7 +1,7 @@
 """torch's context parallelism: its ring template with the fused CPU operator in place of the CUDA ones.
 
 ``context_parallel`` itself has no CPU operator registered; the template beneath it takes any operator, so this is the
-ring that torch would run here. Its own zigzag ("round robin") load balance is on.
+ring that torch would run here. Its zigzag ("round robin") load balancing is on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def load() -> Step:
     backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     template._cp_options.enable_load_balance = True
     template._cp_options.convert_to_f32 = True
-    template.set_rotate_method("alltoall")  # what a ring does; the default gathers all keys at once
+    template.set_rotate_method("alltoall")  # a ring; the default gathers all keys at once
 
     def forward(q, k, v, is_causal, **kwargs):  # type: ignore[no-untyped-def]
         return forward_op(q, k, v, 0.0, is_causal)

@@ -1,8 +1,8 @@
-"""torch's scaled_dot_product_attention over the whole sequence: the bound that no ring on a CPU can beat by much.
+"""torch's scaled_dot_product_attention over the whole sequence: a bound that no ring on a CPU can beat by much.
 
-Three ways to do the same total work: one process on one core (the other idles, and two hyper-threads of one core slow
-each other down, so this is less CPU time than two busy cores can do it in); one process on two cores; and the ideal,
-two processes with half of the heads each and not a byte between them.
+The same total work in three ways: one process on one core (the other idles; two hyper-threads of a core slow each other
+down, so this takes less CPU time than two busy cores); one process on two cores; and the ideal, two processes with half
+of the heads each and no communication.
 """
 
 from __future__ import annotations

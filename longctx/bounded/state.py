@@ -37,7 +37,7 @@ class State:
 
 @dataclass(frozen=True)
 class ABCState(State):
-    """(z, K, V) of methods 2.4; floating tensors in fp32, fp64 for fp64 inputs.
+    """(z, K, V) of docs/methods/abc.md "State"; floating tensors in fp32, fp64 for fp64 inputs.
 
     log_mass: (B, G, M), the log of all weight a slot has received; -inf where nothing was written.
     keys: (B, G, M, D). values: (B, G, M, Dv).
@@ -58,7 +58,7 @@ class ABCState(State):
 
 @dataclass(frozen=True)
 class CosineState(State):
-    """(S, count) of methods 3.5.
+    """(S, count) of docs/methods/cottention.md "State".
 
     memory: (B, G, D, Dv), or (B, H, D, Dv) where query heads of one group scale the values differently (scale_on
         "value" with H exponents); fp32, fp64 for fp64 inputs.

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from longctx.errors import LongctxError
 from longctx.launch import hardware, prepare
-from longctx.mesh import _discover as launched_world
+from longctx.world import launched_world
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 _GIB = 2**30

@@ -13,7 +13,7 @@ import typer
 from longctx.errors import ConfigError, LaunchError
 from longctx.generation.request import FIGURES, Request, model_folder
 from longctx.launch import hardware, local
-from longctx.mesh import launched_by
+from longctx.world import launched_by
 
 
 def generate(

@@ -11,14 +11,14 @@ from longctx.config.derived import Derived
 from longctx.config.schema import RunConfig
 from longctx.launch import hardware
 from longctx.launch.cluster.placement import place, table
-from longctx.launch.cluster.run import Plan, plan
+from longctx.launch.cluster.run import ClusterJob, plan_job
 
 
 def show(config: RunConfig, sizes: Derived, path: Path, overrides: Sequence[str]) -> str:
     """Return what `longctx train` would do with a configuration."""
     if config.launch.launcher == "local":
         return _local(sizes, path, overrides)
-    job = plan(config, sizes)
+    job = plan_job(config, sizes)
     lines = [f"launcher {config.launch.launcher}: {sizes.world} ranks on {len(job.placement.hosts)} hosts", ""]
     lines += ["placement", *table(job.placement), "", *_environment(job), "", "commands"]
     lines += [f"  {shlex.join(command.argv)}" for command in job.commands]
@@ -33,12 +33,12 @@ def _local(sizes: Derived, path: Path, overrides: Sequence[str]) -> str:
     return "\n".join([*lines, f"command of each of the {sizes.world} ranks", f"  {shlex.join(command)}"])
 
 
-def _environment(job: Plan) -> list[str]:
+def _environment(job: ClusterJob) -> list[str]:
     """Name what travels. Values are not shown: one of them may be a token that the user put on the list."""
     threads = hardware.threads_per_rank(max(count for _, count in job.placement.hosts))
     interface = job.config.launch.interface
     which = "each host's interface towards the launcher" if interface == "auto" else interface
-    lines = [f"environment that travels, in {job.ticket} (mode 0600, removed at the end)"]
+    lines = [f"environment that travels, in {job.spec_path} (mode 0600, removed at the end)"]
     lines += [f"  {name} ({len(value)} characters)" for name, value in job.environment.items()] or ["  nothing"]
     lines += ["set on every host", f"  GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, TP_SOCKET_IFNAME: {which}"]
     lines += ["  RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: by the placement above"]

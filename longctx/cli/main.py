@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longctx import __version__
 from longctx.cli.explain import explain
 from longctx.cli.export import export
 from longctx.cli.generate import generate
@@ -46,6 +47,21 @@ app.command()(rehearse)
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (`longctx init` writes one)")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=100")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"longctx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options that come before a command."""
 
 
 @app.command()
@@ -121,13 +137,16 @@ def schema() -> None:
 def init(
     output: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="default: print it")] = None,
     preset: Annotated[str, typer.Option(help="cpu-tiny, 1-gpu-32k, 8-gpu-1M, 32-gpu-8M, …: see configs/")] = "cpu-tiny",
+    full: Annotated[bool, typer.Option("--full", help="write every other key too, commented out, at its default")] = (
+        False
+    ),
 ) -> None:
     """Write a commented configuration to start from."""
     from longctx.config.presets import PRESETS, render
 
     if preset not in PRESETS:
         raise ConfigError(f"init --preset {preset}: there is no such preset; choose one of {', '.join(PRESETS)}")
-    text = render(preset)
+    text = render(preset, full=full)
     if output is None:
         typer.echo(text, nl=False)
         return

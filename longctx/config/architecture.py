@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from longctx.config.schema import RunConfig
-from longctx.config.sections.model import Model
+from longctx.config.sections.model import ModelSection
 from longctx.errors import ModelError
 from longctx.models.load.expected import count_parameters
 from longctx.models.load.headers import read_weights
@@ -64,14 +64,14 @@ REFUSED_KEYWORDS = frozenset(
 """transformers keywords that would run foreign code or take attention away from us"""
 
 
-def head_dim(model: Model) -> int | None:
+def head_dim(model: ModelSection) -> int | None:
     """Return the size of one head; None while sizes are missing."""
     if model.head_dim is not None:
         return model.head_dim
     return model.hidden_size // model.heads if model.hidden_size and model.heads else None
 
 
-def intermediate_size(model: Model) -> int | None:
+def intermediate_size(model: ModelSection) -> int | None:
     """Return the width of the MLP; None while sizes are missing."""
     if model.intermediate_size is not None or model.hidden_size is None:
         return model.intermediate_size

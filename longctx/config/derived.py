@@ -6,11 +6,14 @@ from pydantic import Field
 
 from longctx.config.architecture import parameter_count
 from longctx.config.fields import Section
-from longctx.config.room import room_of, weights_group
 from longctx.config.schema import RunConfig
+from longctx.config.sections.mesh import MeshSizes
+from longctx.config.sections.train import TrainSection
+from longctx.config.topology import ulysses_limits, weights_group
+from longctx.config.ulysses import UNKNOWN_LIMITS
 from longctx.errors import ConfigError
 from longctx.layout import get_layout
-from longctx.mesh import _discover as launched_world
+from longctx.world import launched_world
 
 CPU_RANKS = 2
 
@@ -55,6 +58,34 @@ def world_size(config: RunConfig, default: int = CPU_RANKS) -> int:
     return default
 
 
+def mesh_sizes(config: RunConfig, world: int) -> MeshSizes:
+    """Return ring, ulysses and data in a world of ``world`` ranks, every `auto` filled in.
+
+    Raises:
+        ConfigError: the mesh does not fill the world.
+    """
+    mesh = config.mesh
+    return mesh.sizes(world, ulysses_limits(config, world) if mesh.ulysses == "auto" else UNKNOWN_LIMITS)
+
+
+def accumulation_of(train: TrainSection, replicas: int) -> int:
+    """Return the micro-batches of one optimizer step: global_batch / (micro_batch x replicas).
+
+    Raises:
+        ConfigError: that is not a whole number.
+    """
+    at_once = train.micro_batch * replicas
+    rows = at_once if train.global_batch is None else train.global_batch
+    if rows % at_once:
+        below, above = rows // at_once * at_once, -(-rows // at_once) * at_once
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"global_batch {rows} is not a multiple of micro_batch {train.micro_batch} x data {replicas} = {at_once}; "
+            f"write {near}"
+        )
+    return rows // at_once
+
+
 def derive(config: RunConfig, world: int | None = None) -> Derived:
     """Return the sizes of a run of ``world`` ranks (found out when None).
 
@@ -62,17 +93,10 @@ def derive(config: RunConfig, world: int | None = None) -> Derived:
         ConfigError: the mesh does not fill the world, or the batch cannot be split over it.
     """
     world = world_size(config) if world is None else world
-    grid = config.mesh.grid(world, room_of(config, world))
     train, length = config.train, config.data.sequence_length
-    at_once = train.micro_batch * grid.data
-    global_batch = at_once if train.global_batch is None else train.global_batch
-    if global_batch % at_once:
-        below, above = global_batch // at_once * at_once, -(-global_batch // at_once) * at_once
-        near = f"{below} or {above}" if below else f"{above}"
-        raise ConfigError(
-            f"global_batch {global_batch} is not a multiple of micro_batch {train.micro_batch} x data {grid.data} = "
-            f"{at_once}; write {near}"
-        )
+    grid = mesh_sizes(config, world)
+    accumulation = accumulation_of(train, grid.data)
+    global_batch = accumulation * train.micro_batch * grid.data
     padded = get_layout(config.attention.layout).padded_length(length, grid.ring, grid.ulysses)
     return Derived(
         world=grid.world,
@@ -80,7 +104,7 @@ def derive(config: RunConfig, world: int | None = None) -> Derived:
         ulysses=grid.ulysses,
         data=grid.data,
         micro_batch=train.micro_batch,
-        accumulation=global_batch // at_once,
+        accumulation=accumulation,
         global_batch=global_batch,
         padded_length=padded,
         local_length=padded // (grid.ring * grid.ulysses),

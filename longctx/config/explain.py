@@ -55,9 +55,7 @@ def _row(key: str, loaded: Loaded | None) -> Row:
     leaf = leaves()[key]
     value, source = leaf.default, "required" if leaf.required else "default"
     if loaded is not None:
-        value = loaded.config
-        for part in leaf.path:
-            value = getattr(value, part)
+        value = leaf.value_in(loaded.config)
         source = str(loaded.sources.get(key, "default"))
     shown = "" if loaded is None and leaf.required else redact(scalar(value))
     note = "; ${env:NAME} is read here" if environment_ok(leaf.field) else ""

@@ -6,13 +6,17 @@ Sections are frozen and refuse unknown keys; numbers are finite; ``1_000``, ``10
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 _SUFFIX = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 _HUMAN = re.compile(r"(-?)([0-9]{1,15}|[0-9]{1,3}(?:_[0-9]{3}){1,4})(k|M|G|Ki|Mi|Gi)?", re.ASCII)
 _ENVIRONMENT_OK = "environment_ok"
+
+
+class UnknownValue(Exception):
+    """A key is read whose value is not known, because the YAML's is wrong or missing (see `partial.without`)."""
 
 
 class Section(BaseModel):
@@ -25,6 +29,13 @@ class Section(BaseModel):
         allow_inf_nan=False,
         validate_default=True,
     )
+
+    if not TYPE_CHECKING:  # a type checker would take any name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            if name in type(self).model_fields:
+                raise UnknownValue(name)
+            return super().__getattr__(name)
 
 
 def human_int(value: Any) -> Any:
@@ -91,4 +102,5 @@ def environment_ok(field: Any) -> bool:
 def changed(section: Section) -> set[str]:
     """Return the keys of a section that are not at their default; writing a default out is never a mistake."""
     fields = type(section).model_fields
-    return {key for key in fields if getattr(section, key) != fields[key].get_default(call_default_factory=True)}
+    values = vars(section)  # without keys whose value is unknown
+    return {key for key in values if values[key] != fields[key].get_default(call_default_factory=True)}

@@ -44,6 +44,13 @@ class Leaf(NamedTuple):
         """What the schema says about it."""
         return self.field.description or ""
 
+    def value_in(self, config: RunConfig) -> Any:
+        """Return its value in a configuration."""
+        value: Any = config
+        for part in self.path:
+            value = getattr(value, part)
+        return value
+
     @property
     def raw(self) -> bool:
         """Whether it is a free block whose keys belong to somebody else."""

@@ -1,59 +1,100 @@
-"""Rules of the `launch:` section: names are names, and nothing is given that the chosen launcher would not read."""
+"""Rules of the `launch:` section: names are names, and no key is given that the chosen launcher would not read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from longctx.config.hosts import is_interface, is_variable, once_each, parse_host, require_users, ssh_option
+from longctx.config.findings import Finding, Rule
+from longctx.config.hosts import Host, is_interface, is_variable, once_each, parse_host, require_users, ssh_option
 from longctx.config.problems import show
-from longctx.config.sections.launch import Launch
+from longctx.config.schema import RunConfig
 from longctx.errors import LaunchError
-
-Broken = tuple[str, str, str]  # key, message, code
 
 _OVER_SSH = ("deepspeed", "openmpi", "mpich")
 _WITH_OPTIONS = ("openmpi", "mpich", "slurm")
 
 
-def broken_launch(launch: Launch, resume: str) -> Iterator[Broken]:
-    """Yield every rule that the section breaks; ``resume`` is checkpoint.resume."""
-    yield from _hosts(launch)
-    if launch.interface != "auto" and not is_interface(launch.interface):
-        yield "interface", f"got {show(launch.interface)}; write a name such as eth0, or auto", "name"
-    for name in launch.environment:
-        if not is_variable(name):
-            yield "environment", f"got {show(name)}; write a variable's name, or a beginning as in NCCL_*", "name"
-    if launch.restarts and resume == "never":
-        yield "restarts", f"got {launch.restarts}, but checkpoint.resume is never; change one", "idle-key"
-    yield from _ssh(launch)
-    if launch.options and launch.launcher not in _WITH_OPTIONS:
-        message = f"are for {', '.join(_WITH_OPTIONS)}; launcher is {launch.launcher}, remove the key"
-        yield "options", message, "idle-key"
-
-
-def _hosts(launch: Launch) -> Iterator[Broken]:
-    if launch.hosts:
+def _hosts(config: RunConfig) -> Iterator[Finding]:
+    hosts: list[Host] = []
+    for text in config.launch.hosts:
         try:
-            require_users(once_each([parse_host(text) for text in launch.hosts]), launch.launcher)
+            hosts.append(parse_host(text))
         except LaunchError as error:
-            yield "hosts", str(error), "name"
-    if launch.hosts and launch.hostfile:
-        yield "hostfile", "hosts are given too; remove one of them", "conflict"
-    given = launch.hosts or launch.hostfile
+            yield Finding("launch.hosts", str(error), "name")
+    if hosts:
+        try:
+            require_users(once_each(hosts), config.launch.launcher)
+        except LaunchError as error:
+            yield Finding("launch.hosts", str(error), "name")
+
+
+def _hostfile_beside_hosts(config: RunConfig) -> Iterator[Finding]:
+    if config.launch.hosts and config.launch.hostfile:
+        yield Finding("launch.hostfile", "hosts are given too; remove one of them", "conflict")
+
+
+def _hosts_of_the_launcher(config: RunConfig) -> Iterator[Finding]:
+    launch = config.launch
     if launch.launcher == "local":
         for name in ("hosts", "hostfile"):
             if getattr(launch, name):
-                yield name, "is not read by launcher local; write deepspeed, openmpi, mpich or slurm", "idle-key"
-    elif launch.launcher != "slurm" and not given:
-        yield "hosts", f"is missing; launcher {launch.launcher} needs hosts, or a hostfile", "missing"
+                message = "is not read by launcher local; write deepspeed, openmpi, mpich or slurm"
+                yield Finding(f"launch.{name}", message, "idle-key")
+    elif launch.launcher != "slurm" and not (launch.hosts or launch.hostfile):
+        message = f"is missing; launcher {launch.launcher} needs hosts, or a hostfile"
+        yield Finding("launch.hosts", message, "missing")
 
 
-def _ssh(launch: Launch) -> Iterator[Broken]:
-    for text in launch.ssh_options:
+def _interface(config: RunConfig) -> Iterator[Finding]:
+    name = config.launch.interface
+    if name != "auto" and not is_interface(name):
+        yield Finding("launch.interface", f"got {show(name)}; write a name such as eth0, or auto", "name")
+
+
+def _environment(config: RunConfig) -> Iterator[Finding]:
+    for name in config.launch.environment:
+        if not is_variable(name):
+            message = f"got {show(name)}; write a variable's name, or a beginning as in NCCL_*"
+            yield Finding("launch.environment", message, "name")
+
+
+def _restarts(config: RunConfig) -> Iterator[Finding]:
+    if config.launch.restarts and config.checkpoint.resume == "never":
+        message = f"got {config.launch.restarts}, but checkpoint.resume is never; change one"
+        yield Finding("launch.restarts", message, "idle-key")
+
+
+def _ssh_options(config: RunConfig) -> Iterator[Finding]:
+    for text in config.launch.ssh_options:
         wrong = ssh_option(text)
         if wrong:
-            yield "ssh_options", f"got {show(text)}; {wrong}", "ssh-option"
+            yield Finding("launch.ssh_options", f"got {show(text)}; {wrong}", "ssh-option")
+
+
+def _ssh(config: RunConfig) -> Iterator[Finding]:
+    launch = config.launch
     if launch.launcher not in _OVER_SSH:
         for name in ("ssh_port", "ssh_options"):
             if getattr(launch, name):
-                yield name, f"is not read by launcher {launch.launcher}; remove the key", "idle-key"
+                message = f"is not read by launcher {launch.launcher}; remove the key"
+                yield Finding(f"launch.{name}", message, "idle-key")
+
+
+def _options(config: RunConfig) -> Iterator[Finding]:
+    launch = config.launch
+    if launch.options and launch.launcher not in _WITH_OPTIONS:
+        message = f"are for {', '.join(_WITH_OPTIONS)}; launcher is {launch.launcher}, remove the key"
+        yield Finding("launch.options", message, "idle-key")
+
+
+RULES: tuple[Rule, ...] = (
+    _hosts,
+    _hostfile_beside_hosts,
+    _hosts_of_the_launcher,
+    _interface,
+    _environment,
+    _restarts,
+    _ssh_options,
+    _ssh,
+    _options,
+)

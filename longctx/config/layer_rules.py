@@ -1,58 +1,119 @@
-"""Rules for `attention.layers`: kinds and options, and what they ask of model, length and layout."""
+"""Rules of `attention.layers`: kinds and options, and what they ask of model, length and layout."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from longctx.config.architecture import CONVERTIBLE
+from longctx.config.findings import Finding, Rule
 from longctx.config.schema import RunConfig
 from longctx.errors import ModelError
-from longctx.nn.kinds import ABC, Cosine, Kind, read_layers
+from longctx.nn.kinds import ABC, Cosine, Kind, read_indices, read_kind, read_layers
 
+_KEY = "attention.layers"
 _ANY = 10**6  # layers of a model whose number is not known before it is loaded
 
 
-def broken_layers(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield (key, message) for everything wrong with the kinds of the layers."""
+def _entries(config: RunConfig) -> Iterator[Finding]:
+    """Each entry by itself: layers that can be read, and a kind that exists, with its options."""
+    for layers, kind in config.attention.layers.items():
+        for problem in (_problem_of_layers(layers, _ANY), _problem_of_kind(kind, layers)):
+            if problem is not None:
+                yield Finding(_KEY, problem, "layers")
+
+
+def _within_the_model(config: RunConfig) -> Iterator[Finding]:
+    """Layers that can be read, but that the model does not have."""
+    layers = config.attention.layers
+    if not layers:
+        return
+    count = _model(config)[1] or _ANY
+    for key in layers:
+        if _problem_of_layers(key, _ANY) is None:
+            problem = _problem_of_layers(key, count)
+            if problem is not None:
+                yield Finding(_KEY, problem, "layers")
+
+
+def _convertible(config: RunConfig) -> Iterator[Finding]:
     if not config.attention.layers:
         return
-    name, layers = _model(config)
+    name, _ = _model(config)
     if name is not None and name.removeprefix("longctx_") not in CONVERTIBLE:
         able = ", ".join(sorted(CONVERTIBLE))
-        yield "attention.layers", f"{name} keeps its layers; architectures whose layers can be chosen: {able}"
-        return
+        message = f"{name} keeps its layers; architectures whose layers can be chosen: {able}"
+        yield Finding(_KEY, message, "layers")
+
+
+def _striped(config: RunConfig) -> Iterator[Finding]:
+    if any(isinstance(kind, ABC | Cosine) for kind in _kinds(config)) and config.attention.layout == "striped":
+        message = (
+            "got 'striped', which shards neighbouring tokens over different ranks, so that a bounded layer cannot pass "
+            "its state from rank to rank; use zigzag"
+        )
+        yield Finding("attention.layout", message, "layers")
+
+
+def _causal(config: RunConfig) -> Iterator[Finding]:
+    for kind in _kinds(config):
+        if isinstance(kind, ABC) and kind.normalizer == "global":
+            message = "abc: normalizer 'global' sees the future, and this model is causal; use prefix or running"
+            yield Finding(_KEY, message, "layers")
+
+
+def _linformer(config: RunConfig) -> Iterator[Finding]:
+    for kind in _kinds(config):
+        if isinstance(kind, ABC) and kind.control == "linformer" and config.model.pretrained is None:
+            length = config.data.sequence_length
+            reach = kind.max_length or config.model.max_positions or length
+            if reach < length:
+                message = f"abc: linformer has weights for {reach} positions, below data.sequence_length {length}; "
+                yield Finding(_KEY, message + "raise max_length", "layers")
+
+
+def _kinds(config: RunConfig) -> list[Kind]:
+    """Return each kind that a layer has, once; entries that cannot be read are left out."""
+    layers = config.attention.layers
+    if not layers:
+        return []
+    count = _model(config)[1] or _ANY
+    readable = {
+        key: kind
+        for key, kind in layers.items()
+        if _problem_of_layers(key, count) is None and _problem_of_kind(kind, key) is None
+    }
+    return sorted(set(read_layers(readable, count)), key=repr) if readable else []
+
+
+def _problem_of_kind(value: Any, layers: str) -> str | None:
     try:
-        kinds = set(read_layers(config.attention.layers, layers or _ANY))
+        read_kind(value, f"layers {layers!r}")
     except ModelError as problem:
-        yield "attention.layers", str(problem).removeprefix("layers: ")
-        return
-    if config.attention.layout == "striped" and any(isinstance(kind, ABC | Cosine) for kind in kinds):
-        message = "got 'striped', which deals neighbours to different ranks: a memory cannot be handed on; use zigzag"
-        yield "attention.layout", message
-    for kind in sorted(kinds, key=repr):
-        yield from (("attention.layers", message) for message in _unfit(kind, config))
+        return str(problem).removeprefix("layers: ")
+    return None
 
 
-def _unfit(kind: Kind, config: RunConfig) -> Iterator[str]:
-    """Yield what this kind cannot do in a causal model on rows of this length."""
-    length = config.data.sequence_length
-    if not isinstance(kind, ABC):
-        return
-    if kind.normalizer == "global":
-        yield "abc: normalizer 'global' sees the future, and this model is causal; use prefix or running"
-    reach = kind.max_length or config.model.max_positions or length
-    if kind.control == "linformer" and config.model.pretrained is None and reach < length:
-        yield f"abc: linformer has weights for {reach} positions, below data.sequence_length {length}; raise max_length"
+def _problem_of_layers(key: str, count: int) -> str | None:
+    try:
+        read_indices(key, count)
+    except ModelError as problem:
+        return str(problem).removeprefix("layers: ")
+    return None
 
 
 def _model(config: RunConfig) -> tuple[str | None, int | None]:
-    """Return the architecture and its number of layers, as far as they are known before the model is loaded."""
-    if config.model.pretrained is None:
+    """Return the architecture and its number of layers, each None where it is not known before the model is loaded."""
+    folder = config.model.pretrained
+    if folder is None:
         return config.model.architecture, config.model.layers
     try:
-        raw = json.loads((Path(config.model.pretrained) / "config.json").read_text(encoding="utf-8"))
+        raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         return str(raw["model_type"]), int(raw.get("num_hidden_layers", raw.get("n_layer")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None, None  # whoever looks at the machine says what is wrong with the folder
+        return None, None  # `machine.inspect` says what is wrong with the folder
+
+
+RULES: tuple[Rule, ...] = (_entries, _within_the_model, _convertible, _striped, _causal, _linformer)

@@ -11,34 +11,35 @@ from pydantic import ValidationError
 
 from longctx.config import overrides as command_line
 from longctx.config.derived import CPU_RANKS, world_size
+from longctx.config.fields import UnknownValue
+from longctx.config.findings import Finding, judge
 from longctx.config.keys import expected, leaves, sections
 from longctx.config.machine import inspect
-from longctx.config.partial import partial_config, told_of
-from longctx.config.pretrained import built_findings, pretrained_findings, tokenizer_findings
-from longctx.config.problems import InvalidConfig, Place, Problem, show
-from longctx.config.rules import Finding, broken
+from longctx.config.partial import partial_config, without
+from longctx.config.pretrained import FOLDER_RULES
+from longctx.config.problems import InvalidConfig, Location, Problem, show
+from longctx.config.recover import parse_or_recover
+from longctx.config.rules import broken
 from longctx.config.schema import RunConfig
-from longctx.config.strict_yaml import Document, Key, parse, read, show_key
+from longctx.config.strict_yaml import Key, YamlDocument, read, show_key
 from longctx.config.tidy import tidy, unread
 
 World = int | Callable[[RunConfig], int]
 
 
 class Loaded(NamedTuple):
-    """A valid configuration, and where each given key was written."""
+    """A configuration, and where each given key was written."""
 
     config: RunConfig
-    sources: dict[str, Place]
-    """dotted key -> place; a key that is missing here has its default"""
-    document: Document
+    sources: dict[str, Location]
+    """dotted key -> location; a key that is missing here has its default"""
+    document: YamlDocument
     name: str
-    unknown: frozenset[str] = frozenset()
-    """keys whose value in ``config`` is a stand-in, because the given one is wrong or missing"""
 
     def problem(self, finding: Finding) -> Problem:
-        """Return a finding about this configuration with its place."""
+        """Return a finding about this configuration with its location."""
         path = tuple(finding.key.split(".")) if finding.key else ()
-        return Problem(_place(self.document, path, self.name), finding.key, finding.message, finding.code)
+        return Problem(_locate(self.document, path, self.name), finding.key, finding.message, finding.code)
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS) -> RunConfig:
@@ -57,21 +58,32 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, default_world: Worl
 
 def load_with_sources(path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS) -> Loaded:
     """Like ``load``, and say where each value came from."""
-    return _finish(read(path), str(path), overrides, default_world)
+    return _valid(*_read(read(path), str(path), overrides, default_world))
 
 
 def loads(
     text: str | bytes, overrides: Iterable[str] = (), *, name: str = "<text>", default_world: World = CPU_RANKS
 ) -> Loaded:
     """Like ``load_with_sources`` for text that is already in memory."""
-    return _finish(parse(text, name), name, overrides, default_world)
+    return _valid(*_read(text, name, overrides, default_world))
 
 
-def _finish(document: Document, name: str, overrides: Iterable[str], default_world: World) -> Loaded:
+def _valid(loaded: Loaded, problems: list[Problem]) -> Loaded:
+    if problems:
+        raise InvalidConfig(problems)
+    return loaded
+
+
+def _read(text: str | bytes, name: str, overrides: Iterable[str], default_world: World) -> tuple[Loaded, list[Problem]]:
+    """Return what is right of a configuration, and all that is wrong with it as far as the text itself shows.
+
+    Each pass judges what the passes before it have left: syntax, names of keys, types and ranges, rules between keys.
+    """
+    document = parse_or_recover(text, name)
     if not isinstance(document.value, dict):
         what = "is empty" if document.value is None else f"got {show(document.value)}; expected sections"
         hint = f"write {', '.join(sections())}, or let `longctx init` write a first one"
-        raise InvalidConfig([Problem(Place(name, 1, 1), "", f"{what}; {hint}", "empty"), *document.problems])
+        raise InvalidConfig([Problem(Location(name, 1, 1), "", f"{what}; {hint}", "empty"), *document.problems])
     command_line.apply(document, overrides)
     tidy(document)
     problems, unknown = list(document.problems), frozenset[str]()
@@ -83,15 +95,27 @@ def _finish(document: Document, name: str, overrides: Iterable[str], default_wor
         config, unknown = partial_config(document.value)
     if config is None:
         raise InvalidConfig(problems)
-    config = _with_tokenizer(config)
+    config = _with_tokenizer(without(config, {*unknown, *(problem.key for problem in problems)}))
     sources = {key: document.values[path] for key in leaves() if (path := tuple(key.split("."))) in document.values}
-    unknown |= {problem.key for problem in problems}
-    loaded = Loaded(config, sources, document, name, unknown)
-    default = default_world if isinstance(default_world, int) else default_world(config)
-    problems += map(loaded.problem, told_of(broken(config, world_size(config, default)), unknown))
-    if problems:
-        raise InvalidConfig(problems, loaded._replace(unknown=unknown | {problem.key for problem in problems}))
-    return loaded
+    loaded = Loaded(config, sources, document, name)
+    told = {problem.key for problem in problems}
+    problems += [
+        loaded.problem(finding)
+        for finding in broken(config, _world(config, default_world))
+        if not any(finding.key == key or finding.key.startswith(f"{key}.") for key in told)
+    ]
+    addresses = {problem.key for problem in problems if problem.code == "url"} - {"data.sources"}
+    return loaded._replace(config=without(config, addresses)), problems
+
+
+def _world(config: RunConfig, default: World) -> int | None:
+    """Return how many ranks the run has; None where a key that decides it has no value."""
+    try:
+        if not isinstance(default, int):
+            default = default(config) if config.mesh.world == "auto" else CPU_RANKS
+        return world_size(config, default)
+    except UnknownValue:
+        return None
 
 
 def load_for_rank(path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS) -> RunConfig:
@@ -102,10 +126,8 @@ def load_for_rank(path: str | Path, overrides: Iterable[str] = (), *, default_wo
     """
     loaded = load_with_sources(path, overrides, default_world=default_world)
     config = loaded.config
-    if config.model.pretrained is not None:
-        findings = [*tokenizer_findings(config), *pretrained_findings(config), *built_findings(config)]
-        if findings:
-            raise InvalidConfig(map(loaded.problem, findings))
+    findings = judge(FOLDER_RULES, config) if config.model.pretrained is not None else []
+    _valid(loaded, [loaded.problem(finding) for finding in findings])
     return config
 
 
@@ -117,25 +139,20 @@ def load_for_machine(
     Raises:
         InvalidConfig: with the mistakes of the file and what this machine lacks, all of them together.
     """
-    problems: list[Problem] = []
-    try:
-        loaded = load_with_sources(path, overrides, default_world=default_world)
-    except InvalidConfig as error:
-        if error.partial is None:
-            raise
-        problems, loaded = list(error.problems), error.partial
+    loaded, problems = _read(read(path), str(path), overrides, default_world)
     report = inspect(loaded.config, starting)
-    problems += map(loaded.problem, told_of(report.findings, loaded.unknown))
-    if problems:
-        raise InvalidConfig(problems)
+    _valid(loaded, [*problems, *map(loaded.problem, report.findings)])
     return loaded, report.notes
 
 
 def _with_tokenizer(config: RunConfig) -> RunConfig:
     """Fill in `data.tokenizer: auto`, so that everything after this reads one name."""
-    if config.data.tokenizer != "auto":
-        return config
-    own = None if config.data.foreign_tokenizer else config.model.pretrained
+    try:
+        if config.data.tokenizer != "auto":
+            return config
+        own = None if config.data.foreign_tokenizer else config.model.pretrained
+    except UnknownValue:
+        return without(config, {"data.tokenizer"})
     return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": own or "bpe"})})
 
 
@@ -150,30 +167,30 @@ def require_machine(loaded: Loaded, starting: bool = True) -> list[str]:
         InvalidConfig: a file is missing, a folder cannot be written, the disk is too small, a package is absent.
     """
     report = inspect(loaded.config, starting)
-    if report.findings:
-        raise InvalidConfig(map(loaded.problem, report.findings))
+    _valid(loaded, [loaded.problem(finding) for finding in report.findings])
     return report.notes
 
 
-def _place(document: Document, path: Key, name: str) -> Place:
+def _locate(document: YamlDocument, path: Key, name: str) -> Location:
     """Return where ``path`` is written, or the innermost block around it that is."""
     for length in range(len(path), 0, -1):
         found = document.values.get(path[:length]) if length == len(path) else document.keys.get(path[:length])
         if found:
             return found
-    return Place(name, 1, 1)
+    return Location(name, 1, 1)
 
 
-def _translate(error: ValidationError, document: Document, name: str) -> list[Problem]:
+def _translate(error: ValidationError, document: YamlDocument, name: str) -> list[Problem]:
     """Turn pydantic's errors into ours: one per key, in the words of the schema."""
     found: dict[Key, Problem] = {}
     told = {problem.key for problem in document.problems}
     for item in error.errors(include_url=False, include_context=False):
         path, key = _schema_key(item["loc"])
-        if path in found or show_key(path) in told or unread(item["input"]):
+        block_told = item["type"] == "missing" and show_key(path[:-1]) in told
+        if path in found or show_key(path) in told or block_told or unread(item["input"]):
             continue
         message, code = _describe(item, key)
-        found[path] = Problem(_place(document, path, name), show_key(path), message, code)
+        found[path] = Problem(_locate(document, path, name), show_key(path), message, code)
     return list(found.values())
 
 

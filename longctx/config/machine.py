@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from longctx.config import nvme
 from longctx.config.architecture import parameter_count
+from longctx.config.findings import Finding, Rule, judge
 from longctx.config.hosts import parse_hostfile, require_users
-from longctx.config.pretrained import built_findings, pretrained_findings, tokenizer_findings
-from longctx.config.rules import Finding
+from longctx.config.pretrained import FOLDER_RULES
 from longctx.config.schema import RunConfig
 from longctx.data.sources.folder import would_read
 from longctx.errors import LaunchError
@@ -37,18 +37,11 @@ def inspect(config: RunConfig, starting: bool) -> Report:
             meant for another machine.
     """
     notes: list[str] = []
-    findings = [*_sources(config), *tokenizer_findings(config), *pretrained_findings(config), *built_findings(config)]
-    findings += [*_folder(config), *_resume(config), *_hostfile(config)]
-    if config.launch.hostfile is None:  # otherwise the hosts look for themselves, when they start
-        findings += [Finding(key, message, "nvme") for key, message in nvme.missing(config)]
-    findings += _packages(config, notes)
-    disk = _disk(config)
-    if disk is not None:
-        if starting:
-            findings.append(disk)
-        else:
-            notes.append(disk.message)
-    return Report(findings, notes)
+    rules: list[Rule] = [_sources, _own_files, *FOLDER_RULES, _folder, _resume, _hostfile, _nvme, _tensorboard]
+    findings = judge([*rules, _disk] if starting else rules, config)
+    if not starting:
+        notes += [finding.message for finding in judge([_disk], config)]
+    return Report(findings, [*_missing_plot(config), *notes])
 
 
 def token_folder(config: RunConfig) -> Path:
@@ -57,9 +50,8 @@ def token_folder(config: RunConfig) -> Path:
 
 
 def _sources(config: RunConfig) -> Iterator[Finding]:
-    yield from _own_files(config)
     for source in config.data.sources:
-        if source in _SPECIAL_SOURCES:
+        if source in _SPECIAL_SOURCES or "://" in source or not source.strip():  # of these, a rule has spoken
             continue
         if source.startswith("hf:"):
             if not _installed("datasets"):
@@ -100,17 +92,17 @@ def _folder(config: RunConfig) -> Iterator[Finding]:
         yield Finding("output.folder", f"{str(parent)!r} cannot be written to; give another folder", "no-access")
 
 
-def _disk(config: RunConfig) -> Finding | None:
+def _disk(config: RunConfig) -> Iterator[Finding]:
     folder = Path(config.output.folder).absolute()
     parent = next((path for path in (folder, *folder.parents) if _is_dir(path)), Path("/"))
     free, needed = shutil.disk_usage(parent).free, disk_needed(config)
     if needed is None or free >= needed:
-        return None
+        return
     message = (
         f"{_gib(free)} free at {str(parent)!r}, but {config.checkpoint.keep} + 1 checkpoints need about "
         f"{_gib(needed)}; free space, lower checkpoint.keep, or give another folder"
     )
-    return Finding("output.folder", message, "disk")
+    yield Finding("output.folder", message, "disk")
 
 
 def disk_needed(config: RunConfig) -> int | None:
@@ -143,12 +135,23 @@ def _hostfile(config: RunConfig) -> Iterator[Finding]:
         yield Finding("launch.hostfile", f"{name!r}, {error}", "name")
 
 
-def _packages(config: RunConfig, notes: list[str]) -> Iterator[Finding]:
+def _nvme(config: RunConfig) -> Iterator[Finding]:
+    if config.launch.hostfile is None:  # otherwise the hosts look for themselves, when they start
+        for key, message in nvme.missing(config):
+            yield Finding(key, message, "nvme")
+
+
+def _tensorboard(config: RunConfig) -> Iterator[Finding]:
     if config.output.tensorboard and not _installed("tensorboard"):
         message = "got true, but tensorboard is not installed: pip install 'longctx[tensorboard]', or write false"
         yield Finding("output.tensorboard", message, "missing-package")
-    if config.output.plot and not _installed("matplotlib"):
-        notes.append("matplotlib is not installed, so there will be no loss.png: pip install 'longctx[plot]'")
+
+
+def _missing_plot(config: RunConfig) -> list[str]:
+    """Return a note where a plot is wanted that cannot be drawn."""
+    if _installed("matplotlib") or "plot" not in vars(config.output) or not config.output.plot:
+        return []
+    return ["matplotlib is not installed, so there will be no loss.png: pip install 'longctx[plot]'"]
 
 
 def _installed(package: str) -> bool:

@@ -3,70 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from longctx.config import architecture
 from longctx.config.fields import changed
-from longctx.config.sections.model import Model
+from longctx.config.findings import Finding, Rule
+from longctx.config.schema import RunConfig
 
-Broken = tuple[str, str, str]  # key, message, code
-
-
-def broken_model(model: Model) -> Iterator[Broken]:
-    """Yield every rule that the section breaks."""
-    yield from _model_source(model)
-    yield from _heads(model)
-    yield from _extra(model)
+_SIZES = ("hidden_size", "layers", "heads")
+_BESIDE_A_FOLDER = frozenset({"pretrained", "dtype", "max_positions", "extra"})
 
 
-def _model_source(model: Model) -> Iterator[Broken]:
-    sizes = ("hidden_size", "layers", "heads")
+def _source(config: RunConfig) -> Iterator[Finding]:
+    model = config.model
     if model.pretrained is None and model.architecture is None:
-        yield ("model", "give architecture and sizes (from scratch), or pretrained (a folder)", "model-source")
+        message = "give architecture and sizes (from scratch), or pretrained (a folder)"
+        yield Finding("model", message, "model-source")
     elif model.pretrained is not None:
-        own = {"pretrained", "dtype", "max_positions", "extra"}
-        for name in changed(model):
-            if name not in own:
-                message = "the pretrained folder decides this; remove the key, or remove model.pretrained"
-                yield (f"model.{name}", message, "model-source")
-    else:
-        for name in sizes:
-            if getattr(model, name) is None:
-                message = f"is missing; architecture {model.architecture} from scratch needs {', '.join(sizes)}"
-                yield (f"model.{name}", message, "missing")
+        for name in sorted(changed(model) - _BESIDE_A_FOLDER):
+            message = "the pretrained folder decides this; remove the key, or remove model.pretrained"
+            yield Finding(f"model.{name}", message, "model-source")
 
 
-def _heads(model: Model) -> Iterator[Broken]:
-    name, heads, hidden = model.architecture, model.heads, model.hidden_size
+def _missing_size(name: str, config: RunConfig) -> Iterator[Finding]:
+    model = config.model
+    if model.pretrained is None and model.architecture is not None and getattr(model, name) is None:
+        message = f"is missing; architecture {model.architecture} from scratch needs {', '.join(_SIZES)}"
+        yield Finding(f"model.{name}", message, "missing")
+
+
+def _head_size(config: RunConfig) -> Iterator[Finding]:
+    model, name = config.model, config.model.architecture
+    heads, hidden = model.heads, model.hidden_size
     if name is None or heads is None or hidden is None:
         return
-    even = hidden % heads == 0
-    if not even and (model.head_dim is None or name not in architecture.FREE_HEAD_DIM):
-        hint = "" if name not in architecture.FREE_HEAD_DIM else ", or set model.head_dim"
+    free = name in architecture.FREE_HEAD_DIM
+    if hidden % heads and (model.head_dim is None or not free):
+        hint = ", or set model.head_dim" if free else ""
         message = f"got {heads}, which does not divide hidden_size {hidden}; change one of them{hint}"
-        yield ("model.heads", message, "heads")
-    elif model.head_dim is not None and name not in architecture.FREE_HEAD_DIM and model.head_dim * heads != hidden:
-        message = (
-            f"got {model.head_dim}, but {name} has heads of hidden_size / heads = {hidden // heads}; remove the key"
-        )
-        yield ("model.head_dim", message, "heads")
-    if model.kv_heads is not None and name not in architecture.GROUPED and model.kv_heads != heads:
-        yield ("model.kv_heads", f"got {model.kv_heads}, but {name} has no grouped heads; remove the key", "heads")
-    elif model.kv_heads is not None and heads % model.kv_heads:
+        yield Finding("model.heads", message, "heads")
+    elif model.head_dim is not None and not free and model.head_dim * heads != hidden:
+        message = f"got {model.head_dim}, but {name} has heads of hidden_size / heads = {hidden // heads}; remove the "
+        yield Finding("model.head_dim", message + "key", "heads")
+
+
+def _kv_heads(config: RunConfig) -> Iterator[Finding]:
+    name, heads, own = config.model.architecture, config.model.heads, config.model.kv_heads
+    if name is None or heads is None or own is None:
+        return
+    if name not in architecture.GROUPED and own != heads:
+        yield Finding("model.kv_heads", f"got {own}, but {name} has no grouped heads; remove the key", "heads")
+    elif heads % own:
         divisors = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
-        yield ("model.kv_heads", f"got {model.kv_heads}, which does not divide heads {heads}; use {divisors}", "heads")
+        yield Finding("model.kv_heads", f"got {own}, which does not divide heads {heads}; use {divisors}", "heads")
+
+
+def _even_heads(config: RunConfig) -> Iterator[Finding]:
+    model = config.model
+    if model.architecture not in architecture.ROTARY or model.heads is None or model.hidden_size is None:
+        return
     size = architecture.head_dim(model)
-    if name in architecture.ROTARY and size is not None and size % 2 and (even or model.head_dim):
+    if size is not None and size % 2 and (model.head_dim or model.hidden_size % model.heads == 0):
         key = "model.head_dim" if model.head_dim else "model.heads"
-        yield (key, f"a head of {size} is odd, and rotary positions need an even size; use {size + 1}", "heads")
+        message = f"a head of {size} is odd, and rotary positions need an even size; use {size + 1}"
+        yield Finding(key, message, "heads")
 
 
-def _extra(model: Model) -> Iterator[Broken]:
-    for key in model.extra:
-        if model.pretrained is not None and key != "rope_parameters":
-            message = "the pretrained folder decides this; only rope_parameters can be given with model.pretrained"
-            yield (f"model.extra.{key}", message, "model-source")
-        elif key in architecture.OWNED_KEYWORDS:
+def _extra(config: RunConfig) -> Iterator[Finding]:
+    for key in config.model.extra:
+        if key in architecture.OWNED_KEYWORDS:
             owner = architecture.OWNED_KEYWORDS[key]
-            yield (f"model.extra.{key}", f"belongs to {owner}; remove it here and set {owner}", "conflict")
+            yield Finding(f"model.extra.{key}", f"belongs to {owner}; remove it here and set {owner}", "conflict")
         elif key in architecture.REFUSED_KEYWORDS or key.startswith("_"):
-            yield (f"model.extra.{key}", "is refused: it would run foreign code or replace attention", "refused")
+            message = "is refused: it would run foreign code or replace attention"
+            yield Finding(f"model.extra.{key}", message, "refused")
+        elif key != "rope_parameters" and config.model.pretrained is not None:
+            message = "the pretrained folder decides this; only rope_parameters can be given with model.pretrained"
+            yield Finding(f"model.extra.{key}", message, "model-source")
+
+
+RULES: tuple[Rule, ...] = (
+    _source,
+    *(partial(_missing_size, name) for name in _SIZES),
+    _head_size,
+    _kv_heads,
+    _even_heads,
+    _extra,
+)

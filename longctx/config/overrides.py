@@ -7,22 +7,22 @@ from collections.abc import Iterable
 from typing import Any
 
 from longctx.config.keys import Leaf, leaves, nearest, sections
-from longctx.config.problems import InvalidConfig, Place, Problem
-from longctx.config.strict_yaml import Document, parse, show_key
+from longctx.config.problems import InvalidConfig, Location, Problem
+from longctx.config.strict_yaml import YamlDocument, parse, show_key
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}(\.[A-Za-z0-9_-]{1,80}){0,15}", re.ASCII)
 
 
-def apply(document: Document, overrides: Iterable[str]) -> None:
+def apply(document: YamlDocument, overrides: Iterable[str]) -> None:
     """Write ``overrides`` into ``document`` (in place; the last of several for one key wins), noting problems."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not _KEY.fullmatch(key):
             word = key if key.isprintable() else repr(key)
             message = "an override is written section.key=value, e.g. train.steps=100"
-            document.problems.append(Problem(Place(f"override {word[:60]}"), "", message, "bad-override"))
+            document.problems.append(Problem(Location(f"override {word[:60]}"), "", message, "bad-override"))
             continue
-        place = Place(f"override {key}")
+        place = Location(f"override {key}")
         leaf = _leaf(key)
         if leaf is None:
             document.problems.append(Problem(place, "", _unknown(key), "unknown-override"))
@@ -30,7 +30,9 @@ def apply(document: Document, overrides: Iterable[str]) -> None:
         try:
             _set(document, tuple(key.split(".")), _value(text, leaf, place), place)
         except InvalidConfig as error:
-            document.problems.extend(problem._replace(place=place) for problem in error.problems)
+            document.problems.extend(
+                problem._replace(place=place, key=problem.key or key) for problem in error.problems
+            )
 
 
 def _leaf(key: str) -> Leaf | None:
@@ -58,7 +60,7 @@ def _unknown(key: str) -> str:
     )
 
 
-def _value(text: str, leaf: Leaf, place: Place) -> Any:
+def _value(text: str, leaf: Leaf, place: Location) -> Any:
     document = parse(text, str(place))
     if document.problems and not leaf.text_only:
         raise InvalidConfig(document.problems)
@@ -68,7 +70,7 @@ def _value(text: str, leaf: Leaf, place: Place) -> Any:
     return value
 
 
-def _set(document: Document, path: tuple[str, ...], value: Any, place: Place) -> None:
+def _set(document: YamlDocument, path: tuple[str, ...], value: Any, place: Location) -> None:
     target = document.value
     for depth, part in enumerate(path[:-1], 1):
         if target.get(part) is None:

@@ -1,20 +1,18 @@
-"""What is left of a configuration whose keys are partly wrong, so that rules between the other keys are told as well.
+"""A configuration whose wrong and missing keys have no value, so that rules between all other keys can be judged.
 
-A wrong value is replaced by its default, or by a stand-in where there is none. Whatever a rule then says about such a
-key, or in terms of it, is not said to the user: it would be about the stand-in.
+pydantic gives a configuration only where every key is right. So wrong values are first replaced, by their default or
+by a stand-in where there is none; then `without` takes the replaced values away again.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable
 from typing import Any
 
 from pydantic import ValidationError
 
 from longctx.config.keys import leaves, sections
-from longctx.config.rules import Finding
 from longctx.config.schema import RunConfig
 from longctx.config.strict_yaml import Key
 
@@ -46,23 +44,25 @@ def partial_config(tree: dict[str, Any]) -> tuple[RunConfig | None, frozenset[st
     return None, frozenset(unknown)
 
 
-def told_of(findings: Iterable[Finding], unknown: frozenset[str]) -> list[Finding]:
-    """Return the findings that are about keys the user has given, not about stand-ins for those in ``unknown``."""
-    words = {key.rpartition(".")[2] for key in unknown}
-    named = re.compile(r"\b(" + "|".join(map(re.escape, sorted(words))) + r")\b") if words else None
-    grid = any(key.startswith(("mesh", "launch")) for key in unknown)
-    return [
-        finding
-        for finding in findings
-        if not any(_touches(finding.key, key) for key in unknown)
-        and not (named and named.search(finding.message))
-        and not (grid and finding.code in ("mesh", "zero-group", "batch", "deepspeed", "length"))
-    ]
+def without(config: RunConfig, unknown: Iterable[str]) -> RunConfig:
+    """Return ``config`` with the keys in ``unknown`` left without a value: reading one raises UnknownValue.
 
-
-def _touches(finding: str, key: str) -> bool:
-    """Whether a finding's key is an unknown key, lies in one, or is the block around it."""
-    return finding == key or finding.startswith(f"{key}.") or key.startswith(f"{finding}.")
+    Args:
+        unknown: dotted keys as problems name them: ``train.steps``, ``data.sources[1]``, or a whole section. Keys
+            that the schema does not have, and keys inside a raw block, are ignored.
+    """
+    partial = config.model_copy()
+    for name in unknown:
+        key = name.partition("[")[0]
+        section, _, leaf = key.partition(".")
+        if section in sections() and (not leaf or key in leaves()):
+            block = getattr(partial, section).model_copy()
+            for field in [leaf] if leaf else list(vars(block)):
+                vars(block).pop(field, None)
+            vars(partial)[section] = block
+        elif key in leaves():
+            vars(partial).pop(key, None)
+    return partial
 
 
 def _mend(tree: dict[str, Any], loc: tuple[int | str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Starting points: what `longctx init --preset` writes, and what stands in `configs/` under a speaking file name."""
+"""Presets: what `longctx init --preset` writes, and the files of `configs/`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _preset(file: str, about: str, steps: int, lr: float, **values: Any) -> Pres
 
 
 def _dotted(values: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """section, key -> "section.key"; the raw block of DeepSpeed has no keys of ours (an empty one)."""
+    """Turn section -> key -> value into "section.key" -> value; the raw block of DeepSpeed has the key ""."""
     return {f"{section}.{key}".rstrip("."): value for section, block in values.items() for key, value in block.items()}
 
 
@@ -35,7 +35,7 @@ def _llama(hidden: int, layers: int, heads: int, kv_heads: int, **more: Any) -> 
 _LARGE: dict[str, Any] = {"dtype": "bf16"}
 _FRUGAL: dict[str, Any] = {"mlp_tile": "auto", "recompute": "layer_keep_attention", "recompute_norms": True}
 
-# Llama 3's eight billion, with DeepSpeed's buckets (2 GB and more by default) as small as traffic allows.
+# Llama 3 8B. DeepSpeed's buckets take 2 GB and more by default; these are as small as throughput allows.
 _EIGHT = _llama(
     4096,
     32,
@@ -51,7 +51,7 @@ _LONGEST: dict[str, Any] = {"mlp_tile": "auto", "recompute": "layer", "recompute
 
 
 def _longest(file: str, about: str, length: int, ring: int, **zero: Any) -> Preset:
-    """The eight billion at the length that `longctx plan` says fits."""
+    """Llama 3 8B at the longest length that fits according to `longctx plan`."""
     return _preset(
         file,
         about,
@@ -80,7 +80,7 @@ PRESETS = {
     ),
     "cpu-hybrid": _preset(
         "llama-hybrid-2m_4k_ring2-zero3_cpu.yaml",
-        "Three layers of bounded memory (ABC, 64 slots) for each of exact attention, over a ring of 2 processes.",
+        "Three layers of bounded attention (ABC, 64 slots) per layer of exact attention, over a ring of 2 processes.",
         30,
         2e-3,
         model=_llama(128, 4, 4, 2, tie_embeddings=True),
@@ -131,24 +131,24 @@ PRESETS = {
     "1-gpu-8B": _longest(
         "llama-8b_128k_zero3-offload_1-h100.yaml",
         "Eight billion parameters, 128K tokens on one GPU of 80 GB; optimizer states in 140 GiB of host memory.\n"
-        "With memory.offload_checkpoints it will be longer: `longctx plan` says how much.",
+        "memory.offload_checkpoints allows longer rows: `longctx plan` says how long.",
         131_072,
         1,
         offload_optimizer="cpu",
     ),
     "8-gpu-1M": _longest(
         "llama-8b_1m_ring8-zero3_8-h100.yaml",
-        "Eight billion parameters, 1M tokens on one node of eight GPUs of 80 GB. Heads exchanged instead of blocks\n"
-        "passed round (mesh: {ring: 1, ulysses: 8}) will do within a node too.",
+        "Eight billion parameters, 1M tokens on one node of eight GPUs of 80 GB.\n"
+        "Within a node, Ulysses works as well: mesh: {ring: 1, ulysses: 8}.",
         1_048_576,
         8,
         overlap_comm=True,
     ),
     "32-gpu-8M": _longest(
         "llama-8b_8m_ring32-zero3_32-h200.yaml",
-        "Eight billion parameters, 8M tokens on four nodes of eight GPUs of 141 GB. GPUs of 80 GB will do with\n"
+        "Eight billion parameters, 8M tokens on four nodes of eight GPUs of 141 GB. GPUs of 80 GB suffice with\n"
         "memory.offload_checkpoints; mesh: {ring: 4, ulysses: 8} sends less between nodes.\n"
-        "`longctx plan` counts with 80 GB unless told otherwise: --machine h200.",
+        "`longctx plan` assumes 80 GB unless given --machine h200.",
         8_388_608,
         32,
         overlap_comm=True,
@@ -156,8 +156,8 @@ PRESETS = {
     "128-gpu-32M": _longest(
         "llama-8b_32m_ring128-zero3_128-h200.yaml",
         "Eight billion parameters, 32M tokens on sixteen nodes of eight GPUs of 141 GB; a step takes hours. GPUs of\n"
-        "80 GB will do with memory.offload_checkpoints; mesh: {ring: 16, ulysses: 8} sends less between nodes.\n"
-        "`longctx plan` counts with 80 GB unless told otherwise: --machine h200.",
+        "80 GB suffice with memory.offload_checkpoints; mesh: {ring: 16, ulysses: 8} sends less between nodes.\n"
+        "`longctx plan` assumes 80 GB unless given --machine h200.",
         33_554_432,
         128,
         overlap_comm=True,
@@ -166,10 +166,11 @@ PRESETS = {
 """name -> preset; the values are starting points, not tuned ones"""
 
 
-def render(name: str) -> str:
-    """Return the commented YAML of a preset."""
+def render(name: str, *, full: bool = False) -> str:
+    """Return the commented YAML of a preset; ``full``: with every other key, commented out, at its default."""
     preset = PRESETS[name]
     title = (
-        f"{preset.about}\nWritten by `longctx init --preset {name}`; `longctx explain FILE` says what each key means."
+        f"{preset.about}\nWritten by `longctx init --preset {name}`. `longctx explain FILE` shows every key with its "
+        "value and meaning,\n`longctx init --full` writes them all out."
     )
-    return template(preset.values, title)
+    return template(preset.values, title, full=full)

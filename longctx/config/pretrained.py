@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from longctx.config.findings import Finding, Rule
 from longctx.config.problems import show
-from longctx.config.rules import Finding
 from longctx.config.schema import RunConfig
 from longctx.data.tokenizers.file import NAME, read_tokenizer_file, tokenizer_file, vocabulary_size_in
 from longctx.errors import DataError, LongctxError, ModelError
@@ -178,3 +178,7 @@ def _bytes() -> str:
     from longctx.data.tokenizers.tokenizer import ByteTokenizer
 
     return _named(ByteTokenizer().json)
+
+
+FOLDER_RULES: tuple[Rule, ...] = (tokenizer_findings, pretrained_findings, built_findings)
+"""What `model.pretrained` and `data.tokenizer` ask of this machine's files"""

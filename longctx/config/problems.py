@@ -15,7 +15,7 @@ _KEY_SHAPED = re.compile(
 )
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where something was written: a file, or an override of the command line (line 0)."""
 
     file: str
@@ -29,7 +29,7 @@ class Place(NamedTuple):
 class Problem(NamedTuple):
     """One thing to mend: where, which key, what is wrong and what to write instead, and a code to look it up by."""
 
-    place: Place
+    place: Location
     key: str
     message: str
     code: str
@@ -42,9 +42,9 @@ class Problem(NamedTuple):
 class InvalidConfig(ConfigError):
     """Every problem of one configuration; ``str()`` gives one line each, in the order of the file."""
 
-    def __init__(self, problems: Iterable[Problem], partial: Any = None) -> None:
-        self.partial = partial  # what load.Loaded holds of the keys that are right, or None
-        self.problems = tuple(sorted(problems, key=lambda problem: (problem.place.line == 0, problem.place[1:])))
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        once = dict.fromkeys(problems)
+        self.problems = tuple(sorted(once, key=lambda problem: (problem.place.line == 0, problem.place[1:])))
         super().__init__("\n".join(map(str, self.problems)))
 
 

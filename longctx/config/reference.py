@@ -12,7 +12,8 @@ _HEAD = """# Configurations
 
 A run is one YAML file: `longctx train FILE [section.key=value …]`. File names here say
 model_length_parallelism_hardware. `longctx check FILE` finds every mistake at once, `longctx explain FILE` says what
-each key means and where its value came from, `longctx init` writes a commented file to start from.
+each key means and where its value came from, `longctx explain` alone shows all keys with their defaults. `longctx init`
+writes a commented file to start from, `longctx init --full` one with every key.
 
 This page is generated from the schema (`python -m longctx.config.reference > configs/README.md`).
 

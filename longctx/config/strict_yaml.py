@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from longctx.config.problems import InvalidConfig, Place, Problem, show
+from longctx.config.problems import InvalidConfig, Location, Problem, show
 
 MAX_BYTES = 32 * 1024
 MAX_DEPTH = 24
@@ -29,12 +29,12 @@ _INFINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 _FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-class Document(NamedTuple):
+class YamlDocument(NamedTuple):
     """Plain values, and where each key and each value stands."""
 
     value: Any
-    keys: dict[Key, Place]
-    values: dict[Key, Place]
+    keys: dict[Key, Location]
+    values: dict[Key, Location]
     problems: list[Problem]
 
 
@@ -97,25 +97,24 @@ class StrictLoader(yaml.SafeLoader):
             raise _Refused(f"more than {MAX_NODES} values, aliases expanded", event.start_mark, "too-large")
 
 
-def read(path: str | Path) -> Document:
-    """Read and parse a file; see ``parse``.
+def read(path: str | Path) -> bytes:
+    """Return the content of a file, of one that is too large only as much as `parse` needs to say so.
 
     Raises:
-        InvalidConfig: there is no such file, it cannot be read, or what ``parse`` raises.
+        InvalidConfig: there is no such file, or it cannot be read.
     """
-    file = Path(path)
+    file, location = Path(path), Location(str(path))
     try:
         if not file.is_file():
             what = "is a folder" if file.is_dir() else "does not exist" if not file.exists() else "is not a plain file"
-            raise InvalidConfig([Problem(Place(str(path)), "", f"{what}; give the path of a YAML file", "no-file")])
+            raise _stop(location, f"{what}; give the path of a YAML file", "no-file")
         with file.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
+            return stream.read(MAX_BYTES + 1)
     except OSError as error:
-        raise InvalidConfig([Problem(Place(str(path)), "", f"cannot be read: {error.strerror}", "no-file")]) from None
-    return parse(content, str(path))
+        raise _stop(location, f"cannot be read: {error.strerror}", "no-file") from None
 
 
-def parse(content: bytes | str, name: str) -> Document:
+def parse(content: bytes | str, name: str) -> YamlDocument:
     """Parse one YAML document.
 
     Raises:
@@ -125,10 +124,12 @@ def parse(content: bytes | str, name: str) -> Document:
     try:
         text = content if isinstance(content, str) else content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InvalidConfig([Problem(Place(name), "", f"is not UTF-8 text (byte {error.start})", "not-text")]) from None
+        raise InvalidConfig(
+            [Problem(Location(name), "", f"is not UTF-8 text (byte {error.start})", "not-text")]
+        ) from None
     if len(text) > MAX_BYTES:
         message = f"is larger than {MAX_BYTES // 1024} KiB; a configuration is a short text"
-        raise InvalidConfig([Problem(Place(name), "", message, "too-large")])
+        raise _stop(Location(name), message, "too-large")
     try:
         loader = StrictLoader(text)
         node = loader.get_single_node()
@@ -138,18 +139,25 @@ def parse(content: bytes | str, name: str) -> Document:
         line = text.count("\n", 0, error.position) + 1
         column = error.position - (text.rfind("\n", 0, error.position) + 1) + 1
         message = f"character U+{_code(error.character):04X} is not allowed in YAML"
-        raise InvalidConfig([Problem(Place(name, line, column), "", message, "not-text")]) from None
+        raise _stop(Location(name, line, column), message, "not-text") from None
     except (ValueError, OverflowError):  # PyYAML lets chr() and int() fail on escapes and directives out of range
-        raise InvalidConfig([Problem(Place(name), "", "has an escape or directive out of range", "syntax")]) from None
-    document = Document(None, {}, {}, [])
+        raise InvalidConfig(
+            [Problem(Location(name), "", "has an escape or directive out of range", "syntax")]
+        ) from None
+    document = YamlDocument(None, {}, {}, [])
     if node is None:
         return document
     return document._replace(value=_convert(node, (), document, name))
 
 
+def _stop(location: Location, message: str, code: str) -> InvalidConfig:
+    """Return the error of a text of which nothing can be read."""
+    return InvalidConfig([Problem(location, "", message, code)])
+
+
 def _syntax_problem(error: yaml.MarkedYAMLError, name: str) -> Problem:
     mark = error.problem_mark or error.context_mark
-    place = Place(name, mark.line + 1, mark.column + 1) if mark else Place(name)
+    place = Location(name, mark.line + 1, mark.column + 1) if mark else Location(name)
     if isinstance(error, _Refused):
         return Problem(place, "", str(error.problem), error.code)
     what = "; ".join(part for part in (error.context, error.problem) if part)
@@ -157,11 +165,11 @@ def _syntax_problem(error: yaml.MarkedYAMLError, name: str) -> Problem:
     return Problem(place, "", f"is not valid YAML: {what}{hint}", "syntax")
 
 
-def _place(node: Any, name: str) -> Place:
-    return Place(name, node.start_mark.line + 1, node.start_mark.column + 1)
+def _place(node: Any, name: str) -> Location:
+    return Location(name, node.start_mark.line + 1, node.start_mark.column + 1)
 
 
-def _convert(node: Any, path: Key, document: Document, name: str) -> Any:
+def _convert(node: Any, path: Key, document: YamlDocument, name: str) -> Any:
     """Turn a node into plain values, noting places and problems. Depth and size were bounded while composing."""
     document.values[path] = _place(node, name)
     if isinstance(node, yaml.SequenceNode):
@@ -195,7 +203,7 @@ def _code(character: Any) -> int:
     return character if isinstance(character, int) else ord(str(character)[:1])
 
 
-def _convert_mapping(node: Any, path: Key, document: Document, name: str) -> dict[str, Any]:
+def _convert_mapping(node: Any, path: Key, document: YamlDocument, name: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         place = _place(key_node, name)

@@ -12,16 +12,16 @@ from typing import Any
 
 from longctx.config.fields import environment_ok
 from longctx.config.keys import leaves, nearest, sections
-from longctx.config.problems import Place, Problem, show
+from longctx.config.problems import Location, Problem, show
 from longctx.config.schema import RunConfig
-from longctx.config.strict_yaml import Document, Key, show_key
+from longctx.config.strict_yaml import Key, YamlDocument, show_key
 
 _ENVIRONMENT = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]{0,127})\}")
 _SECRET = re.compile(r"(^|_)(api_?key|secret|password|passwd|credentials?|(access|auth|hf|api)_token|token)$", re.I)
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f]")
 
 
-def tidy(document: Document) -> None:
+def tidy(document: YamlDocument) -> None:
     """Bring ``document`` into the shape of the schema, in place, noting problems."""
     tree = document.value
     _rename(document, tree, "")
@@ -39,7 +39,7 @@ def tidy(document: Document) -> None:
         )
 
 
-def _rename(document: Document, block: dict[str, Any], section: str) -> None:
+def _rename(document: YamlDocument, block: dict[str, Any], section: str) -> None:
     valid = sections()[section].model_fields if section else RunConfig.model_fields
     for key in [key for key in block if key not in valid]:
         path = (section, key) if section else (key,)
@@ -48,14 +48,14 @@ def _rename(document: Document, block: dict[str, Any], section: str) -> None:
             hint = "did you mean " + " or ".join(repr(found) for found in near) + "?"
         else:
             hint = f"{section or 'the top level'} has {', '.join(valid)}"
-        place = document.keys.get(path, Place("configuration"))
+        place = document.keys.get(path, Location("configuration"))
         document.problems.append(Problem(place, show_key(path), f"unknown key; {hint}", "unknown-key"))
         value = block.pop(key)
         if near:
             _adopt(document, value, path, tuple(near[0].split(".")))
 
 
-def _adopt(document: Document, value: Any, old: Key, new: Key) -> None:
+def _adopt(document: YamlDocument, value: Any, old: Key, new: Key) -> None:
     """Read a value under the key it was meant for, if that is free and of the same kind (block or not)."""
     target = document.value
     for part in new[:-1]:
@@ -84,7 +84,7 @@ def unread(value: Any) -> bool:
     return isinstance(value, _Unread)
 
 
-def _fill(document: Document, value: Any, path: Key, allowed: bool) -> Any:
+def _fill(document: YamlDocument, value: Any, path: Key, allowed: bool) -> Any:
     """Return ``value`` with environment variables filled in where the schema allows them; check raw blocks."""
     if isinstance(value, dict):
         for key in value:
@@ -106,7 +106,7 @@ def _fill(document: Document, value: Any, path: Key, allowed: bool) -> Any:
     return os.path.expanduser(value) if allowed and value.startswith("~/") else value
 
 
-def _substitute(document: Document, value: str, path: Key, allowed: bool) -> str:
+def _substitute(document: YamlDocument, value: str, path: Key, allowed: bool) -> str:
     if not allowed:
         places = ", ".join(leaf.key for leaf in leaves().values() if environment_ok(leaf.field))
         _note(document, path, f"got {show(value)}; ${{…}} is only read in {places}", "environment")
@@ -128,6 +128,6 @@ def _substitute(document: Document, value: str, path: Key, allowed: bool) -> str
     return filled
 
 
-def _note(document: Document, path: Key, message: str, code: str) -> None:
-    place = document.values.get(path) or document.keys.get(path) or Place("configuration")
+def _note(document: YamlDocument, path: Key, message: str, code: str) -> None:
+    place = document.values.get(path) or document.keys.get(path) or Location("configuration")
     document.problems.append(Problem(place, show_key(path), message, code))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from typing import Any
 
-from longctx.config.keys import leaves, sections
+from longctx.config.keys import Leaf, leaves, sections
 from longctx.config.schema import RunConfig
 from longctx.config.strict_yaml import parse
 
+_WIDTH = 120
 _PLAIN = re.compile(r"[A-Za-z./_][A-Za-z0-9./_-]*", re.ASCII)
 
 
@@ -45,24 +47,32 @@ def dump(config: RunConfig) -> str:
     return "\n".join([*blocks, f"deepspeed: {scalar(values['deepspeed'])}"]) + "\n"
 
 
-def template(values: dict[str, Any], title: str) -> str:
-    """Return a commented YAML: ``values`` (dotted key -> value) set, every other key shown with its default.
+def template(values: dict[str, Any], title: str, *, full: bool = False) -> str:
+    """Return a commented YAML in which ``values`` (dotted key -> value) are set.
 
     Args:
         values: at least the required keys, unless a placeholder is to be seen where they are missing.
         title: comment lines for the top.
+        full: also show every other key, commented out, at its default.
     """
     lines = [f"# {line}".rstrip() for line in title.splitlines()]
     for name, kind in sections().items():
-        lines += ["", f"# {' '.join((kind.__doc__ or '').split())}", f"{name}:"]
-        for key, leaf in leaves().items():
-            if key.startswith(f"{name}."):
-                given = key in values
-                value = scalar(values[key] if given else leaf.default)
-                lines.append(f"  # {leaf.meaning}")
-                lines.append(f"  {'' if given else '# '}{key.rpartition('.')[2]}: {value}")
-    leaf = leaves()["deepspeed"]
-    block = scalar(values["deepspeed"]) if "deepspeed" in values else "{}"
-    return "\n".join(
-        [*lines, "", f"# {leaf.meaning}", f"{'' if 'deepspeed' in values else '# '}deepspeed: {block}", ""]
-    )
+        shown = [leaf for leaf in leaves().values() if leaf.path[:-1] == (name,) and (full or leaf.key in values)]
+        if shown:
+            lines += ["", *_comment(" ".join((kind.__doc__ or "").split())), f"{name}:"]
+        for leaf in shown:
+            lines += [*_comment(leaf.meaning, "  "), f"  {_entry(leaf, values)}"]
+    block = leaves()["deepspeed"]
+    if full or block.key in values:
+        lines += ["", *_comment(block.meaning), _entry(block, values)]
+    return "\n".join([*lines, ""])
+
+
+def _entry(leaf: Leaf, values: dict[str, Any]) -> str:
+    """Return ``name: value``, commented out with its default where ``values`` does not set the key."""
+    given = leaf.key in values
+    return f"{'' if given else '# '}{leaf.path[-1]}: {scalar(values[leaf.key] if given else leaf.default)}"
+
+
+def _comment(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")

@@ -1,8 +1,8 @@
-"""Text in, token files out: survey the documents, make or load the tokenizer, split, tokenise, publish.
+"""Build token files from text: survey the documents, train or load the tokenizer, split, tokenise, publish.
 
 Runs in one process, before ranks start. The result is named by a hash of the documents and the settings, so a second
-build of the same data returns at once. Documents go to the held-out file by a hash of their own text: copies of one
-text are always on the same side.
+build of the same data returns immediately. A hash of a document's text decides whether it is held out, so copies of one
+text are always in the same split.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Sources = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True)
 class TokenBuild:
-    """What ``build_tokens`` made, and where.
+    """The files that ``build_tokens`` wrote.
 
     Attributes:
         folder, train, held_out, tokenizer: paths; ``held_out`` is None if no share was asked for.
@@ -47,8 +47,8 @@ class TokenBuild:
         report: counts (documents, bytes, tokens, held_out_documents, held_out_tokens, empty, without_tokens,
             special_strings, seconds), ``formats`` (files read in each), and ``skipped_files``, ``skipped_bytes`` and
             ``skipped`` (by reason).
-        record: key and settings of the build and hashes of its files, to go on with the same data later.
-        reused: nothing had to be done.
+        record: key and settings of the build and hashes of its files; a later run compares them before it continues.
+        reused: True if the folder already held this build.
     """
 
     folder: Path
@@ -81,24 +81,24 @@ def build_tokens(
 ) -> TokenBuild:
     """Make ``train.tokens``, ``held_out.tokens``, ``tokenizer/`` and ``build.json`` in ``out_folder``.
 
-    Everything is written aside and renamed when it is complete: a build that fails leaves what was there before.
+    Everything is written to a temporary folder and renamed when it is complete: a build that fails changes nothing.
 
     Args:
         sources: files, folders, "python-stdlib", "hf:NAME[[:CONFIG]:SPLIT]"; one or several.
         tokenizer: "bpe" (trained on the training documents), "bytes", a tokenizer.json or its folder, or a Tokenizer.
-        vocabulary_size: of a "bpe"; the result may be smaller on little text.
-        held_out: share of documents kept for evaluation, at least one; 0 for none. A single document is cut in two.
-        seed: of the choice of held-out documents and of the sample the BPE learns from.
+        vocabulary_size: of a "bpe"; smaller if there is little text.
+        held_out: share of documents kept for evaluation, at least one; 0 for none. A single document is split in two.
+        seed: selects the held-out documents and the sample that the BPE is trained on.
         text_field: key or column of the text in JSON, tables and datasets.
-        sample_bytes: how much text the BPE learns from.
+        sample_bytes: how much text the BPE is trained on.
         special_tokens: "spell" encodes a string such as ``<|eot|>`` in a document like any other text, "parse" makes it
-            the special token that it names.
-        format: "auto" (JSON, tables and parquet are recognised by content), or "text" (every file is one document as
-            it is, whatever markup it holds).
+            the special token that it spells.
+        format: "auto" (JSON, tables and parquet are recognised by content), or "text" (every file is one document,
+            verbatim, including any markup).
         exclude: patterns of files in folders to leave out.
-        reuse: return what is in the folder if it was made from the same documents and settings.
-        continues: ``TokenBuild.record`` of the data that a run's checkpoints count; other data are refused.
-        progress: called with (stage, bytes done, bytes in all).
+        reuse: return the folder's build if it is of the same documents and settings.
+        continues: ``TokenBuild.record`` of the data that a run's checkpoints were trained on; other data are rejected.
+        progress: called with (stage, bytes done, total bytes).
 
     Raises:
         DataError: nothing to read, a file that cannot be read or holds no text, a full disk, settings out of range,
@@ -151,10 +151,10 @@ def build_tokens(
 
 
 def open_build(folder: str | Path) -> TokenBuild:
-    """Return what an earlier ``build_tokens`` left in ``folder``, fully verified. Raises: DataError."""
+    """Return the result of an earlier ``build_tokens`` in ``folder``, after verifying every file. Raises: DataError."""
     found = records.recorded(Path(folder))
     if found is None:
-        raise DataError(f"{folder}: no complete token files there; make them with `longctx data build`")
+        raise DataError(f"{folder}: no complete token files there; build them with `longctx data build`")
     return _opened(Path(folder), found, reused=True)
 
 
@@ -175,9 +175,9 @@ def _check(
 
 
 def _make(folder: Path, survey: Survey, fixed: Tokenizer | None, settings: Settings, started: float) -> dict[str, Any]:
-    """Write everything aside, verify it, and move it to its place; return the record."""
+    """Write everything to a temporary folder, verify it, and rename it into place; return the record."""
     aside = folder / _ASIDE
-    shutil.rmtree(aside, ignore_errors=True)  # of a build that was killed; the lock says it is dead
+    shutil.rmtree(aside, ignore_errors=True)  # left by a build that was killed: the lock is free
     for left in folder.glob(f".{RECORD}-*"):
         left.unlink(missing_ok=True)
     try:
@@ -240,7 +240,7 @@ def _write(folder: Path, survey: Survey, fixed: Tokenizer | None, settings: Sett
     for name in (TRAIN, HELD_OUT) if wants_both else (TRAIN,):
         survey.progress(f"checking {name}", 0, 0)
         with TokenFile(folder / name) as file:
-            file.verify()  # read back: what is on the disk is what was meant
+            file.verify()  # read back: what is on disk is what was written
             files[name] = file.identity
     return {
         "files": files,
@@ -251,7 +251,7 @@ def _write(folder: Path, survey: Survey, fixed: Tokenizer | None, settings: Sett
 
 
 def _return_freed_memory() -> None:
-    """Give what training a BPE has freed back to the system, where the C library can: it may be 100 MB."""
+    """Return memory that training a BPE has freed to the operating system, if the C library can: up to 100 MB."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -273,7 +273,7 @@ def _resolve(tokenizer: str | Path | Tokenizer) -> Tokenizer | None:
 
 
 def _stamp(sources: list[Source]) -> list[Any] | None:
-    """Return sizes and times of change of all files, or None where those cannot prove that nothing changed."""
+    """Return size and modification time of every file, or None if these cannot prove that nothing changed."""
     result: list[Any] = []
     now = time.time_ns()
     for source in sources:

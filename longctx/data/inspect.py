@@ -1,4 +1,4 @@
-"""Shows packed rows on a terminal: documents in colours, where they begin, how full rows are, who holds what."""
+"""Print packed rows: documents in colours, where they begin, how full the row is, which rank holds which tokens."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def inspect(
     verify: bool = True,
     console: Console | None = None,
 ) -> None:
-    """Print what a token file holds and one packed row of it.
+    """Print the contents of a token file and one packed row of it.
 
     Args:
         file: token file.
         sample: number of the row, in file order.
-        sequence_length, packing, ring, ulysses, layout: as the run will use them.
+        sequence_length, packing, ring, ulysses, layout: those of the run.
         tokenizer: to show text; None takes the folder ``tokenizer`` beside the file, if there.
         verify: read the whole file first (checksum, index, token range).
 
@@ -93,7 +93,7 @@ def _summary(store: TokenStore, rows: PackedRows, verified: bool) -> RenderableT
 
 
 def _shards(rows: PackedRows, sample: int, layout: Layout, ring: int, ulysses: int, most: int) -> RenderableType:
-    """One bar for the row and one for each rank, a character for each slice of the padded row."""
+    """Yield one bar for the row and one per rank; each character is a slice of the padded row."""
     padded = layout.padded_length(rows.sequence_length, ring, ulysses)
     width = min(padded, most)
     document_ids = rows.read(sample, np.arange(padded, dtype=np.int64)).document_ids
@@ -109,7 +109,7 @@ def _shards(rows: PackedRows, sample: int, layout: Layout, ring: int, ulysses: i
     starts = (np.flatnonzero(np.diff(document_ids)) + 1).tolist()
     caption = f"{len(starts)} borders at {', '.join(map(str, starts[:12]))}{' …' if len(starts) > 12 else ''}"
     local = padded // (ring * ulysses)
-    title = f"row {sample}: {layout.name}, ring {ring} x ulysses {ulysses}, {local:,} tokens a rank"
+    title = f"row {sample}: {layout.name}, ring {ring} x ulysses {ulysses}, {local:,} tokens per rank"
     return Panel(Group(table, Text(caption, style="dim")), title=title)
 
 

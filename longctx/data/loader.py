@@ -1,7 +1,8 @@
-"""ShardedLoader: windows of local micro-batches, each rank reading only its own part of each row.
+"""ShardedLoader: windows of local micro-batches; each rank reads only its own shard of each row.
 
-The sample with number n of a run is always the same row, and the place of sample n in a window is a fixed function
-of n: samples run over micro-batches first, then data replicas, then rows of a micro-batch. Nothing else is state.
+Sample n of a run is always the same row, and its position in a window is a fixed function of n: samples are assigned to
+micro-batches first, then to data replicas, then to rows of a micro-batch. The number of samples consumed is the only
+state.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Window = list[dict[str, Any]]
 
 
 class Grid(Protocol):
-    """What the loader asks of a ``longctx.Mesh``."""
+    """The part of ``longctx.Mesh`` that the loader uses."""
 
     ring_size: int
     ring_rank: int
@@ -50,7 +51,7 @@ def local_positions(
 
 
 def micro_batch_of(parts: list[Part]) -> dict[str, Any]:
-    """Stack parts of rows into the keywords of a model's forward."""
+    """Stack shards of rows into the keyword arguments of a model's forward."""
     stacked = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*parts, strict=True)]
     input_ids, position_ids, document_ids, labels = stacked
     return {
@@ -64,7 +65,7 @@ def micro_batch_of(parts: list[Part]) -> dict[str, Any]:
 
 
 class _Reader:
-    """Reads any window of one rank; no state. The prefetching thread holds this, and never the loader itself."""
+    """Reads any window for one rank; stateless. The prefetching thread references this and never the loader."""
 
     def __init__(
         self,
@@ -104,26 +105,26 @@ class ShardedLoader:
     """Endless windows of training data; one window is the data of one optimizer step.
 
     A window is a list of ``accumulation`` local micro-batches, each a dict of ``input_ids``, ``position_ids`` (B, T)
-    int64, ``document_ids`` (B, T) int32 (-1 at pads), ``labels`` and ``shift_labels`` (B, T) int64 (the same tensor:
-    the next token of the same document, -100 where there is none), ``row_ids`` (B,) int64, by which ``engine.weigh``
-    tells whether the ranks of a ring read the same rows, and ``use_cache=False``; B is ``micro_batch``, T is the padded
+    int64, ``document_ids`` (B, T) int32 (-1 at pads), ``labels`` and ``shift_labels`` (B, T) int64 (one tensor:
+    the next token of the same document, -100 if there is none), ``row_ids`` (B,) int64, with which ``engine.weigh``
+    verifies that the ranks of a ring read the same rows, and ``use_cache=False``; B is ``micro_batch``, T is the padded
     sequence length over ring · ulysses, the same on every rank.
 
     Args:
         files: token file(s): paths or opened stores.
-        sequence_length: tokens of a whole row, before padding.
+        sequence_length: tokens per row over all ranks, before padding.
         micro_batch, accumulation: rows of a micro-batch on one data replica, micro-batches of a window.
         mesh: a ``longctx.Mesh``; None for one rank.
         layout: "zigzag", "contiguous" or "striped".
         seed: of the order of samples.
         packing: "best_fit" or "concat".
-        samples_consumed: where to begin, counted over all data replicas; of any mesh.
-        tokenizer_hash, vocabulary_size: of the run; files that do not fit are refused.
-        prefetch: windows read ahead by a thread; 0 reads in the caller's.
+        samples_consumed: where to begin, counted over all data replicas; valid for any mesh.
+        tokenizer_hash, vocabulary_size: of the run; files that do not match are rejected.
+        prefetch: windows read ahead by a thread; 0: read in the calling thread.
         shuffle: False reads rows in file order.
 
     Raises:
-        DataError: files, sizes or position that cannot be used.
+        DataError: invalid files, sizes or position.
     """
 
     def __init__(
@@ -165,34 +166,34 @@ class ShardedLoader:
         self._depth = prefetch
         self._ahead: Prefetcher[Window] | None = None
 
-    # -- where we are ---------------------------------------------------------------------------------------------
+    # -- position ------------------------------------------------------------------------------------------------
 
     @property
     def samples_consumed(self) -> int:
-        """Samples handed out so far, over all data replicas: the whole state of the loader (with the seed)."""
+        """Samples yielded so far, over all data replicas; with the seed, the loader's entire state."""
         return self._consumed
 
     @property
     def epoch(self) -> float:
-        """Passes over the data so far."""
+        """Epochs completed so far."""
         return self._consumed / len(self.rows)
 
     def sample_ids(self, samples_consumed: int) -> npt.NDArray[np.int64]:
-        """Return the rows of the window that begins there: (accumulation, data replicas, micro_batch) int64.
+        """Return the rows of the window at ``samples_consumed``: (accumulation, replicas, micro_batch) int64.
 
-        The same on every rank; flattened, it is the order of samples, which does not depend on the mesh.
+        Equal on every rank; flattened, it is the order of samples, which does not depend on the mesh.
         """
         return self._reader.sample_ids(samples_consumed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must keep: samples consumed, the seed, and which data they counted."""
+        """Return the state for a checkpoint: samples consumed, the seed, and the identity of the data."""
         return {"samples_consumed": self._consumed, "seed": self.seed, "data": self.rows.identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state`` was taken, on any number of ranks.
+        """Resume at ``state``, on any number of ranks.
 
         Raises:
-            DataError: the state counts other data, another packing or another seed.
+            DataError: the state is of other data, another packing or another seed.
         """
         for name, ours in (("data", self.rows.identity), ("seed", self.seed)):
             if state[name] != ours:
@@ -204,7 +205,7 @@ class ShardedLoader:
         self.seek(int(state["samples_consumed"]))
 
     def seek(self, samples_consumed: int) -> None:
-        """Continue from that many samples; windows read ahead are dropped."""
+        """Resume after that many samples; drop windows that were read ahead."""
         if samples_consumed < 0:
             raise DataError(f"samples_consumed {samples_consumed}: must be at least 0")
         self.close()
@@ -213,7 +214,7 @@ class ShardedLoader:
     # -- iteration ------------------------------------------------------------------------------------------------
 
     def window(self, samples_consumed: int) -> Window:
-        """Read this rank's part of the window that begins there; needs no state."""
+        """Read this rank's shard of the window that begins at ``samples_consumed``; stateless."""
         return self._reader.window(samples_consumed)
 
     def __iter__(self) -> Iterator[Window]:
@@ -230,7 +231,7 @@ class ShardedLoader:
         return window
 
     def close(self) -> None:
-        """Stop the reading thread, if there is one; iteration may go on afterwards."""
+        """Stop the prefetching thread, if any; iteration can continue afterwards."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
@@ -243,14 +244,14 @@ class ShardedLoader:
 
 
 class EvaluationLoader:
-    """Held-out rows in a fixed order, once per iteration; every rank of the mesh gets equally many micro-batches.
+    """Held-out rows in a fixed order, once per iteration; every rank of the mesh gets the same number of micro-batches.
 
-    Where rows do not divide evenly the last micro-batches are filled with empty rows (pads only, no label), so that
-    no replica leaves a collective waiting. Iterate as often as you like; each yields one-micro-batch windows.
+    If the rows do not divide evenly, the last micro-batches are filled with rows of padding without labels, so that no
+    replica is missing from a collective. It can be iterated repeatedly, and yields windows of one micro-batch.
 
     Args:
         files, sequence_length, micro_batch, mesh, layout, packing, tokenizer_hash, vocabulary_size: as ShardedLoader.
-        max_rows: evaluate at most so many rows, evenly spread over the data; None for all.
+        max_rows: evaluate at most this many rows, evenly spread over the data; None: all.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
-"""The order of samples: a pure function of (seed, number of samples consumed), whatever the ranks or workers.
+"""The order of samples: a pure function of (seed, samples consumed), independent of ranks and workers.
 
-Each epoch is a permutation with random access: a Feistel network over the next power of four, walked until it lands
-inside the range. Nothing is stored, so a billion rows cost as much as ten, and a run resumes from one integer.
+Each epoch is a permutation with random access: a Feistel network over the next power of four, applied until the result
+is inside the range (cycle walking). Nothing is stored, so the cost does not depend on the number of rows, and a run
+resumes from one integer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _MASK_64 = 2**64 - 1
 
 
 class SampleOrder:
-    """Which row is sample number n of a run.
+    """Maps sample n of a run to its row.
 
     Args:
         rows: rows of the data set.

@@ -1,8 +1,8 @@
-"""Packing: which pieces of which documents make one row of ``sequence_length`` tokens.
+"""Packing: assign pieces of documents to rows of ``sequence_length`` tokens.
 
-``concat`` cuts the file every ``sequence_length`` tokens: nothing to compute, but documents are cut where it falls.
-``best_fit`` cuts only documents longer than a row, and packs the rest by best-fit decreasing (arXiv 2404.10830):
-a document that fits is never cut. Either way each token of the file is in exactly one row.
+``concat`` splits the file every ``sequence_length`` tokens: nothing to compute, but documents are split anywhere.
+``best_fit`` splits only documents longer than a row, and packs the rest by best-fit decreasing (arXiv 2404.10830):
+a document that fits is never split. In both, each token of the file is in exactly one row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Int64 = npt.NDArray[np.int64]
 
 
 class Pieces(NamedTuple):
-    """What one row is made of, in the row's order; each array is (pieces,) int64."""
+    """The pieces of one row, in order; each array is (pieces,) int64."""
 
     starts: Int64  # first token, as an index into the file
     lengths: Int64
@@ -29,7 +29,7 @@ class Pieces(NamedTuple):
 
     @property
     def fill(self) -> int:
-        """Tokens of the row; the rest of it is padding."""
+        """Tokens in the row; the rest is padding."""
         return int(self.lengths.sum())
 
 
@@ -39,12 +39,12 @@ class Packing(Protocol):
     rows: int
 
     def pieces(self, row: int) -> Pieces:
-        """Return what a row is made of, ``0 <= row < rows``."""
+        """Return the pieces of a row, ``0 <= row < rows``."""
         ...
 
 
 def pack(offsets: Int64, sequence_length: int, method: str = "best_fit") -> Packing:
-    """Lay the documents of a file out in rows.
+    """Assign the documents of a file to rows.
 
     Args:
         offsets: (documents + 1,) int64, as in ``TokenStore.offsets``.
@@ -52,7 +52,7 @@ def pack(offsets: Int64, sequence_length: int, method: str = "best_fit") -> Pack
         method: "concat" or "best_fit".
 
     Raises:
-        DataError: unknown method or no room for a token and its label.
+        DataError: unknown method, or rows too short for a token and its label.
     """
     if sequence_length < 2:
         raise DataError(f"sequence_length {sequence_length}: a row needs at least 2 tokens to predict one from another")
@@ -81,7 +81,7 @@ class ConcatPacking:
 
 
 class BestFitPacking:
-    """Rows of whole documents, and of pieces of documents longer than a row. 24 bytes of memory a piece."""
+    """Rows of whole documents, and of pieces of documents longer than a row. 24 bytes of memory per piece."""
 
     def __init__(self, offsets: Int64, sequence_length: int) -> None:
         lengths = np.diff(offsets)
@@ -96,8 +96,8 @@ class BestFitPacking:
         piece_lengths = np.minimum(offsets[documents + 1] - starts, sequence_length)
         row, self.rows = best_fit(piece_lengths, sequence_length)
         _, first = np.unique(row, return_index=True)
-        row = np.argsort(np.argsort(first))[row]  # number rows by where they begin in the file
-        order = np.argsort(row, kind="stable")  # inside a row, pieces keep the order of the file
+        row = np.argsort(np.argsort(first))[row]  # number rows by their first token in the file
+        order = np.argsort(row, kind="stable")  # pieces of a row keep the order of the file
         self._starts, self._lengths, self._documents = starts[order], piece_lengths[order], documents[order]
         self._bounds = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=self.rows))])
 
@@ -107,7 +107,7 @@ class BestFitPacking:
 
 
 def best_fit(lengths: Int64, capacity: int) -> tuple[Int64, int]:
-    """Best-fit decreasing bin packing: longest first, each into the fullest row that still has room for it.
+    """Best-fit decreasing bin packing: longest piece first, each into the fullest row with enough room.
 
     Pieces of one length and rows with one amount of room are handled together, so the cost follows the number of
     distinct lengths rather than the number of pieces.
@@ -144,7 +144,7 @@ def best_fit(lengths: Int64, capacity: int) -> tuple[Int64, int]:
                 needed = -(-count // (capacity // length))
                 candidates = np.arange(rows, rows + needed, dtype=np.int64)
                 rows += needed
-            each = left // length  # a row that took one piece is then the fullest with room for the next
+            each = left // length  # the row that got a piece is now the fullest with room
             used = candidates[: -(-count // each)]
             placed = min(count, used.size * each)
             result[longest_first[done : done + placed]] = np.repeat(used, each)[:placed]

@@ -1,4 +1,4 @@
-"""Reads an iterator ahead in a thread: bounded, in order, errors kept for the consumer, stops when asked."""
+"""Prefetch items of an iterator in a thread: bounded, in order; errors reach the consumer; can be stopped."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _POLL_SECONDS = 0.1
 class Prefetcher(Generic[T]):
     """Iterate ``source`` in a thread, at most ``depth`` items ahead of the consumer.
 
-    An exception of the source reaches the consumer in its place in the order. ``close`` (also called when the object
-    is dropped) ends the thread; the thread never keeps the process alive.
+    An exception of the source is raised in the consumer, after the items before it. ``close`` (also called when the
+    object is garbage-collected) ends the thread, which never keeps the process alive.
     """
 
     def __init__(self, source: Iterator[T], depth: int) -> None:
@@ -50,7 +50,7 @@ class Prefetcher(Generic[T]):
         return value
 
     def close(self) -> None:
-        """Stop reading and wait for the thread to end (it finishes the item it is at)."""
+        """Stop reading and join the thread, which finishes its current item."""
         self._end()
         self._thread.join()
 
@@ -67,5 +67,5 @@ def _read(source: Iterator[Any], items: queue.Queue[Any], stop: threading.Event)
     try:
         while not stop.is_set():
             put("item", next(source))
-    except BaseException as error:  # also StopIteration: it is the consumer's to see
+    except BaseException as error:  # also StopIteration: raised in the consumer
         put("error", error)

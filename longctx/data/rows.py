@@ -1,4 +1,4 @@
-"""Packed rows of one or more token files, readable at any subset of positions: what a shard of a row is made of."""
+"""Packed rows of one or more token files, readable at any subset of positions, so that a rank reads only its shard."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from longctx.data.pack import Pieces, pack
 from longctx.data.tokens.file import TokenFile, TokenStore, bad_token
 from longctx.errors import DataError
 
-IGNORED = -100  # label of a token that predicts nothing
+IGNORED = -100  # label of a position without a target
 PAD_DOCUMENT = -1
 
 Files = str | Path | TokenStore | Sequence[str | Path | TokenStore]
 
 
 class Part(NamedTuple):
-    """Some positions of a row; each array is (T,)."""
+    """T positions of a row; each array is (T,)."""
 
     input_ids: npt.NDArray[np.int64]  # 0 at pads
     position_ids: npt.NDArray[np.int64]  # from 0 in every document of the row; 0 at pads
@@ -35,10 +35,10 @@ class PackedRows:
         files: a token file or several (paths or opened stores).
         sequence_length: tokens in a row.
         packing: "concat" or "best_fit".
-        tokenizer_hash, vocabulary_size: refuse files that do not fit.
+        tokenizer_hash, vocabulary_size: reject files that do not match.
 
     Raises:
-        DataError: no file, or one that is damaged or does not fit.
+        DataError: no file, or one that is damaged or does not match.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class PackedRows:
         return f"{files}:{self.packing}:{self.sequence_length}"
 
     def pieces(self, row: int) -> tuple[TokenStore, Pieces]:
-        """Return the file of a row and what the row is made of. Raises: IndexError."""
+        """Return the file of a row and the row's pieces. Raises: IndexError."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
@@ -94,7 +94,7 @@ class PackedRows:
             store.check_unchanged()
 
     def read(self, row: int, positions: npt.NDArray[np.int64]) -> Part:
-        """Read a row at some positions, touching nothing else of the file but their labels.
+        """Read a row at T positions; of the file, only these tokens and their labels are read.
 
         Args:
             positions: (T,) int64, at or above 0 in any order; those beyond the row's tokens are pads.

@@ -1,4 +1,4 @@
-"""The documents of a build, read several times but never kept: counts, hashes, the split and the BPE's sample."""
+"""The documents of a build, streamed several times: counts, hashes, the held-out split and the BPE's sample."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all (0
 
 
 class Survey:
-    """One pass over all documents: how many, how large, and 128 bits of hash of each.
+    """One pass over all documents: their number, sizes, and a 128-bit hash of each.
 
     Attributes:
         bytes, characters, empty: of all documents: UTF-8 bytes, characters, and how many are blank.
@@ -62,7 +62,7 @@ class Survey:
         self.split, self.sample = np.array(split, np.uint64), np.array(sample, np.uint64)
 
     def hasher(self) -> Any:
-        """Return the hash, still empty, that gives a text its 16 bytes."""
+        """Return a new hash object for the 16-byte hash of a text."""
         return hashlib.blake2b(digest_size=16, salt=(self.seed % 2**64).to_bytes(16, "little"))
 
     def training_sample(self, held_out: npt.NDArray[np.bool_], sample_bytes: int) -> Iterator[str]:
@@ -93,7 +93,7 @@ class Survey:
             if place < len(self._kept) and self._kept[place]:
                 number += 1
                 yield number, Document(document.name, pieces)
-            for _ in pieces:  # what nobody asked for
+            for _ in pieces:  # the rest must be read to complete the hash
                 pass
             known = place < len(self._kept) and bool(self._kept[place]) != seen.blank
             if not known or not seen.blank and int.from_bytes(seen.digest()[:8], "little") != int(self.split[number]):
@@ -115,7 +115,7 @@ class Survey:
 
 
 class _Seen:
-    """What is known of a text whose pieces have been read so far."""
+    """Hash and size of a text, updated piece by piece."""
 
     def __init__(self, survey: Survey) -> None:
         self.bytes = self.characters = 0

@@ -1,4 +1,4 @@
-"""Documents to tokens: encodes in batches and appends to the training or the held-out file."""
+"""Encode documents in batches and append them to the training or the held-out file."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def tokenise(
 ) -> tuple[int, int]:
     """Write every document of a survey, with the tokenizer's special tokens around it.
 
-    Memory does not depend on how long documents are.
+    Memory does not depend on the length of documents.
 
     Args:
-        held_out: (documents,) bool: goes to ``other``, the rest to ``train``.
-        cut: if above 0 there is one document, and this share at its end goes to ``other``.
+        held_out: (documents,) bool; True: write to ``other``, else to ``train``.
+        cut: if above 0, there is one document, and this share at its end is written to ``other``.
         parse: special-token strings in the text become special tokens.
 
     Returns:
-        How many special-token strings the text holds, and the number of documents for which the tokenizer has no token
-        at all: they are in neither file.
+        The number of special-token strings in the text, and of documents that encode to no token: these are in neither
+        file.
     """
     batch: list[tuple[TokenWriter, str, str]] = []  # a piece without text ends a document
-    held: Tokens | None = None  # the last tokens of the document being written: it may end with them
+    held: Tokens | None = None  # last tokens of the current document: it may end with them
     size = done = special = without = 0
 
     def flush() -> None:
@@ -74,13 +74,13 @@ def tokenise(
             if size >= _BATCH_CHARACTERS:
                 flush()
         batch.append((writer, document.name, ""))
-        size += 100  # what a document takes besides its text
+        size += 100  # overhead per document
     flush()
     return special, without
 
 
 def _cut(pieces: Iterable[str], characters: int, share: float) -> Iterator[tuple[bool, str]]:
-    """Yield (whether it is behind the cut, piece); the cut is at a line start, with ``share`` of the text behind it."""
+    """Yield (after the cut?, piece); the cut is at a line start, with ``share`` of the text after it."""
     place, seen, behind = round(characters * (1 - share)), 0, False
     for piece in pieces:
         if share and not behind and seen + len(piece) >= place:

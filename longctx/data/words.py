@@ -1,8 +1,8 @@
-"""Byte-level BPE several times faster: each distinct word is encoded once, the rest is table look-up.
+"""Speed up byte-level BPE several times: encode each distinct word once, then look it up.
 
 The ``tokenizers`` package spends most of its time keeping track of where in the text each token came from, which a
 token file does not need. Here ASCII lines (source code and most English) are split into words by the same pattern;
-only words not seen before, and other lines, go to the package. tests/data prove the ids equal.
+only unseen words, and other lines, are encoded by the package. tests/data verify that the ids are equal.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ EncodeBatch = Callable[[Sequence[str]], list[Tokens]]
 
 # GPT-2's pattern, restricted to ASCII, where \p{L} is [A-Za-z], \p{N} is [0-9] and both packages agree on \s.
 _WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
-# The pattern always ends a word before white space that follows something else, so a text may be cut there.
+# The pattern always ends a word before white space that follows other characters, so a text may be split there.
 _LINE_END = re.compile(r"(?<=\S)(?=\n)")
 _MOST_WORDS = 2**19
 _AT_ONCE = 2**13
 
 
 class WordTable:
-    """Encodes texts by looking words up.
+    """Encodes texts by looking up words.
 
     Args:
         encode_batch: encodes words not seen before, and lines that are not ASCII.
@@ -53,14 +53,14 @@ class WordTable:
             if len(self._ids) + len(unseen) > _MOST_WORDS:
                 self._ids.clear()
                 unseen = list(set(words))
-            for begin in range(0, len(unseen), _AT_ONCE):  # the package needs some hundred bytes for each at once
+            for begin in range(0, len(unseen), _AT_ONCE):  # the package allocates some hundred bytes per word
                 words_now = unseen[begin : begin + _AT_ONCE]
                 self._ids.update(zip(words_now, (ids.tobytes() for ids in self._encode_batch(words_now)), strict=True))
         return b"".join(map(self._ids.__getitem__, words))
 
 
 def applies(content: dict[str, Any]) -> bool:
-    """Return whether a tokenizer.json is a byte-level BPE whose words are found by GPT-2's pattern and nothing else."""
+    """Return whether a tokenizer.json is a byte-level BPE that splits text with GPT-2's pattern only."""
     splitter, model = content.get("pre_tokenizer") or {}, content["model"]
     return (
         model.get("type") == "BPE"

@@ -1,4 +1,4 @@
-"""How many bytes a generation keeps, by method, and which method to take: methods.md's costs as plain arithmetic.
+"""How many bytes a generation keeps, by method, and which method to take (docs/methods/el.md "Cost").
 
 keys and values    2 * layers * rows * tokens * G * D            rows = batch * beams
 the same, prompt once a beam group                               rows = batch for the prompt, batch * beams after it

@@ -1,4 +1,4 @@
-"""longctx.attach: teach a model, or a DeepSpeed engine that somebody else made, that its sequences are sharded."""
+"""longctx.attach: shard the sequences of an existing model or DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from longctx.mesh import Mesh
 def attach(model_or_engine: Any, mesh: Mesh, layout: str | Layout = "zigzag", *, seed: int = 0) -> Any:
     """Attach a mesh to a transformers model or to a DeepSpeed engine, in place, and return it.
 
-    A model gets its attention swapped; do this before ``deepspeed.initialize`` or accelerate's ``prepare``. An engine
-    gets that for its module, and becomes a ``longctx.Engine`` (same object): its own configuration and mpu are probed,
-    so one that was made without an mpu, and divides gradients by the world, comes out right too. The trainer goes on
-    calling ``engine(**batch)``, ``engine.backward(loss)`` and ``engine.step()``; its loader has to go through
+    A model's attention is replaced; do this before ``deepspeed.initialize`` or accelerate's ``prepare``. An engine's
+    module is treated likewise, and the engine becomes a ``longctx.Engine`` (the same object). Its own configuration and
+    mpu are probed, so gradients are also right if it was made without an mpu and divides by the world size. The trainer
+    keeps calling ``engine(**batch)``, ``engine.backward(loss)`` and ``engine.step()``; its batches must go through
     ``engine.shard``. Collective over the world for an engine.
 
     Args:
-        seed: of attention dropout, where an engine trains with it.
+        seed: of attention dropout, if an engine trains with it.
 
     Raises:
-        EngineError: the engine splits its ranks in a way that contradicts the mesh, the ranks' engines, layouts, seeds
-            or versions differ, or gradients are beyond repair.
-        ModelError: the model uses something that a sharded sequence would get wrong.
+        EngineError: the engine splits its ranks differently from the mesh; engines, layouts, seeds or versions differ
+            between ranks; or no factor corrects the gradients.
+        ModelError: the model uses a feature that computes wrong results on a sharded sequence.
     """
     layout = get_layout(layout)
     if not _is_engine(model_or_engine):
@@ -46,9 +46,9 @@ def attach(model_or_engine: Any, mesh: Mesh, layout: str | Layout = "zigzag", *,
     try:
         settings = _prepare(engine, mesh, layout)
         facts = describe(engine.module, settings, layout.name, seed, optimizer=engine.optimizer)
-    except Exception as error:  # the other ranks wait in the comparison: they must hear of it
+    except Exception as error:  # the other ranks wait in compare_ranks, so raise there
         problem = error
-    compare_ranks(facts, mesh, problem)
+    compare_ranks(facts, problem)
     return Engine.adopt(engine, mesh, layout, gradient_factor(settings, mesh, engine.mpu), seed)
 
 
@@ -77,7 +77,7 @@ def _prepare(engine: Any, mesh: Mesh, layout: Layout) -> dict[str, Any]:
 
 
 def _is_engine(thing: Any) -> bool:
-    """Tell an engine without importing deepspeed for a plain model."""
+    """Return whether ``thing`` is a DeepSpeed engine; deepspeed is not imported for this."""
     import sys
 
     module = sys.modules.get("deepspeed.runtime.engine")
@@ -85,7 +85,7 @@ def _is_engine(thing: Any) -> bool:
 
 
 def _own_settings(engine: Any, mesh: Mesh) -> dict[str, Any]:
-    """Return the engine's configuration with batch sizes that count rows of a data replica."""
+    """Return the engine's configuration with batch sizes that count rows per data replica."""
     own = dict(engine.config)
     own.update(
         train_micro_batch_size_per_gpu=engine.train_micro_batch_size_per_gpu(),
@@ -97,6 +97,6 @@ def _own_settings(engine: Any, mesh: Mesh) -> dict[str, Any]:
 
 
 def _without_mpu(settings: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """An engine without an mpu counts every rank as a data replica."""
+    """Return the settings that differ without an mpu, when DeepSpeed counts every rank as a data replica."""
     micro, steps = settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"]
     return {"train_batch_size": micro * steps * mesh.world_size, "sequence_parallel_size": 1}

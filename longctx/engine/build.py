@@ -1,7 +1,7 @@
-"""longctx.build: a transformers model for a DeepSpeed configuration, partitioned from the start under ZeRO-3.
+"""longctx.build: construct a transformers model for a DeepSpeed configuration; under ZeRO-3, partitioned.
 
-A model built the ordinary way exists whole on every rank before ZeRO-3 takes it apart. Here each module's weights are
-partitioned as soon as it is constructed, and pretrained weights are read one tensor at a time by one rank.
+A model that is constructed first and partitioned later needs memory for all weights on every rank. Here each module is
+partitioned as soon as it is constructed, and one rank reads pretrained weights tensor by tensor.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def build(
     Args:
         model: a transformers config (random weights), or a local folder that ``save_pretrained`` wrote.
         mesh: the grid of ranks. Collective over the world under ZeRO-3.
-        config: the run's own DeepSpeed configuration, the one for ``longctx.initialize``: its stage decides how the
-            model is built, its dtype what it is built in. None builds it whole.
+        config: the DeepSpeed configuration that ``longctx.initialize`` will get: its stage decides whether the model is
+            partitioned, its precision the dtype. None builds whole weights.
         dtype: of the weights; None follows ``config`` (bf16, fp16, else fp32).
-        seed: of the random weights, the same on any number of ranks and any stage.
-        layers: how chosen layers attend instead of as they did, as ``longctx.convert`` takes it.
-        changes: keys of a folder's config.json that get another value, such as ``max_position_embeddings``.
+        seed: of the random weights, which do not depend on the number of ranks or the stage.
+        layers: layers to convert to another kind of attention, as ``longctx.convert`` takes them.
+        changes: values that replace those of a folder's config.json, such as ``max_position_embeddings``.
 
     Raises:
-        EngineError: the configuration contradicts the mesh; under ZeRO-3, on every rank, the ranks were given different
-            models, seeds or dtypes.
+        EngineError: the configuration contradicts the mesh; under ZeRO-3, on every rank, models, seeds or dtypes differ
+            between ranks.
         ModelError: the folder is incomplete, unsafe or of an unknown architecture.
     """
     from longctx.models.convert import convert
@@ -62,7 +62,7 @@ def build(
     if partitioned:
         import deepspeed
 
-        deepspeed.init_distributed()  # adopts the mesh's; zero.Init would count one rank without it
+        deepspeed.init_distributed()  # uses the mesh's world; without it zero.Init would count one rank
     folder = isinstance(model, (str, Path))
     description: Any = None
     problem: Exception | None = None
@@ -72,20 +72,20 @@ def build(
             pretrained.weight_files(model)
         if layers:
             description = convert(description, layers)
-    except Exception as error:  # under ZeRO-3 the other ranks wait in the comparison: they must hear of it
+    except Exception as error:  # under ZeRO-3 the other ranks wait in compare_ranks, so raise there
         problem = error
     if partitioned:
-        compare_ranks({**describe_config(description), "seed": seed, "dtype": str(dtype)}, mesh, problem)
+        compare_ranks({**describe_config(description), "seed": seed, "dtype": str(dtype)}, problem)
     elif problem is not None:
         raise problem
-    with own_group(settings, mesh), zero3.partitioned_by(settings) if partitioned else contextlib.nullcontext():
+    with own_group(settings), zero3.partitioned_by(settings) if partitioned else contextlib.nullcontext():
         if folder:
-            with _agreed(mesh, partitioned), seeded(seed):  # weights that only the converted layers have
+            with _agreed(mesh, partitioned), seeded(seed):  # draws the weights that only converted layers have
                 built = pretrained.load_pretrained(model, dtype=dtype, config=description)
         else:
             built = pretrained.make_model(description, dtype=dtype)
     if not folder:
-        with seeded(seed):  # whatever constructing it has drawn
+        with seeded(seed):  # drawn again here, so that they do not depend on what the constructor drew
             zero3.draw_weights(built, partitioned)
     if partitioned:
         zero3.allow_resizing(built, settings)
@@ -95,16 +95,15 @@ def build(
 
 @contextlib.contextmanager
 def _agreed(mesh: Mesh, together: bool) -> Iterator[None]:
-    """Raise on all ranks what any rank raises within: under ZeRO-3 one rank reads the weights, and the others would go
-    on with what they have.
+    """Raise on all ranks if the block fails on any: under ZeRO-3 one rank reads the weights for all.
 
     Args:
-        together: all ranks are here; else each is for itself.
+        together: the block is collective; False leaves an error to the rank that has it.
     """
     problem: Exception | None = None
     try:
         yield
-    except Exception as error:  # whatever it is, the other ranks must hear of it
+    except Exception as error:  # the other ranks wait in the exchange, so report it there
         if not together:
             raise
         problem = error
@@ -112,12 +111,12 @@ def _agreed(mesh: Mesh, together: bool) -> Iterator[None]:
     if problem is not None:
         raise problem
     if failed:
-        raise ModelError(f"longctx.build: ranks {failed} could not read the model; their own messages say why")
+        raise ModelError(f"longctx.build: ranks {failed} could not read the model; see those ranks' logs")
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from the CPU generator seeded with ``seed``, and put its state back afterwards."""
+    """Seed torch's CPU generator within the block, and restore its state afterwards."""
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:

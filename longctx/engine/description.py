@@ -1,4 +1,4 @@
-"""What an engine trains, as named strings: equal on all ranks, or the ranks must not train together."""
+"""Describe what an engine trains as named strings, which must be equal on all ranks."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 from longctx.engine.settings import Settings
 from longctx.sameness import code_and_packages, flatten
 
-_OWN = (  # sections that may differ between ranks: where numbers are written, what is printed, measured or traced
+_OWN = (  # sections that may differ between ranks: logging, monitoring and profiling
     "tensorboard wandb csv_monitor comet monitor flops_profiler comms_logger steps_per_print wall_clock_breakdown "
     "memory_breakdown dump_state log_level autotuning aio nebula datastates_ckpt disable_python_gc timers"
 ).split()
 _FOLDERS = ("zero_optimization.offload_optimizer.nvme_path", "zero_optimization.offload_param.nvme_path")
-# Where a model was read from, which hosts may vary, and what transformers' save_pretrained writes into the config of
-# the rank that saves. Dtypes are compared weight by weight.
+# The model's path, which may differ between hosts, and what save_pretrained writes into the config of the saving rank.
+# Dtypes are compared per weight instead.
 _LEFT_OUT = frozenset("_name_or_path name_or_path transformers_version architectures dtype torch_dtype".split())
 
 
 def describe(
     model: Any, settings: Settings, layout: str, seed: int, *, optimizer: Any = None, **more: Any
 ) -> dict[str, str]:
-    """Return what must be the same on all ranks before the first step.
+    """Return what must be equal on all ranks before the first step, by name.
 
     Args:
         settings: DeepSpeed's configuration, checked.
-        layout: how a row is shared out.
-        seed: of the order of samples and of attention dropout.
+        layout: of the rows over the ring.
+        seed: of the sample order and of attention dropout.
         optimizer: a torch optimizer, if the caller made one.
-        more: other named values.
+        more: further values by name.
     """
     flat = flatten({key: value for key, value in settings.items() if key not in _OWN}, "config")
     facts = {key: value for key, value in flat.items() if key.removeprefix("config.") not in _FOLDERS}
@@ -49,7 +49,7 @@ def describe(
 
 
 def describe_config(config: Any) -> dict[str, str]:
-    """Return a transformers config as named strings, without where it was read from; {} for another object."""
+    """Return a transformers config as named strings, without its path; {} for any other object."""
     if not hasattr(config, "to_dict"):
         return {}
     flat = flatten(config.to_dict(), "model.config")

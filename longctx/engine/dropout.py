@@ -1,7 +1,7 @@
-"""Seeds of attention dropout: a function of the run's seed, the step and the row's number in the global batch.
+"""Seeds of attention dropout, per row: a function of the run's seed, the step and the row's index in the global batch.
 
-So a row drops the same probabilities on any number of ranks, whether replicas or micro-batches share the batch out, and
-after a resume.
+The dropout of a row so does not depend on the number of ranks, on the split into replicas and micro-batches, or on a
+resume.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def add_seeds(
     """Return a forward's keywords with ``dropout_seeds`` if the model trains with attention dropout and has none yet.
 
     Args:
-        micro_step: number of this micro-batch in its optimizer step. Rows count by micro-batch, replica, row, which is
-            the order in which longctx's loaders deal them out.
+        micro_step: index of this micro-batch in its optimizer step. The row index is (micro-batch, replica, row) in
+            row-major order, as in longctx's loaders.
     """
     binding = binding_of(model)
     inputs = keywords.get("input_ids", keywords.get("inputs_embeds"))

@@ -1,9 +1,9 @@
-"""Engine: DeepSpeed's engine, taught that a sequence lives on several ranks.
+"""Engine: DeepSpeed's engine for sequences that are sharded over ranks.
 
-One rule carries the arithmetic: **the objective is the sum of all ranks' losses divided by data_size.** ``shard`` makes
-each rank's loss its share of the mean over all valid tokens of the accumulation window; ``backward`` applies the
-factor by which this ZeRO path divides gradients too much (found by ``probe``), so that gradients, norms and clipping
-are true ones on every stage; the reported loss never contains that factor.
+**The objective is the sum of all ranks' losses divided by data_size.** ``shard`` normalises each rank's loss so that it
+is its share of the mean over all valid tokens of the accumulation window. ``backward`` multiplies by the factor by
+which the ZeRO stage divides gradients too much (measured by ``probe``), so that gradients, norms and clipping are right
+on every stage. The reported loss does not contain that factor.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ class Engine(StockEngine):
     """DeepSpeedEngine with ``shard``, ``weigh``, ``unshard``, ``token_mean``, ``evaluate``, ``save_pretrained``,
     ``global_loss`` and ``grad_norm``.
 
-    Made by ``longctx.initialize`` (or ``longctx.attach``), never directly: DeepSpeed builds its engine as always and
-    the object's class is changed afterwards, which works for ZeRO 0 to 3.
+    Returned by ``longctx.initialize`` (or ``longctx.attach``), never constructed directly: DeepSpeed builds its own
+    engine, and ``adopt`` then changes the object's class, which works for ZeRO 0 to 3.
     """
 
     mesh: Mesh
     layout: Layout
     _gradient_factor: float
-    _share: torch.Tensor  # this rank's part of the window's loss, () fp64
+    _share: torch.Tensor  # this rank's share of the window's loss, () fp64
     _mean_loss: float
-    _true_norm: float | None  # where DeepSpeed measures none
-    _careful: int
+    _true_norm: float | None  # None where DeepSpeed measures the norm
+    _careful: int  # windows left in which losses are recomputed
     _check_loss: bool
     _seed: int  # of attention dropout
     _order: ReductionOrder
@@ -63,10 +63,10 @@ class Engine(StockEngine):
 
     @classmethod
     def adopt(cls, engine: DeepSpeedEngine, mesh: Mesh, layout: str | Layout, factor: float, seed: int = 0) -> Engine:
-        """Turn a stock engine into this class, in place.
+        """Turn a DeepSpeed engine into this class, in place.
 
         Args:
-            factor: what the probe found for the engine's settings.
+            factor: of the loss in backward, from ``probe.gradient_factor``.
             seed: of attention dropout.
         """
         engine.__class__ = cls
@@ -85,39 +85,37 @@ class Engine(StockEngine):
         engine._check_loss = mesh.world_size > 1 or engine.gradient_accumulation_steps() > 1
         return engine
 
-    # -- rows in ---------------------------------------------------------------------------------------------------
+    # -- input --------------------------------------------------------------------------------------------------
 
     def shard(self, window: Any, *, last: bool = False) -> Any:
-        """Return this rank's part of all micro-batches of one optimizer step, weighted; see ``window.shard_window``.
+        """Return this rank's shard of all micro-batches of one optimizer step, weighted; see ``window.shard_window``.
 
         Args:
-            window: a list of ``gradient_accumulation_steps`` dictionaries of full rows (a dict, if that is one). Every
-                rank of a sequence group passes the same rows. Under ``torch.no_grad()``, for rows that are only looked
-                at, any number is taken.
-            last: the window is the last of an epoch and may have fewer micro-batches, the same number on all ranks; the
-                optimizer steps after them.
+            window: a list of ``gradient_accumulation_steps`` dictionaries of full rows (a dict, if that is one), the
+                same on all ranks of a sequence group. Under ``torch.no_grad()`` any number is allowed.
+            last: the window is the last of an epoch and may have fewer micro-batches, the same number on all ranks.
 
         Returns:
-            a list for a list, a dict for a dict; pass each one as ``engine(**batch)``.
+            a list for a list, a dict for a dict; pass each element as ``engine(**batch)``.
 
         Raises:
-            EngineError: on every rank, when the windows of the ranks do not fit together.
+            EngineError: on every rank, if the windows of the ranks do not match.
         """
         return shard_window(window, self.mesh, self.layout, **self._window_facts(window, last))
 
     def weigh(self, window: Any, *, last: bool = False) -> Any:
-        """Return a window of micro-batches that are already this rank's parts, with ``num_items_in_batch`` added.
+        """Return a window of micro-batches that are already sharded, with ``num_items_in_batch`` added.
 
-        For loaders that read only their shard; see ``window.weigh_window``. ``last`` as in ``shard``.
+        For loaders that read only their rank's shard; see ``window.weigh_window``. ``last`` as in ``shard``.
         """
         return weigh_window(window, self.mesh, **self._window_facts(window, last))
 
     def unshard(self, x: torch.Tensor, dim: int = 1, *, length: int | None = None) -> torch.Tensor:
-        """Return the whole sequence (…, S, …) from this rank's part (…, T, …); see ``longctx.unshard``."""
+        """Return the whole sequence (…, S, …) from this rank's shard (…, T, …); see ``longctx.unshard``."""
         return unshard(x, self.mesh, dim, length=length, layout=self.layout)
 
     def _window_facts(self, window: Any, last: bool) -> dict[str, Any]:
-        """Return where this rank stands, and what is wrong with the window's size."""
+        """Return the keyword arguments that ``shard_window`` and ``weigh_window`` share."""
         trained = torch.is_grad_enabled()
         problem = size_problem(window, self.gradient_accumulation_steps(), last) if trained else None
         return {"rule": self.position_rule, "step": self.global_steps, "trained": trained, "problem": problem}
@@ -125,8 +123,8 @@ class Engine(StockEngine):
     # -- one step --------------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Run the model, with seeds if it drops attention. In the first windows, check that its loss is this rank's
-        share."""
+        """Run the model, with seeds for attention dropout. In the first windows, check that its loss is this rank's
+        share of the window's."""
         place, trained = find_mark(kwargs), torch.is_grad_enabled()
         if trained:
             self._accumulation.forward(place)
@@ -143,10 +141,10 @@ class Engine(StockEngine):
         return output
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Tell whether the optimizer step comes after the micro-batch of the newest forward pass.
+        """Return whether the latest forward pass was the last of its window, so that the optimizer step follows.
 
-        As its window says, where the micro-batch comes from ``shard`` or ``weigh``; else by DeepSpeed's count of
-        ``step()``. ``set_gradient_accumulation_boundary`` goes before both.
+        ``set_gradient_accumulation_boundary`` decides if it was called; else the micro-batch's window, if it comes from
+        ``shard`` or ``weigh``; else DeepSpeed's count of ``step()`` calls.
         """
         last = self._accumulation.is_last() if self._is_gradient_accumulation_boundary is None else None
         return super().is_gradient_accumulation_boundary() if last is None else last
@@ -155,7 +153,7 @@ class Engine(StockEngine):
         """Return this rank's share of the mean of ``losses`` over all valid tokens of the window, for ``backward``.
 
         Args:
-            losses: (B, T), floating, one per token of the newest forward pass (``reduction="none"``).
+            losses: (B, T), floating, one per token of the latest forward pass (``reduction="none"``).
             labels: (B, T) int64, ``shift_labels`` of the batch; tokens with −100 are left out.
 
         Returns:
@@ -163,7 +161,7 @@ class Engine(StockEngine):
             ``num_items_in_batch``, the number of valid ``shift_labels`` of the whole window over data replicas.
 
         Raises:
-            EngineError: shapes differ, or the newest forward pass had no batch of a window with labels.
+            EngineError: shapes differ, or the latest forward pass had no batch of a window with labels.
         """
         return token_mean(losses, labels, self._accumulation.current)
 
@@ -179,12 +177,12 @@ class Engine(StockEngine):
 
         Args:
             loss: scalar; the objective is the sum of all ranks' losses over ``data_size``.
-            scale_wrt_gas: must stay False: the window is weighted already.
-            replicated: the loss was computed alike on all ranks of the sequence group from ``unshard``-ed values (a
-                preference loss, say). Gradients need nothing; the reported loss counts it once.
+            scale_wrt_gas: must be False: the loss is already divided over the whole window.
+            replicated: the loss is the same on all ranks of the sequence group, computed from ``unshard``-ed values (a
+                preference loss, say). Gradients do not change; the reported loss counts it once.
 
         Returns:
-            the loss, detached, without the stage's factor.
+            the loss, detached, without the gradient factor.
         """
         if scale_wrt_gas:
             raise EngineError(
@@ -206,12 +204,11 @@ class Engine(StockEngine):
         return guard.scaled(loss, self._gradient_factor * fp16.scale_left_to_us(self))
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
-        """Update the weights at the end of a window (every call before that only counts micro-batches).
+        """Update the weights at the end of a window; earlier calls only count micro-batches.
 
         Raises:
-            EngineError: on every rank, when the window was not trained as it was cut and weighed: the loss was a mean
-                over one rank's tokens, or some micro-batches were left out.
-            NonFiniteError: on every rank, when the loss or a gradient of any rank is not finite. Weights and optimizer
+            EngineError: on every rank, if the loss was a mean over one rank's tokens, or micro-batches were left out.
+            NonFiniteError: on every rank, if the loss or a gradient of any rank is not finite. Weights and optimizer
                 state are unchanged, the window's gradients dropped. (fp16 with loss scaling skips the step instead.)
         """
         if not self.is_gradient_accumulation_boundary():
@@ -240,7 +237,7 @@ class Engine(StockEngine):
         )
 
     def _begin_window(self) -> None:
-        """Forget the window that ended, and bring DeepSpeed's count of micro-batches to a multiple of a window's."""
+        """Reset the window's state, and round DeepSpeed's count of micro-batches up to whole windows."""
         self._accumulation, self._output, self._evidence = Accumulation(), None, Evidence()
         self.micro_steps += -self.micro_steps % self.gradient_accumulation_steps()
 
@@ -252,7 +249,7 @@ class Engine(StockEngine):
         if self.mesh.world_size > 1:
             with reached(f"engine.step after {self.global_steps} steps", self.mesh):
                 dist.all_reduce(found, group=self.mesh.world_group)
-        share, *evidence, order, squares, ranks = found.tolist()  # ranks: a rehearsal has one of many
+        share, *evidence, order, squares, ranks = found.tolist()  # ranks: 1 in a rehearsal, whatever the world size
         check_order(order, squares, round(ranks))
         settle(Evidence(*map(round, evidence)), self.mesh, last=self._careful == 1)
         return share / self.mesh.data_size
@@ -261,20 +258,20 @@ class Engine(StockEngine):
         return self._accumulation.backwards > 0
 
     def clip_fp32_gradients(self) -> None:
-        """Clip by the norm that is reported (DeepSpeed calls this for ZeRO 0 in fp32 only)."""
+        """Clip by the reported norm; DeepSpeed calls this for ZeRO 0 in fp32 only."""
         guard.clip_plain(self, self._true_norm)
 
-    # -- what came out ---------------------------------------------------------------------------------------------
+    # -- results --------------------------------------------------------------------------------------------
 
     @property
     def position_rule(self) -> PositionRule:
-        """How the model counts positions where rows have none; see ``models.probe``, which may raise ModelError."""
+        """How the model counts positions if a batch has none; see ``models.hook.probe``, which may raise ModelError."""
         binding = binding_of(self.module)
         return PLAIN if binding is None else position_rule(self.module, binding)
 
     @property
     def global_loss(self) -> float:
-        """Mean loss over all valid tokens of the last window, over all ranks; the same number on every rank.
+        """Mean loss over all valid tokens of the last window, the same number on every rank.
 
         Raises:
             EngineError: no window has been finished yet.
@@ -285,7 +282,7 @@ class Engine(StockEngine):
 
     @property
     def grad_norm(self) -> float:
-        """Norm of the last window's full gradient before clipping, on every stage; NaN before the first step."""
+        """Norm of the last window's whole gradient before clipping, on every stage; NaN before the first step."""
         norm = self._true_norm if self._true_norm is not None else self.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
 
@@ -293,7 +290,7 @@ class Engine(StockEngine):
         """Return the mean loss over all valid tokens of ``batches``, which may differ in number between replicas.
 
         Args:
-            batches: iterable of dictionaries of full rows with labels, the same on all ranks of a sequence group;
-                micro-batches already cut for this rank with ``sharded=True``.
+            batches: iterable of dictionaries of full rows with labels, the same on all ranks of a sequence group; with
+                ``sharded=True``, of this rank's shards.
         """
         return evaluate(self, batches, sharded=sharded)

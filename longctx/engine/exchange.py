@@ -1,8 +1,8 @@
-"""exchange: a few integers from every rank, at a place in the loop that all ranks must have reached.
+"""Gather a few integers from every rank, and verify that all ranks are at the same call of the training loop.
 
-A rank that skips a step, evaluates once more or saves alone would pair its message with another one's of the other
-ranks: garbage, or a hang until torch's limit of half an hour. So each message says where its sender is, ranks at
-different places raise alike, and a rank that does not come within ``mesh.patience`` seconds is named.
+If one rank skips a step, evaluates once more or saves alone, its collective would match a different one of the other
+ranks: wrong data, or a hang until torch's timeout of half an hour. So each message contains its sender's place in the
+loop. All ranks raise if places differ, and a rank that does not arrive within ``mesh.patience`` seconds is named.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ PLACES = (  # append only at the end: ranks compare the index
     "engine.save_16bit_model",
     "engine.save_pretrained",
 )
-_WIDTH = 8  # integers in a message; one size for all, so that no two messages fail on their lengths
-_FIRST_WORD = 60.0  # seconds of waiting after which missing ranks are named in the log
-_LOOKUP = 10.0  # seconds that the store may take to say who is missing
+_WIDTH = 8  # integers per message; a fixed size, so that messages of different places still match
+_FIRST_WORD = 60.0  # seconds until missing ranks are named in the log
+_LOOKUP = 10.0  # seconds to wait for the store when looking up missing ranks
 _BROKEN = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL", "c10d")
 _groups: dict[str, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
 
 
 def exchange(numbers: list[int], mesh: Mesh, at: str = "start-up", step: int = 0) -> list[list[int]]:
-    """Return every rank's ``numbers`` (the same count on each), in rank order. Collective over the world.
+    """Return every rank's ``numbers``, of equal length, in rank order. Collective over the world.
 
     Args:
         numbers: at most six integers.
-        at: one of ``PLACES``, the call that this rank is in.
-        step: optimizer steps that this rank has made.
+        at: the call that this rank is in, one of ``PLACES``.
+        step: optimizer steps that this rank has taken.
 
     Raises:
-        EngineError: on every rank, when ranks are at different places or steps; on the ranks that wait, when one does
-            not come within ``mesh.patience`` seconds.
+        EngineError: on every rank, if places or steps differ; on the waiting ranks, if one does not arrive within
+            ``mesh.patience`` seconds.
     """
     if mesh.world_size == 1:
         return [numbers]
-    if dist.get_backend() == "fake":  # a rehearsal: one rank of a world that is not there
+    if dist.get_backend() == "fake":  # a rehearsal: the other ranks do not exist
         return [numbers] * mesh.world_size
     group = control_group(mesh)
     padding = [0] * (_WIDTH - 2 - len(numbers))
@@ -72,10 +72,10 @@ def exchange(numbers: list[int], mesh: Mesh, at: str = "start-up", step: int = 0
 
 @contextmanager
 def reached(here: str, mesh: Mesh) -> Iterator[None]:
-    """Run a block that sends messages of its own; if a message fails, name the ranks that are elsewhere.
+    """Run a block with collectives of its own; if one fails, raise an error that names the ranks elsewhere.
 
     Raises:
-        EngineError: on this rank, when a connection broke or torch's own limit passed.
+        EngineError: on this rank, if a connection broke or torch's own timeout passed.
     """
     if mesh.world_size == 1 or dist.get_backend() == "fake":
         yield
@@ -93,9 +93,9 @@ def reached(here: str, mesh: Mesh) -> Iterator[None]:
 
 
 def control_group(mesh: Mesh) -> dist.ProcessGroup:
-    """Return the group that carries exchanges; collective over the world on first use.
+    """Return the process group for exchanges. Collective over the world on first use.
 
-    Over gloo it has connections of its own, so that an exchange never meets a message of DeepSpeed's.
+    With gloo it is a separate group, so that an exchange never matches one of DeepSpeed's collectives.
     """
     world = dist.group.WORLD
     assert world is not None
@@ -113,7 +113,7 @@ def _device(group: dist.ProcessGroup, mesh: Mesh) -> torch.device:
 
 
 def _check_places(places: list[tuple[str, int]]) -> None:
-    """Raise on all ranks alike unless all of them are at one place of one step."""
+    """Raise on every rank unless all ranks are at the same place of the same step."""
     holders: dict[tuple[str, int], list[int]] = {}
     for rank, place in enumerate(places):
         holders.setdefault(place, []).append(rank)
@@ -127,7 +127,7 @@ def _check_places(places: list[tuple[str, int]]) -> None:
 
 
 def _wait(work: Any, mesh: Mesh, here: str) -> None:
-    """Wait for all ranks; say after a minute which are missing, and give up after ``mesh.patience`` seconds."""
+    """Wait for all ranks; log the missing ones after a minute, and raise after ``mesh.patience`` seconds."""
     started = time.monotonic()
     first = min(_FIRST_WORD, mesh.patience)
     try:
@@ -137,7 +137,7 @@ def _wait(work: Any, mesh: Mesh, here: str) -> None:
                 return
             except RuntimeError:
                 if work.is_completed():
-                    raise  # not a matter of time: a connection is gone
+                    raise  # no timeout: a connection broke
                 logger.warning("%s: waiting since %.0f s. %s", here, first, _missing(mesh, here))
         work.wait(timedelta(seconds=max(mesh.patience - (time.monotonic() - started), 1.0)))
     except RuntimeError as error:
@@ -149,9 +149,9 @@ def _wait(work: Any, mesh: Mesh, here: str) -> None:
 
 
 def _note(here: str, mesh: Mesh) -> None:
-    """Leave word in the job's store where this rank is; the others read it only when it is missed.
+    """Write this rank's place into the job's store, where other ranks look it up if this one is missing.
 
-    A store that is a file takes no word while its disk is full; what the word is about goes on without it.
+    A failed write (a file store on a full disk) is ignored.
     """
     store = dist.distributed_c10d._get_default_store()
     with suppress(RuntimeError):
@@ -159,7 +159,7 @@ def _note(here: str, mesh: Mesh) -> None:
 
 
 def _missing(mesh: Mesh, here: str) -> str:
-    """Return a sentence with the ranks that are not ``here``, and where each was seen last."""
+    """Return a sentence that lists the ranks that are not ``here``, and where each was seen last."""
     seen: dict[int, str] = {}
 
     def look() -> None:
@@ -168,7 +168,9 @@ def _missing(mesh: Mesh, here: str) -> str:
             key = f"longctx/rank/{rank}"
             seen[rank] = store.get(key).decode() if store.check([key]) else "start"
 
-    reader = threading.Thread(target=look, daemon=True)  # the store's own host may be the rank that hangs
+    reader = threading.Thread(
+        target=look, daemon=True
+    )  # a thread, because the rank that hosts the store may be the one that hangs
     reader.start()
     reader.join(_LOOKUP)
     if len(seen) < mesh.world_size:

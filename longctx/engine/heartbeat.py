@@ -1,10 +1,9 @@
-"""Every rank leaves a sign of life in the job's store; a rank that stops doing so is named, and the job ends.
+"""Heartbeats of all ranks in the job's store; if one stops, the job ends with an error that names the rank.
 
-A frozen process (SIGSTOP, a swapped-out or dead host, a debugger) closes no connection, so the others would wait for it
-inside a collective until torch's limit of half an hour and then die with a library's words. Here a thread of each rank
-watches its neighbour: silence for longer than the limit is reported with the place where the silent rank was last seen
-and the place where this one waits. Places are read from Python's own stacks, so nothing in the loops has to announce
-itself.
+A frozen process (SIGSTOP, a swapped-out or dead host, a debugger) closes no connection, so the other ranks would wait
+inside a collective until torch's timeout of half an hour. Here a thread of each rank watches the next rank. If its
+heartbeat stops for longer than the limit, the error says where the silent rank was last seen and where this one waits.
+These places are read from Python's stack frames, so the training loop needs no extra calls.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from longctx.mesh import Mesh
 
 KEY = "longctx/beat/"
 ENDED = "ended"
-FROZEN_SECONDS = 120  # a library call that holds Python's lock for so long is no training
-_PHASES = {  # outermost first: where in a loop a rank is
+FROZEN_SECONDS = 120  # longer than any library call of a training run holds the GIL
+_PHASES = {  # module prefix: phase of the loop, outermost first
     "longctx.train.corpus": "preparing the data",
     "longctx.train.checkpoint.checkpointer": "a checkpoint",
     "longctx.engine.evaluate": "an evaluation",
     "longctx.engine.step.window": "engine.weigh",
     "longctx.engine.exchange": "an exchange of all ranks",
     "longctx.attention.passes": "ring attention",
-    "longctx.attention.hybrid.ulysses": "the exchange of heads",
+    "longctx.attention.hybrid.ulysses": "the all-to-all of heads",
     "longctx.bounded": "bounded attention",
     "deepspeed.runtime.zero": "DeepSpeed's ZeRO",
 }
@@ -43,13 +42,13 @@ _METHODS = {"forward": "forward", "backward": "backward", "step": "the update"} 
 
 
 class Heartbeat:
-    """The threads of one rank.
+    """The heartbeat threads of one rank.
 
     Args:
         store: a connection of its own to the job's store.
         rank, world: of this process.
-        seconds: silence for so long means frozen.
-        give_up: called once with what to say; it ends the process, whose main thread may never come back.
+        seconds: without a heartbeat until a rank counts as frozen.
+        give_up: called once with the message; it ends the process, whose main thread may never return.
     """
 
     def __init__(self, store: Any, rank: int, world: int, seconds: float, give_up: Callable[[str], None]) -> None:
@@ -57,21 +56,21 @@ class Heartbeat:
         self.neighbour = (rank + 1) % world
         self.every = min(max(seconds / 20, 0.1), 5.0)
         self.stopped = threading.Event()
-        self._text: str | None = None  # what the neighbour said last
+        self._text: str | None = None  # latest heartbeat of the neighbour
         self._changed = self._answered = self._since = time.monotonic()
         self._here, self._patience = "", seconds
 
     def start(self) -> None:
-        """Start to beat and to watch."""
+        """Start both threads."""
         for call in (self._beat, self._watch):
             threading.Thread(target=call, daemon=True, name=f"longctx-heartbeat{call.__name__}").start()
 
     def stop(self) -> None:
-        """Say that this rank has ended well, and stop."""
+        """Announce that this rank has ended normally, and stop."""
         if not self.stopped.is_set():
             self.stopped.set()
             farewell = threading.Thread(target=self._say, args=(ENDED, 0), daemon=True)
-            farewell.start()  # the store's host may be gone, or hang
+            farewell.start()  # in a thread, because the store's host may be gone or hang
             farewell.join(2)
 
     def _beat(self) -> None:
@@ -83,7 +82,7 @@ class Heartbeat:
                 self._say(here, count)
                 self._hear()
                 self._note_stall(here)
-            except Exception:  # the store is gone: the job ends, and torch says so in the main thread
+            except Exception:  # the store is gone: the job ends, and torch reports it in the main thread
                 self.stopped.set()
 
     def _hear(self) -> None:
@@ -94,7 +93,7 @@ class Heartbeat:
             self._text, self._changed = text, time.monotonic()
 
     def _note_stall(self, here: str) -> None:
-        """Say where the others are when this rank stays at a place for long; again after four times as long."""
+        """Print where the other ranks are if this one is at one place for long; again after four times as long."""
         now = time.monotonic()
         if here != self._here:
             self._here, self._since, self._patience = here, now, self.seconds
@@ -121,7 +120,9 @@ class Heartbeat:
         last = time.monotonic()
         while not self.stopped.wait(self.every / 2):
             now = time.monotonic()
-            if now - last > max(5 * self.every, self.seconds / 4):  # it was this process that stood still
+            if now - last > max(
+                5 * self.every, self.seconds / 4
+            ):  # this process itself was stopped: restart both clocks
                 self._changed = self._answered = now
             last = now
             message = self.silence(now)
@@ -130,7 +131,7 @@ class Heartbeat:
                 return
 
     def silence(self, now: float) -> str | None:
-        """Return what to say if the neighbour, or the store, has been silent for too long at the time ``now``."""
+        """Return the error message if the neighbour or the store has been silent for too long at time ``now``."""
         if now - self._answered > self.seconds:
             where = json.loads(self._text)[0] if self._text and self.neighbour == 0 else None
             return self._frozen(_keeper_of_store(), now - self._answered, where)
@@ -152,18 +153,19 @@ _decided = False
 
 
 def watch(mesh: Mesh, seconds: float | None = None, give_up: Callable[[str], None] | None = None) -> Heartbeat | None:
-    """Start this rank's heartbeat, once in a process: the first call decides. No rank sends anything to another.
+    """Start this rank's heartbeat, once per process; later calls return it. Uses the store only, no collective.
 
     Args:
         mesh: connected.
-        seconds: silence for so long means frozen; 0 turns this off. None: LONGCTX_FROZEN_SECONDS, else 120.
-        give_up: see ``Heartbeat``; by default the message goes to stderr and the process ends with code 1.
+        seconds: without a heartbeat until a rank counts as frozen; 0 disables it. Default LONGCTX_FROZEN_SECONDS, else
+            120.
+        give_up: see ``Heartbeat``; by default it prints the message to stderr and exits with code 1.
 
     Returns:
-        the heartbeat; None where it is off, in a world of one, or where the store is a file.
+        the heartbeat; None if it is disabled, the world has one rank, or the store is a file.
 
     Raises:
-        EngineError: LONGCTX_FROZEN_SECONDS is no number.
+        EngineError: LONGCTX_FROZEN_SECONDS is not a number.
     """
     global _running, _decided
     if _decided and (_running is None or not _running.stopped.is_set()):
@@ -192,15 +194,15 @@ def _keeper_of_store() -> str:
 
 
 def place() -> str:
-    """Return where this process is: the phase of the loop, the ring's block, and the innermost line of code."""
+    """Return where this process is: phase of the loop, block of the ring, and innermost line of code."""
     frames = sys._current_frames()
     main = frames.pop(threading.main_thread().ident or 0, None)
     backward = [frame for frame in frames.values() if _in_attention(frame)]
-    return describe(backward[0] if backward else main)  # on a GPU, autograd runs backward in a thread of its own
+    return describe(backward[0] if backward else main)  # on a GPU, autograd runs backward in another thread
 
 
 def describe(frame: FrameType | None) -> str:
-    """Return the phase and the line that a thread's innermost frame is in."""
+    """Return phase and line of the thread whose innermost frame is ``frame``."""
     if frame is None:
         return "an unknown place"
     phases: list[str] = []
@@ -238,7 +240,7 @@ def _in_attention(frame: FrameType | None) -> bool:
 
 
 def _own_connection(seconds: float) -> Any:
-    """Return a connection to the job's store that no other thread uses; None where the store is a file or local."""
+    """Return a connection to the job's store for this thread alone; None if the store is a file or in this process."""
     store: Any = dist.distributed_c10d._get_default_store()
     inner = store
     while hasattr(inner, "underlying_store"):
@@ -246,7 +248,7 @@ def _own_connection(seconds: float) -> Any:
     if not isinstance(inner, dist.TCPStore):
         return None
     own = store.clone()
-    own.set_timeout(timedelta(seconds=max(4 * seconds, 60)))  # later than we give up ourselves
+    own.set_timeout(timedelta(seconds=max(4 * seconds, 60)))  # longer than our own limit
     return own
 
 

@@ -1,4 +1,4 @@
-"""longctx.initialize: DeepSpeed's initialize for a model whose sequences live on several ranks."""
+"""longctx.initialize: DeepSpeed's initialize for a model whose sequences are sharded over ranks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from longctx.engine.activations import ActivationSettings, apply_settings, read_settings
 from longctx.engine.description import describe
 from longctx.engine.engine import Engine
 from longctx.engine.exchange import control_group
 from longctx.engine.heartbeat import watch
 from longctx.engine.loader import RowLoader
-from longctx.engine.memory import Memory, read_memory, save_memory
 from longctx.engine.probe import gradient_factor
 from longctx.engine.settings import Settings, load_settings
 from longctx.engine.zero.extension import load_extension
@@ -39,29 +39,29 @@ def initialize(
     lr_scheduler: Any = None,
     collate_fn: Any = None,
     seed: int = 0,
-    memory: Memory | dict[str, Any] | None = None,
+    memory: ActivationSettings | dict[str, Any] | None = None,
     args: Any = None,
     **stock: Any,
 ) -> tuple[Engine, Any, RowLoader | None, Any]:
     """Return ``(engine, optimizer, loader, scheduler)``, as ``deepspeed.initialize`` does. Collective over the world.
 
     Args:
-        model: any torch module; a transformers model gets its attention swapped for ring attention over ``mesh``.
-        config: DeepSpeed's configuration (a dictionary or a JSON file), unchanged by us; batch sizes count rows of a
-            data replica. ``args.deepspeed_config`` serves when it is None.
-        mesh: the grid of ranks, which is also DeepSpeed's mpu; None is one without a ring.
-        layout: how rows are dealt out to the ring: zigzag, striped or contiguous.
-        training_data: a map-style dataset of rows; ``loader`` then yields windows that are already sharded and weighed.
+        model: any torch module; in a transformers model attention is replaced by ring attention over ``mesh``.
+        config: DeepSpeed's configuration (a dictionary or a JSON file), which is not modified; batch sizes count rows
+            per data replica. ``args.deepspeed_config`` is used if it is None.
+        mesh: the grid of ranks, which is also DeepSpeed's mpu; None is a mesh of data replicas only.
+        layout: how rows are sharded over the ring: zigzag, striped or contiguous.
+        training_data: a map-style dataset of rows; ``loader`` then yields sharded, weighted windows.
         collate_fn: turns a list of ``training_data``'s items into a batch of full rows.
-        seed: of the loader's order of samples, and of attention dropout.
-        memory: how the model saves memory (``engine.memory.Memory``, or some of its attributes as a dictionary); by
-            default it is left as it is.
-        stock: other arguments of ``deepspeed.initialize``.
+        seed: of the sample order of the loader, and of attention dropout.
+        memory: how the model saves activation memory (``engine.activations.ActivationSettings``, or some of its
+            attributes as a dictionary); by default the model is left unchanged.
+        stock: further arguments of ``deepspeed.initialize``.
 
     Raises:
-        EngineError: the configuration contradicts the mesh, the ranks were given different things (settings, seed,
-            layout, model, versions of the code or of packages), or the probe found gradients beyond repair.
-        ModelError: the model uses something that a sharded sequence would get wrong.
+        EngineError: the configuration contradicts the mesh; settings, seed, layout, model, code or package versions
+            differ between ranks; or the probe found gradients that no factor corrects.
+        ModelError: the model uses a feature that computes wrong results on a sharded sequence.
     """
     mesh = (Mesh() if mesh is None else mesh).connect()
     watch(mesh)
@@ -73,9 +73,9 @@ def initialize(
         settings, layout = _prepare(model, given, mesh, layout, memory, stock)
         rows = len(training_data) if hasattr(training_data, "__len__") else None
         facts = describe(model, settings, layout.name, seed, optimizer=optimizer, memory=memory, training_rows=rows)
-    except Exception as error:  # the other ranks wait in the comparison: they must hear of it
+    except Exception as error:  # the other ranks wait in compare_ranks, so raise there
         problem = error
-    compare_ranks(facts, mesh, problem)
+    compare_ranks(facts, problem)
     factor = gradient_factor(settings, mesh, mesh)
 
     import deepspeed
@@ -83,7 +83,7 @@ def initialize(
     stock = {key: value for key, value in stock.items() if value is not None}
     if args is not None and config is not None:
         stock["args"] = args
-    with own_group(settings, mesh):
+    with own_group(settings):
         engine, optimizer, _, scheduler = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -104,7 +104,7 @@ def initialize(
 def _prepare(
     model: Any, config: Any, mesh: Mesh, layout: str | Layout, memory: Any, stock: dict[str, Any]
 ) -> tuple[Settings, Layout]:
-    """Check what this rank was given, and attach the model's attention. No communication."""
+    """Check this rank's arguments, and attach the model's attention. No communication."""
     for name in ("mpu", "mesh_param"):
         if stock.get(name) is not None:
             raise EngineError(f"initialize({name}=…): the mesh is DeepSpeed's mpu here; pass mesh=longctx.Mesh(…) only")
@@ -115,15 +115,15 @@ def _prepare(
     require_supported(settings)
     announce_clipping(settings, mesh)
     attach_attention(model, mesh, layout)
-    save_memory(model, read_memory(memory), announce=mesh.rank == 0)
+    apply_settings(model, read_settings(memory), announce=mesh.rank == 0)
     check_model(model, settings)
     if mesh.device.type == "cpu":
-        load_extension()  # else DeepSpeed does, and waits for ever for a lock that a killed build left
+        load_extension()  # first, because DeepSpeed waits forever for the lock of a killed build
     return settings, layout
 
 
 def announce_clipping(settings: Settings, mesh: Mesh) -> None:
-    """Say once that DeepSpeed clips gradients where its configuration is silent about it."""
+    """Warn, once per job, that DeepSpeed clips gradients by default if ``gradient_clipping`` is not set."""
     if settings.get("gradient_clipping") is None and mesh.rank == 0:
         logger.warning(
             "gradient_clipping is not set: DeepSpeed clips the gradient's norm at its default of %g. Write "
@@ -133,14 +133,14 @@ def announce_clipping(settings: Settings, mesh: Mesh) -> None:
 
 
 def default_clipping() -> float:
-    """Return the norm at which DeepSpeed clips gradients when its configuration does not say."""
+    """Return DeepSpeed's default of ``gradient_clipping``."""
     from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 
     return float(GRADIENT_CLIPPING_DEFAULT)
 
 
 def attach_attention(model: Any, mesh: Mesh, layout: Layout) -> None:
-    """Have the attention of transformers models run over ``mesh``, wrapped ones too; leave other modules alone."""
+    """Shard the attention of transformers models, wrapped ones too, over ``mesh``; leave other modules unchanged."""
     parts = model.modules() if isinstance(model, torch.nn.Module) else (model,)
     if any(hasattr(getattr(part, "config", None), "_attn_implementation") for part in parts):
         from longctx.engine.step.rowcheck import watch_rows

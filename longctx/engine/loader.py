@@ -1,7 +1,7 @@
-"""``training_data=``: windows from any map-style dataset of rows, cut and weighed for this rank.
+"""The loader of ``initialize(training_data=…)``: sharded, weighted windows from any map-style dataset of rows.
 
-DeepSpeed's own loader cannot be used with an mpu that splits sequences. The order of samples is a function of
-(seed, samples consumed) only, so it does not depend on the number of ranks, and resuming needs one integer.
+DeepSpeed's own loader does not support an mpu with sequence parallelism. The sample order is a function of (seed,
+samples consumed) only, so it does not depend on the number of ranks, and resuming needs one integer.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class RowLoader:
-    """Iterates over the windows of one epoch after another's order; one pass of ``for`` is (the rest of) one epoch.
+    """Iterate over windows, epoch after epoch; one ``for`` loop is (the rest of) one epoch.
 
     Args:
-        dataset: map-style; an item is a dictionary of (S,) tensors or lists, or what ``collate_fn`` takes.
-        engine: gives the batch sizes, and ``shard``.
-        collate_fn: turns a list of items into a batch of full rows; torch's default one stacks them.
+        dataset: map-style; items are dictionaries of (S,) tensors or lists, or whatever ``collate_fn`` takes.
+        engine: whose batch sizes and ``shard`` are used.
+        collate_fn: turns a list of items into a batch of full rows; the default stacks them.
 
     Raises:
         EngineError: the dataset is not map-style or is smaller than one global batch.
@@ -44,7 +44,7 @@ class RowLoader:
         self.dataset, self.engine, self.seed = dataset, engine, seed
         self.collate = collate_fn or _collate
         self.global_batch = engine.train_batch_size()
-        self.consumed = 0  # samples, over all replicas and epochs
+        self.consumed = 0  # samples, summed over replicas and epochs
         if len(dataset) < self.global_batch:
             raise EngineError(
                 f"training_data has {len(dataset)} rows, fewer than one optimizer step takes (train_batch_size "
@@ -52,7 +52,7 @@ class RowLoader:
             )
 
     def __len__(self) -> int:
-        """Windows in an epoch; rows left over at its end are not used."""
+        """Return the number of windows per epoch; leftover rows are dropped."""
         return len(self.dataset) // self.global_batch
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -66,7 +66,7 @@ class RowLoader:
         first = self.consumed // self.global_batch % len(self)
         for index in range(first, len(self)):
             order = self._order(self.consumed // self.global_batch // len(self))
-            # Rows of one step in the order of micro-batch, replica, row: the same set on any number of replicas.
+            # Indexed (micro-batch, replica, row), so that a step has the same rows for any number of replicas.
             rows = order[index * self.global_batch : (index + 1) * self.global_batch].view(steps, mesh.data_size, micro)
             window = [self.collate([self.dataset[row] for row in part]) for part in rows[:, mesh.data_rank].tolist()]
             sharded = self.engine.shard(window)
@@ -78,11 +78,11 @@ class RowLoader:
         return torch.from_numpy(permute(np.arange(rows), rows, self.seed, epoch))
 
     def state_dict(self) -> dict[str, int]:
-        """One integer and the seed."""
+        """Return the seed and the number of samples consumed."""
         return {"seed": self.seed, "consumed": self.consumed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after ``consumed`` samples."""
+        """Resume after ``consumed`` samples."""
         self.seed, self.consumed = int(state["seed"]), int(state["consumed"])
 
 

@@ -1,8 +1,8 @@
-"""By what does DeepSpeed divide gradients? Ask it, once, with a tiny model and the run's own settings.
+"""Measure by what DeepSpeed divides gradients, with a tiny model and the run's own settings.
 
-DeepSpeed's stages disagree: most average over world / sequence_parallel_size, ZeRO-3's default reduce_scatter path over
-the world. Which path a version and a set of options takes is not for us to guess: three numbers are trained for one
-step with plain SGD at a learning rate of 1, from zero, so that the weights **are** the gradients with a minus sign.
+DeepSpeed's stages differ: most average over world / sequence_parallel_size ranks, ZeRO-3's default reduce_scatter path
+over the world. Instead of guessing which path a version and its options take, a model of 22 weights takes one step of
+plain SGD from zero at a learning rate of 1; its weights then equal the negative gradients.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from longctx.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
-_IRRELEVANT = (  # sections that cost time or leave files, and do not touch gradients
+_IRRELEVANT = (  # sections that take time or write files, and do not affect gradients
     "optimizer scheduler gradient_clipping tensorboard wandb csv_monitor comet monitor flops_profiler comms_logger "
     "checkpoint nebula datastates_ckpt activation_checkpointing wall_clock_breakdown memory_breakdown dump_state "
     "autotuning elasticity compile progressive_layer_drop eigenvalue compression_training"
 ).split()
 _SMALL = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"), 4096)
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-_SCALE = 0.375  # of fp16's losses in the probe: no size of a mesh, and exact for its small numbers
+_SCALE = 0.375  # loss scale of the probe in fp16: not the size of any mesh, and exact in fp16
 _known: dict[str, float] = {}
 
 
 def gradient_factor(settings: Settings, mesh: Mesh, mpu: Any) -> float:
-    """Return what ``engine.backward`` has to multiply losses by, so that gradients come out right.
+    """Return the factor by which ``engine.backward`` must multiply losses to get the true gradients.
 
-    Collective over the world; under a second; remembered per settings and mesh.
+    Collective over the world; takes less than a second; cached per settings and mesh.
 
     Args:
         settings: DeepSpeed's configuration, checked (``settings.load_settings``).
-        mesh: the grid, whose data_size the gradients are to be averaged over.
-        mpu: what the engine was or will be given as mpu: the mesh, as a rule.
+        mesh: the grid; gradients are to be averaged over its data_size.
+        mpu: the engine's mpu, normally the mesh.
 
     Raises:
-        EngineError: on every rank, when gradients differ between ranks, are not a constant multiple of the true ones,
-            or the reported norm is not theirs.
+        EngineError: on every rank, if gradients differ between ranks, are not a constant multiple of the true ones, or
+            do not have the reported norm.
     """
     small = probe_settings(settings)
     key = json.dumps([small, mesh.ring_size, mesh.ulysses_size, mesh.data_size, type(mpu).__qualname__], sort_keys=True)
@@ -63,24 +63,27 @@ def gradient_factor(settings: Settings, mesh: Mesh, mpu: Any) -> float:
 
 
 def probe_settings(settings: Settings) -> Settings:
-    """Return the settings of the probe's engine: the run's own stage, dtype, offload and reduction path, on a small
-    scale and without a learning-rate schedule, clipping, monitors or NVMe files."""
+    """Return the settings of the probe's engine: the run's own stage, dtype, offload and reduction path, with small
+    buffers and without learning-rate schedule, clipping, monitors or NVMe files."""
     small = copy.deepcopy({key: value for key, value in settings.items() if key not in _IRRELEVANT})
     small.update(zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False)
     small.update(gradient_clipping=0.0, steps_per_print=2**31)
     zero = small.get("zero_optimization") or {}
     if zero:
-        zero.update(_SMALL)  # DeepSpeed allocates its buckets whole: gigabytes at the default sizes
+        zero.update(_SMALL)  # DeepSpeed allocates whole buckets: gigabytes at the default sizes
     for part in ("offload_optimizer", "offload_param"):
         if isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
             zero[part] = {"device": "cpu"}
     if isinstance(small.get("fp16"), dict):
-        small["fp16"] = {**small["fp16"], "loss_scale": _SCALE}  # static, and seen if misapplied
+        small["fp16"] = {
+            **small["fp16"],
+            "loss_scale": _SCALE,
+        }  # static; a result that is off by it shows that it was misapplied
     return small
 
 
-class _Numbers(torch.nn.Module):
-    """Weights that are all zero, and a loss whose gradient is what it is given."""
+class _ProbeModel(torch.nn.Module):
+    """Zero weights, and a loss whose gradient is ``scale`` times a fixed pattern."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,16 +108,16 @@ def _contribution(rank: int, micro_batch: int) -> float:
 def _measure(settings: Settings, mesh: Mesh, mpu: Any) -> float:
     import deepspeed
 
-    model = _Numbers()
+    model = _ProbeModel()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    with own_group(settings, mesh):
+    with own_group(settings):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(settings), mpu=mpu)
     guard.close_doors(engine)
     try:
         micro_batches = engine.gradient_accumulation_steps()
         for micro_batch in range(micro_batches):
             loss = engine(_contribution(mesh.rank, micro_batch))
-            # Scaled as in Engine.backward: on ZeRO 0, DeepSpeed divides a bare model output by accumulation after all.
+            # Scaled as in Engine.backward: ZeRO 0 divides a direct model output by the accumulation steps.
             engine.backward(guard.scaled(loss, fp16.scale_left_to_us(engine)), scale_wrt_gas=False)
             engine.step()
         norm = engine.get_global_grad_norm() if (unscaled := fp16.finish_step(engine)) is None else unscaled
@@ -132,7 +135,7 @@ def _measure(settings: Settings, mesh: Mesh, mpu: Any) -> float:
 def _judge(
     got: torch.Tensor, true: torch.Tensor, norm: float | None, mesh: Mesh, slack: float, scaled: bool = False
 ) -> float:
-    """Return true / got if that is one constant on all ranks, under fp16's loss scale a whole number or its inverse."""
+    """Return true / got: one constant on all ranks, and under fp16's loss scale an integer or the inverse of one."""
     problem, factor = "", 1.0
     ratio = float((got @ true) / (true @ true))
     if not ratio > 0 or not bool(torch.isfinite(got).all()):
@@ -150,14 +153,14 @@ def _judge(
         problem = f"ranks see different gradients: factors {[rank[1] / 2**32 for rank in everyone]}"
     if problem:
         raise EngineError(
-            f"start-up probe of DeepSpeed's gradients over {mesh}: {problem}. No factor in the loss can mend that; "
+            f"start-up probe of DeepSpeed's gradients over {mesh}: {problem}. No factor in the loss can correct that; "
             "remove unusual reduction options from the DeepSpeed configuration (predivide, quantised, hierarchical)"
         )
     return factor
 
 
 def _rounded(factor: float, mesh: Mesh, slack: float) -> float:
-    """Return the whole number or its inverse that ``factor`` must be, undisturbed by the rounding of low precision."""
+    """Return the nearest mesh size or its inverse if ``factor`` is one up to rounding errors, else ``factor``."""
     sizes = {mesh.ring_size, mesh.ulysses_size, mesh.sequence_size, mesh.data_size, mesh.world_size}
     candidates = [1.0, *map(float, sizes), *(1.0 / size for size in sizes)]
     nearest = min(candidates, key=lambda candidate: abs(factor / candidate - 1))

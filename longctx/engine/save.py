@@ -1,7 +1,7 @@
-"""engine.save_pretrained: the weights of all ranks as a folder that plain transformers (or PEFT) loads.
+"""engine.save_pretrained: write the weights of all ranks as a folder that plain transformers (or PEFT) loads.
 
 Under ZeRO-3 a rank's parameters have no elements between steps, so ``model.save_pretrained`` of transformers and PEFT
-would write empty tensors, and PEFT's merging would merge nothing, without an error. Those refuse here, by name.
+would write empty tensors, and PEFT's merge methods would merge nothing, without an error. These methods raise instead.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from longctx.engine.exchange import exchange
 from longctx.errors import EngineError
-
-if TYPE_CHECKING:
-    from longctx.engine.stock import StockEngine
+from longctx.mesh import Mesh
 
 _GUARD = "longctx_refuses_empty"
 _NEEDS_WHOLE = {
@@ -27,7 +25,17 @@ _NEEDS_WHOLE = {
 }
 
 
-def save_pretrained(engine: StockEngine, folder: str | Path, options: dict[str, Any]) -> Path:
+class SavedEngine(Protocol):
+    """The part of an engine that saving its model needs."""
+
+    module: Any
+    mesh: Mesh
+    global_steps: int
+
+    def zero_optimization_stage(self) -> int: ...
+
+
+def save_pretrained(engine: SavedEngine, folder: str | Path, options: dict[str, Any]) -> Path:
     """Write the engine's model, or its PEFT adapters, to ``folder`` from rank 0. Collective over the world."""
     module: Any = engine.module
     path, problem = Path(folder), None
@@ -36,28 +44,28 @@ def save_pretrained(engine: StockEngine, folder: str | Path, options: dict[str, 
             f"engine.save_pretrained: {type(module).__name__} is no model of transformers or PEFT and has no "
             "save_pretrained; use engine.save_checkpoint, or gather with deepspeed.zero.GatheredParameters"
         )
-    exchange([], engine.mesh, "engine.save_pretrained", engine.global_steps)  # names ranks that are elsewhere
+    exchange([], engine.mesh, "engine.save_pretrained", engine.global_steps)  # raises if ranks are elsewhere
     weights = gather_weights(engine, adapters_only=hasattr(module, "peft_config"))
     if engine.mesh.rank == 0:
         try:
             module.save_pretrained(str(path), **{**options, "state_dict": weights})
-        except Exception as error:  # whatever it is, the other ranks must hear of it
+        except Exception as error:  # the other ranks wait in the exchange, so report it there
             problem = error
     everyone = exchange([int(problem is not None)], engine.mesh, "engine.save_pretrained", engine.global_steps)
     if problem is not None:
         raise EngineError(f"engine.save_pretrained({str(path)!r}): {problem}") from problem
     if everyone[0][0]:
-        raise EngineError(f"engine.save_pretrained({str(path)!r}): rank 0 could not write; its own message says why")
+        raise EngineError(f"engine.save_pretrained({str(path)!r}): rank 0 could not write; see its log")
     return path
 
 
-def gather_weights(engine: StockEngine, adapters_only: bool = False) -> dict[str, torch.Tensor]:
-    """Return the whole model's state dict on rank 0 (CPU tensors, in the dtype of forward), an empty one elsewhere.
+def gather_weights(engine: SavedEngine, adapters_only: bool = False) -> dict[str, torch.Tensor]:
+    """Return the whole model's state dict on rank 0 (CPU tensors, in forward's dtype), an empty one on other ranks.
 
-    Collective over the world. Tied weights are one tensor. Under ZeRO-3 one module is gathered at a time.
+    Collective over the world. Tied weights share one tensor. Under ZeRO-3 one module is gathered at a time.
 
     Args:
-        adapters_only: leave out frozen weights that no adapter of PEFT saves.
+        adapters_only: leave out frozen weights that PEFT does not save with its adapters.
     """
     module: Any = engine.module
     adapters = _kept_with_adapters(module) if adapters_only else None
@@ -88,7 +96,7 @@ def gather_weights(engine: StockEngine, adapters_only: bool = False) -> dict[str
 
 
 def _on_host(states: dict[str, Any]) -> dict[str, Any]:
-    """Return tensors as CPU tensors of their own; those that share memory go on sharing it."""
+    """Return copies of tensors on the CPU; tensors that share memory share it afterwards too."""
     hosts: dict[tuple[int, torch.Size], torch.Tensor] = {}
     for value in states.values():
         if isinstance(value, torch.Tensor):
@@ -100,7 +108,7 @@ def _on_host(states: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kept_with_adapters(module: Any) -> Callable[[str], bool]:
-    """Return what tells by a parameter's name whether an adapter of a PEFT model may save it."""
+    """Return a predicate on parameter names: whether PEFT may save the parameter with an adapter."""
     marks = {getattr(module.base_model, "prefix", "lora_"), "modules_to_save", "trainable_tokens", "token_adapter"}
     getters = (module.get_base_model().get_input_embeddings, module.get_base_model().get_output_embeddings)
     embeddings = {id(p) for get in getters if (layer := get()) is not None for p in layer.parameters()}
@@ -110,10 +118,10 @@ def _kept_with_adapters(module: Any) -> Callable[[str], bool]:
 
 
 def refuse_empty(model: Any) -> None:
-    """Have a model's own saving and merging raise while its parameters are partitioned, in place.
+    """Make a model's own save and merge methods raise while its parameters are partitioned, in place.
 
     Args:
-        model: of transformers or PEFT; others have no such methods.
+        model: of transformers or PEFT; other models have no such methods.
     """
     for part in {id(part): part for part in (model, getattr(model, "base_model", None)) if part is not None}.values():
         for name, way in _NEEDS_WHOLE.items():

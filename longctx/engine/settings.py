@@ -1,7 +1,7 @@
-"""Check a DeepSpeed configuration against the mesh, before DeepSpeed half-understands it.
+"""Check a DeepSpeed configuration against the mesh.
 
-DeepSpeed ignores unknown top-level keys, and some known ones would quietly split the ranks otherwise than the mesh
-does. Both are errors here, with the key's name.
+DeepSpeed ignores unknown top-level keys, and some known keys would split the ranks differently from the mesh without an
+error. Both raise here, with the key's name.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def load_settings(config: Any, mesh: Mesh) -> Settings:
 
     Args:
         config: a dictionary, or the path of a JSON file.
-        mesh: whose data_size the batch sizes multiply up with, and whose ring × ulysses is the sequence size.
+        mesh: whose data_size enters the batch sizes, and whose ring × ulysses is sequence_parallel_size.
 
     Raises:
-        EngineError: a key is misspelt, contradicts the mesh, or asks for what a sharded sequence would get wrong.
+        EngineError: a key is misspelt, contradicts the mesh, or enables a feature that is wrong on sharded sequences.
     """
     settings = _read(config)
     _check_names(settings)
@@ -52,12 +52,12 @@ def load_settings(config: Any, mesh: Mesh) -> Settings:
 
 
 def group_size(settings: Settings) -> int:
-    """Return among how many ranks the weights are cut once more (hpZ); 1: they are not."""
+    """Return the number of ranks that share a secondary (hpZ) copy of the weights; 1 without such a copy."""
     return (settings.get("zero_optimization") or {}).get("zero_hpz_partition_size", 1) or 1
 
 
 def parts_of(world: int) -> str:
-    """Say which groups of a world a second copy of the weights may be cut over."""
+    """Return advice: the group sizes over which a secondary copy of the weights may be sharded."""
     sizes = ", ".join(str(size) for size in range(2, world // 2 + 1) if world % size == 0)
     found = f"use one of {sizes}" if sizes else "remove the key"
     return f"neighbouring ranks in groups that divide the world of {world} and are smaller than it: {found}"
@@ -77,7 +77,7 @@ def _read(config: Any) -> Settings:
 
 
 def _check_names(settings: Settings) -> None:
-    """Refuse what looks like a misspelling; DeepSpeed would ignore it. Names far from any known one may be newer."""
+    """Raise for a probable misspelling, which DeepSpeed would ignore. Names unlike any known one may be newer keys."""
     for key in settings:
         if key in _KNOWN:
             continue
@@ -94,7 +94,7 @@ def _check_sequence(settings: Settings, mesh: Mesh) -> None:
             f"x ulysses {mesh.ulysses_size} = {mesh.sequence_size} ranks; leave the key out"
         )
     settings["sequence_parallel_size"] = mesh.sequence_size
-    # With both keys present DeepSpeed builds its own mesh, on which sequence ranks drift apart.
+    # With both keys set DeepSpeed builds its own mesh, on which weights of sequence ranks diverge.
     data = settings.pop("data_parallel_size", None)
     if data not in (None, mesh.data_size):
         raise EngineError(f"data_parallel_size: {data} contradicts the mesh's data={mesh.data_size}; leave the key out")
@@ -106,9 +106,7 @@ def _check_batches(settings: Settings, mesh: Mesh) -> None:
     for name in names:
         value = settings.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise EngineError(
-                f"{name}: {value!r}; a positive integer is needed (rows of one data replica, not of a rank)"
-            )
+            raise EngineError(f"{name}: {value!r}; a positive integer is needed (rows per data replica, not per rank)")
     total, micro, steps = (settings.get(name) for name in names)
     if total is not None and (micro is None or steps is None):
         known = mesh.data_size * (micro or steps or 1)
@@ -130,7 +128,7 @@ def _check_batches(settings: Settings, mesh: Mesh) -> None:
 
 
 def _check_group(settings: Settings, mesh: Mesh) -> None:
-    """DeepSpeed ignores the second copy below stage 3, and would cut it over the whole world where it is too large."""
+    """Check the hpZ size: DeepSpeed ignores it below stage 3, and shards over the whole world if it is too large."""
     size, stage = group_size(settings), (settings.get("zero_optimization") or {}).get("stage", 0)
     key = f"zero_optimization.zero_hpz_partition_size: {size!r}"
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -150,7 +148,7 @@ def _check_features(settings: Settings) -> None:
         (
             settings.get("managed_gradient_accumulation", True) is False,
             "managed_gradient_accumulation: false",
-            "tokens are weighed over a window of known size; set gradient_accumulation_steps",
+            "the loss is normalised over a window of known size; set gradient_accumulation_steps",
         ),
         (
             (enabled("tensor_parallel", "autotp_size") or 0) > 1,
@@ -162,12 +160,12 @@ def _check_features(settings: Settings) -> None:
             "compile.deepcompile",
             "its passes replace the gradient reduction that the probe measures; use torch.compile on the model",
         ),
-        (enabled("hybrid_engine"), "hybrid_engine", "its inference path does not know sharded sequences; remove it"),
+        (enabled("hybrid_engine"), "hybrid_engine", "its inference path does not support sharded sequences; remove it"),
         (enabled("expert_parallel"), "expert_parallel", "the mesh has no expert axis; remove the section"),
         (
             enabled("curriculum_learning"),
             "curriculum_learning",
-            "it cuts sequences on each rank alike, which breaks a sharded sequence; shorten the rows you pass instead",
+            "it truncates every rank's shard, which breaks a sharded sequence; shorten the rows you pass instead",
         ),
         (
             enabled("data_efficiency"),
@@ -177,7 +175,7 @@ def _check_features(settings: Settings) -> None:
         (
             (enabled("zero_optimization", "mics_shard_size") or 0) > 0,
             "zero_optimization.mics_shard_size",
-            "DeepSpeed has no MiCS any more; remove it (zero_hpz_partition_size keeps a copy of the weights in a node)",
+            "DeepSpeed no longer has MiCS; remove it (zero_hpz_partition_size keeps a copy of the weights in a node)",
         ),
     ]
     for refused, key, reason in refusals:

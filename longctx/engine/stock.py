@@ -1,4 +1,4 @@
-"""DeepSpeed's methods that all ranks must call alike, which is checked first, and those that an mpu breaks."""
+"""Overrides of DeepSpeedEngine's methods: those that are collective are checked, those that an mpu breaks are fixed."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ logger = logging.getLogger(__name__)
 
 
 class StockEngine(DeepSpeedEngine):
-    """What ``Engine`` changes about DeepSpeed's engine beside training itself."""
+    """Base of ``Engine``: what it overrides of DeepSpeed's engine apart from training itself."""
 
     mesh: Mesh
-    _in_training = False  # the newest forward pass with gradients was in training mode
+    _in_training = False  # mode of the latest forward pass with gradients
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        """As DeepSpeed's; a rank that is missed in it is named, and so is a mode that something has changed."""
+        """As DeepSpeed's, but ranks that do not arrive are named, and an unexpected eval mode is logged."""
         self._watch_mode()
         with reached(f"engine.forward after {self.global_steps} steps", self.mesh):
             return super().forward(*inputs, **keywords)
 
     def backward(self, *arguments: Any, **keywords: Any) -> Any:
-        """As DeepSpeed's; a rank that is missed in it is named."""
+        """As DeepSpeed's, but ranks that do not arrive are named."""
         with reached(f"engine.backward after {self.global_steps} steps", self.mesh):
             return super().backward(*arguments, **keywords)
 
     def step(self, *arguments: Any, **keywords: Any) -> Any:
-        """As DeepSpeed's; a rank that is missed in it is named."""
+        """As DeepSpeed's, but ranks that do not arrive are named."""
         with reached(f"engine.step after {self.global_steps} steps", self.mesh):
             return super().step(*arguments, **keywords)
 
     def _watch_mode(self) -> None:
-        """Say once when training goes on in eval mode, as an evaluation or a generation in between may leave it."""
+        """Warn if training continues in eval mode, which an evaluation or a generation in between may have left on."""
         if not torch.is_grad_enabled():
             return
         if self._in_training and not self.module.training and self.mesh.rank == 0:
@@ -53,47 +53,47 @@ class StockEngine(DeepSpeedEngine):
         self._in_training = self.module.training
 
     def save_checkpoint(self, *arguments: Any, **keywords: Any) -> Any:
-        """As DeepSpeed's; ranks that are elsewhere (``if rank == 0``, a loop that ended early) are named.
+        """As DeepSpeed's, but ranks that are elsewhere (``if rank == 0``, a loop that ended early) are named.
 
         Raises:
-            EngineError: on every rank, when not all ranks save, or not after the same number of steps.
+            EngineError: on every rank, unless all ranks save after the same number of steps.
         """
         exchange([], self.mesh, "engine.save_checkpoint", self.global_steps)
         return super().save_checkpoint(*arguments, **keywords)
 
     def save_16bit_model(self, *arguments: Any, **keywords: Any) -> Any:
-        """As DeepSpeed's; ranks that are elsewhere are named, as by ``save_checkpoint``."""
+        """As DeepSpeed's, but ranks that are elsewhere are named, as by ``save_checkpoint``."""
         exchange([], self.mesh, "engine.save_16bit_model", self.global_steps)
         return super().save_16bit_model(*arguments, **keywords)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
         """Write the model, or its PEFT adapters, as a folder that plain transformers or PEFT loads; return it.
 
-        Collective over the world, on every ZeRO stage: rank 0 writes the weights of all ranks, in the dtype of forward.
+        Collective over the world. On every ZeRO stage rank 0 writes the weights of all ranks, in forward's dtype.
 
         Args:
-            folder: on storage that rank 0 sees.
+            folder: on storage that rank 0 can write to.
             options: of the model's own ``save_pretrained``: ``max_shard_size``, or PEFT's ``selected_adapters``.
 
         Raises:
-            EngineError: on every rank, when the model has no ``save_pretrained`` or rank 0 could not write.
+            EngineError: on every rank, if the model has no ``save_pretrained`` or rank 0 could not write.
         """
         return save_pretrained(self, folder, options)
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """Refused: DeepSpeed divides gradients of ``engine.scale(loss).backward()`` by the number of micro-batches.
+        """Not supported: DeepSpeed divides gradients of ``engine.scale(loss).backward()`` by the micro-batches.
 
         Raises:
             EngineError: always.
         """
         raise EngineError(
-            "engine.scale(loss).backward() divides by the number of micro-batches a loss that is weighted over them "
-            "already, and the reported loss would not know it: call engine.backward(loss)"
+            "engine.scale(loss).backward() divides the loss by the number of micro-batches, but it is already weighted "
+            "over the whole window, and the reported loss would miss it: call engine.backward(loss)"
         )
 
     def load_checkpoint(self, *arguments: Any, **keywords: Any) -> Any:
-        """As DeepSpeed's; no weight is computed with as it was before, and fp16's loss scale goes on by this run's
-        settings. Ranks that are elsewhere are named."""
+        """As DeepSpeed's, but stale hpZ copies of the weights are dropped, fp16's loss scale keeps this run's settings,
+        and ranks that are elsewhere are named."""
         exchange([], self.mesh, "engine.load_checkpoint", self.global_steps)
         scaler = fp16.scaler_settings(self)
         loaded = super().load_checkpoint(*arguments, **keywords)
@@ -102,13 +102,13 @@ class StockEngine(DeepSpeedEngine):
         return loaded
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change the rows of an optimizer step, over all data replicas, by the number of micro-batches of a window.
+        """Change the rows per optimizer step, over all data replicas, by changing the micro-batches per window.
 
         Call it on all ranks, between two windows; the next window has ``gradient_accumulation_steps()`` micro-batches.
 
         Raises:
-            EngineError: it is not a multiple of ``train_micro_batch_size_per_gpu`` · data replicas, or a window is
-                under way.
+            EngineError: it is not a multiple of ``train_micro_batch_size_per_gpu`` · data replicas, or a window is not
+                finished.
         """
         rows = self.train_micro_batch_size_per_gpu() * self.mesh.data_size
         _check_count("train_batch_size", train_batch_size)
@@ -121,16 +121,16 @@ class StockEngine(DeepSpeedEngine):
         self._change_batch(self.train_micro_batch_size_per_gpu(), train_batch_size // rows)
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Change the rows of a micro-batch of one data replica; a window keeps its number of micro-batches.
+        """Change the rows per micro-batch and data replica; a window keeps its number of micro-batches.
 
         Raises:
-            EngineError: it is not a positive integer, or a window is under way.
+            EngineError: it is not a positive integer, or a window is not finished.
         """
         _check_count("train_micro_batch_size_per_gpu", micro_batch_size)
         self._change_batch(micro_batch_size, self.gradient_accumulation_steps())
 
     def _log_monitors(self, values: dict[str, float]) -> None:
-        """Send values where DeepSpeed sends the learning rate."""
+        """Write values to DeepSpeed's monitors, where it writes the learning rate."""
         if self.monitor.enabled and self.mesh.rank == 0:
             self.monitor.write_events([(f"Train/Samples/{k}", v, self.global_samples) for k, v in values.items()])
 

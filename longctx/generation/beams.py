@@ -1,7 +1,7 @@
-"""share_beams(): keys and values of a prompt and of an encoder's output kept once for all beams of generate().
+"""share_beams(): cache the keys and values of a prompt and of an encoder's output once for all beams of generate().
 
-The strongest plain cache there is: what a beam search usually keeps ``beams`` times lies there once, and all beams of a
-row read it in one product. It works for any model whose attention goes through transformers' interface, RoPE included.
+A beam search usually caches the prompt ``beams`` times; here it is cached once, and all beams of a row read it in one
+matrix product. It works for any model whose attention goes through transformers' interface, RoPE included.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _REPLACED = ("_expand_inputs_for_generation", "_prepare_cache_for_generation")
 
 
 class Beams:
-    """What is known of the generation in progress."""
+    """State of the generation in progress."""
 
     def __init__(self) -> None:
         self.crosses = False
@@ -28,7 +28,7 @@ class Beams:
 
 
 def share_beams(model: Any) -> None:
-    """Keep prompts and encoder outputs once for all beams in ``model.generate()``, until `unshare_beams`.
+    """Cache prompts and encoder outputs once for all beams in ``model.generate()``, until `unshare_beams`.
 
     Raises:
         ModelError: the model adds a bias to its logits (T5), or does not attend through transformers' interface.
@@ -51,7 +51,7 @@ def share_beams(model: Any) -> None:
 
 
 def unshare_beams(model: Any) -> None:
-    """Give a model its own caches back; does nothing to a model that has them."""
+    """Restore a model's own caches; no effect if they are in use."""
     if hasattr(model, _STATE):
         model.set_attn_implementation(getattr(model, _STATE)[1])
         for name in (*_REPLACED, _STATE):
@@ -60,9 +60,9 @@ def unshare_beams(model: Any) -> None:
 
 def expand_once(original: Any, state: Beams) -> Any:
     def expand(self: Any, expand_size: int = 1, **kwargs: Any) -> Any:
-        """Repeat what the decoder is given for every beam, but not the encoder's output and its padding.
+        """Repeat the decoder's inputs for every beam, but not the encoder's output and its padding.
 
-        The three stay together: transformers makes the mask of the cross attention with the encoder's rows.
+        These three must agree: transformers builds the cross-attention mask with the encoder's rows.
         """
         state.beams = expand_size
         if kwargs.get("encoder_outputs") is None or not state.crosses:
@@ -99,7 +99,7 @@ def _attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """torch's fused attention, or where beams share keys one product for all of them."""
+    """torch's fused attention; if beams share keys, one product for all beams."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     prompt: tuple[torch.Tensor, torch.Tensor] | None = getattr(key, "longctx_prompt", None)
@@ -126,7 +126,7 @@ def _attention(
 def _part(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of few queries (B, H, N, D) to k, v (B, G, S, D), its whole row at once: out and lse (B, H, N) fp32."""
+    """Attention of few queries (B, H, N, D) to all of k, v (B, G, S, D): out and lse (B, H, N), fp32."""
     grouped = q.unflatten(1, (k.shape[1], -1))
     logits = (grouped * scale) @ k[:, :, None].mT
     logits = logits.float() if logits.dtype != torch.float64 else logits
@@ -139,7 +139,7 @@ def _part(
 
 
 def _folded(mask: torch.Tensor | None, beams: int, rows: int) -> torch.Tensor | None:
-    """(rows or rows * beams, 1, T, S) -> (rows, 1, beams * T, S), or with T = 1 what broadcasts."""
+    """(rows or rows * beams, 1, T, S) -> (rows, 1, beams * T, S), or a broadcastable mask if T = 1."""
     if mask is None:
         return None
     mask = mask if mask.shape[0] in (1, rows) else mask[::beams]
@@ -152,7 +152,7 @@ def _unfold(x: torch.Tensor, beams: int) -> torch.Tensor:
 
 
 def _causal(query: torch.Tensor, keys: int) -> torch.Tensor | None:
-    """(1, 1, T, S) of the last T tokens, or None for one, which sees everything."""
+    """Causal mask (1, 1, T, S) of the last T tokens; None for a single token, which attends to all."""
     tokens = query.shape[2]
     if tokens == 1:
         return None

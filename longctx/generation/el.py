@@ -1,8 +1,8 @@
 """enable_el(): let a transformers model generate from hidden states instead of cached keys and values, losslessly.
 
-The model's own generate() stays as it is: decoder layers keep their inputs in the cache, cross attention reads the
-encoder's output directly (once for all layers and beams), and prompts are kept once for all their beams. Prompts run
-through the model's own attention, whose keys and values are dropped behind it. Weights are untouched.
+The model's own generate() is unchanged: decoder layers cache their inputs, cross attention reads the encoder's output
+directly (once for all layers and beams), and prompts are cached once for all beams. Prompts run through the model's own
+attention, whose keys and values are then discarded. Weights are unchanged.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def enable_el(model: torch.nn.Module, *, cross: bool = True, causal: bool = True
     """Attend to hidden states in every layer where that is exact, until `disable_el`.
 
     Args:
-        model: a transformers model with generate(); training mode and forward without a cache stay as they are.
+        model: a transformers model with generate(); training and forward without a cache are unchanged.
         cross: cross attention reads the encoder's output itself: 2 * layers * beams times fewer bytes.
         causal: self-attention of the decoder caches its inputs: half the bytes, and the prompt once for all beams.
-            Layers with a bounded memory stay as they are.
+            Layers with a bounded state are unchanged.
 
     Returns:
-        the names of the modules that changed.
+        names of the modules that were changed.
 
     Raises:
-        ModelError: no layer of the model can do it; says why (RoPE turns keys by their positions).
+        ModelError: no layer of the model supports it, with the reason (RoPE rotates keys by their positions).
     """
     if hasattr(model, _STATE):
         disable_el(model)
@@ -71,7 +71,7 @@ def enable_el(model: torch.nn.Module, *, cross: bool = True, causal: bool = True
 
 
 def disable_el(model: torch.nn.Module) -> None:
-    """Give a model its own attention back; does nothing to a model that has it."""
+    """Restore a model's own attention; no effect if it is in use."""
     state = getattr(model, _STATE, None)
     if state is None:
         return
@@ -84,15 +84,15 @@ def disable_el(model: torch.nn.Module) -> None:
 
 @contextmanager
 def spread_source(model: Any, mesh: Mesh) -> Iterator[None]:
-    """Take the encoder's output that cross attention is given for this rank's part of it.
+    """Treat the encoder's output that cross attention gets as this rank's shard of it.
 
     Raises:
-        ModelError: the model's cross attention makes keys and values.
+        ModelError: the model's cross attention computes keys and values.
     """
     state = getattr(model, _STATE, None)
     if state is None or not state.crosses:
         raise ModelError(
-            f"{type(model).__name__} is an encoder-decoder whose cross attention makes keys and values of its source: "
+            f"{type(model).__name__} is an encoder-decoder whose cross attention caches keys and values: "
             "call longctx.enable_el(model) to share the source between ranks, or generate on one (mesh of ring 1)"
         )
     state.mesh = mesh
@@ -103,19 +103,19 @@ def spread_source(model: Any, mesh: Mesh) -> Iterator[None]:
 
 
 def el_layers(model: torch.nn.Module) -> list[int]:
-    """The numbers of the decoder layers that keep their inputs since `enable_el`."""
+    """Indices of the decoder layers that cache their inputs since `enable_el`."""
     state = getattr(model, _STATE, None)
     return [] if state is None else list(state.layers)
 
 
 class _State(Beams):
-    """What enable_el did to one model, and how many beams the generation in progress has."""
+    """The changes that enable_el made to a model, and the number of beams of the generation in progress."""
 
     def __init__(self) -> None:
         super().__init__()
         self.changed: list[str] = []
         self.layers: list[int] = []
-        self.mesh: Mesh | None = None  # whose ranks hold the encoder's output in parts, while a generation reads it
+        self.mesh: Mesh | None = None  # its ranks hold shards of the encoder's output during a generation
 
 
 def _cross(family: Family, original: Any, state: _State) -> Any:
@@ -169,7 +169,7 @@ def _self(family: Family, original: Any) -> Any:
 def _sharded(
     module: Any, family: Family, original: Any, x: torch.Tensor, cache: ShardedCache, kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """The same over a context that is spread over ranks: W_v comes before the exchange, D + 1 numbers a query head."""
+    """The same over a context sharded over ranks; W_v is applied before the merge: D + 1 numbers per query head."""
     held: Any = cache.layers[int(module.layer_idx)]
     prompt = not held.is_initialized
     held.update(x[:, None], x[:, None, :, :0])
@@ -200,7 +200,7 @@ def _attend(
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """EL-attention over a cache in parts, the last tokens of which are x's own: partial results, merged by lse."""
+    """EL-attention over a cache in parts, the last of which holds x itself: partial results, merged by lse."""
     weights, heads = family.projections(module), getattr(module, family.heads)
     q = torch.nn.functional.linear(x, weights.w_q, weights.b_q).unflatten(-1, (heads, -1)).transpose(1, 2)
     keys = sum(part.shape[1] for part in parts)
@@ -221,7 +221,7 @@ def _attend(
 
 
 def _table(bias: torch.Tensor) -> Any:
-    """A (1, H, T, S) tensor as the function of positions that EL-attention asks for."""
+    """Wrap a (1, H, T, S) tensor as the function of positions that EL-attention expects."""
 
     def look_up(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return bias[0, :, :, keys]
@@ -230,7 +230,7 @@ def _table(bias: torch.Tensor) -> Any:
 
 
 def _position_bias(module: Any, given: torch.Tensor | None, past: int, tokens: int) -> torch.Tensor:
-    """T5's bias of the new tokens, (1, H, T, past + T): the first layer's table, handed from layer to layer."""
+    """T5's bias of the new tokens, (1, H, T, past + T): the first layer's table, passed from layer to layer."""
     if given is not None:
         return given
     if not module.has_relative_attention_bias:
@@ -245,7 +245,7 @@ def _scale(module: Any, family: Family) -> float:
 
 
 def _of_prompt(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
-    """The model's own mask without the places that a static cache has not filled yet."""
+    """The model's own mask without the slots that a static cache has not filled yet."""
     return mask if mask is None else mask[..., :tokens]
 
 

@@ -1,9 +1,9 @@
-"""generate(): transformers' own generate() over a context that no single rank holds.
+"""generate(): transformers' own generate() over a context sharded over ranks.
 
-The prompt runs through the model once, sharded, by ring attention, and its keys and values (under `enable_el` its
-layer inputs) stay where they lie. From then on every rank computes the same new token: attention is the only place
-where they exchange anything, D + 1 numbers a query head and layer. A layer with a bounded memory exchanges nothing
-any more: every rank has its state of the whole prompt. Sampling draws from generators that start equal on all ranks.
+The prompt runs through the model once, sharded, with ring attention; each rank keeps its shard of the keys and values
+(under `enable_el`, of the layer inputs). Every rank then computes the same new token: ranks communicate in attention
+only, D + 1 numbers per query head and layer. A layer with a bounded state needs no communication: every rank has the
+state of the whole prompt. Sampling uses random generators with the same seed on all ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from longctx.models.modes import evaluating
 from longctx.sharding import positions, shard
 
 _OTHER_CACHES = ("cache_implementation", "prompt_lookup_num_tokens")
-"""options that choose another cache; on a ring, a generation config that has them is overruled"""
+"""options that choose another cache; on a ring, those of the generation config are ignored"""
 
 
 @torch.no_grad()
@@ -39,22 +39,22 @@ def generate(
     seed: int = 0,
     **options: Any,
 ) -> Any:
-    """Continue a prompt whose context is spread over the ranks of ``mesh``; call it on all of them alike.
+    """Continue a prompt whose context is sharded over the ranks of ``mesh``. Collective.
 
     Args:
-        model: a causal transformers model, whole on every rank; on a ring its attention becomes longctx's. Or, under
-            `enable_el`, an encoder-decoder: ranks keep their parts of the encoder's output, which each of them runs.
+        model: a causal transformers model, replicated on every rank; on a ring its attention becomes longctx's. Or,
+            under `enable_el`, an encoder-decoder: every rank runs the encoder and keeps its shard of the output.
         input_ids: (B, S) int64, the whole prompt, equal on every rank of the sequence group; S >= 2 on a ring.
-        attention_mask: (B, S), 0 at padding, which must be on the left.
-        seed: of sampling.
-        options: of transformers' generate(): max_new_tokens, do_sample, num_beams, streamer, … What is not given comes
-            from the model's generation config, as there.
+        attention_mask: (B, S), 0 at padding; left padding only.
+        seed: for sampling.
+        options: of transformers' generate(): max_new_tokens, do_sample, num_beams, streamer, … Defaults come from the
+            model's generation config.
 
     Returns:
-        what generate() returns, the same on every rank. Every module is in the mode (train or eval) that it was in.
+        the result of transformers' generate(), equal on every rank. The train or eval mode of modules is restored.
 
     Raises:
-        ModelError: the model or an option cannot be generated from sharded; see docs/decode.md.
+        ModelError: sharded generation does not support the model or an option; see docs/decode.md.
     """
     _check(model, input_ids, attention_mask, options, mesh.sequence_size)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -81,7 +81,7 @@ def generate(
 
 
 def _from_source(model: Any, ids: torch.Tensor, mask: torch.Tensor, mesh: Mesh, options: dict[str, Any]) -> Any:
-    """Generate from an encoder's output of which this rank keeps its part; self-attention is that of one process."""
+    """Generate from a sharded encoder output; self-attention runs unsharded on every rank."""
     from transformers.modeling_outputs import BaseModelOutput
 
     with spread_source(model, mesh):
@@ -93,7 +93,7 @@ def _from_source(model: Any, ids: torch.Tensor, mask: torch.Tensor, mesh: Mesh, 
 
 
 def _prefill(model: Any, ids: torch.Tensor, mask: torch.Tensor, binding: Binding) -> ShardedCache:
-    """Run the prompt but its last token through the model, sharded, and keep what each rank computes."""
+    """Run all but the last token of the prompt through the sharded model; each rank caches its shard."""
     length, mesh, layout = ids.shape[1], binding.mesh, binding.layout
     documents = shard(torch.where(mask > 0, 0, -1).to(torch.int32), mesh, layout=layout, pad_value=-1)
     places = Places(
@@ -112,14 +112,14 @@ def _prefill(model: Any, ids: torch.Tensor, mask: torch.Tensor, binding: Binding
     if not cache.filled:
         raise ModelError(
             f"{type(model).__name__} did not fill its cache of {len(layers)} layers: only models whose every layer "
-            "caches keys and values, or has a bounded memory of longctx, can be generated from sharded"
+            "caches keys and values, or has a bounded state of longctx, support sharded generation"
         )
     cache.ready = True
     return cache
 
 
 def _layers(model: Any, places: Places, tokens: torch.Tensor) -> list[ShardedLayer | ReplicatedState]:
-    """What each layer keeps: a bounded state, layer inputs where EL-attention is enabled, or keys and values."""
+    """Return each layer's cache: a bounded state, layer inputs (EL-attention), or keys and values."""
     count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     layers: list[ShardedLayer | ReplicatedState] = [ShardedLayer(places) for _ in range(count)]
     for index in el_layers(model):
@@ -147,23 +147,23 @@ def _check(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, options: di
         )
     for option in (*_OTHER_CACHES, "past_key_values", "assistant_model"):
         if options.get(option) is not None:
-            raise ModelError(f"generate({option}=…): the cache of a sharded generation is its own; leave it out")
+            raise ModelError(f"generate({option}=…): sharded generation uses its own cache; leave it out")
     if options.get("use_cache") is False:
-        raise ModelError("generate(use_cache=False): a sharded generation lives on its cache; leave it out")
+        raise ModelError("generate(use_cache=False): sharded generation needs its cache; leave it out")
     if ranks > 1 and _option(model, options, "guidance_scale") not in (None, 1, 1.0):
         raise ModelError(
-            "generate(guidance_scale=…): guidance reads a second prompt, which has no cache on a ring; give "
-            "guidance_scale=1, in the folder's generation_config.json if it stands there, or generate in one process"
+            "generate(guidance_scale=…): guidance reads a second prompt, which has no sharded cache; give "
+            "guidance_scale=1, in the folder's generation_config.json if it is set there, or generate in one process"
         )
 
 
 def _option(model: Any, options: dict[str, Any], name: str) -> Any:
-    """Return what an option of generate() will be: as given, else as the model's generation config says."""
+    """Return the value of an option of generate(): as given, else from the model's generation config."""
     return options[name] if name in options else getattr(model.generation_config, name, None)
 
 
 def same_everywhere(tokens: torch.Tensor, mesh: Mesh) -> bool:
-    """Tell whether all ranks of the sequence group hold the same tokens (collective)."""
+    """Return whether all ranks of the sequence group have the same tokens. Collective."""
     if mesh.sequence_size == 1:
         return True
     low, high = tokens.clone(), tokens.clone()

@@ -1,4 +1,4 @@
-"""The four projections of an attention module, whatever its class calls them: what EL-attention folds."""
+"""Find the q, k, v and output projections of an attention module, which EL-attention folds into queries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longctx.errors import ModelError
 
 @dataclass(frozen=True, eq=False)
 class Projections:
-    """Views of a module's weights in torch.nn.Linear's layout, (out, in); nothing is copied."""
+    """Views of a module's weights in torch.nn.Linear's layout, (out, in), without a copy."""
 
     w_q: torch.Tensor
     w_k: torch.Tensor
@@ -27,7 +27,7 @@ class Projections:
 
 @dataclass(frozen=True)
 class Family:
-    """How one kind of attention module is read."""
+    """How to read the projections of one class of attention modules."""
 
     projections: Callable[[Any], Projections]
     heads: str
@@ -90,21 +90,21 @@ _FAMILIES = {
 
 
 def family_of(module: Any) -> Family | None:
-    """How ``module`` is read, or None if it is no attention module that EL-attention knows."""
+    """Return how to read ``module``, or None if EL-attention does not support its class."""
     name = type(module).__name__
     return _FAMILIES.get(name.removesuffix("Attention")) if name.endswith("Attention") else None
 
 
 def refuse(model: torch.nn.Module) -> ModelError:
-    """Why nothing in ``model`` can attend to hidden states."""
+    """Return the error that says why no layer of ``model`` can attend to hidden states."""
     rotary = sorted({type(m).__name__ for m in model.modules() if "Rotary" in type(m).__name__})
     if rotary:
         return ModelError(
-            f"{type(model).__name__} turns its keys by their positions ({rotary[0]}): RoPE stands between the query "
-            "and W_k, so keys cannot be folded into queries and hidden states cannot replace the cache. Generate with "
-            "keys and values (leave the model as it is)"
+            f"{type(model).__name__} rotates its keys by their positions ({rotary[0]}): RoPE is applied between the "
+            "query and W_k, so W_k cannot be folded into queries and hidden states cannot replace the cache. Generate "
+            "with keys and values (leave the model as it is)"
         )
     return ModelError(
-        f"{type(model).__name__} has no attention module that EL-attention knows; it knows those of "
+        f"{type(model).__name__} has no attention module that EL-attention supports; it supports those of "
         f"{', '.join(sorted(_FAMILIES))}"
     )

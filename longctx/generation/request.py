@@ -1,4 +1,4 @@
-"""What `longctx generate` was asked for: one frozen value that travels to every rank as JSON."""
+"""The request of `longctx generate`: a frozen value that every rank reads as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from longctx.errors import ConfigError
 
 FIGURES = "figures.txt"
-"""What rank 0 of a ring writes beside its request: the lines that go to stderr."""
+"""File beside the request to which rank 0 of a ring writes the lines for stderr."""
 ATTENTION = ("auto", "el", "kv")
 
 
@@ -47,18 +47,18 @@ class Request:
             raise ConfigError(f"generate --attention {self.attention}: choose one of {', '.join(ATTENTION)}")
 
     def write(self, path: Path) -> None:
-        """Write it for the ranks, readable by this user alone."""
+        """Write the request for the ranks, readable by this user only."""
         path.touch(mode=0o600)
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Request:
-        """Read what `write` wrote."""
+        """Read a request that `write` has written."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def model_folder(checkpoint: Path) -> Path:
-    """Return the folder with the weights: a model's own, or the `model` folder of a run directory.
+    """Return the folder with the weights: ``checkpoint`` itself, or the `model` folder of a run directory.
 
     Raises:
         ConfigError: there is none.

@@ -1,4 +1,4 @@
-"""Load a checkpoint, continue a prompt, and say how fast it was and what it kept."""
+"""Load a checkpoint, continue a prompt, and report the speed and the size of the cache."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ class Generator:
         self.mesh = mesh
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.model: Any = load_pretrained(folder).to(mesh.device).eval()
-        if mesh.sequence_size == 1 and not converted(self.model.config):  # bounded memories are longctx's to compute
+        if mesh.sequence_size == 1 and not converted(self.model.config):  # longctx computes bounded states
             self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
 
     def answer(self, request: Request, write: Callable[[str], Any]) -> Generated:
-        """Continue ``request.prompt`` and write text as it is made.
+        """Continue ``request.prompt`` and write text as it is generated.
 
         Raises:
-            ConfigError: the prompt is too short, the model has no positions for it and what is asked, or transformers
-                refuses the options and the folder's generation_config.json together.
-            ModelError: --attention el on a model that cannot.
+            ConfigError: the prompt is too short, prompt and new tokens exceed the model's positions, or transformers
+                rejects the combination of options and the folder's generation_config.json.
+            ModelError: --attention el for a model that does not support it.
         """
         ids = torch.from_numpy(self.tokenizer.prompt(request.prompt).astype("int64"))[None].to(self.mesh.device)
         least = min(self.mesh.sequence_size, 2)
@@ -89,7 +89,7 @@ class Generator:
             raise
         except ValueError as error:  # transformers checks options and generation_config.json together
             raise ConfigError(
-                f"generate {request.folder}: transformers refuses these options with the folder's "
+                f"generate {request.folder}: transformers rejects these options with the folder's "
                 f"generation_config.json: {error}"
             ) from error
         seconds = time.perf_counter() - started
@@ -102,7 +102,7 @@ class Generator:
         return Generated(text, ids.shape[1], len(new), seconds, reading, kept, attention)
 
     def _check_length(self, prompt: int, new: int) -> None:
-        """Refuse what a table of positions has no row for; the last token is written and not read."""
+        """Reject lengths beyond the model's table of positions; the last token is written but not read."""
         rows = table_of_positions(self.model)
         if rows is not None and prompt + new - 1 > rows:
             room = rows - prompt + 1
@@ -113,7 +113,7 @@ class Generator:
             )
 
     def _attend(self, request: Request, prompt: int) -> Choice:
-        """Set the model up for the asked, or the cheaper, kind of attention; the same choice on every rank."""
+        """Enable the requested kind of attention, or the cheaper one for auto; the same on every rank."""
         disable_el(self.model)
         unshare_beams(self.model)
         choice = Choice(request.attention, "as asked")
@@ -130,18 +130,18 @@ class Generator:
         if not modules:
             bounded = sum(memory_of(module) is not None for module in self.model.modules())
             if bounded:
-                return Choice("kv", f"{bounded} of {self.model.config.num_hidden_layers} layers have a bounded memory")
+                return Choice("kv", f"{bounded} of {self.model.config.num_hidden_layers} layers have a bounded state")
             return Choice("kv", str(refuse(self.model)).split(":")[0])
         ranks = self.mesh.sequence_size
         free = torch.tensor(_free_memory(self.mesh.device) // 2, device=self.mesh.device)
-        if ranks > 1:  # of the rank that has least, lest they choose differently
+        if ranks > 1:  # the minimum over ranks, so that all choose the same
             dist.all_reduce(free, op=dist.ReduceOp.MIN, group=self.mesh.sequence_group)
         shared = ranks > 1 or self._beams_can_share()
         shape = replace(_shape(self.model, request, prompt), layers=len(modules))
         return choose(shape, memory=int(free) * ranks, shared_prompt=shared)
 
     def _beams_can_share(self) -> bool:
-        """Whether keys and values of the prompt can lie in this process once for all beams (a ring's always do)."""
+        """Return whether this process can cache the prompt once for all beams (a ring always does)."""
         config = self.model.config
         odd = converted(config) or getattr(config, "attn_logit_softcapping", None) is not None
         for module in self.model.modules():
@@ -152,16 +152,17 @@ class Generator:
 def options_of(request: Request, folder: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the options of transformers' generate() for a request.
 
-    What a request does not say (stop tokens, penalties, suppressed tokens) is left to the model's generation config.
+    Options that a request does not have (stop tokens, penalties, suppressed tokens) come from the model's generation
+    config.
 
     Args:
-        folder: that generation config.
+        folder: the model's generation config.
     """
     sampling = request.temperature > 0 and request.beams == 1
     options: dict[str, Any] = {
         "do_sample": sampling, "num_beams": request.beams, "num_return_sequences": 1,
         "max_new_tokens": request.max_new_tokens,
-        "temperature": request.temperature if sampling else 1.0,  # transformers warns of settings that do nothing
+        "temperature": request.temperature if sampling else 1.0,  # transformers warns about settings without effect
         "top_k": request.top_k if sampling else 50, "top_p": request.top_p if sampling else 1.0,
     }  # fmt: skip
     stop = folder.eos_token_id

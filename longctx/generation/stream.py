@@ -1,4 +1,4 @@
-"""Text as it is made: what transformers calls a streamer, for our tokenizers."""
+"""Write text while it is generated: a streamer for transformers' generate(), with our tokenizers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _UNFINISHED = "\ufffd"
 
 
 class TextStream:
-    """Write what each new token adds to the text; a character whose bytes are not all there waits for them."""
+    """Write the text that each new token adds; an incomplete character is written when its last byte arrives."""
 
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], Any]) -> None:
         self.tokenizer, self.write = tokenizer, write
         self.ids: list[int] = []
-        self.start = 0  # of the tokens that are decoded again: only the last few can change
+        self.start = 0  # first token that is decoded again: only the last few can change the text
         self.shown = ""
         self.prompt = True
         self.first: float | None = None
@@ -36,12 +36,12 @@ class TextStream:
             return
         self.write(text[len(self.shown) :])
         self.shown = text
-        if len(self.ids) - self.start > _LONGEST:  # from here on, decode again behind a few known tokens only
-            self.start = len(self.ids) - _CONTEXT  # some decoders drop a space before the first token they are given
+        if len(self.ids) - self.start > _LONGEST:  # decode again only a few known tokens before the new one
+            self.start = len(self.ids) - _CONTEXT  # some decoders drop a space before their first token
             self.shown = self.tokenizer.decode(self.ids[self.start :])
 
     def end(self) -> None:
-        """Write what is left."""
+        """Write the remaining text."""
         text = self.tokenizer.decode(self.ids[self.start :])
         self.write(text[len(self.shown) :])
         self.shown = text

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 from longctx.generation.request import FIGURES
-from longctx.launch import rank as ranks
 from longctx.launch import report
-from longctx.mesh import _discover as launched_world
+from longctx.launch.rank_process import console, die_with_parent, end, join, print_error, world_size
+from longctx.world import launched_world
 
 
 def main(path: Path) -> int:
     """Continue the prompt with the others; rank 0 writes the text to the terminal and its figures beside ``path``."""
-    ranks._die_with_parent()
+    die_with_parent()
     faulthandler.enable()
     rank = launched_world()[1]
     try:
@@ -22,26 +22,26 @@ def main(path: Path) -> int:
         from longctx.generation.run import Generator
         from longctx.mesh import Mesh
 
-        ranks._meet(rank)
-        request, console = Request.read(path), ranks._console(rank)
-        mesh = Mesh(ring=ranks._world())
+        join(rank)
+        request, stream = Request.read(path), console(rank)
+        mesh = Mesh(ring=world_size())
         mesh.connect()
 
         def write(text: str) -> None:
-            if console is not None:
-                console.write(text)
-                console.flush()
+            if stream is not None:
+                stream.write(text)
+                stream.flush()
 
         done = Generator(Path(request.folder), mesh).answer(request, write)
         write("\n")
-        if console is not None:
+        if stream is not None:
             path.with_name(FIGURES).write_text(done.summary(mesh.sequence_size), encoding="utf-8")
         return 0
     except BaseException as error:
         if not report.leave(rank, error):
-            ranks._print_once(rank, error)
+            print_error(rank, error)
         return 1
 
 
 if __name__ == "__main__":
-    ranks.end(main(Path(sys.argv[1])))
+    end(main(Path(sys.argv[1])))

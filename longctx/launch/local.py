@@ -17,24 +17,20 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from longctx.errors import LaunchError
 from longctx.launch import hardware, report
-from longctx.launch.early import caught
 from longctx.launch.environment import RESOLVED
 from longctx.launch.prepare import prepare
 from longctx.launch.processes import exit_code, kill
+from longctx.launch.watch import FAILED, Watch
 from longctx.train.folder import require_usable
 from longctx.train.lock import require_free
 from longctx.train.signals import PREEMPTED, code_of
 
 if TYPE_CHECKING:
     from longctx.config.schema import RunConfig
-
-GRACE_SECONDS = 3.0  # between the first failure and the kill: others may be about to report the real cause
-STOP_SECONDS = 300.0  # for saving a checkpoint after a request to stop
 
 
 def train(config: RunConfig, config_path: Path, overrides: Sequence[str], *, world: int) -> int:
@@ -87,14 +83,12 @@ def run(command: Sequence[str], *, world: int, logs: Path, environment: dict[str
         raise LaunchError(f"{logs} cannot be made: {error.strerror}; choose another output.folder") from None
     with tempfile.TemporaryDirectory(prefix="longctx-") as errors, _listen() as listener:
         job = _Job(logs, Path(errors))
-        previous = {number: signal.signal(number, job.forward) for number in (*caught(), signal.SIGUSR2)}
-        try:
-            job.start(command, world, listener, environment or {})
-            return job.wait()
-        finally:
-            job.kill()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with job.watch.handling_signals(job.forward):
+            try:
+                job.start(command, world, listener, environment or {})
+                return job.wait()
+            finally:
+                job.kill()
 
 
 class _Job:
@@ -103,10 +97,8 @@ class _Job:
     def __init__(self, logs: Path, errors: Path) -> None:
         self.logs, self.errors = logs, errors
         self.ranks: list[subprocess.Popen[bytes]] = []
-        self.asked_to_stop = 0.0
-        self.asked = 0  # the signal that asked first
-        self.told: set[int] = set()  # process ids that know
-        self.interrupted_twice = False
+        self.watch = Watch()
+        self.told: set[int] = set()  # process ids that have received the request to stop
 
     def start(self, command: Sequence[str], world: int, listener: socket.socket, environment: dict[str, str]) -> None:
         """Start all ranks; the caller kills those already started when this raises."""
@@ -151,47 +143,33 @@ class _Job:
 
     def wait(self) -> int:
         """Wait for all ranks and return the job's exit code; print the cause if one failed."""
-        failed_at = 0.0
         while True:
             self._tell()
             codes = {rank: exit_code(process) for rank, process in enumerate(self.ranks)}
             ended = {rank: code for rank, code in codes.items() if code is not None}
-            now = time.monotonic()
-            if self.interrupted_twice:
-                return 130
-            if any(self._failed(rank, code) for rank, code in ended.items()):
-                failed_at = failed_at or now
-                if len(ended) == len(codes) or now - failed_at > GRACE_SECONDS:
-                    return self._explain(codes)
-            elif len(ended) == len(codes):
-                return PREEMPTED if PREEMPTED in ended.values() else 0
-            if self.asked_to_stop and now - self.asked_to_stop > STOP_SECONDS:
-                print(f"longctx: not stopped {STOP_SECONDS:.0f} s after the request; killing", file=sys.stderr)
-                return 1
+            failed = any(self._failed(rank, code) for rank, code in ended.items())
+            code = self.watch.exit_code(ended.values(), len(codes), failed)
+            if code is not None:
+                return self._explain(codes) if code == FAILED else code
             time.sleep(0.05)
 
     def kill(self) -> None:
         """Kill what is left of every rank and of what it started, and wait until the ranks are gone."""
         kill(self.ranks)
 
-    def forward(self, number: int, frame: FrameType | None) -> None:
-        """Pass a signal on to the ranks; the second SIGINT ends the wait. SIGUSR2 has them show where they are."""
-        if number == signal.SIGINT and self.asked_to_stop:
-            self.interrupted_twice = True
-            return
+    def forward(self, number: int) -> None:
+        """Send a signal to the ranks."""
         if number == signal.SIGUSR2:
             self._send(number, self.ranks)
             return
-        self.asked_to_stop = self.asked_to_stop or time.monotonic()
-        self.asked = self.asked or number
         self._send(number, [process for process in self.ranks if process.pid in self.told])
         self._tell()
 
     def _tell(self) -> None:
         """Pass the request to stop on to ranks that were not yet started when it came."""
-        new = [process for process in self.ranks if process.pid not in self.told] if self.asked else []
+        new = [process for process in self.ranks if process.pid not in self.told] if self.watch.signal else []
         self.told |= {process.pid for process in new}
-        self._send(self.asked, new)
+        self._send(self.watch.signal, new)
 
     def _send(self, number: int, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         for process in processes:
@@ -204,10 +182,10 @@ class _Job:
 
     def _explain(self, codes: dict[int, int | None]) -> int:
         bad = {rank: code for rank, code in codes.items() if code is not None and self._failed(rank, code)}
-        sentence = report.stopped(self.errors, bad.values(), self.asked)
+        sentence = report.stopped(self.errors, bad.values(), self.watch.signal)
         if sentence is not None:
             print(f"longctx: {sentence}", file=sys.stderr, flush=True)
-            return code_of(self.asked) if self.asked else next(iter(bad.values()))
+            return code_of(self.watch.signal) if self.watch.signal else next(iter(bad.values()))
         print(f"longctx: {report.first_cause(self.errors, codes, self.logs)}", file=sys.stderr, flush=True)
         return 1
 

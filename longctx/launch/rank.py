@@ -6,22 +6,20 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
-import faulthandler
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
-from longctx.errors import ConfigError, LaunchError, LongctxError
+from longctx.errors import ConfigError, LaunchError
 from longctx.launch import hardware, report
 from longctx.launch.environment import RESOLVED
-from longctx.mesh import _discover as launched_world
+from longctx.launch.rank_process import console, die_with_parent, end, join, print_error, show_stacks, world_size
 from longctx.train.report.console import guard_standard_streams
 from longctx.train.signals import StopFlag, code_of, sentence_of
+from longctx.world import launched_world
 
 if TYPE_CHECKING:
     from longctx.config.schema import RunConfig
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run this rank's job and return its exit code: 0 done, 75 stopped after saving, 1 failed; 130, 143 or 75 when a
     signal came before the first step."""
-    _die_with_parent()
+    die_with_parent()
     guard_standard_streams()
     show_stacks()
     options = _parse(arguments)
@@ -40,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(options.config, options.overrides, rank, stop)
         except BaseException as error:
             if not report.leave(rank, error):
-                _print_once(rank, error)
+                print_error(rank, error)
             return 1
 
 
@@ -52,29 +50,12 @@ def _give_up(rank: int, text: str) -> None:
     os._exit(1)
 
 
-def show_stacks() -> None:
-    """Have a crash, and SIGUSR2 at any time, write every thread's stack to stderr: this rank's log."""
-    stream = getattr(sys.stderr, "stream", sys.stderr)
-    if stream is not None:
-        faulthandler.enable(stream)
-        faulthandler.register(signal.SIGUSR2, stream)
-
-
 def _stop(rank: int, number: int) -> None:
     """End this process: a signal came while there is nothing to save yet, and others may be waited for."""
     error = LaunchError(sentence_of(number))
     if not report.leave(rank, error) and rank == 0:
         print(f"longctx: {error}", file=sys.stderr, flush=True)
     os._exit(code_of(number))
-
-
-def end(code: int) -> None:
-    """Leave the process with ``code``; after a failure at once, since other ranks may never come to a clean end."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code not in (0, 75):
-        os._exit(code)
-    sys.exit(code)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -102,7 +83,7 @@ def _train(path: Path, overrides: list[str], rank: int, stop: StopFlag) -> int:
 
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
-    _meet(rank)
+    join(rank)
     if config is None:
         from longctx.train.same_start import compare_start
 
@@ -111,7 +92,7 @@ def _train(path: Path, overrides: list[str], rank: int, stop: StopFlag) -> int:
     from longctx.train.run import run
 
     columns = int(os.environ.get("LONGCTX_COLUMNS", "0"))
-    code = run(config, console=_console(rank), columns=columns, stop=stop, give_up=lambda text: _give_up(rank, text))
+    code = run(config, console=console(rank), columns=columns, stop=stop, give_up=lambda text: _give_up(rank, text))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return code
@@ -123,66 +104,16 @@ def _load(path: Path, overrides: list[str]) -> tuple[RunConfig | None, ConfigErr
 
     resolved = os.environ.get(RESOLVED) if "LONGCTX_PARENT" in os.environ else None
     try:
-        return (load(resolved) if resolved else load_for_rank(path, overrides, default_world=_world())), None
+        return (load(resolved) if resolved else load_for_rank(path, overrides, default_world=world_size())), None
     except ConfigError as error:
         return None, error
-
-
-def _meet(rank: int) -> None:
-    """Join the other ranks through the socket that our own launcher opened; elsewhere the mesh does it later."""
-    if "LONGCTX_PARENT" not in os.environ:
-        return
-    import torch
-    import torch.distributed as dist
-
-    from longctx.rendezvous import local_device
-
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    listener = os.environ.get("LONGCTX_LISTENER")
-    handed = {"is_master": True, "master_listen_fd": int(listener)} if listener else {}
-    store = dist.TCPStore(address, port, _world(), wait_for_workers=False, **handed)  # type: ignore[arg-type]
-    backend = "gloo"
-    if hardware.gpus() > 0:
-        torch.cuda.set_device(local_device())
-        backend = "nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=_world())
-
-
-def _world() -> int:
-    return launched_world()[0] or 1
 
 
 def _local_ranks() -> int:
     """Return how many ranks share this host: as the launcher says, else all of them."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
     found = [os.environ[name] for name in names if os.environ.get(name, "").isdigit()]
-    return max(int(found[0]), 1) if found else _world()
-
-
-def _console(rank: int) -> TextIO | None:
-    """Return where rank 0 talks to the user; None on the other ranks."""
-    if rank != 0:
-        return None
-    handed = os.environ.get("LONGCTX_CONSOLE")
-    return os.fdopen(int(handed), "w", buffering=1, errors="backslashreplace") if handed else sys.stdout
-
-
-def _print_once(rank: int, error: BaseException) -> None:
-    """Print an error under a foreign launcher. A mistake in the YAML is every rank's, so only rank 0 names it."""
-    if rank == 0 or not isinstance(error, ConfigError):
-        where = "" if isinstance(error, LongctxError) and rank == 0 else f"rank {rank}: "
-        print(f"longctx: {where}{report.text_of(error)}", file=sys.stderr, flush=True)
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to kill this rank when our launcher dies, however that happens."""
-    parent = os.environ.get("LONGCTX_PARENT")
-    if parent is None or not sys.platform.startswith("linux"):
-        return
-    set_death_signal = 1
-    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-    if os.getppid() != int(parent):
-        os._exit(1)  # it died before we asked
+    return max(int(found[0]), 1) if found else world_size()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longctx.errors import LaunchError
-from longctx.mesh import launched_by
 from longctx.train.report.console import guard_standard_streams
+from longctx.world import launched_by
 
 if TYPE_CHECKING:
     from longctx.config.derived import Derived

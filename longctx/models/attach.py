@@ -17,7 +17,8 @@ from longctx.models.hook.dropout import drops_attention
 from longctx.models.hook.rope import attach_rope
 from longctx.models.hook.verify import refuse_added_loss, watch
 from longctx.models.hook.wrapped import inner_models, refuse_prompts
-from longctx.models.register import NAME, register
+from longctx.models.names import NAME
+from longctx.models.register import register
 
 # Heads that pick or compare tokens of the whole sequence: on a shard each rank would pick among its own.
 _GLOBAL_HEADS = re.compile(

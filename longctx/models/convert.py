@@ -8,7 +8,8 @@ from typing import Any
 
 from longctx.errors import ModelError
 from longctx.models.hook.families import FAMILIES, MixedLayers, family_of, give_memories, mixed_classes
-from longctx.models.register import NAME, register
+from longctx.models.names import NAME
+from longctx.models.register import register
 from longctx.nn.kinds import read_layers, write_layers
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from longctx.errors import MissingPackageError
+from longctx.models.names import NAME
 
-NAME = "longctx"
 OLDEST = (5, 17)  # transformers; before it, mask functions have another signature and configs declare no fields
 
 

@@ -40,7 +40,7 @@ class Kernel:
 
 
 @dataclass
-class Outcome:
+class SimulatedPass:
     """One pass: when the last rank is done, and what each rank computed and sent."""
 
     seconds: float
@@ -54,7 +54,7 @@ class Outcome:
         return 1 - max(self.busy) / self.seconds
 
 
-def attention_pass(layer: Layer, machine: Machine, kernel: Kernel, *, backward: bool = False) -> Outcome:
+def attention_pass(layer: Layer, machine: Machine, kernel: Kernel, *, backward: bool = False) -> SimulatedPass:
     """Play one pass of ring, Ulysses or hybrid attention."""
     outcome = _ring(layer, machine, kernel, backward)
     if layer.ulysses > 1:
@@ -65,7 +65,7 @@ def attention_pass(layer: Layer, machine: Machine, kernel: Kernel, *, backward: 
     return outcome
 
 
-def gathered_pass(layer: Layer, machine: Machine, kernel: Kernel, *, backward: bool = False) -> Outcome:
+def gathered_pass(layer: Layer, machine: Machine, kernel: Kernel, *, backward: bool = False) -> SimulatedPass:
     """Play attention that gathers all keys and values first (and scatters their gradients last): nothing is hidden."""
     world = layer.world
     own = 2 * layer.local * layer.kv_heads * layer.head_dim
@@ -73,22 +73,22 @@ def gathered_pass(layer: Layer, machine: Machine, kernel: Kernel, *, backward: b
     seconds = _collective(machine, world, size)
     rate = (kernel.backward if backward else kernel.forward) * layer.local / (layer.local + SMALL)
     busy = layer.flops(backward) / world / rate
-    return Outcome(seconds + busy, [busy] * world, [size * (world - 1)] * world, [1 + backward] * world)
+    return SimulatedPass(seconds + busy, [busy] * world, [size * (world - 1)] * world, [1 + backward] * world)
 
 
-def scan_pass(world: int, state_bytes: int, machine: Machine, compute: float) -> Outcome:
+def scan_pass(world: int, state_bytes: int, machine: Machine, compute: float) -> SimulatedPass:
     """Play a layer of bounded memory: one all-gather of states, whatever the length; ``compute`` seconds on a rank."""
     seconds = _collective(machine, world, state_bytes)
-    return Outcome(compute + seconds, [compute] * world, [state_bytes * (world - 1)] * world, [1] * world)
+    return SimulatedPass(compute + seconds, [compute] * world, [state_bytes * (world - 1)] * world, [1] * world)
 
 
-def _ring(layer: Layer, machine: Machine, kernel: Kernel, backward: bool) -> Outcome:
+def _ring(layer: Layer, machine: Machine, kernel: Kernel, backward: bool) -> SimulatedPass:
     ring, rule = layer.ring, make_rule(True, layer.window)
     schedule = make_schedule(layer.layout, ring, layer.tokens, rule)
     pairs = work(layer.layout, ring, layer.tokens, rule)
     plans = [schedule.stages(rank) for rank in range(ring)]
     clock, free = [0.0] * ring, [0.0] * ring
-    outcome = Outcome(0.0, [0.0] * ring, [0] * ring, [0] * ring)
+    outcome = SimulatedPass(0.0, [0.0] * ring, [0] * ring, [0] * ring)
     for number in range(len(plans[0]) if backward else len(plans[0]) - 1):
         done = []
         for rank, plan in enumerate(plans):
@@ -151,6 +151,8 @@ def _collective(machine: Machine, world: int, own: int) -> float:
     return latency + max(within, across)
 
 
-def rate_of(layer: Layer, play: Callable[..., Outcome], machine: Machine, kernel: Kernel, backward: bool) -> float:
+def rate_of(
+    layer: Layer, play: Callable[..., SimulatedPass], machine: Machine, kernel: Kernel, backward: bool
+) -> float:
     """Useful FLOP/s of one device in one pass."""
     return layer.flops(backward) / layer.world / play(layer, machine, kernel, backward=backward).seconds

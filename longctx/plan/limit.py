@@ -15,7 +15,7 @@ MOST = 2**34  # tokens; nobody looks further
 
 
 @dataclass(frozen=True)
-class Change:
+class Switch:
     """A switch that is not set, in the words of the YAML, and what it would win."""
 
     what: str
@@ -49,11 +49,11 @@ def longest(shape: ModelShape, setup: Setup, machine: Machine) -> int:
     return low * multiple
 
 
-def further(shape: ModelShape, setup: Setup, machine: Machine) -> list[Change]:
+def further(shape: ModelShape, setup: Setup, machine: Machine) -> list[Switch]:
     """Return the switches that would make the longest sequence longer, best first."""
     now = longest(shape, setup, machine)
     found = [
-        Change(what, longest(shape, changed, machine), peak_bytes(shape, changed))
+        Switch(what, longest(shape, changed, machine), peak_bytes(shape, changed))
         for what, changed in _switches(shape, setup)
     ]
     return sorted((change for change in found if change.longest > 1.02 * now), key=lambda change: -change.longest)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from longctx.plan import activations, buffers, states
-from longctx.plan.live import gathered_bytes, resting_bytes
 from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
 
@@ -43,7 +42,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Memory:
+class StepBytes:
     """A rank's memory: its moments, and what it keeps on the host."""
 
     moments: tuple[Moment, ...]
@@ -56,14 +55,14 @@ class Memory:
         return max(self.moments, key=lambda moment: moment.total)
 
 
-def memory_of(shape: ModelShape, setup: Setup) -> Memory:
+def step_bytes(shape: ModelShape, setup: Setup) -> StepBytes:
     """Return what a rank of this run holds, by moments and parts."""
-    return Memory(tuple(_moments(shape, setup)), host_bytes(shape, setup), states.swapped_bytes(shape, setup))
+    return StepBytes(tuple(_moments(shape, setup)), host_bytes(shape, setup), states.swapped_bytes(shape, setup))
 
 
 def peak_bytes(shape: ModelShape, setup: Setup) -> int:
     """Return the most that a rank holds at once."""
-    return memory_of(shape, setup).peak.total
+    return step_bytes(shape, setup).peak.total
 
 
 def host_bytes(shape: ModelShape, setup: Setup) -> dict[str, int]:
@@ -100,13 +99,13 @@ def _moments(shape: ModelShape, setup: Setup) -> Iterator[Moment]:
     if setup.stage in (1, 2):
         whole = {"gradients": shape.itemsize * shape.embedding, "workspace": states.large_gradient_bytes(shape, setup)}
         yield Moment("backward of the embedding", _sum(_base(shape, setup, everything - head), whole))
-    step = {"workspace": states.step_bytes(shape, setup)}
+    step = {"workspace": states.update_bytes(shape, setup)}
     yield Moment("optimizer step", _sum(_base(shape, setup, everything, resting=True), step))
 
 
 def _base(shape: ModelShape, setup: Setup, made: int, resting: bool = False) -> dict[str, int]:
     """What is there all the time, and the gradients of ``made`` parameters."""
-    gathered = resting_bytes(shape, setup) if resting else gathered_bytes(shape, setup)
+    gathered = states.resting_bytes(shape, setup) if resting else states.gathered_bytes(shape, setup)
     inputs = 0 if resting else setup.n * (activations.rotary_kept(shape) + activations.inputs_kept())
     gradients = states.resident_gradient_bytes(shape, setup) + states.made_gradient_bytes(shape, setup, made)
     fixed = states.bucket_bytes(shape, setup, made) + states.offload_bytes(shape, setup)

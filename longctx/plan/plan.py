@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from longctx.plan.limit import Change, fits, further, longest
+from longctx.plan.limit import Switch, fits, further, longest
 from longctx.plan.machines import Machine
-from longctx.plan.memory import Memory, memory_of
+from longctx.plan.memory import StepBytes, step_bytes
 from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
 from longctx.plan.speed import Speed, speed_of
@@ -21,13 +21,13 @@ class Plan:
     shape: ModelShape
     setup: Setup
     machine: Machine
-    memory: Memory
+    step_bytes: StepBytes
     speed: Speed
     flops: Flops
     wire: Wire
     fits: bool
     longest: int
-    further: list[Change]
+    further: list[Switch]
 
 
 def make_plan(shape: ModelShape, setup: Setup, machine: Machine) -> Plan:
@@ -36,7 +36,7 @@ def make_plan(shape: ModelShape, setup: Setup, machine: Machine) -> Plan:
         shape=shape,
         setup=setup,
         machine=machine,
-        memory=memory_of(shape, setup),
+        step_bytes=step_bytes(shape, setup),
         speed=speed_of(shape, setup, machine),
         flops=flops_of(shape, setup),
         wire=wire_of(shape, setup),
@@ -58,11 +58,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "memory": {
             "device_bytes": plan.machine.memory,
             "usable_bytes": plan.machine.usable,
-            "peak_bytes": plan.memory.peak.total,
-            "peak_at": plan.memory.peak.name,
+            "peak_bytes": plan.step_bytes.peak.total,
+            "peak_at": plan.step_bytes.peak.name,
             "fits": plan.fits,
-            "moments": {moment.name: moment.parts | {"total": moment.total} for moment in plan.memory.moments},
-            "host_bytes": plan.memory.host,
+            "moments": {moment.name: moment.parts | {"total": moment.total} for moment in plan.step_bytes.moments},
+            "host_bytes": plan.step_bytes.host,
         },
         "step": {
             "seconds": speed.total,

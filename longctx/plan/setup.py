@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from longctx.config.derived import Derived
-from longctx.config.room import weights_group
 from longctx.config.schema import RunConfig
+from longctx.config.topology import weights_group
 from longctx.plan.shape import ModelShape
 
 Recompute = Literal["none", "mlp", "layer", "layer_keep_attention"]

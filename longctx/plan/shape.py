@@ -32,7 +32,7 @@ class ModelShape:
     itemsize: int = 2
     window: int | None = None
     window_layers: int = 0
-    memory_layers: int = 0
+    bounded_layers: int = 0
     slots: int = 0
     experts: Experts | None = None
     """the sparse MLPs; `inner` is then what one token passes of them, and `dense_inner` the width of a dense layer"""
@@ -46,7 +46,7 @@ class ModelShape:
 
     @property
     def full_layers(self) -> int:
-        return self.layers - self.window_layers - self.memory_layers
+        return self.layers - self.window_layers - self.bounded_layers
 
     @property
     def q_width(self) -> int:
@@ -245,6 +245,6 @@ def _mixed(shape: ModelShape, config: RunConfig) -> ModelShape:
         shape,
         window=max(windows, default=shape.window),
         window_layers=len(windows) or min(shape.window_layers, shape.layers - len(memories)),
-        memory_layers=len(memories),
+        bounded_layers=len(memories),
         slots=max((kind.slots if isinstance(kind, ABC) else shape.head_dim for kind in memories), default=0),
     )

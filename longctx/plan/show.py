@@ -20,11 +20,11 @@ def show(plan: Plan) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
     _head(console, plan)
     console.print(_memory(plan))
-    if plan.memory.host:
-        held = ", ".join(f"{name} {_size(value)}" for name, value in plan.memory.host.items())
+    if plan.step_bytes.host:
+        held = ", ".join(f"{name} {_size(value)}" for name, value in plan.step_bytes.host.items())
         console.print(f"in host memory, per rank: {held}")
-    if plan.memory.disk:
-        console.print(f"on NVMe, per rank: optimizer {_size(plan.memory.disk)}")
+    if plan.step_bytes.disk:
+        console.print(f"on NVMe, per rank: optimizer {_size(plan.step_bytes.disk)}")
     console.print(_time(plan))
     _traffic(console, plan)
     _limit(console, plan)
@@ -42,7 +42,7 @@ def _head(console: Console, plan: Plan) -> None:
         f"{setup.recompute}"
     )
     console.print(f"rows     {setup.tokens:,} tokens, {setup.local:,} on each rank ({setup.layout})")
-    peak = plan.memory.peak
+    peak = plan.step_bytes.peak
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     console.print(
         f"memory   {_size(peak.total)} a rank at the peak ({peak.name}), {_size(plan.machine.usable)} usable of "
@@ -52,13 +52,13 @@ def _head(console: Console, plan: Plan) -> None:
 
 def _memory(plan: Plan) -> Table:
     """Parts down, moments across; the peak is marked."""
-    moments = plan.memory.moments
+    moments = plan.step_bytes.moments
     table = _table("GiB a rank", *(moment.name for moment in moments))
     for part in PARTS:
         values = [moment.parts.get(part, 0) for moment in moments]
         if any(values):
             table.add_row(part, *(f"{value / 2**30:.3f}" if value else "" for value in values))
-    peak = plan.memory.peak.name
+    peak = plan.step_bytes.peak.name
     totals = [f"{'> ' if moment.name == peak else ''}{moment.total / 2**30:.3f}" for moment in moments]
     table.add_row("all", *totals, style="bold")
     return table

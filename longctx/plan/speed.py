@@ -13,7 +13,7 @@ from longctx.plan.machines import Machine
 from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
 from longctx.plan.traffic import Layer, exchange_sent, hops_of
-from longctx.plan.work import exact_pairs, flops_of, layer_of, memory_pairs, zero_sent
+from longctx.plan.work import bounded_pairs, exact_pairs, flops_of, layer_of, zero_sent
 
 ALL_TO_ALL = 0.85  # of a point-to-point message's bandwidth
 SMALL = 450  # tokens of a block at which a fused kernel reaches half of its rate (H100, FlashAttention-3's chart)
@@ -37,7 +37,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Whether a stage's message hides behind its computation: methods.md 4.3 with grouped heads and causality.
+    """Whether a stage's message hides behind its computation (docs/methods/ring.md "Overlap").
 
     `least` is the fewest tokens a rank must hold: forward c >= b (G/H) F/B, backward c >= 2 ((b + 4)/5) (G/H) F/B, F
     the reached FLOP/s of attention and B the bandwidth; without causality (and for contiguous shards) half of it.
@@ -127,7 +127,7 @@ def ring_pass(shape: ModelShape, setup: Setup, machine: Machine, *, backward: bo
     block = setup.local * setup.ulysses
     rate = machine.peak * (machine.attention_backward if backward else machine.attention) * block / (block + SMALL)
     each = (10.0 if backward else 4.0) * shape.q_width * setup.rows / setup.sequence / rate  # seconds of a row's pair
-    whole = bare = each * shape.memory_layers * memory_pairs(shape, setup.tokens)
+    whole = bare = each * shape.bounded_layers * bounded_pairs(shape, setup.tokens)
     for layers, window in ((shape.full_layers, None), (shape.window_layers, shape.window)):
         if layers:
             seconds = each * exact_pairs(setup.tokens, window)

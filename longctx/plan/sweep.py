@@ -11,7 +11,7 @@ from longctx.errors import MissingPackageError
 from longctx.layout import get_layout
 from longctx.plan.limit import longest
 from longctx.plan.machines import Machine
-from longctx.plan.memory import PARTS, memory_of
+from longctx.plan.memory import PARTS, step_bytes
 from longctx.plan.setup import Recompute, Setup
 from longctx.plan.shape import ModelShape
 
@@ -27,7 +27,7 @@ def lengths_to(most: int, setup: Setup, points: int = 24) -> list[int]:
 
 def parts_by_length(shape: ModelShape, setup: Setup, lengths: Sequence[int]) -> dict[str, list[float]]:
     """Return GiB of every part at the peak, for rows of each length."""
-    peaks = [memory_of(shape, replace(setup, tokens=length)).peak.parts for length in lengths]
+    peaks = [step_bytes(shape, replace(setup, tokens=length)).peak.parts for length in lengths]
     found = {part: [peak.get(part, 0) / 2**30 for peak in peaks] for part in PARTS}
     return {part: values for part, values in found.items() if any(values)}
 

@@ -1,7 +1,7 @@
 """What a rank computes and sends in one micro-batch: FLOPs, and bytes on the wire, by their formulas.
 
-Per rank and layer, with n local tokens, R ring members, U Ulysses members and b bytes a number (methods.md 4.3; to the
-byte in `traffic.py`):
+Per rank and layer, with n local tokens, R ring members, U Ulysses members and b bytes per element
+(docs/methods/ring.md "Traffic"; to the byte in `traffic.py`):
 
     ring      forward (R - 1) blocks of 2 n G D b;  backward the same, and R blocks of dK/dV in fp32; fewer in windows
     Ulysses   (U - 1)/U of q, k, v and the result there, of their gradients back
@@ -62,7 +62,7 @@ def exact_pairs(length: int, window: int | None) -> float:
     return window * (length - (window - 1) / 2)
 
 
-def memory_pairs(shape: ModelShape, length: int) -> float:
+def bounded_pairs(shape: ModelShape, length: int) -> float:
     """What one layer of bounded memory computes, in pairs."""
     return shape.slots * (1 + shape.kv_heads / shape.heads) * length
 
@@ -70,7 +70,7 @@ def memory_pairs(shape: ModelShape, length: int) -> float:
 def pairs(shape: ModelShape, setup: Setup) -> float:
     """Visible (query, key) pairs of one rank in a causal row without documents, over all layers."""
     length = setup.tokens
-    total = shape.full_layers * exact_pairs(length, None) + shape.memory_layers * memory_pairs(shape, length)
+    total = shape.full_layers * exact_pairs(length, None) + shape.bounded_layers * bounded_pairs(shape, length)
     if shape.window_layers:
         total += shape.window_layers * exact_pairs(length, shape.window)
     return setup.rows * total / setup.sequence
@@ -119,11 +119,11 @@ def wire_of(shape: ModelShape, setup: Setup) -> Wire:
         heads += layers * passes * exchange_sent(layer, backward=False).bytes
         heads += layers * exchange_sent(layer, backward=True, lean=lean).bytes
     states = 0
-    if shape.memory_layers and setup.sequence > 1:
+    if shape.bounded_layers and setup.sequence > 1:
         own, ids = state_bytes(shape, setup), 8 * setup.rows  # the document that a state is of has no gradient
         forth = scan_sent(setup.layout, setup.sequence, own + ids, backward=False).bytes
         back = scan_sent(setup.layout, setup.sequence, own, backward=True).bytes
-        states = shape.memory_layers * (passes * forth + back)
+        states = shape.bounded_layers * (passes * forth + back)
     return Wire(forward, backward, heads, zero_bytes(shape, setup), states)
 
 

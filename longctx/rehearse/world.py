@@ -67,7 +67,7 @@ def run(config: RunConfig, sizes: Derived, rank: int) -> Rehearsal:
         ConfigError: there is no such rank, or this machine cannot hold or compute its share.
         LaunchError: this process is a rank of a real world.
     """
-    from longctx.plan.memory import memory_of
+    from longctx.plan.memory import step_bytes
     from longctx.plan.setup import setup_of
     from longctx.plan.shape import shape_of
     from longctx.plan.work import flops_of, wire_of
@@ -76,7 +76,7 @@ def run(config: RunConfig, sizes: Derived, rank: int) -> Rehearsal:
         raise ConfigError("rehearse: zero.offload_optimizer: nvme writes to the run's own files; rehearse it with cpu")
     shape = shape_of(config)
     setup = setup_of(config, sizes, shape, on_gpu=False)
-    plan, wire = memory_of(shape, setup).peak.total, wire_of(shape, setup)
+    plan, wire = step_bytes(shape, setup).peak.total, wire_of(shape, setup)
     _require_room(plan, flops_of(shape, setup).done)
     if not rank < sizes.world:
         raise ConfigError(f"rehearse --rank {rank}: the run has {sizes.world} ranks; give 0 to {sizes.world - 1}")

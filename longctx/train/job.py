@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from longctx.collectives import broadcast_json, gather_json, ranks, together
 from longctx.config.deepspeed import to_deepspeed
 from longctx.config.derived import Derived, derive
 from longctx.config.schema import RunConfig
@@ -22,9 +23,8 @@ from longctx.mesh import Mesh
 from longctx.models.hook.binding import binding_of
 from longctx.sameness import compare_ranks, flatten
 from longctx.train import folder
-from longctx.train.agree import broadcast_json, gather_json, ranks, together
 from longctx.train.checkpoint.checkpointer import Checkpoints, Progress
-from longctx.train.checkpoint.export import Source, read_source
+from longctx.train.checkpoint.export import PretrainedFiles, read_source
 from longctx.train.checkpoint.manifest import Manifest
 from longctx.train.checkpoint.same_run import settings_of
 from longctx.train.corpus import Corpus, Say, prepare_corpus
@@ -49,7 +49,7 @@ class Job:
     start: Progress
     parameters: int
     description: Any  # the transformers config
-    source: Source | None  # of the export, where the model was pretrained
+    source: PretrainedFiles | None  # of the export, where the model was pretrained
 
 
 def find_checkpoint(config: RunConfig, sizes: Derived, say: Say) -> tuple[Checkpoints, Manifest | None]:
@@ -93,7 +93,7 @@ def set_up(
         f"{config.data.sequence_length:,} tokens, {sizes.local_length:,} on each rank"
     )
     content = {"model": hash_of_model(config, description), "data": loader.rows.identity}
-    compare_ranks({"data": content["data"], **flatten(description.to_dict(), "model")}, mesh)
+    compare_ranks({"data": content["data"], **flatten(description.to_dict(), "model")})
     checkpoints.facts = replace(checkpoints.facts, run=checkpoints.facts.run | content)
     if found is not None:
         checkpoints.require_content(found)

@@ -13,21 +13,20 @@ from typing import Any
 
 import torch
 
+from longctx.collectives import gather_floats
 from longctx.engine.zero.fp16 import loss_scale
 from longctx.errors import NonFiniteError
-from longctx.train.agree import gather_floats
 from longctx.train.checkpoint.checkpointer import Progress
 from longctx.train.job import Job
-from longctx.train.optimizer import set_learning_rate
+from longctx.train.optimizer import learning_rate, set_learning_rate
 from longctx.train.report.flops import FlopsModel, peak_flops
 from longctx.train.report.metrics import Metrics
-from longctx.train.report.progress import Progress as Display
-from longctx.train.schedule import learning_rate
+from longctx.train.report.progress import ProgressDisplay
 from longctx.train.signals import StopFlag
 
 
 @dataclass
-class Outcome:
+class LoopResult:
     """How the loop ended."""
 
     progress: Progress
@@ -48,14 +47,14 @@ class Loop:
         metrics: where rank 0 writes numbers; None elsewhere.
     """
 
-    def __init__(self, job: Job, stop: StopFlag, display: Display, metrics: Metrics | None) -> None:
+    def __init__(self, job: Job, stop: StopFlag, display: ProgressDisplay, metrics: Metrics | None) -> None:
         self.job, self.stop, self.display, self.metrics = job, stop, display, metrics
         self.flops = FlopsModel(job.description, job.parameters)
         peak = peak_flops(job.mesh.device, job.config.model.dtype)
         self.peak = None if peak is None else peak * job.mesh.world_size
-        self.outcome = Outcome(job.start)
+        self.outcome = LoopResult(job.start)
 
-    def run(self) -> Outcome:
+    def run(self) -> LoopResult:
         """Train until the last step or a request to stop; save as configured.
 
         Raises:

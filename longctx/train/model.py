@@ -10,8 +10,8 @@ import torch
 
 from longctx.config.architecture import pretrained_changes, transformers_keywords
 from longctx.config.schema import RunConfig
+from longctx.engine.activations import ActivationSettings
 from longctx.engine.build import build
-from longctx.engine.memory import Memory
 from longctx.errors import ModelError
 from longctx.mesh import Mesh
 from longctx.models.convert import convert
@@ -64,10 +64,10 @@ def build_model(config: RunConfig, description: Any, settings: dict[str, Any], m
     return model
 
 
-def memory_of(config: RunConfig) -> Memory:
+def memory_of(config: RunConfig) -> ActivationSettings:
     """Return what the `memory:` section asks of the model."""
     memory = config.memory
-    return Memory(
+    return ActivationSettings(
         loss_tile=None if memory.loss_tile == "none" else memory.loss_tile,
         loss_backend=memory.loss_backend,
         z_loss=memory.z_loss,

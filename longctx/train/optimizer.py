@@ -1,19 +1,25 @@
-"""The optimizer of a run: plain torch, so that nothing is compiled and its state is plain tensors."""
+"""The optimizer of a run and its learning rate.
+
+The optimizer is plain torch: nothing is compiled, and its state is plain tensors. The learning rate is a pure function
+of the step: there is no scheduler state to save or to drift on resume.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from longctx.config.sections.train import Train
+from longctx.config.sections.train import TrainSection
 
-STATE = ("params", "step")  # what of a parameter group is no setting
+SCHEDULES = ("cosine", "linear", "constant")
+_STATE = ("params", "step")  # the entries of a parameter group that are not settings
 
 
-def make_optimizer(model: torch.nn.Module, settings: Train) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, settings: TrainSection) -> torch.optim.Optimizer:
     """Return AdamW or SGD over the parameters of ``model`` that train.
 
     Matrices are decayed, vectors (norms, biases) are not. Under ZeRO-3 a parameter is a shard; ``ds_shape`` tells.
@@ -38,7 +44,7 @@ def own_settings(optimizer: Any) -> Iterator[None]:
 
     A saved state carries the settings it was saved with, and loading it would silently put them back.
     """
-    own = [{key: value for key, value in group.items() if key not in STATE} for group in optimizer.param_groups]
+    own = [{key: value for key, value in group.items() if key not in _STATE} for group in optimizer.param_groups]
     yield
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
@@ -48,3 +54,23 @@ def set_learning_rate(optimizer: Any, value: float) -> None:
     """Set the learning rate of every parameter group, of a torch or a ZeRO optimizer."""
     for group in optimizer.param_groups:
         group["lr"] = value
+
+
+def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: str, final_ratio: float = 0.0) -> float:
+    """Return the learning rate of the update number ``step`` (from 1).
+
+    It rises linearly to ``peak`` at update ``warmup``, then follows the schedule down to ``final_ratio * peak`` at
+    update ``total`` and stays there.
+
+    Raises:
+        ValueError: the schedule is not one of ``SCHEDULES``.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+    if step <= warmup:
+        return peak * step / max(warmup, 1)
+    if schedule == "constant":
+        return peak
+    done = min((step - warmup) / max(total - warmup, 1), 1.0)
+    height = (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done
+    return peak * (final_ratio + (1 - final_ratio) * height)

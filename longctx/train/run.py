@@ -9,25 +9,24 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from longctx.collectives import ranks, together
 from longctx.config.schema import RunConfig
 from longctx.config.write import dump
 from longctx.engine.heartbeat import watch
 from longctx.errors import CheckpointError, MissingPackageError
 from longctx.mesh import Mesh
 from longctx.train import durable, folder
-from longctx.train.agree import ranks, together
 from longctx.train.checkpoint import store
 from longctx.train.checkpoint.export import export_model
 from longctx.train.checkpoint.swap import swap_folder
 from longctx.train.environment import environment, git_commit
 from longctx.train.job import Job, find_checkpoint, set_up, sizes_of
 from longctx.train.lock import FolderLock
-from longctx.train.loop import Loop, Outcome
+from longctx.train.loop import Loop, LoopResult
 from longctx.train.report import metrics
 from longctx.train.report.metrics import Metrics
 from longctx.train.report.plot import plot_loss
-from longctx.train.report.progress import Progress as Display
-from longctx.train.report.progress import duration
+from longctx.train.report.progress import ProgressDisplay, duration
 from longctx.train.report.sample import draw_sample
 from longctx.train.same_start import compare_start
 from longctx.train.signals import PREEMPTED, StopFlag
@@ -65,7 +64,9 @@ def run(
             stack.callback(heartbeat.stop)
         output = Path(config.output.folder).absolute()
         stack.enter_context(_folder(output))
-        display = Display(console if mesh.rank == 0 else None, config.train.steps, config.train.log_every, columns)
+        display = ProgressDisplay(
+            console if mesh.rank == 0 else None, config.train.steps, config.train.log_every, columns
+        )
         stack.callback(display.close)
         sizes = sizes_of(config)
         checkpoints, found = find_checkpoint(config, sizes, display.say)
@@ -133,7 +134,7 @@ def _metrics(job: Job, say: Callable[[str], None]) -> Metrics | None:
     return writer
 
 
-def _summary(job: Job, outcome: Outcome, wall: float) -> dict[str, Any]:
+def _summary(job: Job, outcome: LoopResult, wall: float) -> dict[str, Any]:
     records = metrics.read(job.output) if job.mesh.rank == 0 else []
     losses = [record["loss"] for record in records if record.get("loss") is not None]
     held_out = metrics.held_out(records)
@@ -163,7 +164,7 @@ def _summary(job: Job, outcome: Outcome, wall: float) -> dict[str, Any]:
     }
 
 
-def _finish(job: Job, summary: dict[str, Any], display: Display) -> None:
+def _finish(job: Job, summary: dict[str, Any], display: ProgressDisplay) -> None:
     """Leave what people look at: the model as a transformers folder, loss.png, a sample, summary.json."""
     model = export_model(job.engine, Path(job.corpus.tokenizer), job.output, job.source)
     sample = None
@@ -190,7 +191,7 @@ def _finish(job: Job, summary: dict[str, Any], display: Display) -> None:
         _report(summary, display)
 
 
-def _plot(job: Job, display: Display) -> str | None:
+def _plot(job: Job, display: ProgressDisplay) -> str | None:
     if not job.config.output.plot:
         return None
     try:
@@ -200,7 +201,7 @@ def _plot(job: Job, display: Display) -> str | None:
         return None
 
 
-def _report(summary: dict[str, Any], display: Display) -> None:
+def _report(summary: dict[str, Any], display: ProgressDisplay) -> None:
     first, last = summary["first_held_out_loss"], summary["last_held_out_loss"]
     if last is not None:
         display.say(f"held-out loss {first:.3f} -> {last:.3f}" if first != last else f"held-out loss {last:.3f}")

@@ -34,7 +34,7 @@ def compare_start(config: RunConfig | None, problem: Exception | None = None) ->
     if config is not None:
         settings = flatten(config.model_dump(mode="json"))
         values = {key: value for key, value in settings.items() if not _of_the_host(key)} | code_and_packages()
-    compare_ranks(values, world, problem)
+    compare_ranks(values, problem)
 
 
 def _of_the_host(key: str) -> bool:

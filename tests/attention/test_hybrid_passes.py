@@ -97,7 +97,7 @@ def test_bytes_are_the_closed_form(ring: int, ulysses: int, heads: tuple[int, in
         forward = n * d * (queries + 2 * keys) + away * mine.query_count * (d + 1)
         backward = n * d * queries + away * d * (mine.query_count + 2 * mine.key_count)
         assert c.exchanges == 4 and c.exchange_bytes == (forward + backward) * e
-        if h % ulysses == 0 and g % ulysses == 0:  # docs/hybrid.md: 4 (h + g) n d (U - 1) / U, and lse
+        if h % ulysses == 0 and g % ulysses == 0:  # docs/methods/ring.md "Ulysses within the ring", and lse
             assert forward + backward == 4 * (h + g) * n * d * (ulysses - 1) // ulysses + away * mine.query_count
         assert c.hops == 2 * (ring - 1) and c.kv_bytes == c.hops * 2 * mine.key_count * n * ulysses * d * e
 

@@ -121,7 +121,7 @@ def count_worker(rank: int, world: int, layout: str, arguments: dict[str, Any]) 
 
 @pytest.mark.parametrize("ring", [1, 2, 3, 4])
 def test_counters_equal_the_closed_forms(ring: int) -> None:
-    """methods.md 4.3: (R-1) 2bc h_kv d e forward, the same and R 2bc h_kv d e_a backward, per rank."""
+    """docs/methods/ring.md "Traffic": R - 1 blocks of K/V in each pass, R of dK/dV in backward, per rank."""
     block = 2 * 2 * 8 * (6 + 5) * 4
     for layout in ("zigzag", "striped"):
         for forward, backward in run_ranks(ring, count_worker, layout, {}):

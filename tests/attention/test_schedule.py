@@ -155,7 +155,7 @@ def test_work_is_balanced_as_the_closed_forms_say(ring: int) -> None:
 
 
 def test_critical_paths_of_the_three_layouts() -> None:
-    """methods.md 4.5, N = 32 on 4 ranks: the longest step of each stage, summed."""
+    """docs/methods/ring.md "Layouts", 32 tokens on 4 ranks: the longest step of each stage, summed."""
     paths = {}
     for layout in LAYOUTS:
         table = work(layout, 4, 32, CAUSAL)

@@ -48,6 +48,12 @@ def good(tmp_path: Path) -> Path:
     return path
 
 
+def test_version_is_that_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    done = run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"longctx {project['version']}\n", "")
+
+
 def test_check_says_what_will_run(good: Path):
     done = run("check", good)
     assert done.returncode == 0, done.stderr

@@ -120,8 +120,8 @@ ILLEGAL: list[tuple[str, dict[str, Any], str]] = [
         {"deepspeed__zero_optimization": {"reduce_bucket_size": "auto"}},
         "deepspeed.zero_optimization.reduce_bucket_size",
     ),
-    ("misspelt deepspeed", {"deepspeed__wall_clock_breakdwon": True}, "deepspeed"),
-    ("curriculum", {"deepspeed__curriculum_learning": {"enabled": True}}, "deepspeed"),
+    ("misspelt deepspeed", {"deepspeed__wall_clock_breakdwon": True}, "deepspeed.wall_clock_breakdwon"),
+    ("curriculum", {"deepspeed__curriculum_learning": {"enabled": True}}, "deepspeed.curriculum_learning"),
     ("predivide", {"deepspeed__gradient_predivide_factor": 2.0}, "deepspeed.gradient_predivide_factor"),
 ]
 

@@ -1,4 +1,4 @@
-"""Token files for the tests of this folder."""
+"""Token files, a corpus and a small BPE for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from longctx.data.sources.text import open_source
+from longctx.data.tokenizers.tokenizer import LibraryTokenizer, train_bpe
 from longctx.data.tokens.file import TokenFile
 from longctx.data.tokens.writer import TokenWriter
 
@@ -38,3 +40,16 @@ def corpus(tmp_path: Path) -> Path:
         file.write_text(f"document {number}\n" + "some words of text\n" * (number % 7))
         os.utime(file, (1e9, 1e9))  # long at rest, as real text is
     return folder
+
+
+@pytest.fixture(scope="session")
+def sample() -> list[str]:
+    texts = [document.text for document in open_source("python-stdlib").documents()]
+    return texts[: len(texts) // 2 : 7]
+
+
+@pytest.fixture(scope="session")
+def bpe(sample: list[str]) -> LibraryTokenizer:
+    tokenizer = train_bpe((text[:20_000] for text in sample[:60]), 1500)
+    assert isinstance(tokenizer, LibraryTokenizer)
+    return tokenizer

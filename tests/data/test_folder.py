@@ -35,7 +35,7 @@ def test_what_vanished_or_cannot_be_listed_is_an_error(tmp_path: Path, monkeypat
     (tmp_path / "a.txt").write_text("text")
     link = tmp_path / "b.txt"
     link.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="b.txt: a link to nothing"):
+    with pytest.raises(DataError, match="b.txt: a broken link"):
         walk(tmp_path)
     link.unlink()
     (tmp_path / "closed").mkdir()

@@ -45,7 +45,7 @@ def test_shards_of_a_ring(tokens: Path) -> None:
     bars = {line.split()[1] + line.split()[2]: line for line in text.splitlines() if "│ rank " in line}
     held = {name: line.count("█") + line.count("·") for name, line in bars.items()}
     assert held == {f"rank{rank}": 24 for rank in range(4)}  # a quarter of 96 characters each
-    assert "zigzag, ring 4 x ulysses 1, 32 tokens a rank" in text
+    assert "zigzag, ring 4 x ulysses 1, 32 tokens per rank" in text
     assert shown(tokens, ring=2, ulysses=2, layout="striped").count("│ rank ") == 4
 
 

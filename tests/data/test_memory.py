@@ -44,7 +44,7 @@ def text() -> str:
     ("name", "tokenizer"),
     [
         ("large.txt", "bytes"),
-        ("large.txt", "bpe"),
+        pytest.param("large.txt", "bpe", marks=pytest.mark.deep),
         ("large.jsonl", "bytes"),
         pytest.param("large.jsonl", "bpe", marks=pytest.mark.slow),
     ],

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
-import types
 from pathlib import Path
 
 import pytest
 
 from longctx.data.sources.text import open_source
-from longctx.errors import DataError, MissingPackageError
+from longctx.errors import DataError
 
 
 def read(path: Path, **options: object) -> list[tuple[str, str]]:
@@ -84,15 +82,6 @@ def test_bad_lines_are_named(tmp_path: Path, content: bytes) -> None:
         read(tmp_path / "x.jsonl")
 
 
-def test_damaged_gzip(tmp_path: Path) -> None:
-    whole = gzip.compress(b'{"text": "a"}\n' * 1000)
-    damaged = {whole[:-20]: "cannot be read on", b"no gzip": "its name says gzip, its first bytes do not"}
-    for content, words in (damaged | {whole[:20] + b"\0\0\0" + whole[23:]: "cannot be read on"}).items():
-        (tmp_path / "x.jsonl.gz").write_bytes(content)
-        with pytest.raises(DataError, match=words):
-            read(tmp_path / "x.jsonl.gz")
-
-
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist; give text files"):
         open_source(tmp_path / "none.txt")
@@ -109,28 +98,3 @@ def test_standard_library_is_megabytes_of_python() -> None:
         size += len(document.text)
     assert size > 5e6 and names == sorted(names) and "json/decoder.py" in names
     assert not [name for name in names if "site-packages" in name or not name.endswith(".py")]
-
-
-def test_datasets_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingPackageError, match=r"pip install 'longctx\[data\]'"):
-        list(open_source("hf:some/name").documents())
-
-
-def test_datasets_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands in for `datasets`: what we ask of it is load_dataset(name, config, split=…) and rows as dicts."""
-    asked = []
-
-    def load_dataset(name: str, config: str | None, *, split: str) -> list[dict[str, object]]:
-        asked.append((name, config, split))
-        if split == "none":
-            raise ValueError("no such split")
-        return [{"text": "a"}, {"text": "b" if split == "train" else None}]
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    assert [document.text for document in open_source("hf:x/y").documents()] == ["a", "b"]
-    with pytest.raises(DataError, match="row 1 has no text: 'text' is null"):
-        list(open_source("hf:x/y:en:test").documents())
-    with pytest.raises(DataError, match="cannot load split 'none': no such split"):
-        list(open_source("hf:x/y:none").documents())
-    assert asked == [("x/y", None, "train"), ("x/y", "en", "test"), ("x/y", None, "none")]

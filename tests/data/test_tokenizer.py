@@ -11,14 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.data.sources.text import open_source
 from longctx.data.tokenizers.tokenizer import (
     END_OF_DOCUMENT,
     ByteTokenizer,
     LibraryTokenizer,
     byte_alphabet,
     load_tokenizer,
-    tokenizer_hash,
     train_bpe,
 )
 from longctx.errors import DataError, MissingPackageError
@@ -26,19 +24,6 @@ from longctx.errors import DataError, MissingPackageError
 TEXT = st.text(
     st.one_of(st.sampled_from(" \n\t\r'sdlvemt09aZ_-\u00a0\u0085\u2028\x1c\x1f"), st.characters(codec="utf-8"))
 )
-
-
-@pytest.fixture(scope="module")
-def sample() -> list[str]:
-    texts = [document.text for document in open_source("python-stdlib").documents()]
-    return texts[: len(texts) // 2 : 7]
-
-
-@pytest.fixture(scope="module")
-def bpe(sample: list[str]) -> LibraryTokenizer:
-    tokenizer = train_bpe((text[:20_000] for text in sample[:60]), 1500)
-    assert isinstance(tokenizer, LibraryTokenizer)
-    return tokenizer
 
 
 def test_training_is_deterministic(bpe: LibraryTokenizer, sample: list[str]) -> None:
@@ -54,20 +39,6 @@ def test_any_text_comes_back(bpe: LibraryTokenizer, text: str) -> None:
         ids = tokenizer.encode(text)
         assert ids.dtype == np.uint32 and tokenizer.decode(ids) == text
         assert tokenizer.end_of_document not in ids
-
-
-@settings(max_examples=300, deadline=None)
-@given(TEXT)
-def test_word_table_equals_the_package(bpe: LibraryTokenizer, text: str) -> None:
-    assert bpe._words is not None
-    assert bpe.encode(text).tolist() == bpe.backend.encode(text, add_special_tokens=False).ids
-
-
-def test_word_table_equals_the_package_on_real_text(bpe: LibraryTokenizer, sample: list[str]) -> None:
-    chosen = sample[::6]
-    assert any(not text.isascii() for text in chosen)
-    for ours, theirs in zip(bpe.encode_batch(chosen), bpe._encode_batch(chosen), strict=True):
-        assert np.array_equal(ours, theirs)
 
 
 def test_text_cannot_end_a_document(bpe: LibraryTokenizer) -> None:
@@ -107,28 +78,6 @@ def test_transformers_loads_what_we_save(bpe: LibraryTokenizer, tmp_path: Path, 
     for folder in ("ours", "theirs"):
         again = load_tokenizer(tmp_path / folder)
         assert (again.hash, again.vocabulary_size) == (ours.hash, ours.vocabulary_size)
-
-
-def test_name_follows_what_the_tokenizer_does(bpe: LibraryTokenizer) -> None:
-    def changed(**parts: object) -> str:
-        return tokenizer_hash({**bpe.json, **parts}, bpe.end_of_document)
-
-    model = bpe.json["model"]
-    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
-    same = [
-        changed(version="9", truncation={"max_length": 3}, padding={"length": 3}, decoder=None, post_processor=None),
-        changed(model={**model, "merges": merges, "dropout": None, "byte_fallback": False}),
-        changed(model=dict(reversed(model.items()))),
-    ]
-    other = [
-        changed(model={**model, "merges": merges[::-1]}),
-        changed(model={**model, "vocab": {**model["vocab"], "new": 1500}}),
-        changed(normalizer={"type": "NFC"}),
-        changed(pre_tokenizer={**bpe.json["pre_tokenizer"], "add_prefix_space": True}),
-        changed(added_tokens=[]),
-        tokenizer_hash(bpe.json, 5),
-    ]
-    assert set(same) == {bpe.hash} and bpe.hash not in other and len(set(other)) == len(other)
 
 
 def test_other_kinds_of_tokenizer_load(tmp_path: Path) -> None:

@@ -53,7 +53,14 @@ def foreign(rank: int, world: int, stage: int, with_mpu: bool, before: bool) -> 
 
 @pytest.mark.parametrize(
     ("stage", "with_mpu", "before"),
-    [(0, True, True), (3, True, False), (0, False, False), (1, False, True), (2, False, False), (3, False, True)],
+    [
+        (0, True, True),
+        pytest.param(3, True, False, marks=pytest.mark.deep),
+        pytest.param(0, False, False, marks=pytest.mark.deep),
+        pytest.param(1, False, True, marks=pytest.mark.deep),
+        pytest.param(2, False, False, marks=pytest.mark.deep),
+        (3, False, True),
+    ],
 )
 def test_an_engine_that_others_made(stage: int, with_mpu: bool, before: bool) -> None:
     model = tiny_llama()

@@ -50,7 +50,7 @@ SLOW = ((0, "model"), (1, "layers"), (2, "model"), (3, "model"))
     ("stage", "how"),
     [
         (1, "engine"),
-        (3, "layers"),
+        pytest.param(3, "layers", marks=pytest.mark.deep),
         *(pytest.param(*cell, marks=pytest.mark.slow) for cell in SLOW),
     ],
 )

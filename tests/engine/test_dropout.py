@@ -44,7 +44,13 @@ def truth() -> list[float]:
 
 @pytest.mark.parametrize(
     "world, ring, micro, stage, checkpointing",
-    [(1, 1, 1, 0, False), (2, 2, 2, 1, True), (2, 1, 2, 2, False), (4, 2, 1, 3, True), (4, 4, 4, 2, False)],
+    [
+        (1, 1, 1, 0, False),
+        (2, 2, 2, 1, True),
+        (2, 1, 2, 2, False),
+        pytest.param(4, 2, 1, 3, True, marks=pytest.mark.deep),
+        (4, 4, 4, 2, False),
+    ],
 )
 def test_losses_do_not_depend_on_the_ranks(
     truth: list[float], world: int, ring: int, micro: int, stage: int, checkpointing: bool

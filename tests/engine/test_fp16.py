@@ -99,8 +99,15 @@ def compare(results: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
         assert (change - right).norm() <= tolerance("fp16 training") * right.norm()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("clip", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
+@pytest.mark.parametrize(
+    ("clip", "stage"),
+    [
+        *(pytest.param(0.0, stage, marks=pytest.mark.slow) for stage in range(4)),
+        *(pytest.param(0.5, stage, marks=pytest.mark.deep) for stage in (1, 2)),
+        (0.5, 0),
+        (0.5, 3),
+    ],
+)
 def test_every_stage_trains_as_one_process_in_fp16(stage: int, clip: float) -> None:
     results = run_ranks(4, train, stage, {**fp16(), "gradient_clipping": clip})
     compare(results, truth(clip))
@@ -113,7 +120,7 @@ def test_offloaded_and_with_a_static_scale(stage: int, zero: dict[str, Any]) -> 
     compare(run_ranks(4, train, stage, settings), truth(0.0))
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.deep)])
 def test_a_scale_that_grows_every_other_step_changes_no_update(stage: int) -> None:
     results = run_ranks(4, train, stage, fp16(loss_scale_window=2, initial_scale_power=6))
     compare(results, truth(0.0))
@@ -145,7 +152,7 @@ def overflow(rank: int, world: int, stage: int, keys: dict[str, Any], steps: int
     return result
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.deep) for stage in (1, 2)), 3])
 def test_an_overflow_on_one_rank_is_skipped_by_all(stage: int) -> None:
     for result in run_ranks(4, overflow, stage, {}, 3):
         assert result["moved"] == [False, False, True]
@@ -153,7 +160,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(stage: int) -> None:
         assert result["skipped"] == 2 and result["message"] == ""
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.deep)])
 def test_an_overflow_at_the_smallest_scale_is_named_on_every_rank(stage: int) -> None:
     for result in run_ranks(4, overflow, stage, {"min_loss_scale": 1024}, 1):
         assert "smallest loss scale, 1024" in result["message"] and "bf16" in result["message"]

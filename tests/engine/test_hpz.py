@@ -108,6 +108,7 @@ def saved_and_resumed(rank: int, world: int, folder: str) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
+@pytest.mark.deep
 def test_a_checkpoint_is_resumed_without_what_the_copy_held_before() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for straight, resumed in run_ranks(4, saved_and_resumed, folder):
@@ -143,6 +144,7 @@ def sizes_of_groups(rank: int, world: int) -> list[Any]:
     return found
 
 
+@pytest.mark.deep
 def test_every_engine_and_every_model_gets_the_group_it_asks_for() -> None:
     """DeepSpeed by itself gives them all the first one's, and fails on a second model."""
     for rank, (*groups, message) in enumerate(run_ranks(4, sizes_of_groups)):

@@ -76,7 +76,7 @@ def trained(rank: int, world: int, stage: int) -> dict[str, Any]:
     return {"losses": losses, "weights": weights}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.deep) for stage in (1, 2)), 3])
 def test_every_stage_trains_as_one_process(stage: int) -> None:
     wanted = truth()
     for result in run_ranks(2, trained, stage):

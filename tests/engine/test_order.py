@@ -18,7 +18,7 @@ from engine_tiny import (
 )
 
 import longctx
-from longctx.engine.memory import Memory, save_memory
+from longctx.engine.activations import ActivationSettings, apply_settings
 from longctx.engine.step.window import shard_window
 from longctx.engine.zero.order import ReductionOrder, check_order
 from longctx.errors import EngineError
@@ -114,7 +114,7 @@ def test_no_switch_lets_rows_choose_the_order(memory: dict[str, Any], bounded: b
         model = longctx.convert(model, {"0": {"abc": {"slots": 4}}, "1": "cosine"})
     mesh = longctx.Mesh()
     longctx.attach(model.train(), mesh)
-    save_memory(model, Memory(**memory))
+    apply_settings(model, ActivationSettings(**memory))
     finished: list[str] = []
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: finished.append(name))

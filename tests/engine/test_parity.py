@@ -118,18 +118,25 @@ def name(value: Any) -> str | None:
     return "+".join([f"zero{value[0]}", *(key for key, on in list(options)[1:] if on)])
 
 
-def every_pair_first() -> list[Any]:
-    """All cells; those with an odd number of options on are slow: the others hold every pair of values already."""
-    odd = pytest.mark.slow
-    return [pytest.param(cell, marks=[odd] if cell[0] and sum(cell[1:]) % 2 else []) for cell in legal_cells()]
+FIRST = [(0, True, False, False), (1, False, False, False), (2, True, True, False), (3, True, True, False)]
 
 
-@pytest.mark.parametrize("cell", every_pair_first(), ids=name)
+def by_tier() -> list[Any]:
+    """One cell per stage first. Of the others, those with an even number of options on hold every pair of values."""
+    marks = [pytest.mark.slow if cell[0] and sum(cell[1:]) % 2 else pytest.mark.deep for cell in legal_cells()]
+    cells = zip(legal_cells(), marks, strict=True)
+    return [cell if cell in FIRST else pytest.param(cell, marks=mark) for cell, mark in cells]
+
+
+@pytest.mark.parametrize("cell", by_tier(), ids=name)
 def test_every_path_on_ring_2_data_2(cell: tuple[int, bool, bool, bool]) -> None:
     check(4, 2, cell, "sgd", layers=1)
 
 
-@pytest.mark.parametrize("cell", legal_cells()[::8], ids=name)
+ADAMW = [pytest.param(cell, marks=pytest.mark.deep if cell[0] != 1 else ()) for cell in legal_cells()[::8]]
+
+
+@pytest.mark.parametrize("cell", ADAMW, ids=name)
 def test_adamw_on_ring_2_data_2(cell: tuple[int, bool, bool, bool]) -> None:
     check(4, 2, cell, "adamw", layers=1)
 
@@ -139,18 +146,18 @@ PAIRWISE = [  # every pair of (mesh, stage), (mesh, option), (stage, option), (o
     (1, 1, (3, True, True, False), "sgd"),
     (1, 1, (2, False, False, True), "sgd"),
     (2, 1, (1, True, True, True), "adamw"),
-    (2, 1, (3, False, False, False), "sgd"),
+    pytest.param(2, 1, (3, False, False, False), "sgd", marks=pytest.mark.deep),
     (2, 1, (0, True, False, False), "sgd"),
     (2, 2, (2, True, True, False), "adamw"),
-    (2, 2, (3, False, True, True), "sgd"),
+    pytest.param(2, 2, (3, False, True, True), "sgd", marks=pytest.mark.deep),
     (2, 2, (0, True, False, False), "sgd"),
     (2, 2, (1, False, False, False), "sgd"),
-    (4, 4, (3, True, False, True), "adamw"),
-    (4, 4, (1, False, True, False), "sgd"),
-    (4, 4, (2, True, False, True), "sgd"),
+    pytest.param(4, 4, (3, True, False, True), "adamw", marks=pytest.mark.deep),
+    pytest.param(4, 4, (1, False, True, False), "sgd", marks=pytest.mark.deep),
+    pytest.param(4, 4, (2, True, False, True), "sgd", marks=pytest.mark.deep),
     (4, 4, (0, True, False, False), "adamw"),
     (2, 2, (3, True, False, "parameters too"), "sgd"),
-    (4, 2, (3, True, True, "parameters too"), "adamw"),
+    pytest.param(4, 2, (3, True, True, "parameters too"), "adamw", marks=pytest.mark.deep),
 ]
 
 
@@ -159,13 +166,14 @@ def test_other_meshes_pairwise(world: int, ring: int, cell: tuple, optimizer: st
     check(world, ring, cell, optimizer)
 
 
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.deep)])
 @pytest.mark.parametrize("layout", ["contiguous", "striped"])
-def test_other_layouts(layout: str) -> None:
-    check(4, 2, (3, True, False, False), "sgd", layout)
+def test_other_layouts(layout: str, stage: int) -> None:
+    check(4, 2, (stage, True, False, False), "sgd", layout)
 
 
 HYBRID = [  # ring x ulysses 2 on four ranks
-    (2, (3, True, False, False), "sgd", "zigzag"),
+    pytest.param(2, (3, True, False, False), "sgd", "zigzag", marks=pytest.mark.deep),
     (1, (1, True, False, False), "adamw", "zigzag"),
     pytest.param(2, (0, True, False, False), "sgd", "zigzag", marks=pytest.mark.slow),
     pytest.param(2, (1, False, True, False), "sgd", "striped", marks=pytest.mark.slow),

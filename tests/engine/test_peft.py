@@ -60,13 +60,13 @@ def train(rank: int, world: int, kind: str, stage: int, memory: dict[str, Any], 
 @pytest.mark.parametrize(
     ("kind", "stage", "memory"),
     [
-        ("lora", 2, TILES),
+        pytest.param("lora", 2, TILES, marks=pytest.mark.deep),
         ("lora", 3, {"loss_tile": "auto"}),
-        ("dora", 2, {}),
-        ("dora", 3, TILES),
-        ("tokens", 0, {"loss_tile": 3}),
+        pytest.param("dora", 2, {}, marks=pytest.mark.deep),
+        pytest.param("dora", 3, TILES, marks=pytest.mark.deep),
+        pytest.param("tokens", 0, {"loss_tile": 3}, marks=pytest.mark.deep),
         ("tokens", 3, TILES),
-        ("head", 3, {"loss_tile": "auto"}),
+        pytest.param("head", 3, {"loss_tile": "auto"}, marks=pytest.mark.deep),
     ],
 )
 def test_an_adapter_is_trained_and_saved(kind: str, stage: int, memory: dict[str, Any], tmp_path: Path) -> None:

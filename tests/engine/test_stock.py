@@ -70,7 +70,15 @@ def resized(rank: int, world: int, stage: int, offload: bool, changes: bool) -> 
     return losses
 
 
-@pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (2, True), (3, False)])
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [
+        (0, False),
+        pytest.param(1, False, marks=pytest.mark.deep),
+        (2, True),
+        pytest.param(3, False, marks=pytest.mark.deep),
+    ],
+)
 def test_the_batch_size_changes_between_windows(stage: int, offload: bool) -> None:
     truth = run_ranks(2, resized, stage, offload, False)
     found = run_ranks(2, resized, stage, offload, True)

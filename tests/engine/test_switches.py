@@ -113,7 +113,7 @@ LEGAL = [
 
 
 def train(rank: int, world: int, cell: Cell) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    import longctx.engine.memory as engine_memory
+    import longctx.engine.activations as engine_memory
     from longctx.models.activations.host import HostStore
 
     ring, ulysses, _ = cell["mesh"]

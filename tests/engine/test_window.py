@@ -149,8 +149,8 @@ def refused(rank: int, world: int, fault: str) -> str:
         ("rows", r"ranks \[0, 1\] share one sequence but passed different rows", None),
         ("length", r"ranks \[0, 1\] share one sequence but passed different rows", None),
         ("micro-batches", r"\[2, 2, 2, 1\] micro-batches", None),
-        ("mask", r"ranks \[2\] refused", (2, "attention_mask is")),
-        ("type", r"ranks \[2\] refused", (2, "labels is")),
+        ("mask", r"ranks \[2\] rejected", (2, "attention_mask is")),
+        ("type", r"ranks \[2\] rejected", (2, "labels is")),
     ],
 )
 def test_a_fault_on_one_rank_is_an_error_on_all(fault: str, everywhere: str, culprit: tuple[int, str] | None) -> None:

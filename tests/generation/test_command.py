@@ -57,7 +57,7 @@ def test_a_ring_writes_what_one_process_writes(checkpoints: dict[str, Path]) -> 
     assert alone.returncode == 0 and ring.returncode == 0, alone.stderr + ring.stderr
     assert "tokens/s" in alone.stderr and "attention kv" in alone.stderr and "cache" in alone.stderr
     assert alone.stdout.strip() and ring.stdout == alone.stdout
-    assert "one of 2" in ring.stderr and "turns its keys by their positions" in ring.stderr
+    assert "one of 2" in ring.stderr and "rotates its keys by their positions" in ring.stderr
 
 
 def test_one_prompt_after_another(checkpoints: dict[str, Path]) -> None:
@@ -87,6 +87,7 @@ def test_mistakes(checkpoints: dict[str, Path], arguments: tuple[str | bytes, ..
     assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.deep
 def test_text_that_is_not_utf8_and_a_terminal_that_is_not(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Bytes of another encoding are refused wherever they come in; characters that stdout lacks are written as \\x…"""
     for stdin, arguments in ((b"caf\xe9\n", ("--prompt-file", "-")), (b"caf\xe9\nHello\n", ("--interactive",))):

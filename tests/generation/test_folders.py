@@ -126,5 +126,5 @@ def test_what_transformers_or_a_ring_cannot_do_is_said(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, "gpt2", generation={"guidance_scale": 1.5})
     assert all("guidance_scale=1" in message for message in run_ranks(2, guided, folder))
     (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": -1.0}))
-    with pytest.raises(ConfigError, match="transformers refuses these options with the folder's generation_config"):
+    with pytest.raises(ConfigError, match="transformers rejects these options with the folder's generation_config"):
         ours(folder, PROMPTS[0], Mesh(ring=1, world_size=1))

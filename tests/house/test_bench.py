@@ -11,6 +11,7 @@ import pytest
 from house_files import ROOT
 
 
+@pytest.mark.deep
 @pytest.mark.timeout(600)
 def test_quick_bench(tmp_path: Path) -> None:
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""ruff and mypy find nothing: part of the tests, so that one command says whether the tree is whole."""
+"""ruff and mypy find nothing, so that one command checks the whole tree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from house_files import ROOT
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("command", [["ruff", "check", "."], ["mypy"]], ids=["ruff", "mypy"])
+@pytest.mark.parametrize(
+    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=["ruff", "format", "mypy"]
+)
 def test_clean(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

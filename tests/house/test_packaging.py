@@ -113,14 +113,8 @@ def test_wheel_and_sdist(checkout: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     source = next((tmp_path / "unpacked").iterdir())
-    for name in (
-        "Makefile",
-        "constraints.txt",
-        "configs",
-        "kernels/probe/inner/__init__.py",
-        "tests/distributed.py",
-        "longctx/kernels/probe/inner/__init__.py",
-    ):
+    wanted = ("Makefile", "constraints.txt", "configs", "examples/train.yaml", "docs/README.md", "tests/distributed.py")
+    for name in (*wanted, "kernels/probe/inner/__init__.py", "longctx/kernels/probe/inner/__init__.py"):
         assert (source / name).exists(), f"the sdist has no {name}"
     run(sys.executable, "-c", build, "wheel", str(tmp_path), cwd=source)  # from the sdist, as an installer would
     wheel = next(tmp_path.glob("*.whl"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import runpy
 import tempfile
@@ -69,9 +71,9 @@ def settings(accumulation: int, stage: int) -> dict[str, Any]:
 
 
 def five_lines(rank: int, world_size: int) -> tuple[float, float]:
-    """Run the README's block; return its loss and the loss of the unsharded model in plain PyTorch."""
+    """Run the README's DeepSpeed loop; return its loss and the loss of the unsharded model in plain PyTorch."""
     window = [rows(1), rows(2)]
-    (block,) = blocks("README.md")
+    _, block = blocks("README.md")
     left = run_block(block, {"model": tiny_llama(0), "ds_config": settings(2, 2), "window": window})
     with torch.no_grad():
         truth = sum(float(tiny_llama(0)(**batch).loss) for batch in window) / 2
@@ -81,6 +83,65 @@ def five_lines(rank: int, world_size: int) -> tuple[float, float]:
 def test_the_five_lines_run() -> None:
     for loss, truth in run_ranks(2, five_lines, timeout=280):
         assert abs(loss - truth) <= tolerance("fp32") * truth
+
+
+def twenty_lines(rank: int, world_size: int) -> str:
+    """Run the README's script as torchrun would start it; return what it prints."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(world_size))
+        run_block(blocks("README.md")[0], {})
+    return output.getvalue()
+
+
+def plain_losses(steps: int) -> list[float]:
+    """Return the losses of the README's script without longctx: the same model and row, whole, in one process."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids = torch.arange(2048)[None] % 50
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_the_script_runs_and_prints_what_the_page_says() -> None:
+    (said,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    script = blocks("README.md")[0]
+    assert len([line for line in script.splitlines() if line]) <= 24, "the page promises twenty lines"
+    printed, silent = run_ranks(2, twenty_lines, timeout=280)
+    assert not silent
+    losses, stated = ([float(x) for x in re.findall(r"loss (\S+)", text)] for text in (printed, said))
+    assert len(losses) == len(stated) == 10
+    torch.testing.assert_close(losses, stated, rtol=tolerance("printed loss"), atol=0)
+    rounding = 5e-5  # four decimals are printed
+    torch.testing.assert_close(losses, plain_losses(10), rtol=tolerance("training loss"), atol=rounding)
+
+
+def test_the_yaml_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longctx.config.load import load
+
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "run.yaml").write_text(block)
+    (tmp_path / "LICENSE").write_text("some text")
+    monkeypatch.chdir(tmp_path)
+    config = load(tmp_path / "run.yaml")
+    assert config.mesh.ring == 2 and config.output.folder == "runs/first"
 
 
 def custom_trainers(rank: int, world_size: int, folder: str) -> dict[str, float]:
@@ -140,7 +201,7 @@ def test_bounded_models_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_public_names() -> None:
-    section = README.split("## Public names")[1].split("\n## ")[0]
+    section = (ROOT / "docs" / "README.md").read_text().split("## Public names")[1].split("\n## ")[0]
     assert sorted(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == sorted(longctx.__all__)
 
 

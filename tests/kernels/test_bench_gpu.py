@@ -36,6 +36,7 @@ def check(folder: Path, *rows: str) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
 
 
+@pytest.mark.deep
 def test_a_ring(tmp_path: Path) -> None:
     table = check(tmp_path, "ring4")
     measured = {row["contestant"] for row in table if row["forward_ms"] != "not measured"}
@@ -44,6 +45,7 @@ def test_a_ring(tmp_path: Path) -> None:
     assert {row["chip"] for row in table} == {"triton's interpreter"}
 
 
+@pytest.mark.deep
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
     """Each figure is in the file as soon as it is measured; --resume measures what is missing, wrong or of another."""
     path = tmp_path / "attention_gpu.csv"
@@ -104,6 +106,7 @@ def test_decoding(tmp_path: Path) -> None:
     assert all(row["note"] for row in table if row["ms"] == "not measured"), "absent ones say why"
 
 
+@pytest.mark.deep
 def test_the_loss(tmp_path: Path) -> None:
     check(tmp_path, "loss")
     table = list(csv.DictReader((tmp_path / "loss_gpu.csv").open(newline="")))

@@ -31,9 +31,9 @@ def behave(what: str, rank: int, argument: str) -> int:
     if what == "meet":  # really join the others
         import torch
 
-        from longctx.launch import rank as entry
+        from longctx.launch import rank_process
 
-        entry._meet(rank)
+        rank_process.join(rank)
         total = torch.tensor([rank + 1])
         torch.distributed.all_reduce(total)
         Path(argument, f"rank-{rank}").write_text(str(int(total)))
@@ -58,9 +58,9 @@ def behave(what: str, rank: int, argument: str) -> int:
 
 
 if __name__ == "__main__":
-    from longctx.launch.rank import _die_with_parent
+    from longctx.launch.rank_process import die_with_parent
 
-    _die_with_parent()
+    die_with_parent()
     faulthandler.register(signal.SIGUSR2)
     number = int(os.environ["RANK"])
     try:

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from launch_samples import HOSTILE, config, hostile, make_ticket
+from launch_samples import HOSTILE, config, hostile, make_spec
 
 from longctx.cli.main import main
 from longctx.errors import ConfigError, LaunchError
-from longctx.launch.cluster import ticket
+from longctx.launch.cluster import jobspec
 from longctx.launch.cluster.commands import commands, remote, ssh
 
 HOSTS = (("a", 2), ("b", 2))
@@ -44,7 +44,7 @@ def test_500_hostile_strings_arrive_unchanged_through_a_shell(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_500_hostile_names_are_refused_and_values_stay_in_the_ticket(tmp_path: Path) -> None:
+def test_500_hostile_names_are_refused_and_values_stay_in_the_job_spec(tmp_path: Path) -> None:
     """A host, an interface, a variable's name is a word or none; a path or a value never meets a command line."""
     for word in hostile(500):
         if re.fullmatch("[A-Za-z0-9.-]+[*]?", word, re.ASCII):
@@ -52,14 +52,14 @@ def test_500_hostile_names_are_refused_and_values_stay_in_the_ticket(tmp_path: P
         for key, names in (("hosts", [word]), ("environment", [word]), ("interface", word)):
             with pytest.raises(ConfigError):
                 config(json.dumps({"launcher": "deepspeed", "hosts": ["a"], key: names}))
-        values = make_ticket(tmp_path, environment={"A": word}, output=word, config=word, command=(word,))
-        ticket.save(values, tmp_path / "ticket.json")
-        assert ticket.load(tmp_path / "ticket.json") == values
+        values = make_spec(tmp_path, environment={"A": word}, output=word, config=word, command=(word,))
+        jobspec.save(values, tmp_path / "ticket.json")
+        assert jobspec.load(tmp_path / "ticket.json") == values
     assert [path.name for path in tmp_path.iterdir()] == ["ticket.json"]
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "openmpi", "mpich", "slurm"])
-def test_the_command_line_holds_the_path_of_the_ticket_and_nothing_else(launcher: str) -> None:
+def test_the_command_line_holds_the_path_of_the_job_spec_and_nothing_else(launcher: str) -> None:
     launch = config(f"{{launcher: {launcher}, hosts: [a, b]}}").launch
     for command in commands(launch, HOSTS, "/opt/my python", "/src/$(id)", "/run dir/ticket.json"):
         words = list(command.argv)
@@ -124,29 +124,29 @@ def test_print_shows_everything_and_runs_nothing(
     assert "GLOO_SOCKET_IFNAME" in shown
 
 
-def test_a_ticket_is_private_and_arrives_unchanged(tmp_path: Path) -> None:
+def test_a_job_spec_is_private_and_arrives_unchanged(tmp_path: Path) -> None:
     environment = {f"NAME_{number}": text for number, text in enumerate(HOSTILE)}
-    given_ticket = make_ticket(tmp_path, environment=environment, command=("a", *HOSTILE))
+    given_spec = make_spec(tmp_path, environment=environment, command=("a", *HOSTILE))
     folder = tmp_path / "private"
-    ticket.make_private(folder)
+    jobspec.make_private(folder)
     path = folder / "ticket.json"
     path.symlink_to(tmp_path / "elsewhere")  # planted: replaced, not followed
-    ticket.save(given_ticket, path)
-    assert ticket.load(path) == given_ticket and not (tmp_path / "elsewhere").exists()
+    jobspec.save(given_spec, path)
+    assert jobspec.load(path) == given_spec and not (tmp_path / "elsewhere").exists()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert [given_ticket.seat(rank) for rank in range(3)] == [("a", 0, 2), ("a", 1, 2), ("b", 0, 1)]
+    assert [given_spec.seat(rank) for rank in range(3)] == [("a", 0, 2), ("a", 1, 2), ("b", 0, 1)]
     path.chmod(0o640)
     with pytest.raises(LaunchError, match="not private"):
-        ticket.load(path)
+        jobspec.load(path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"hosts": 3}', "null", '{"hosts": [], "command": [], "x": 1}'])
-def test_a_damaged_ticket_is_an_error_not_a_traceback(text: str, tmp_path: Path) -> None:
+def test_a_damaged_job_spec_is_an_error_not_a_traceback(text: str, tmp_path: Path) -> None:
     path = tmp_path / "ticket.json"
-    ticket.write_private(path, text)
+    jobspec.write_private(path, text)
     with pytest.raises(LaunchError, match="cannot be read"):
-        ticket.load(path)
+        jobspec.load(path)
     path.unlink()
     with pytest.raises(LaunchError, match="storage that all hosts share"):
-        ticket.load(path)
-    assert json.dumps(make_ticket(tmp_path)._asdict())
+        jobspec.load(path)
+    assert json.dumps(make_spec(tmp_path)._asdict())

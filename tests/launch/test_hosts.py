@@ -15,7 +15,7 @@ from longctx.config.hosts import Host, once_each, parse_host, parse_hostfile, ss
 from longctx.errors import ConfigError, LaunchError
 from longctx.launch.cluster.hosts import default_world, hosts_of, with_slots
 from longctx.launch.cluster.placement import place, table
-from longctx.launch.cluster.run import plan, without
+from longctx.launch.cluster.run import plan_job, without
 from longctx.launch.environment import travelling
 from longctx.network import address_towards, interface_with, sockets
 
@@ -33,7 +33,7 @@ def test_hosts_as_people_write_them() -> None:
 def test_a_user_is_for_ssh_alone() -> None:
     hosts = "hosts: ['me@a_1:2', 'you@127.0.0.1:2']"
     described = config(f"{{launcher: deepspeed, {hosts}}}", "mesh.world=4")
-    job = plan(described, derive(described, 4))
+    job = plan_job(described, derive(described, 4))
     assert [command.argv[command.argv.index("--") + 1] for command in job.commands] == ["me@a_1", "you@127.0.0.1"]
     assert all("--master_addr=a_1 " in command.argv[-1] for command in job.commands)
     with pytest.raises(LaunchError, match="twice"):
@@ -139,7 +139,7 @@ def test_the_section_is_checked_as_a_whole() -> None:
 def test_the_world_is_what_the_hosts_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     run = config("{launcher: deepspeed, hosts: ['a:3', 'b:5']}", "mesh.ring=4")
-    assert default_world(run) == 8 and run.mesh.grid(8).data == 2
+    assert default_world(run) == 8 and run.mesh.sizes(8).data == 2
     (tmp_path / "hosts").write_text("x slots=2\ny\n")
     run = config(f"{{launcher: deepspeed, hostfile: {tmp_path}/hosts, ranks_per_host: 1}}", "mesh.ring=3")
     assert hosts_of(run.launch) == (Host("x", 2), Host("y", None)) and default_world(run) == 3
@@ -167,7 +167,7 @@ def test_what_is_left_of_a_job_without_a_host(capsys: pytest.CaptureFixture[str]
     run = config("{launcher: deepspeed, hosts: ['a:2', 'b:2', 'c:4']}", "mesh.ring=2", "train.global_batch=12")
     run = run.model_copy(update={"train": run.train.model_copy(update={"global_batch": None, "micro_batch": 3})})
     sizes = derive(run, 8)
-    job = plan(run, sizes)
+    job = plan_job(run, sizes)
     fewer = without(job, sizes, frozenset({"b"}))
     assert fewer is not None and fewer.placement.hosts == (("a", 2), ("c", 2))  # 3 replicas do not divide 12 rows
     again = derive(fewer.config, 4)

@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import pytest
-from launch_samples import make_ticket
+from launch_samples import make_spec
 
-from longctx.launch.cluster import control, facts, ticket
+from longctx.launch.cluster import control, facts, jobspec
 from longctx.launch.cluster.commands import Command
-from longctx.launch.cluster.supervise import Outcome, Supervisor
+from longctx.launch.cluster.supervise import JobOutcome, Supervisor
 
 SCRIPT = Path(__file__).with_name("ranks_for_tests.py")
 
@@ -30,7 +30,7 @@ class Job:
 
     def __init__(self, folder: Path, what: str, **changes: object) -> None:
         self.folder = folder
-        ticket.make_private(folder / "launch")
+        jobspec.make_private(folder / "launch")
         self.path = folder / "launch" / "ticket.json"
         self.listener = control.listen("127.0.0.1")
         config = folder / "config.yaml"
@@ -42,16 +42,16 @@ class Job:
             "command": (sys.executable, str(SCRIPT), what, str(folder)),
             "python_path": os.environ.get("PYTHONPATH", ""),
         }
-        self.ticket = make_ticket(folder, **(own | changes))
-        ticket.save(self.ticket, self.path)
-        self.supervisor = Supervisor(self.ticket, self.listener, start_seconds=60)
+        self.spec = make_spec(folder, **(own | changes))
+        jobspec.save(self.spec, self.path)
+        self.supervisor = Supervisor(self.spec, self.listener, start_seconds=60)
 
     def commands(self, ranks: tuple[int, ...] = (0, 1, 2)) -> list[Command]:
         """One shell-less command for every rank, in place of ssh or mpirun."""
         agent = [sys.executable, "-m", "longctx.launch.cluster.agent", str(self.path)]
         return [Command(f"r{rank}", ("env", f"RANK={rank}", "WORLD_SIZE=3", *agent)) for rank in ranks]
 
-    def run(self, commands: list[Command] | None = None) -> Outcome:
+    def run(self, commands: list[Command] | None = None) -> JobOutcome:
         try:
             return self.supervisor.run(self.commands() if commands is None else commands)
         finally:
@@ -92,7 +92,7 @@ def all_gone(job: Job, seconds: float = 10) -> bool:
 def test_every_rank_gets_its_place_and_only_what_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "stays-here")
     job = Job(tmp_path, "meet", environment={"NCCL_DEBUG": "$(x) '\"\n"})
-    assert job.run() == Outcome(0, False)
+    assert job.run() == JobOutcome(0, False)
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(3)] == ["6", "6", "6"]
     listed = Job(tmp_path, "environment", environment={"NCCL_DEBUG": "$(x) '\"\n"})
     assert listed.run().code == 0
@@ -107,14 +107,14 @@ def test_every_rank_gets_its_place_and_only_what_travels(tmp_path: Path, monkeyp
 
 def test_a_bug_is_shown_once_with_its_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = Job(tmp_path, "raise")
-    assert job.run() == Outcome(1, True)
+    assert job.run() == JobOutcome(1, True)
     shown = capsys.readouterr().err
     assert "rank 1 on a failed" in shown and shown.count("Traceback") == 1
     assert shown.endswith("RuntimeError: a bug in rank one\n") and all_gone(job)
 
 
 def test_a_users_mistake_is_one_line_and_is_not_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert Job(tmp_path, "user").run() == Outcome(1, False)
+    assert Job(tmp_path, "user").run() == JobOutcome(1, False)
     assert capsys.readouterr().err == "longctx: corpus.bin is truncated\n"
 
 
@@ -122,7 +122,7 @@ def test_a_killed_rank_is_named_and_what_ranks_started_dies(tmp_path: Path, caps
     job = Job(tmp_path, "child")
     job.when_running(lambda: os.kill(job.pids()[2], signal.SIGKILL))
     started = time.monotonic()
-    assert job.run() == Outcome(1, True) and time.monotonic() - started < 60
+    assert job.run() == JobOutcome(1, True) and time.monotonic() - started < 60
     assert "rank 2 on b was killed by SIGKILL; the system may be out of memory" in capsys.readouterr().err
     assert all_gone(job)
 
@@ -137,7 +137,7 @@ def test_a_lost_host_ends_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[
         threading.Timer(12, os.kill, (agent, signal.SIGCONT)).start()
 
     job.when_running(freeze)
-    assert job.run() == Outcome(1, True)
+    assert job.run() == JobOutcome(1, True)
     assert "rank 2 on b is lost: nothing was heard from it for 3 s" in capsys.readouterr().err
     assert all_gone(job)
 
@@ -145,7 +145,7 @@ def test_a_lost_host_ends_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_sigterm_reaches_the_ranks_and_their_answer_is_the_jobs(tmp_path: Path) -> None:
     job = Job(tmp_path, "stop")
     job.when_running(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert job.run() == Outcome(75, False) and all_gone(job)
+    assert job.run() == JobOutcome(75, False) and all_gone(job)
 
 
 def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
             time.sleep(0.5)
 
     job.when_running(twice)
-    assert job.run() == Outcome(130, False) and all_gone(job)
+    assert job.run() == JobOutcome(130, False) and all_gone(job)
 
 
 def test_another_job_lives_on(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_host_that_cannot_start_is_named_before_anything_runs(
     job = Job(tmp_path, "note")
     broken = Command("b", (sys.executable, "-c", "import sys; sys.exit('Permission denied (publickey).')"))
     started = time.monotonic()
-    assert job.run([*job.commands((0, 1)), broken]) == Outcome(1, False, frozenset({"b"}))
+    assert job.run([*job.commands((0, 1)), broken]) == JobOutcome(1, False, frozenset({"b"}))
     shown = capsys.readouterr().err
     assert "  b  its command ended with exit code 1: Permission denied (publickey)." in shown
     assert not list(tmp_path.glob("rank-*")) and time.monotonic() - started < 30
@@ -193,7 +193,7 @@ def test_only_our_own_agents_are_let_in(tmp_path: Path) -> None:
     strangers[0].sendall(b'{"token": "wrong", "rank": 0}\n')
     strangers[1].sendall(b"\xff\n[1]\n" * 10)
     strangers[2].sendall(b"[" * 100_000 + b"\n")
-    assert job.run() == Outcome(0, False)
+    assert job.run() == JobOutcome(0, False)
     for stranger in strangers:
         stranger.settimeout(5)
         try:
@@ -204,7 +204,7 @@ def test_only_our_own_agents_are_let_in(tmp_path: Path) -> None:
 
 
 def test_what_can_be_wrong_with_a_host(tmp_path: Path) -> None:
-    given = make_ticket(tmp_path, config_sha256="", config=str(tmp_path / "none"))
+    given = make_spec(tmp_path, config_sha256="", config=str(tmp_path / "none"))
     good = facts.gather(given)
     now = good["clock"]
     assert facts.wrong(good, given, 2, 0, now) == []

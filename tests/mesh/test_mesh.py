@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.errors import MeshError
-from longctx.mesh import Mesh, from_key, launched_by
+from longctx.mesh import Mesh, from_key
 from longctx.sharding import shard, unshard
 
 from distributed import run_ranks
@@ -52,32 +52,6 @@ def test_world_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(MeshError, match="must be integers"):
         Mesh()
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"WORLD_SIZE": "1", "RANK": "1"},
-        {"RANK": "1"},
-        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
-        {"PMI_SIZE": "1", "PMI_RANK": "0"},
-    ],
-)
-def test_a_world_of_one_is_no_launched_job(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert launched_by() is None
-    mesh = Mesh()
-    assert (mesh.world_size, mesh.rank) == (1, 0)
-
-
-def test_the_variables_that_were_seen_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")  # of a shell inside torchrun, say; what counts is mpirun's
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
-    assert launched_by() == "OMPI_COMM_WORLD_SIZE=4, OMPI_COMM_WORLD_RANK=3"
-    assert (Mesh().world_size, Mesh().rank) == (4, 3)
 
 
 def connected(rank: int, world_size: int, ring: int, ulysses: int) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from distributed import run_ranks
 
 
 def compared(rank: int, world: int, fault: str) -> str:
-    mesh = Mesh(ring=2)
     values = {"layout": "zigzag", **flatten({"optimizer": {"params": {"lr": 0.1}}}), **code_and_packages()}
     problem = None
     if fault == "value" and rank == 1:
@@ -28,7 +27,7 @@ def compared(rank: int, world: int, fault: str) -> str:
     if fault == "problem" and rank == 0:
         problem = ValueError("zero_optimisation is unknown")
     try:
-        compare_ranks(values, mesh, problem)
+        compare_ranks(values, problem)
     except (LongctxError, ValueError) as error:
         return str(error)
     return "equal"
@@ -64,9 +63,9 @@ def test_ranks_with_different_grids_are_stopped_before_groups_are_made() -> None
 
 
 def test_one_rank_compares_with_nobody_and_still_raises_its_problem() -> None:
-    compare_ranks({"a": 1}, Mesh(world_size=1))
+    compare_ranks({"a": 1})
     with pytest.raises(EngineError, match="mine"):
-        compare_ranks({}, Mesh(world_size=1), EngineError("mine"))
+        compare_ranks({}, EngineError("mine"))
 
 
 def test_settings_are_flattened_to_dotted_names() -> None:

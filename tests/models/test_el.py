@@ -242,9 +242,9 @@ def test_rotary_models_are_refused_with_the_reason() -> None:
     config = transformers.LlamaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
     )
-    with pytest.raises(ModelError, match="RoPE stands between the query"):
+    with pytest.raises(ModelError, match="RoPE is applied between the query"):
         longctx.enable_el(transformers.LlamaForCausalLM(config))
-    with pytest.raises(ModelError, match="no attention module that EL-attention knows"):
+    with pytest.raises(ModelError, match="no attention module that EL-attention supports"):
         longctx.enable_el(torch.nn.Linear(2, 2))
 
 

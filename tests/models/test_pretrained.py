@@ -62,7 +62,7 @@ def test_load_gives_the_saved_weights_bitwise(name: str, tmp_path: Path) -> None
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"model_type": "evil"}, "model_type 'evil'"),
         ({"model_type": None}, "model_type"),
-        ({"num_attention_heads": "many"}, "transformers refuses"),
+        ({"num_attention_heads": "many"}, "transformers rejects"),
     ],
 )
 def test_dangerous_and_broken_configs_are_refused(folder: Path, change: dict[str, Any], message: str) -> None:

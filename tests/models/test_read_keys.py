@@ -60,6 +60,7 @@ def variants(settings: dict[str, Any], config_class: Any) -> dict[str, dict[str,
     return {"saved": settings, "doubled": doubled, "renamed": renamed}
 
 
+@pytest.mark.deep
 def test_every_configuration_of_transformers_is_read_as_autoconfig_reads_it(tmp_path: Path) -> None:
     seen = 0
     for kind in CONFIG_MAPPING_NAMES:

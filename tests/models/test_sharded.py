@@ -198,6 +198,7 @@ def compiled_worker(rank: int, world: int) -> tuple[float, float]:
     return float((logits - truth).detach().abs().max()), float(difference)
 
 
+@pytest.mark.deep
 def test_a_compiled_model() -> None:
     for errors in run_ranks(2, compiled_worker, timeout=240):
         assert max(errors) <= tolerance("model")

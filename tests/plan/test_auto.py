@@ -10,8 +10,8 @@ import pytest
 
 from longctx.config.derived import derive, world_size
 from longctx.config.load import load
-from longctx.config.room import has_memories, heads
-from longctx.config.split import Room, choose_ulysses
+from longctx.config.topology import has_bounded_layers, heads
+from longctx.config.ulysses import UlyssesLimits, choose_ulysses
 from longctx.plan.machines import MACHINES, Machine
 from longctx.plan.setup import Setup, setup_of
 from longctx.plan.shape import ModelShape, shape_of
@@ -46,7 +46,9 @@ def spread(shape: ModelShape) -> Iterator[tuple[str, int, int, float]]:
             for local in LOCAL:
                 if name == "cpu" and (world > 8 or local > 4096):
                     continue
-                ulysses = choose_ulysses(world, Room(shape.kv_heads, min(world, machine.per_node), shape.heads))
+                ulysses = choose_ulysses(
+                    world, UlyssesLimits(shape.kv_heads, min(world, machine.per_node), shape.heads)
+                )
                 setup = Setup(
                     local * world, ring=world, recompute="layer_keep_attention", loss_tile=1040, mlp_tile=4096,
                     overlap_comm=True,
@@ -76,16 +78,16 @@ def test_auto_suits_every_preset(path: Path) -> None:
     shape = shape_of(config)
     setup = setup_of(config, derive(config, world), shape, on_gpu=machine.name != "cpu")
     sequence = setup.sequence
-    if has_memories(config):
+    if has_bounded_layers(config):
         assert setup.ulysses == 1
         return
     queries, keys = heads(config)
-    ulysses = choose_ulysses(sequence, Room(keys, per_host, queries))
+    ulysses = choose_ulysses(sequence, UlyssesLimits(keys, per_host, queries))
     assert share_of_best(shape, replace(setup, ring=sequence, ulysses=1), machine, ulysses) >= 0.95
 
 
 def test_several_hosts_go_by_query_heads() -> None:
-    assert choose_ulysses(8, Room(2, 8, 32)) == 2, "one host: no copies of key heads"
-    assert choose_ulysses(64, Room(2, 8, 32)) == 8, "several: blocks cross the network"
-    assert choose_ulysses(64, Room(3, 8, 12)) == 4
-    assert choose_ulysses(64, Room(8, None, 32)) == choose_ulysses(64, Room(None, 8, 32)) == 1
+    assert choose_ulysses(8, UlyssesLimits(2, 8, 32)) == 2, "one host: no copies of key heads"
+    assert choose_ulysses(64, UlyssesLimits(2, 8, 32)) == 8, "several: blocks cross the network"
+    assert choose_ulysses(64, UlyssesLimits(3, 8, 12)) == 4
+    assert choose_ulysses(64, UlyssesLimits(8, None, 32)) == choose_ulysses(64, UlyssesLimits(None, 8, 32)) == 1

@@ -14,7 +14,7 @@ from longctx.config.derived import derive
 from longctx.plan.choose import choose
 from longctx.plan.limit import further, longest
 from longctx.plan.machines import MACHINES
-from longctx.plan.memory import memory_of
+from longctx.plan.memory import step_bytes
 from longctx.plan.plan import as_json, make_plan
 from longctx.plan.setup import Setup, setup_of
 from longctx.plan.shape import ModelShape, shape_of
@@ -54,9 +54,9 @@ def test_the_copy_is_held_beside_the_parts() -> None:
     copied = replace(plain, group=8)
     assert weight_bytes(LLAMA_8B, copied) == weight_bytes(LLAMA_8B, plain) + 2 * -(-LLAMA_8B.parameters // 8)
     assert weight_bytes(LLAMA_8B, replace(copied, stage=2)) == weight_bytes(LLAMA_8B, replace(plain, stage=2))
-    host = memory_of(LLAMA_8B, replace(copied, offload_parameters=True)).host["weights"]
+    host = step_bytes(LLAMA_8B, replace(copied, offload_parameters=True)).host["weights"]
     assert host == weight_bytes(LLAMA_8B, copied)
-    assert memory_of(LLAMA_8B, copied).peak.total > memory_of(LLAMA_8B, plain).peak.total
+    assert step_bytes(LLAMA_8B, copied).peak.total > step_bytes(LLAMA_8B, plain).peak.total
 
 
 def test_the_plan_shows_it_and_says_how_to_go_further() -> None:

@@ -18,7 +18,7 @@ from longctx.errors import ConfigError
 from longctx.nn.tiling import choose_tile
 from longctx.plan.limit import fits, further, longest
 from longctx.plan.machines import GIB, MACHINES, machine_named
-from longctx.plan.memory import PARTS, memory_of, peak_bytes
+from longctx.plan.memory import PARTS, peak_bytes, step_bytes
 from longctx.plan.setup import Setup, resolve_loss_tile, setup_of
 from longctx.plan.shape import ModelShape, shape_of, shape_of_settings
 from longctx.plan.speed import overlap_of, speed_of
@@ -51,7 +51,13 @@ def test_a_yaml_has_the_shape_of_its_model() -> None:
     assert (shape.heads, shape.kv_heads, shape.head_dim, shape.inner, shape.itemsize) == (4, 2, 16, 192, 2)
     layers: dict[str, Any] = {"0": {"window": 64}, "1": {"abc": {"slots": 32}}}
     mixed = shape_of(load_variant(attention__layers=layers).config)
-    assert (mixed.full_layers, mixed.window_layers, mixed.window, mixed.memory_layers, mixed.slots) == (0, 1, 64, 1, 32)
+    assert (mixed.full_layers, mixed.window_layers, mixed.window, mixed.bounded_layers, mixed.slots) == (
+        0,
+        1,
+        64,
+        1,
+        32,
+    )
     with pytest.raises(ConfigError, match="no num_attention_heads"):
         shape_of_settings({"hidden_size": 64})
 
@@ -138,7 +144,7 @@ def test_parts_are_never_negative_and_more_tokens_never_cost_less(
         2**exponent * ring, ring=ring, stage=stage, recompute=recompute, loss_tile=loss, mlp_tile=mlp,
         offload_optimizer=offload and stage > 0,
     )  # fmt: skip
-    for moment in memory_of(LLAMA_8B, setup).moments:
+    for moment in step_bytes(LLAMA_8B, setup).moments:
         assert set(moment.parts) <= set(PARTS) and all(value >= 0 for value in moment.parts.values()), moment
     assert peak_bytes(LLAMA_8B, replace(setup, tokens=2 * setup.tokens)) >= peak_bytes(LLAMA_8B, setup)
 
@@ -195,11 +201,11 @@ def test_an_optimizer_on_nvme_is_on_disk_and_its_buffers_in_host_memory() -> Non
     setup = setup_of(config, derive(config, 4), shape)
     assert setup.offload_optimizer and setup.swap_optimizer
     own = -(-shape.parameters // 4)
-    memory, on_host = memory_of(shape, setup), memory_of(shape, replace(setup, swap_optimizer=False))
+    memory, on_host = step_bytes(shape, setup), step_bytes(shape, replace(setup, swap_optimizer=False))
     assert memory.disk == 16 * own and on_host.disk == 0
     assert memory.moments == on_host.moments  # nothing changes on the device
     large = replace(setup, ring=1, data=1)
-    assert memory_of(LLAMA_8B, large).host["optimizer"] == 4 * LLAMA_8B.parameters + 16 * 100_000_000
+    assert step_bytes(LLAMA_8B, large).host["optimizer"] == 4 * LLAMA_8B.parameters + 16 * 100_000_000
 
 
 def test_the_working_set_of_llama_8b_by_token_and_part() -> None:
@@ -214,7 +220,7 @@ def test_the_working_set_of_llama_8b_by_token_and_part() -> None:
         mlp_tile=2048,
         recompute_norms=True,
     )
-    small, large = (memory_of(LLAMA_8B, replace(fixed, tokens=tokens)).peak for tokens in (2**21, 2**22))
+    small, large = (step_bytes(LLAMA_8B, replace(fixed, tokens=tokens)).peak for tokens in (2**21, 2**22))
     assert small.name == large.name and large.name.endswith("attention")
     tokens = 2**21 // 8
     slopes = {part: (large.parts[part] - small.parts.get(part, 0)) // tokens for part in large.parts}

@@ -13,7 +13,7 @@ import pytest
 from tiny_run import config, losses, write
 
 from longctx.train.report.console import Console, guard_standard_streams
-from longctx.train.report.progress import Progress
+from longctx.train.report.progress import ProgressDisplay
 from longctx.train.run import run
 
 from distributed import run_ranks
@@ -40,7 +40,7 @@ LOST = {"broken pipe": broken_pipe, "full disk": lambda: open("/dev/full", "w", 
 @pytest.mark.parametrize("columns", [0, 80])
 def test_a_lost_console_is_silent(kind: str, columns: int) -> None:
     stream = LOST[kind]()
-    progress = Progress(stream, total=8, columns=columns)
+    progress = ProgressDisplay(stream, total=8, columns=columns)
     for step in range(5):
         progress.say("a line")
         progress.step(RECORD | {"step": step})
@@ -80,6 +80,7 @@ def on_a_full_console(rank: int, world: int, folder: str) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is buffered goes there
 
 
+@pytest.mark.deep
 def test_a_run_ends_well_on_a_console_that_is_full(tmp_path: Path) -> None:
     write(tmp_path)
     assert run_ranks(2, on_a_full_console, str(tmp_path), timeout=280) == [0, 0]

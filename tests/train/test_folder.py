@@ -109,6 +109,7 @@ def train(rank: int, world: int, where: str, overrides: tuple[str, ...]) -> str:
     return console.getvalue()
 
 
+@pytest.mark.deep
 def test_a_run_does_not_start_over_when_its_checkpoints_are_lost_and_loads_what_it_verified(tmp_path: Path) -> None:
     write(tmp_path)
     output = tmp_path / "run"

@@ -68,10 +68,13 @@ NVME = (
     "model.intermediate_size=1031",
     "deepspeed.zero_optimization={sub_group_size: 700000}",
 )
-SLOW = ("zero3", "zero0-fp16", "zero2-bf16", "zero1")  # the same path as another case, with another stage
+LATER = {  # the same path as another case, with another stage
+    **dict.fromkeys(("zero3", "zero0-fp16", "zero2-bf16", "zero1"), pytest.mark.slow),
+    **dict.fromkeys(("zero2-mixed-layers", "zero2-fp16"), pytest.mark.deep),
+}
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=LATER.get(case, ())) for case in CASES])
 def test_resumed_equals_uninterrupted(tmp_path: Path, case: str) -> None:
 
     write(tmp_path, "straight"), write(tmp_path, "broken")

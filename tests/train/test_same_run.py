@@ -139,7 +139,7 @@ def resumed(rank: int, world: int, folder: str, stage: int) -> list[Any]:
     return [groups, console.getvalue()]
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.deep)])
 def test_changed_settings_of_the_optimizer_apply_on_resume_and_are_said(tmp_path: Path, stage: int) -> None:
     write(tmp_path, "changed"), write(tmp_path, "kept")
     groups, said = run_ranks(2, resumed, str(tmp_path), stage, timeout=LIMIT)[0]

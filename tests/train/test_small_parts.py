@@ -17,16 +17,15 @@ import numpy
 import pytest
 import torch
 
-from longctx.config.sections.train import Train
+from longctx.config.sections.train import TrainSection
 from longctx.errors import CheckpointError, DataError
 from longctx.train.checkpoint import rng
 from longctx.train.lock import FolderLock
-from longctx.train.optimizer import make_optimizer, set_learning_rate
+from longctx.train.optimizer import SCHEDULES, learning_rate, make_optimizer, set_learning_rate
 from longctx.train.report import flops
 from longctx.train.report.metrics import Metrics, read
 from longctx.train.report.plot import plot_loss
-from longctx.train.report.progress import Progress, duration
-from longctx.train.schedule import SCHEDULES, learning_rate
+from longctx.train.report.progress import ProgressDisplay, duration
 
 
 def draw() -> list[float]:
@@ -69,11 +68,11 @@ def test_schedule_without_warmup_starts_near_the_peak() -> None:
 def test_optimizer_decays_matrices_only() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
     model[0].weight.requires_grad_(True)
-    optimizer = make_optimizer(model, Train(steps=1, weight_decay=0.2))
+    optimizer = make_optimizer(model, TrainSection(steps=1, weight_decay=0.2))
     assert [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups] == [(1, 0.2), (3, 0.0)]
     set_learning_rate(optimizer, 0.5)
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
-    assert isinstance(make_optimizer(model, Train(steps=1, optimizer="sgd", momentum=0.9)), torch.optim.SGD)
+    assert isinstance(make_optimizer(model, TrainSection(steps=1, optimizer="sgd", momentum=0.9)), torch.optim.SGD)
 
 
 def test_metrics_drop_what_will_be_done_again(tmp_path: Path) -> None:
@@ -152,7 +151,7 @@ RECORD = {
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
-    progress = Progress(stream, total=8, every=2)
+    progress = ProgressDisplay(stream, total=8, every=2)
     for step in (3, 4):
         progress.step(RECORD | {"step": step})
     progress.close()
@@ -161,7 +160,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 
 
 def test_other_ranks_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(None, total=8)
+    progress = ProgressDisplay(None, total=8)
     progress.say("x")
     progress.step(RECORD)
     progress.close()

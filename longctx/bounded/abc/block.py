@@ -1,4 +1,5 @@
-"""ABC over the chunks of one block: forward, and backward from the same weights. The arithmetic of methods 2.4 and 2.5.
+"""ABC over the chunks of one block: forward, and backward from the same weights (docs/methods/abc.md
+"Chunked form", "Backward").
 
 Rows are the queries of a group times the scale, n = H / G a token, so that keys and weights are never expanded. With
 A = Q K^T over the pairs that may meet, W the write weights and K0, V0 the memory before the chunk (`carry` times it:

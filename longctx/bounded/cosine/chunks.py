@@ -1,4 +1,4 @@
-"""Causal cosine attention over a local sequence by chunks, with its own backward: the training form (methods 3.2, 6.1).
+"""Causal cosine attention over a local sequence by chunks, with its own backward (docs/methods/cottention.md).
 
 Inside a chunk (Q K^T over visible pairs) V, between chunks Q S with the state S, in fp32 (fp64 for fp64 inputs).
 Backward is the same product three times, with S and with the gradient of S that comes from the chunks behind.

@@ -9,7 +9,7 @@ from pydantic import Field
 from longctx.config.fields import HumanInt, Section, Texts, environment_field
 
 
-class Data(Section):
+class DataSection(Section):
     """Text sources, the tokenizer, and how documents are packed into rows."""
 
     sources: Annotated[Texts, Field(min_length=1)] = environment_field(
@@ -18,15 +18,15 @@ class Data(Section):
         "`longctx data build` made",
     )
     text_field: str = Field(
-        "text", min_length=1, description="the key or column that holds the text in JSON, tables and datasets"
+        "text", min_length=1, description="key or column that holds the text in JSON, tables and datasets"
     )
     format: Literal["auto", "text"] = Field(
         "auto",
-        description="auto: JSON and tables are recognised by content; text: each file is one document as it is "
-        "(source code, say)",
+        description="auto: JSON and tables are recognised by content; text: each file is one document, unparsed "
+        "(source code, for example)",
     )
     exclude: Texts = Field(
-        (), description="patterns such as '*.bin' or 'old/*' of files in folders that are left out (and listed)"
+        (), description="patterns such as '*.bin' or 'old/*' of files to leave out of folders (they are listed)"
     )
     tokenizer: str = environment_field(
         "auto",
@@ -42,26 +42,29 @@ class Data(Section):
         8192, ge=257, le=2**20, description="size of the BPE to train (only for `tokenizer: bpe`)"
     )
     sample_bytes: HumanInt = Field(
-        10_000_000, ge=1000, le=2**40, description="how much text the BPE learns from (only for `tokenizer: bpe`)"
+        10_000_000, ge=1000, le=2**40, description="bytes of text to train the BPE on (only for `tokenizer: bpe`)"
     )
     special_tokens: Literal["spell", "parse"] = Field(
         "spell",
-        description="what a string like <|eot|> in a document is; spell: text like any other; parse: its special token",
+        description="how a string like <|eot|> inside a document is tokenized; spell: as ordinary text; parse: as its "
+        "special token",
     )
-    sequence_length: HumanInt = Field(ge=2, le=2**32, description="tokens of one row, before it is split over the ring")
+    sequence_length: HumanInt = Field(ge=2, le=2**32, description="tokens per row, before it is sharded over the ring")
     packing: Literal["concat", "best_fit"] = Field(
         "concat",
-        description="concat: documents end to end, cut at row ends; best_fit: documents kept whole where they fit",
+        description="concat: documents end to end, split at row ends; best_fit: documents kept whole where they fit",
     )
     held_out: float = Field(
         0.02,
         ge=0,
         le=0.5,
-        description="share of the documents kept for evaluation and never trained on; 0: no evaluation",
+        description="fraction of the documents held out for evaluation and never trained on; 0: no evaluation",
     )
     folder: str | None = environment_field(
         None,
         min_length=1,
-        description="where token files are kept and found again; default: the folder `tokens` in output.folder",
+        description="where token files are written and found again; default: the folder `tokens` in output.folder",
     )
-    seed: HumanInt = Field(0, ge=0, lt=2**63, description="order of the samples, and the choice of held-out documents")
+    seed: HumanInt = Field(
+        0, ge=0, lt=2**63, description="seed of the order of samples and of the choice of held-out documents"
+    )

@@ -7,10 +7,10 @@ from pydantic import Field
 from longctx.config.fields import HumanInt, Section
 
 
-class FP16(Section):
-    """Loss scaling under model.dtype fp16: losses are multiplied so that small gradients do not become 0."""
+class Fp16Section(Section):
+    """Loss scaling under model.dtype fp16: the loss is multiplied so that small gradients do not underflow."""
 
-    scale_power: HumanInt = Field(16, ge=0, le=32, description="the first loss scale is 2 to this power")
+    scale_power: HumanInt = Field(16, ge=0, le=32, description="the initial loss scale is 2 to this power")
     window: HumanInt = Field(
         1000, ge=1, le=2**30, description="steps without an overflow after which the loss scale is doubled"
     )
@@ -18,12 +18,12 @@ class FP16(Section):
         2,
         ge=1,
         le=2**20,
-        description="the loss scale is halved at this overflow and each one after it (at each one with zero.stage 0); "
-        "every overflow skips its step on all ranks",
+        description="the loss scale is halved at this overflow and at each one after it (at every one with zero.stage "
+        "0); every overflow skips its step on all ranks",
     )
     min_scale: HumanInt = Field(
         1, ge=1, le=2**32, description="smallest loss scale; an overflow there stops the run before the update"
     )
     static_scale: float | None = Field(
-        None, gt=0, le=2**32, description="one loss scale for the whole run, which no overflow changes; null: dynamic"
+        None, gt=0, le=2**32, description="fixed loss scale for the whole run, which no overflow changes; null: dynamic"
     )

@@ -7,12 +7,12 @@ from typing import NamedTuple
 from pydantic import Field
 
 from longctx.config.fields import AutoInt, Section
-from longctx.config.split import NO_ROOM, Room, choose_ulysses
+from longctx.config.ulysses import UNKNOWN_LIMITS, UlyssesLimits, choose_ulysses
 from longctx.errors import ConfigError
 
 
-class Grid(NamedTuple):
-    """The mesh with every `auto` filled in."""
+class MeshSizes(NamedTuple):
+    """Sizes of the mesh, every `auto` filled in."""
 
     ring: int
     ulysses: int
@@ -20,37 +20,34 @@ class Grid(NamedTuple):
 
     @property
     def world(self) -> int:
-        """Ranks in all."""
+        """Ranks in total."""
         return self.ring * self.ulysses * self.data
 
 
-class Mesh(Section):
-    """The grid of ranks. One sequence is split over ring x ulysses ranks; data is the number of replicas."""
+class MeshSection(Section):
+    """The grid of ranks. One sequence is sharded over ring x ulysses ranks; data is the number of replicas."""
 
     ring: AutoInt = Field(
-        "auto",
-        description="ranks that share one sequence by passing keys and values around; auto: what `data` and `ulysses` "
-        "leave",
+        "auto", description="ranks that share one sequence by ring attention; auto: what `data` and `ulysses` leave"
     )
     ulysses: AutoInt = Field(
         1,
-        description="ranks that share one sequence by exchanging heads, at most as many as query heads; auto: as many "
-        "as fit into one host and divide the heads (docs/hybrid.md), and `ring` the rest",
+        description="ranks that share one sequence by all-to-all of heads (Ulysses), at most as many as query heads; "
+        "auto: as many as fit in one host and divide the heads (docs/hybrid.md), and `ring` the rest",
     )
     data: AutoInt = Field(
         "auto",
-        description="replicas, each with sequences of its own; auto: world / (ring x ulysses), and 1 when ring is auto "
-        "too",
+        description="replicas, each with its own sequences; auto: world / (ring x ulysses), and 1 if ring is auto too",
     )
     world: AutoInt = Field(
-        "auto", description="ranks in all; auto: what the launcher started, else one per GPU, else 2 CPU processes"
+        "auto", description="ranks in total; auto: what the launcher started, else one per GPU, else 2 CPU processes"
     )
 
-    def grid(self, world: int, room: Room = NO_ROOM) -> Grid:
+    def sizes(self, world: int, limits: UlyssesLimits = UNKNOWN_LIMITS) -> MeshSizes:
         """Fill in `auto` for a world of `world` ranks.
 
         Args:
-            room: what `ulysses: auto` may take.
+            limits: what bounds `ulysses: auto`.
 
         Raises:
             ConfigError: ring x ulysses x data cannot be `world`.
@@ -58,7 +55,7 @@ class Mesh(Section):
         known_ring, known_data = (None if size == "auto" else size for size in (self.ring, self.data))
         if self.ulysses == "auto":
             rest = max(world // ((known_ring or 1) * (known_data or 1)), 1)
-            ulysses = rest if known_ring and known_data else choose_ulysses(rest, room)
+            ulysses = rest if known_ring and known_data else choose_ulysses(rest, limits)
         else:
             ulysses = self.ulysses
         if known_ring is None:
@@ -67,7 +64,7 @@ class Mesh(Section):
         else:
             ring = known_ring
             data = known_data or max(world // (ring * ulysses), 1)
-        grid = Grid(ring, ulysses, data)
+        grid = MeshSizes(ring, ulysses, data)
         if grid.world != world:
             raise ConfigError(
                 f"mesh: ring {ring} x ulysses {ulysses} x data {data} is {grid.world} ranks, but the world has "

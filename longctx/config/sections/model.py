@@ -1,4 +1,4 @@
-"""`model:` what is trained: a transformers architecture from scratch, or a pretrained folder."""
+"""`model:` a transformers architecture from scratch, or a pretrained folder."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Architecture = Literal[
 ]
 
 
-class Model(Section):
+class ModelSection(Section):
     """The model: `architecture` and sizes to start from random weights, or `pretrained` to start from a folder."""
 
     architecture: Architecture | None = Field(
-        None, description="transformers model type to build from scratch; leave it out when `pretrained` is given"
+        None, description="transformers model type to build from scratch; omit it when `pretrained` is given"
     )
     pretrained: str | None = environment_field(
         None,
@@ -46,17 +46,17 @@ class Model(Section):
         ge=2,
         le=2**32,
         description="longest sequence the model is declared for (learned positions, RoPE scaling); default: "
-        "data.sequence_length; with `pretrained`: the folder's own, which this key raises where positions are not "
-        "learned",
+        "data.sequence_length; with `pretrained`: the folder's own, which this key can raise unless "
+        "positions are learned",
     )
     tie_embeddings: bool = Field(False, description="share the embedding with the output layer")
     extra: Raw = Field(
         default_factory=dict,
-        description="further keywords for the transformers config, e.g. rope_parameters; they win over nothing that is "
-        "named above; with `pretrained` only rope_parameters",
+        description="further keywords for the transformers config, e.g. rope_parameters; keywords that a key of ours "
+        "owns are refused; with `pretrained` only rope_parameters",
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
-        description="arithmetic of forward and backward; bf16 and fp16 keep fp32 master weights in the optimizer, fp16 "
+        description="precision of forward and backward; bf16 and fp16 keep fp32 master weights in the optimizer, fp16 "
         "scales the loss (section fp16)",
     )

@@ -9,10 +9,10 @@ from pydantic import Field
 from longctx.config.fields import HumanInt, Pair, Section
 
 
-class Train(Section):
+class TrainSection(Section):
     """One optimizer step trains on `global_batch` rows = micro_batch x accumulation x data replicas."""
 
-    steps: HumanInt = Field(ge=1, le=2**40, description="optimizer steps in all")
+    steps: HumanInt = Field(ge=1, le=2**40, description="optimizer steps in total")
     global_batch: HumanInt | None = Field(
         None,
         ge=1,
@@ -26,29 +26,29 @@ class Train(Section):
     betas: Pair = Field((0.9, 0.95), description="AdamW's two decay rates, each at least 0 and below 1")
     eps: float = Field(1e-8, gt=0, le=1, description="AdamW's epsilon")
     weight_decay: float = Field(
-        0.1, ge=0, le=1, description="decoupled weight decay of matrices; vectors (norms, biases) have none"
+        0.1, ge=0, le=1, description="decoupled weight decay of matrices; vectors (norms, biases) are not decayed"
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD's momentum")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="shape of the learning rate after warm-up, down to min_lr_ratio at the last step"
     )
     warmup_steps: HumanInt = Field(0, ge=0, le=2**40, description="steps of linear warm-up from 0")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate / lr")
-    clip: float | None = Field(1.0, gt=0, le=1e9, description="largest norm of the whole gradient; null: no clipping")
-    seed: HumanInt = Field(0, ge=0, lt=2**63, description="initial weights and dropout")
-    deterministic: bool = Field(False, description="refuse operations whose result changes from run to run")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate / lr")
+    clip: float | None = Field(1.0, gt=0, le=1e9, description="maximum norm of the whole gradient; null: no clipping")
+    seed: HumanInt = Field(0, ge=0, lt=2**63, description="seed of initial weights and dropout")
+    deterministic: bool = Field(False, description="refuse operations whose result varies from run to run")
     eval_every: HumanInt = Field(
         0,
         ge=0,
         le=2**40,
         description="steps between evaluations on held-out documents; 0: only at the end, if anything is held out",
     )
-    eval_batches: HumanInt = Field(8, ge=1, le=2**30, description="rows evaluated each time on every replica")
+    eval_batches: HumanInt = Field(8, ge=1, le=2**30, description="rows per evaluation on every replica")
     log_every: HumanInt = Field(
         1, ge=1, le=2**30, description="steps between progress lines; metrics.jsonl has every step"
     )
     non_finite: Literal["stop"] = Field(
         "stop",
         description="what a nan or inf in loss or gradient does: stop before the update (in fp16, a gradient out of "
-        "range skips the step instead and lowers the loss scale)",
+        "range skips the step and lowers the loss scale instead)",
     )

@@ -1,4 +1,4 @@
-"""What every source of text yields, and what it can say about itself."""
+"""Documents, and the interface of a source that yields them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Document(NamedTuple):
 
     Attributes:
         name: where it came from.
-        pieces: the text in parts, to be read once, before the next document is asked for.
+        pieces: the text in parts, to be read once, before the next document is requested.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Document(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """Files that are no text for the model, and why."""
+    """Files without text for the model, and why they are left out."""
 
     why: str
     files: int
@@ -37,7 +37,7 @@ class Source(Protocol):
 
     Attributes:
         name: as the user gave it, for messages.
-        skipped: what was left out on purpose, by path; complete after all documents were read.
+        skipped: files left out on purpose, by path; complete after all documents were read.
         formats: number of files (or of data sets) read in each format; complete after all documents were read.
     """
 
@@ -50,5 +50,5 @@ class Source(Protocol):
         ...
 
     def stamp(self) -> list[list[str | int]] | None:
-        """Return (path, bytes, time of change) of every file read, or None where that is not known."""
+        """Return (path, bytes, modification time) of every file read, or None if unknown."""
         ...

@@ -1,4 +1,4 @@
-"""The files of a folder, and what of it is left out on purpose: hidden files, empty ones, what a pattern names."""
+"""List the files of a folder; hidden files, empty files and excluded patterns are left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longctx.data.sources.document import LeftOut
 from longctx.errors import DataError
 
 HIDDEN, EMPTY, NAMED = "hidden", "empty", "named by data.exclude"
-# Files that together mark a folder as one of longctx's own: what it writes must not become text.
+# Files that together identify a folder that longctx wrote: its output must not become training text.
 _OWN = (
     (("environment.json", "config.yaml"), "the output folder of a run", "give only the folders of your own text"),
     (("build.json", "train.tokens"), "token files that `longctx data build` made", "give it as the only source"),
@@ -23,22 +23,22 @@ def walk(folder: Path, exclude: Sequence[str] = (), left_out: dict[str, LeftOut]
 
     Args:
         exclude: patterns as in a shell (``*`` also matches ``/``) of paths relative to ``folder``, or of names.
-        left_out: gets what is left out, by path relative to ``folder``; None if nobody asks.
+        left_out: filled with the files left out, by path relative to ``folder``; None: not recorded.
 
     Raises:
-        DataError: a folder that cannot be read, a link to nothing, or a folder that longctx itself wrote.
+        DataError: a folder that cannot be read, a broken link, or a folder that longctx itself wrote.
     """
     found: list[Path] = []
     seen: set[str] = set()
     links = [folder]
-    while links:  # first what is really below the folder, then what links lead to
+    while links:  # first the files below the folder, then the targets of links
         start = links.pop(0)
         found += _below(start, folder, exclude, left_out, seen, links)
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
 
 
 def would_read(source: str | Path, path: Path, exclude: Sequence[str] = ()) -> bool:
-    """Say whether ``walk`` of a source that is a folder would come to ``path``, now or once it is there."""
+    """Return whether ``walk`` of a source folder would reach ``path``, now or once it exists."""
     folder = Path(source).expanduser()
     if str(source).startswith("hf:") or not folder.is_dir():
         return False
@@ -81,7 +81,7 @@ def _below(
         elif path.is_file():
             yield path
         elif path.is_symlink():
-            raise DataError(f"{path}: a link to nothing ({os.readlink(path)}); restore what it leads to, or remove it")
+            raise DataError(f"{path}: a broken link ({os.readlink(path)}); restore its target, or remove it")
         elif left_out is not None:
             left_out[relative] = LeftOut("neither a file nor a folder", 1, 0)
 
@@ -99,7 +99,7 @@ def _matches(relative: str, patterns: Sequence[str]) -> bool:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Return how many files there are at or below ``path``, and their bytes; unreadable ones count without bytes."""
+    """Return the number of files at or below ``path``, and their bytes; unreadable files count 0 bytes."""
     if path.is_symlink() or not path.is_dir():
         return 1, path.lstat().st_size
     files = total = 0

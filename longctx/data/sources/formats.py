@@ -1,7 +1,7 @@
-"""What a file holds, recognised by its first bytes; its name decides only where the bytes leave it open.
+"""Recognise the format of a file by its first bytes; its name decides only if the bytes are ambiguous.
 
-What holds no text on purpose (images, sound, programs) may be left out of a folder. What may hold text that cannot be
-read here (archives, other people's data formats, damaged files) is an error: text is never lost in silence.
+Files without text by nature (images, sound, programs) are left out of folders. Files that may hold text but cannot be
+read here (archives, other data formats, damaged files) are an error: text is never lost silently.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HEAD_BYTES = 2**16
 TEXT, JSON_LINES, JSON, TABLE, PARQUET = "text", "JSON lines", "JSON", "table", "parquet"
 
 _UNPACK, _CONVERT = "unpack it", "convert it to JSON lines or parquet"
-# (first bytes, what, fix, suffixes that promise it): files that may hold text which is not read here
+# (first bytes, what, fix, suffixes of it): files that may hold text which is not read here
 _UNREADABLE: tuple[tuple[bytes, str, str, tuple[str, ...]], ...] = (
     (b"PK\x03\x04", "a ZIP archive (also .docx, .xlsx, .epub, .npz, .pt)", _UNPACK, (".zip",)),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK, (".7z",)),
@@ -41,14 +41,14 @@ _UNREADABLE: tuple[tuple[bytes, str, str, tuple[str, ...]], ...] = (
     (b"MMIDIDX\x00\x00", "a Megatron index", "import it with longctx.data.sources.readers", ()),
     (b"version https://git-lfs.", "a pointer of Git LFS instead of the data", "fetch it: git lfs pull", ()),
 )
-# Suffixes that promise what is read here; other content behind them is a damaged or a misnamed file.
+# Suffixes of formats that are read here; a file with other content is damaged or misnamed.
 _PROMISES = {
     ".gz": (b"\x1f\x8b", "gzip"),
     ".bz2": (b"BZh", "bzip2"),
     ".xz": (b"\xfd7zXZ\0", "xz"),
     ".parquet": (b"PAR1", "parquet"),
 }
-# (offset, bytes): no text for a model
+# (offset, bytes, kind): files without text
 _NOT_TEXT: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x89PNG\r\n\x1a\n", "image"),
     (0, b"\xff\xd8\xff", "image"),
@@ -85,7 +85,7 @@ _TABLE_SUFFIXES = {".csv": ",;\t|", ".tsv": "\t", ".tab": "\t"}
 
 
 def left_out(head: bytes) -> str | None:
-    """Return what kind of file without text begins with ``head`` ("image", "program", …), or None."""
+    """Return the kind of a file without text that begins with ``head`` ("image", "program", …), or None."""
     if b"\0" not in head:  # text may begin with BM or RIFF, too
         return None
     return next((what for place, mark, what in _NOT_TEXT if head.startswith(mark, place)), None)
@@ -119,7 +119,7 @@ def refuse_unreadable(head: bytes, file: PurePath, suffix: str) -> None:
 
 
 def require_promise(head: bytes, file: PurePath) -> None:
-    """Raise DataError if the file's name promises a format (.gz, .parquet …) that its first bytes are not."""
+    """Raise DataError if the file's suffix (.gz, .parquet …) contradicts its first bytes."""
     mark, what = _PROMISES.get(file.suffix, (b"", ""))
     if not head.startswith(mark):
         raise DataError(
@@ -129,15 +129,15 @@ def require_promise(head: bytes, file: PurePath) -> None:
 
 
 def is_parquet(head: bytes) -> bool:
-    """Say whether a file with these first bytes is a parquet file."""
+    """Return whether a file with these first bytes is a parquet file."""
     return head.startswith(b"PAR1") and not _is_text(head)
 
 
 def recognise(head: bytes, whole: bool, file: PurePath, suffix: str, field: str) -> tuple[str, str]:
-    """Return how a file that can be read is to be read.
+    """Return the reader for a readable file.
 
     Args:
-        head: the first bytes of the file, decompressed; ``whole`` says that there are no others.
+        head: the first bytes of the file, decompressed; ``whole``: the file has no more.
         file, suffix: as for ``refuse_unreadable``.
         field: the key or column of the text.
 
@@ -178,7 +178,7 @@ def _delimiter(text: str, whole: bool, suffix: str, field: str) -> str:
     """Return the delimiter if the text is a table with a header line, else an empty string."""
     lines = text.splitlines(keepends=True)
     if not whole and len(lines) > 1:
-        lines.pop()  # it may be cut
+        lines.pop()  # it may be incomplete
     header = lines[0] if lines else ""
     if suffix in _TABLE_SUFFIXES:
         return max(_TABLE_SUFFIXES[suffix], key=header.count)
@@ -186,7 +186,7 @@ def _delimiter(text: str, whole: bool, suffix: str, field: str) -> str:
 
 
 def _is_table(lines: list[str], delimiter: str, field: str) -> bool:
-    """Say whether lines are a table: a header of names, one of them ``field`` or at least three, and rows as wide."""
+    """Return whether lines are a table: a header of names (``field``, or at least three) and rows of equal width."""
     header = lines[0].rstrip("\r\n").split(delimiter)
     if not all(_COLUMN.fullmatch(name) for name in header) or len(set(header)) < len(header):
         return False
@@ -201,13 +201,13 @@ def _rows(lines: list[str], delimiter: str) -> Iterator[list[str]]:
         for row in csv.reader(lines, delimiter=delimiter, strict=True):
             if row:
                 yield row
-    except csv.Error:  # a last field that goes on behind the head
+    except csv.Error:  # a last field that continues after the head
         return
 
 
 def _is_text(head: bytes) -> bool:
     try:
-        codecs.utf_8_decode(head, "strict", False)  # its last character may be cut
+        codecs.utf_8_decode(head, "strict", False)  # its last character may be incomplete
     except UnicodeDecodeError:
         return False
     return b"\0" not in head

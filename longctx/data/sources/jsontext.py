@@ -1,7 +1,7 @@
-"""The text in JSON: objects a line, objects one after another, or an array of them; long ones never parsed as a whole.
+"""Read the text of JSON objects: one per line, concatenated, or in an array; long objects are never parsed whole.
 
-A parsed string takes up to four bytes a character in Python. So where an object is large, its long strings are cut out
-before it is parsed, and the one that holds the text is decoded in parts.
+A parsed string takes up to four bytes per character in Python. So the long strings of a large object are removed before
+it is parsed, and the one that holds the text is decoded in parts.
 """
 
 from __future__ import annotations
@@ -109,20 +109,20 @@ def _unescaped(raw: bytes | bytearray, begin: int, end: int) -> Iterator[str]:
         if place < end:
             found = _UNITS.match(raw, begin, place)
             place = found.end() if found and found.end() > begin else place
-            while place > begin + 1 and raw[place] & 0xC0 == 0x80:  # inside a character
+            while place > begin + 1 and raw[place] & 0xC0 == 0x80:  # in the middle of a character
                 place -= 1
         yield json.loads(b'"' + bytes(raw[begin:place]) + b'"')
         begin = place
 
 
 def _objects(stream: Stream) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, bytes) of each object: of an array, or one after another."""
+    """Yield (offset, bytes) of each object, in an array or concatenated."""
     buffer, offset, ended = stream.read().removeprefix(codecs.BOM_UTF8), 0, False
     gap = len(buffer) - len(buffer.lstrip())
     array = buffer[gap : gap + 1] == b"["
     begin, closed = gap + int(array), False
     while True:
-        begin = _BETWEEN.match(buffer, begin).end()  # type: ignore[union-attr]  # it matches nothing, too
+        begin = _BETWEEN.match(buffer, begin).end()  # type: ignore[union-attr]  # it can match the empty string
         first = buffer[begin : begin + 1]
         if first == b"{" and not closed:
             end = _end_of_object(buffer, begin)
@@ -151,7 +151,7 @@ def _objects(stream: Stream) -> Iterator[tuple[int, bytes]]:
 
 
 def _end_of_object(buffer: bytes, begin: int) -> int:
-    """Return where the object that begins there ends, or 0 where the buffer ends before."""
+    """Return the end of the object that begins at ``begin``, or 0 if the buffer ends before it."""
     depth = 0
     for found in _TOKENS.finditer(buffer, begin):
         token = buffer[found.start() : found.start() + 1]
@@ -161,6 +161,6 @@ def _end_of_object(buffer: bytes, begin: int) -> int:
             depth -= 1
             if depth == 0:
                 return found.end()
-        elif found.end() - found.start() == 1:  # a string that goes on behind the buffer
+        elif found.end() - found.start() == 1:  # a string that continues after the buffer
             return 0
     return 0

@@ -1,8 +1,8 @@
-"""Long texts in pieces, so that no step of a build needs memory for a whole document.
+"""Split long texts into pieces, so that no step of a build needs memory for a whole document.
 
 A piece ends before a space between two words, where byte-level BPEs (GPT-2, Llama 3, Qwen …) and SentencePiece begin a
-token anyway, so that the tokens of the pieces are those of the whole text. Where a text has no such place, it ends
-before another space or a line end; where it has none of them, anywhere.
+token anyway, so that the tokens of the pieces equal those of the whole text. If there is no such space, a piece ends
+before any other space or a line end; if there is none of these, anywhere.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 PIECE_CHARACTERS = 2**18
-_SEARCHED = 2**15  # characters at the end of a piece among which a good place is looked for
+_SEARCHED = 2**15  # characters at the end of a piece that are searched for a good split
 
 
 def pieces(chunks: Iterable[str], longest: int = 0) -> Iterator[str]:
-    """Yield a text in pieces that depend on the text alone, not on how it came in.
+    """Yield a text in pieces that depend on the text alone, not on the chunks.
 
     Args:
         chunks: the text, in parts of any length.
@@ -34,7 +34,7 @@ def pieces(chunks: Iterable[str], longest: int = 0) -> Iterator[str]:
 
 
 def _end(text: str, begin: int, limit: int) -> int:
-    """Return where a piece that begins at ``begin`` ends, at most at ``limit``; ``text`` goes on behind that."""
+    """Return where a piece that begins at ``begin`` ends, at most at ``limit``; ``text`` continues after it."""
     first, fair = max(begin, limit - _SEARCHED) + 1, 0
     place = text.rfind(" ", first, limit)
     while place > begin:

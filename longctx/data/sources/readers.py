@@ -1,8 +1,8 @@
-"""Other people's token files: nanoGPT ``.bin``, Megatron ``.bin``/``.idx``, datatrove ``.ds``; read and written.
+"""Token files of other projects: nanoGPT ``.bin``, Megatron ``.bin``/``.idx``, datatrove ``.ds``; read and written.
 
 A reader maps the file and returns a ``TokenStore`` that the loader takes as it is; ``import_tokens`` turns any store
-into our own format, which can prove itself undamaged. What these formats do not say (vocabulary, tokenizer, where
-documents end in nanoGPT's) must be given, and every token is checked against it once.
+into our own format, which carries checksums. What these formats do not record (vocabulary, tokenizer, and nanoGPT's
+document ends) must be given, and every token is checked against it once.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def read_megatron(path: str | Path, vocabulary_size: int, *, end_of_document: in
             f"{index}: offset 9: version {version} with type {int(raw[17])}; version 1 and integers are read"
         )
     ends = np.cumsum([_MEGATRON_HEADER, 4 * sequences, 8 * sequences, 8 * documents], dtype=object).tolist()
-    if sequences < 1 or documents < 2 or ends[-1] not in (raw.size, raw.size - sequences):  # a byte each for the mode
+    if sequences < 1 or documents < 2 or ends[-1] not in (raw.size, raw.size - sequences):  # one mode byte per sequence
         raise DataError(
             f"{index}: offset 18: {sequences} sequences in {documents - 1} documents need {ends[-1]} bytes, but the "
             f"file has {raw.size}; copy it again"
@@ -91,12 +91,12 @@ def read_megatron(path: str | Path, vocabulary_size: int, *, end_of_document: in
     if borders[0] != 0 or borders[-1] != sequences or bool((np.diff(borders) < 0).any()):
         stream.close()
         raise DataError(f"{index}: offset {ends[2]}: document borders are damaged; copy it again")
-    offsets = np.unique(sequence_offsets[borders])  # empty documents vanish
+    offsets = np.unique(sequence_offsets[borders])  # drop empty documents
     return _checked(binary, stream, tokens, offsets, vocabulary_size, end_of_document, raw)
 
 
 def read_datatrove(path: str | Path, vocabulary_size: int, *, end_of_document: int | None = None) -> TokenStore:
-    """Map a datatrove ``NAME.ds`` with its ``NAME.ds.index`` (document ends); two or four bytes a token.
+    """Map a datatrove ``NAME.ds`` with its ``NAME.ds.index`` (document ends); two or four bytes per token.
 
     Raises:
         DataError: the index does not belong to the tokens.
@@ -132,7 +132,7 @@ def write_nanogpt(store: TokenStore, path: str | Path) -> None:
 
 
 def write_megatron(store: TokenStore, path: str | Path) -> None:
-    """Write ``NAME.bin`` and ``NAME.idx``, a sequence a document; int32 from a vocabulary of 65,500, as Megatron."""
+    """Write ``NAME.bin`` and ``NAME.idx``, one sequence per document; int32 from 65,500 tokens, as Megatron."""
     path = Path(path)
     stem = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     code, kind = (8, "<u2") if store.vocabulary_size < 65500 else (4, "<i4")

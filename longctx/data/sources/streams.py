@@ -1,4 +1,4 @@
-"""Opens files for reading their text: decompressed, decoded, in parts; whatever is wrong is named with its place."""
+"""Open files and read their text in parts: decompressed and decoded; errors name the position."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Stream:
     Attributes:
         file: the path.
         suffix: of its name, without that of a compression.
-        head: the first bytes (at most ``HEAD_BYTES``); ``whole`` says that there are no others.
+        head: the first bytes (at most ``HEAD_BYTES``); ``whole``: the file has no more.
     """
 
     def __init__(self, file: Path, raw: Any, compressed: bool) -> None:
@@ -49,7 +49,7 @@ class Stream:
 
     def lines(self, longest: int) -> Iterator[bytes | bytearray]:
         """Yield lines with their ends. Raises: DataError: damaged, or a line of more than ``longest`` bytes."""
-        number, rest = 1, bytearray()  # a long line grows in place, so that it takes memory once
+        number, rest = 1, bytearray()  # a long line is extended in place, without a copy
         while data := self.read():
             begin = 0
             while end := data.find(b"\n", begin) + 1:
@@ -91,7 +91,7 @@ class Stream:
             offset, rest, data = offset + used, raw[used:], self.read()
 
     def blank(self) -> bool:
-        """Say whether the file holds nothing but blanks. Raises: DataError."""
+        """Return whether the file is blank. Raises: DataError."""
         self.rewind()
         data = self.read().removeprefix(codecs.BOM_UTF8)
         while data and not data.strip():
@@ -109,7 +109,7 @@ class Stream:
     def _guarded(self, call: Callable[..., Any], *arguments: int) -> Any:
         try:
             return call(*arguments)
-        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:  # what damaged archives raise
+        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:  # raised for damaged archives
             raise DataError(
                 f"{self.file}: cannot be read on, it is damaged: {error}; copy it again, or name it in data.exclude"
             ) from None
@@ -120,7 +120,7 @@ def opened(file: Path) -> Iterator[Stream]:
     """Open a file; gzip, bzip2 and xz are recognised by content and decompressed.
 
     Raises:
-        DataError: no permission, or another content than its name promises.
+        DataError: no permission, or content that contradicts its suffix.
     """
     try:
         raw = open(file, "rb")

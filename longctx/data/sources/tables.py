@@ -79,7 +79,7 @@ def parquet_rows(file: Path, field: str) -> Iterator[tuple[str, str]]:
 
 
 def _lines(chunks: Iterator[str]) -> Iterator[str]:
-    """Yield lines with their ends, as ``csv`` wants them: only line feeds and carriage returns end one."""
+    """Yield lines with their ends, as ``csv`` expects: only line feeds and carriage returns end a line."""
     rest: list[str] = []
     for chunk in chunks:
         whole, end, after = chunk.rpartition("\n")

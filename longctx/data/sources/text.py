@@ -1,8 +1,8 @@
-"""Where text comes from: files, folders, the Python standard library, Hugging Face datasets.
+"""Open sources of text: files, folders, the Python standard library, Hugging Face datasets.
 
-A source yields named documents in an order that depends on nothing but its content. Formats are recognised by content
-(formats.py). What cannot be read is an error, in a folder as for a file that is named; what holds no text on purpose is
-left out of folders and listed.
+A source yields named documents in an order that depends only on its content. Formats are recognised by content
+(formats.py). A file that cannot be read is an error, in a folder too; files without text by nature are left out of
+folders and listed.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ AUTO, PLAIN = "auto", "text"
 
 
 class Files:
-    """Files in every format that formats.py names.
+    """Files in any format that formats.py recognises.
 
     Args:
         name: as the user gave it.
         files: what to read, in order.
         root: names in messages and documents are relative to it.
         field: key or column of the text.
-        plain: read every file as it is, one document each, whatever markup it holds.
-        in_folder: leave out what holds no text on purpose, instead of raising.
-        left_out: what was left out when the files were looked for.
+        plain: read every file verbatim as one document, including any markup.
+        in_folder: leave out files without text by nature, instead of raising.
+        left_out: files already left out when the folder was listed.
     """
 
     def __init__(
@@ -119,11 +119,11 @@ def open_source(given: str | Path, field: str = "text", *, plain: bool = False, 
     Args:
         given: a file, a folder, "python-stdlib", or "hf:NAME", "hf:NAME:SPLIT", "hf:NAME:CONFIG:SPLIT".
         field: key or column of the text in JSON, tables and datasets.
-        plain: read every file as it is, one document each, whatever markup it holds.
+        plain: read every file verbatim as one document, including any markup.
         exclude: patterns of files to leave out of folders (folder.py).
 
     Raises:
-        DataError: nothing there, or a folder that cannot be read.
+        DataError: no such file or folder, or a folder that cannot be read.
     """
     if str(given) == STDLIB:
         return standard_library()

@@ -1,7 +1,7 @@
-"""A tokenizer.json as plain data: where it is, how many ids it has, and bounds held before the tokenizer is built.
+"""Read a tokenizer.json as plain data: its path, its number of ids, and limits checked before the tokenizer is built.
 
-A tokenizer.json is input from a stranger. An id of 2^31 would ask for an embedding of as many rows, and a regular
-expression can take longer than any run on one line of text, so both are looked at first. No torch, no `tokenizers`.
+A tokenizer.json is untrusted input. An id of 2^31 would require an embedding of as many rows, and a regular expression
+can take exponential time on one line of text, so both are checked first. No torch, no `tokenizers`.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def tokenizer_file(source: str | Path) -> Path:
 
 
 def read_tokenizer_file(path: Path) -> dict[str, Any]:
-    """Return the content of a tokenizer.json, its bounds held.
+    """Return the content of a tokenizer.json after checking its limits.
 
     Raises:
-        DataError: it cannot be read, is a Git LFS pointer, no tokenizer.json, or beyond the bounds.
+        DataError: it cannot be read, is a Git LFS pointer, no tokenizer.json, or beyond the limits.
     """
     try:
         if path.stat().st_size > _LARGEST_FILE:
@@ -77,10 +77,10 @@ def read_tokenizer_file(path: Path) -> dict[str, Any]:
 
 
 def require_bounds(content: Any, path: Path) -> None:
-    """Refuse ids that are no sizes of a vocabulary, and regular expressions that may not end.
+    """Reject ids beyond any vocabulary, and regular expressions that may not terminate.
 
     Raises:
-        DataError: beyond the bounds, or not the content of a tokenizer.json.
+        DataError: beyond the limits, or not the content of a tokenizer.json.
     """
     try:
         largest = vocabulary_size_of(content) - 1
@@ -103,13 +103,13 @@ def vocabulary_size_of(content: dict[str, Any]) -> int:
 
 
 def vocabulary_size_in(folder: Path, content: dict[str, Any]) -> int:
-    """Return one above the largest id of the tokenizer that transformers makes of a folder.
+    """Return one above the largest id of the tokenizer that transformers builds from a folder.
 
     Its tokenizer_config.json may add tokens to ``content``, that of tokenizer.json: by id, or by naming special tokens
     that have none, which get the next ones.
 
     Raises:
-        DataError: tokenizer_config.json is not JSON, or adds ids beyond the bounds.
+        DataError: tokenizer_config.json is not JSON, or adds ids beyond the limits.
     """
     path, size = folder / "tokenizer_config.json", vocabulary_size_of(content)
     if not path.is_file():
@@ -138,14 +138,14 @@ def _written(token: Any) -> str | None:
 
 
 def endless(pattern: str) -> str | None:
-    """Say why matching ``pattern`` may take time or memory without end; None if nothing speaks for that.
+    """Return why matching ``pattern`` may take unbounded time or memory, or None.
 
-    Named are a repetition without bound of a group that repeats something without bound itself, which backtracks
-    exponentially, and counted repetitions inside one another that expand to more than 10^5 copies.
+    Detected: an unbounded repetition of a group that has an unbounded repetition itself, which backtracks
+    exponentially; nested counted repetitions that expand to more than 10^5 copies.
     """
     if len(pattern) > _LONGEST_PATTERN:
         return f"has {len(pattern):,} characters, more than {_LONGEST_PATTERN:,}"
-    groups: list[tuple[bool, int]] = []  # of each open group: has something unbounded; the most copies inside
+    groups: list[tuple[bool, int]] = []  # per open group: contains an unbounded repetition; the most copies inside
     unbounded, copies, index = False, 1, 0
     while index < len(pattern):
         index, closed = _atom(pattern, index)
@@ -168,7 +168,7 @@ def endless(pattern: str) -> str | None:
 
 
 def _atom(pattern: str, index: int) -> tuple[int, str]:
-    """Return the position behind the atom at ``index``, and "(" or ")" if it opens or closes a group."""
+    """Return the position after the atom at ``index``, and "(" or ")" if it opens or closes a group."""
     sign = pattern[index]
     if sign == "\\":
         escape = re.compile(r"\\[pP]\{[^}]*\}|\\.", re.DOTALL).match(pattern, index)
@@ -184,7 +184,7 @@ def _atom(pattern: str, index: int) -> tuple[int, str]:
 
 
 def _behind_class(pattern: str, index: int) -> int:
-    """Return the position behind the character class at ``index``; classes nest."""
+    """Return the position after the character class at ``index``; classes nest."""
     depth, start = 0, index
     while index < len(pattern):
         if pattern[index] == "\\":
@@ -200,7 +200,7 @@ def _behind_class(pattern: str, index: int) -> int:
 
 
 def _quantifier(pattern: str, index: int) -> tuple[int, int | None]:
-    """Return the position behind a quantifier at ``index``, and the most repetitions it allows (None: no bound)."""
+    """Return the position after a quantifier at ``index``, and the most repetitions it allows (None: no bound)."""
     most: int | None = 1
     if pattern[index : index + 1] in ("*", "+"):
         index, most = index + 1, None
@@ -221,7 +221,7 @@ def _ids(content: dict[str, Any]) -> Iterator[int]:
 
 
 def _patterns(content: Any) -> Iterator[str]:
-    """Yield the regular expressions of normalizers, pre-tokenizers and decoders, wherever they are nested."""
+    """Yield the regular expressions of normalizers, pre-tokenizers and decoders, at any depth."""
     if isinstance(content, dict):
         if isinstance(content.get("Regex"), str):
             yield content["Regex"]

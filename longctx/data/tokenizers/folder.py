@@ -1,7 +1,7 @@
-"""The files of a transformers tokenizer folder: which they are, and copying them unchanged.
+"""List the files of a transformers tokenizer folder, and copy them unchanged.
 
-Whatever a tokenizer's folder says (chat template, padding side, model_max_length, special tokens) is kept by keeping
-its files; nothing is written again from what was understood of it.
+All settings of the folder (chat template, padding side, model_max_length, special tokens) are kept because its files
+are copied byte by byte rather than written from a parsed form.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def copy_model_type(source: Path, target: Path) -> None:
-    """Write those keys of ``source/config.json`` by which transformers chooses a tokenizer class, if there are any.
+    """Write the keys of ``source/config.json`` by which transformers chooses a tokenizer class, if it has any.
 
     The config.json of a model in ``target`` stays.
     """
@@ -67,13 +67,13 @@ def copy_model_type(source: Path, target: Path) -> None:
 
 
 def forget_model_type(folder: Path) -> None:
-    """Remove what ``copy_model_type`` wrote into a folder, and no other config.json."""
+    """Remove the config.json that ``copy_model_type`` wrote into a folder, and no other."""
     if set(read_json(folder / CONFIG)) <= set(_OF_THE_MODEL):
         (folder / CONFIG).unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one where there is no such file or it holds something else."""
+    """Return the object in a JSON file; empty if there is no such file or it holds no object."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The name of a tokenizer: a hash of what decides the ids of a document, equal after saving with other versions."""
+"""Hash a tokenizer by what decides a document's ids; equal after saving with another version of the package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Frame = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def tokenizer_hash(content: dict[str, Any], end_of_document: int | None, frame: Frame = ((), ())) -> str:
-    """Return 64 hex digits that name a tokenizer.json by what decides the ids of a document.
+    """Return the sha256 (64 hex digits) of what decides a document's ids in a tokenizer.json.
 
     Left out: decoder, truncation, padding, and defaults that some versions write and others do not.
 
@@ -38,7 +38,7 @@ def tokenizer_hash(content: dict[str, Any], end_of_document: int | None, frame: 
 
 
 def _essential(value: Any) -> Any:
-    """Drop keys whose value is None, False or empty: versions differ in whether they write them."""
+    """Drop keys whose value is None, False or empty: only some versions write them."""
     if isinstance(value, dict):
         kept = {key: _essential(inner) for key, inner in value.items() if key != "trim_offsets"}
         return {key: inner for key, inner in kept.items() if inner not in (None, False, "", [], {})}

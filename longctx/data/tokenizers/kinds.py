@@ -1,4 +1,4 @@
-"""The kinds of tokenizers: what each offers, and how each encodes and decodes."""
+"""Tokenizer classes: their common interface, plain bytes, and those run by the ``tokenizers`` package."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Tokenizer(ABC):
         end_of_document: id that ends a document, or None; text never encodes to it unless special strings are parsed.
         beginning: id that transformers calls ``bos_token_id``, or None.
         prefix, suffix: ids that the tokenizer's post-processor puts before and after a text.
-        hash: 64 hex digits that name what the tokenizer does.
+        hash: 64 hex digits; equal for tokenizers that give equal ids.
         json: the content of its tokenizer.json.
         folder: the transformers folder that it was loaded from, or None.
-        transformers: what transformers made of that folder, or None.
+        transformers: the transformers tokenizer built from that folder, or None.
     """
 
     vocabulary_size: int
@@ -54,10 +54,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], *, parse: bool = False) -> list[Tokens]:
-        """Return the (tokens,) uint32 ids of each text, with nothing put around it.
+        """Return the (tokens,) uint32 ids of each text, without added special tokens.
 
         Args:
-            parse: special-token strings in a text become special tokens; otherwise they are text like any other.
+            parse: special-token strings in a text become special tokens; otherwise they are ordinary text.
         """
 
     def encode(self, text: str) -> Tokens:
@@ -65,14 +65,14 @@ class Tokenizer(ABC):
         return self.encode_batch([text])[0]
 
     def document(self, ids: Tokens) -> Tokens:
-        """Return the (tokens,) ids of a whole document with what the post-processor puts around a text, not doubled."""
+        """Return the (tokens,) ids of a whole document with the post-processor's special tokens, not doubled."""
         return surround(ids, self.prefix, self.suffix)
 
     def continuation(self, piece: str) -> str:
         """Return the text to encode for a piece that continues a longer text.
 
-        A Prepend normalizer (Llama 2) puts a space in front of every text that it gets. In front of a later piece that
-        space would be one too many, so it stands for the one that the piece begins with.
+        A Prepend normalizer (Llama 2) puts a space in front of every text. For a later piece that space would be one
+        too many, so the piece's own leading space is removed.
         """
         return piece[1:] if self._prepends_space and len(piece) > 1 and piece[0] == " " else piece
 
@@ -102,13 +102,13 @@ class Tokenizer(ABC):
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             tokenizer_folder.forget_model_type(folder)
-            for left in tokenizer_folder.files(folder):  # of another tokenizer
+            for left in tokenizer_folder.files(folder):  # files of another tokenizer
                 (folder / left).unlink(missing_ok=True)
         publish_bytes(json.dumps(self.json, ensure_ascii=False, indent=1).encode(), folder / "tokenizer.json")
         publish_bytes(json.dumps(settings, indent=1).encode(), folder / tokenizer_folder.SETTINGS)
 
     def token(self, index: int) -> str:
-        """Return how the tokenizer itself writes an id."""
+        """Return the tokenizer's own string for an id."""
         for added in self.json.get("added_tokens") or []:
             if added["id"] == index:
                 return str(added["content"])

@@ -1,4 +1,4 @@
-"""Special tokens of a document: what a tokenizer puts around a text, and special-token strings inside the text."""
+"""Special tokens of a document: those that a tokenizer adds around a text, and special-token strings inside it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from longctx.data.words import Tokens
 
 Special = Literal["spell", "parse"]
-"""What becomes of a string such as ``<|eot|>`` in a document: "spell" encodes it like any other text, "parse" makes it
-the one special token that it names."""
+"""How a string such as ``<|eot|>`` in a document is encoded: "spell": like any other text; "parse": as the special
+token of that name."""
 CHOICES: tuple[Special, ...] = ("spell", "parse")
 COUNT = "special_strings"
 """key of a build's report: how many special-token strings its documents hold"""
@@ -31,11 +31,11 @@ class SpecialStrings:
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def count(self, text: str) -> int:
-        """Return how many special-token strings a text holds."""
+        """Return the number of special-token strings in a text."""
         return sum(1 for _ in self._pattern.finditer(text)) if self._pattern else 0
 
     def inside(self, text: str) -> bool:
-        """Tell whether a text holds any."""
+        """Return whether a text has any."""
         return self._pattern is not None and self._pattern.search(text) is not None
 
     def split(self, text: str) -> list[str]:
@@ -50,7 +50,7 @@ class SpecialStrings:
 
 
 def surround(ids: Tokens, prefix: tuple[int, ...], suffix: tuple[int, ...]) -> Tokens:
-    """Return (tokens,) ids with a tokenizer's special tokens around them; what stands there already is not doubled."""
+    """Return (tokens,) ids with a tokenizer's special tokens around them; those already present are not doubled."""
     before = () if tuple(ids[: len(prefix)]) == prefix else prefix
     after = () if suffix and tuple(ids[-len(suffix) :]) == suffix else suffix
     if not before and not after:
@@ -59,7 +59,7 @@ def surround(ids: Tokens, prefix: tuple[int, ...], suffix: tuple[int, ...]) -> T
 
 
 def note(report: Mapping[str, Any], special: str) -> str | None:
-    """Return a sentence about the special-token strings of a build, or None where there are none."""
+    """Return a sentence about the special-token strings of a build, or None if there are none."""
     count = report.get(COUNT, 0)
     if not count:
         return None

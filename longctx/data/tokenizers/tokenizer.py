@@ -1,8 +1,8 @@
-"""Tokenizers: a byte-level BPE trained here, any ``tokenizer.json``, or plain bytes, which need no package at all.
+"""Train or load a tokenizer: a byte-level BPE trained here, any ``tokenizer.json``, or plain bytes without any package.
 
-A tokenizer that comes with a transformers folder does what transformers makes of that folder, and is saved by copying
-the folder's files. Each is named by a hash of what decides its output, so that saving, loading and saving again with
-other versions does not change the name.
+A tokenizer with a transformers folder behaves as the one that transformers loads from that folder, and is saved by
+copying the folder's files. Each is identified by a hash of what decides its ids, which saving and loading with other
+versions does not change.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def train_bpe(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     """Train a byte-level BPE; any text can be encoded with it and decoded back exactly.
 
     Args:
-        texts: the sample to learn from; some ten megabytes are plenty.
-        vocabulary_size: at least 257 (256 bytes and the end of a document); the result may be smaller on little text.
+        texts: the training sample; ten megabytes are enough.
+        vocabulary_size: at least 257 (256 bytes and the end of a document); smaller if there is little text.
 
     Raises:
         DataError: vocabulary too small.
@@ -103,7 +103,7 @@ def _bare(path: Path, model_type: str, end: int | None) -> LibraryTokenizer:
 
 
 def _from_transformers(folder: Path, end: int | None) -> LibraryTokenizer:
-    """Return the tokenizer that transformers makes of a folder; nothing is downloaded, no code of the folder is run.
+    """Return the tokenizer that transformers builds from a folder; nothing is downloaded, no code of the folder is run.
 
     Args:
         end: id that ends a document where the folder names no ``eos_token``.
@@ -117,7 +117,7 @@ def _from_transformers(folder: Path, end: int | None) -> LibraryTokenizer:
     try:
         theirs = loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         backend = _library().Tokenizer.from_str(theirs.backend_tokenizer.to_str())
-    except Exception as error:  # whatever a strange folder makes it raise
+    except Exception as error:  # a malformed folder can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{folder}: transformers cannot load this tokenizer ({reason}); save it again as a fast tokenizer of "
@@ -128,16 +128,16 @@ def _from_transformers(folder: Path, end: int | None) -> LibraryTokenizer:
 
 
 def require_kept(tokenizer: Tokenizer, architecture: str) -> None:
-    """Refuse a tokenizer that transformers reads as another one beside a model of ``architecture``.
+    """Reject a tokenizer that transformers replaces by another for a model of ``architecture``.
 
-    For some model types transformers builds a class of its own from the vocabulary of any tokenizer.json, with its own
-    way to split text. An exported model would then be given other ids than it was trained on.
+    For some model types transformers builds its own class, with its own pre-tokenizer, from the vocabulary of any
+    tokenizer.json. An exported model would then get other ids than it was trained on.
 
     Args:
         architecture: a transformers model type.
 
     Raises:
-        DataError: it would be.
+        DataError: transformers would replace it.
     """
     with tempfile.TemporaryDirectory(prefix="longctx-tokenizer-") as name:
         folder = Path(name)
@@ -146,14 +146,14 @@ def require_kept(tokenizer: Tokenizer, architecture: str) -> None:
         read = _from_transformers(folder, tokenizer.end_of_document)
     if read.hash != tokenizer.hash:
         raise DataError(
-            f"model.architecture {architecture}: beside such a model transformers reads this run's tokenizer as a "
+            f"model.architecture {architecture}: for such a model transformers loads this run's tokenizer as a "
             f"{type(read.transformers).__name__}, which encodes text to other ids than the run would train on; give "
             f"data.tokenizer a folder of that class, or choose another architecture"
         )
 
 
 def _end_of_document(content: dict[str, Any]) -> int | None:
-    """Find the end-of-document id of a tokenizer.json by the names that are known to mean it."""
+    """Find the end-of-document id of a tokenizer.json by the usual names of that token."""
     ids = dict(content["model"]["vocab"]) if isinstance(content["model"]["vocab"], dict) else {}
     ids |= {added["content"]: added["id"] for added in content.get("added_tokens") or []}
     return next((int(ids[name]) for name in _KNOWN_ENDS if name in ids), None)

@@ -1,7 +1,7 @@
-"""Tokens on disk, mapped and never copied: what the loader reads, whoever wrote the file.
+"""Memory-mapped token files, which the loader reads without a copy.
 
-``TokenStore`` is the common shape (tokens, document offsets, vocabulary, tokenizer); ``TokenFile`` is our own format
-(tokenformat.py), and readers.py makes stores of other people's. Opening costs the same for a kilobyte and a terabyte.
+``TokenStore`` is the common interface (tokens, document offsets, vocabulary, tokenizer); ``TokenFile`` is our own
+format (format.py), and sources/readers.py maps those of other projects. Opening takes constant time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BLOCK = 2**22
 
 
 class TokenStore:
-    """A sequence of tokens cut into documents.
+    """A sequence of tokens, divided into documents.
 
     Attributes:
         path: the file, for messages.
@@ -32,8 +32,8 @@ class TokenStore:
         vocabulary_size: every token is below it.
         tokenizer_hash: hex, or None where the format does not say.
         end_of_document: id of the token that ends each document, or None.
-        identity: short text that changes with the content; kept in checkpoints.
-        metadata: what the writer had to say.
+        identity: short text that changes with the content; saved in checkpoints.
+        metadata: JSON object from the writer.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TokenStore:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def name(self, index: int) -> str:
-        """Return where a document came from."""
+        """Return the name of a document's source."""
         return f"document {index}"
 
     def check_unchanged(self) -> None:
@@ -81,7 +81,7 @@ class TokenStore:
         """
         if _stamp(self._stream) != self._stamp:
             raise DataError(
-                f"{self.path} was written to while in use (size or time of change differ from when it was opened): "
+                f"{self.path} was written to while in use (size or modification time changed since it was opened): "
                 "write new data to a new file and rename it; restart the run"
             )
 
@@ -94,7 +94,7 @@ class TokenStore:
             )
 
     def require_vocabulary(self, vocabulary_size: int) -> None:
-        """Raise DataError if the file may hold tokens that a model of this vocabulary does not know."""
+        """Raise DataError if the file may hold tokens outside a model's vocabulary of this size."""
         if self.vocabulary_size > vocabulary_size:
             raise DataError(
                 f"{self.path}: its tokens go up to {self.vocabulary_size - 1}, but the model's vocabulary is "
@@ -116,12 +116,12 @@ class TokenStore:
             begin += block.size
 
     def _blocks(self) -> Iterator[npt.NDArray[Any]]:
-        """Yield all tokens, some at a time."""
+        """Yield all tokens, in blocks."""
         for begin in range(0, self.token_count, _BLOCK):
             yield self.tokens[begin : begin + _BLOCK]
 
     def close(self) -> None:
-        """Let go of the file; the arrays stay valid while someone holds them."""
+        """Release the file; the mapped arrays stay valid while they are referenced."""
         self._stream.close()
 
     def __enter__(self) -> Self:
@@ -222,7 +222,7 @@ class TokenFile(TokenStore):
             yield np.frombuffer(data, self.tokens.dtype)
 
     def _read(self, end: int) -> Iterator[bytes]:
-        """Read the file up to ``end``, behind the header: pages that are mapped would stay in this process's memory."""
+        """Read the file from after the header up to ``end``; mapped pages would count as this process's memory."""
         for begin in range(HEADER_BYTES, end, _BLOCK):
             wanted = min(_BLOCK, end - begin)
             data = os.pread(self._stream.fileno(), wanted, begin)

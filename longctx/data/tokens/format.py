@@ -1,4 +1,4 @@
-"""The header of a token file: 256 bytes that say everything needed to trust, size and map the rest.
+"""The header of a token file: 256 bytes with the sizes and checksums needed to verify and map the rest.
 
     offset  size  field
          0     8  magic ``\\x89LCTOK\\r\\n`` (a text-mode copy or a 7-bit channel breaks it, as with PNG)
@@ -16,8 +16,8 @@
        224    32  sha256 of bytes 0 to 223
 
 Sections follow in this order, each aligned to 8 bytes and little-endian: tokens, document offsets (documents + 1,
-uint64, in tokens), name offsets (documents + 1, uint64, in bytes), names (UTF-8), metadata. Their places follow from
-the counts, so there is nothing to contradict the file's size, which is checked before anything is mapped.
+uint64, in tokens), name offsets (documents + 1, uint64, in bytes), names (UTF-8), metadata. Their offsets follow from
+the counts, and the resulting file size is checked before anything is mapped.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def parse(raw: bytes, file_bytes: int, path: Path) -> Header:
     _check_fields(header, path)
     if header.file_bytes > file_bytes:
         raise DataError(
-            f"{path}: offset {file_bytes}: truncated, its header promises {header.file_bytes} bytes "
+            f"{path}: offset {file_bytes}: truncated, its header states {header.file_bytes} bytes "
             f"({header.token_count} tokens); copy it again or {_REBUILD}"
         )
     if header.file_bytes < file_bytes:
@@ -159,7 +159,7 @@ def _check_fields(header: Header, path: Path) -> None:
 
 
 def _foreign(raw: bytes) -> str:
-    """Say what a file is that is not ours."""
+    """Describe a file that is not a token file."""
     readers = "longctx.data.sources.readers"
     if raw.startswith(b"MMIDIDX"):
         return f"this is a Megatron index; import it with {readers}.read_megatron"

@@ -1,4 +1,4 @@
-"""One build at a time in a folder of token files."""
+"""A lock that allows one build at a time in a folder of token files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from longctx.data.tokens.writer import disk_errors
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Let one process at a time build in a folder; the lock ends with the process.
+    """Hold the build lock of a folder; the operating system releases it when the process ends.
 
-    Yields whether the folder can be written. A folder that cannot is all right as long as it holds a build.
+    Yields whether the folder is writable. A read-only folder is allowed as long as it holds a build.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

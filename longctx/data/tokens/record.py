@@ -1,4 +1,4 @@
-"""What a build records beside its files, and whether a run's checkpoints may continue with it."""
+"""The record of a build beside its files, and the check that a run's checkpoints may continue with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from longctx.errors import DataError
 
 RECORD = "build.json"
 TRAIN, HELD_OUT, TOKENIZER = "train.tokens", "held_out.tokens", "tokenizer"
-_RECIPE = 3  # raise when the same text and settings would give other files
+_RECIPE = 3  # increment when the same text and settings would give other files
 _TEXT_SETTINGS = {
     "sources": "data.sources",
     "text_field": "data.text_field",
@@ -34,7 +34,7 @@ _OTHER_SETTINGS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the files of a build besides the text. ``tokenizer`` is its hash, or "bpe" for one to be trained."""
+    """The settings that decide a build's files besides the text. ``tokenizer``: its hash, or "bpe" to train one."""
 
     tokenizer: str
     vocabulary_size: int | None
@@ -49,7 +49,7 @@ class Settings:
     recipe: int = _RECIPE
 
     def key(self, content: str) -> str:
-        """Return the name of a build from texts of this hash: the same text from another place is the same build."""
+        """Return the key of a build from texts of this hash; it does not depend on where the text is stored."""
         named = {name: value for name, value in asdict(self).items() if name not in _TEXT_SETTINGS}
         return hashlib.sha256(json.dumps({**named, "content": content}, sort_keys=True).encode()).hexdigest()
 
@@ -73,10 +73,10 @@ def recorded(folder: Path) -> dict[str, Any] | None:
 
 
 def require_settings(continues: Mapping[str, Any], settings: Settings) -> None:
-    """Raise DataError, naming the key, if a run's checkpoints go on with data of other settings.
+    """Raise DataError, naming the key, if a run's checkpoints would continue with data of other settings.
 
     Args:
-        continues: the record (``TokenBuild.record``) of the data that the checkpoints count.
+        continues: the record (``TokenBuild.record``) of the data that the checkpoints were trained on.
     """
     now = asdict(settings)
     for name, key in _OTHER_SETTINGS.items():
@@ -89,18 +89,18 @@ def require_settings(continues: Mapping[str, Any], settings: Settings) -> None:
             )
     if continues["settings"].get("recipe") != settings.recipe:
         raise DataError(
-            "data.sources: the checkpoints of this run count token files that another version of longctx made, and "
-            "this one would make others of the same text; give the folder of those files as data.sources, or choose "
+            "data.sources: the checkpoints of this run were trained on token files of another longctx version, and "
+            "this version would build different ones from the same text; give their folder as data.sources, or choose "
             "another output.folder"
         )
 
 
 def require_text(continues: Mapping[str, Any], settings: Settings, key: str) -> None:
-    """Raise DataError if a run's checkpoints go on with data made from other text.
+    """Raise DataError if a run's checkpoints would continue with data built from other text.
 
     Args:
         continues: as in ``require_settings``, which was called before.
-        key: of the build that is asked for.
+        key: of the requested build.
     """
     if continues["key"] == key:
         return

@@ -1,4 +1,4 @@
-"""Writes a token file beside its final name and publishes it by one rename, so that no reader sees half of one."""
+"""Write a token file under a temporary name and publish it by one rename, so that readers never see a partial file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TokenWriter:
     """Appends documents to a new token file; use as a context manager.
 
     Leaving the block normally publishes the file (fsync, rename, fsync of the folder); leaving it by an exception
-    removes what was written. Memory: eight bytes a document plus its name.
+    removes what was written. Memory: eight bytes per document plus its name.
 
     Args:
         path: final name; replaced atomically if it exists.
@@ -72,14 +72,14 @@ class TokenWriter:
         return self
 
     def add(self, tokens: npt.ArrayLike, name: str = "") -> None:
-        """Append one document (1-D integers, at least one); ``end_of_document`` ends it. Raises: DataError."""
+        """Append one document (1-D integers, at least one) and ``end_of_document``. Raises: DataError."""
         if np.size(tokens) == 0:
             raise DataError(f"{self._where(name)}: a document is a non-empty row of integers")
         self.append(tokens, name)
         self.end_document(name)
 
     def append(self, tokens: npt.ArrayLike, name: str = "") -> None:
-        """Append some tokens (1-D integers) of a document that goes on until ``end_document``. Raises: DataError."""
+        """Append tokens (1-D integers) to the current document, which ``end_document`` ends. Raises: DataError."""
         ids = np.asarray(tokens)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(f"{self._where(name)}: tokens are a row of integers, not {ids.dtype} of shape {ids.shape}")
@@ -112,7 +112,7 @@ class TokenWriter:
         return name or f"document {self.document_count}"
 
     def extend(self, tokens: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> None:
-        """Append many documents as they are: no end-of-document token is added, names stay empty.
+        """Append many documents unchanged: no end-of-document token is added, names are empty.
 
         Args:
             tokens: (N,) integers.
@@ -210,7 +210,7 @@ def file_mode() -> int:
     try:
         status = Path("/proc/self/status").read_text()
         mask = int(status.partition("Umask:")[2].split()[0], 8)
-    except (OSError, IndexError, ValueError):  # not Linux: ask by setting it, which other threads might notice
+    except (OSError, IndexError, ValueError):  # not Linux: read it by setting it, which other threads might notice
         mask = os.umask(0o077)
         os.umask(mask)
     return 0o666 & ~mask
@@ -230,7 +230,7 @@ def publish_bytes(data: bytes, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable."""
+    """Make renames inside ``folder`` durable (fsync)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -240,7 +240,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the system's errors about writing ``path`` into ours."""
+    """Convert OSErrors of writing ``path`` into DataErrors."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,9 @@
-"""Which micro-batch of which window is being trained, and does the optimizer step come after it?
+"""Track which micro-batch of which window is being trained, and whether the optimizer step follows it.
 
-DeepSpeed counts calls of ``step()``, and takes every ``gradient_accumulation_steps``-th for the end of a window. That
-count is wrong for the short last window of an epoch and for loops that call ``step()`` once per window. Here the
-tensors that ``engine.shard`` and ``engine.weigh`` return carry their window's size and their own number, so the engine
-sees what is trained, however the loop is written.
+DeepSpeed takes every ``gradient_accumulation_steps``-th call of ``step()`` for the end of a window. That is wrong for
+the short last window of an epoch and for loops that call ``step()`` once per window. Here the tensors that
+``engine.shard`` and ``engine.weigh`` return are marked with their window's size and their index in it, which does not
+depend on how the loop is written.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _MARKED = ("num_items_in_batch", "document_ids", "position_ids", "input_ids")
 
 @dataclass(eq=False)
 class WindowMark:
-    """One window: how many micro-batches it has, and whether it may be trained."""
+    """One window: its number of micro-batches, and whether it may be trained."""
 
     size: int
-    trained: bool = True  # False: cut under torch.no_grad(), where any number of micro-batches is taken
+    trained: bool = True  # False: sharded under torch.no_grad(), with any number of micro-batches
 
 
 @dataclass(eq=False)
 class MicroBatchMark:
-    """Number ``index`` of its window, with what the check of its loss needs."""
+    """Micro-batch ``index`` of its window, with what the check of its loss needs."""
 
     window: WindowMark
     index: int
@@ -38,27 +38,27 @@ class MicroBatchMark:
 
 
 def size_problem(window: Any, wanted: int, last: bool) -> EngineError | None:
-    """Return what is wrong with the number of micro-batches of a window that is to be trained, or None.
+    """Return an error if a window that is to be trained has the wrong number of micro-batches, else None.
 
     Args:
         window: a list of micro-batches, or one as a dictionary.
         wanted: ``gradient_accumulation_steps``.
-        last: it is the last of an epoch, and may be shorter.
+        last: the window is the last of an epoch, and may be shorter.
     """
     if not isinstance(window, (dict, list, tuple)):
-        return None  # refused by name where it is read
+        return None  # raised where the window is read
     size = 1 if isinstance(window, dict) else len(window)
     if size == wanted or last and 0 < size < wanted:
         return None
     return EngineError(
         f"a window of {size} micro-batches, but gradient_accumulation_steps is {wanted}: pass all micro-batches of one "
-        "optimizer step at once (a dict, if that is one): only then can their tokens be weighed. The last window of an "
-        "epoch may be shorter with last=True; rows that are not trained go under torch.no_grad()"
+        "optimizer step at once (a dict, if that is one): the loss is normalised over all of them. The last window of "
+        "an epoch may be shorter with last=True; shard rows that are not trained under torch.no_grad()"
     )
 
 
 def mark(batches: list[dict[str, Any]], *, trained: bool = True) -> None:
-    """Write each micro-batch's place onto its tensors. They are views: the caller's own tensors are not marked."""
+    """Mark each micro-batch's tensors with its place. Views replace the tensors, so the caller's are not marked."""
     window = WindowMark(len(batches), trained)
     for index, batch in enumerate(batches):
         divisor = batch.get("num_items_in_batch")
@@ -71,7 +71,7 @@ def mark(batches: list[dict[str, Any]], *, trained: bool = True) -> None:
 
 
 def find_mark(keywords: dict[str, Any]) -> MicroBatchMark | None:
-    """Return the place of the micro-batch that a forward pass was given, or None if its tensors are all copies."""
+    """Return the mark of the micro-batch in a forward's keywords, or None if all of its tensors are copies."""
     for key in _MARKED:
         place = getattr(keywords.get(key), _MARK, None)
         if place is not None:
@@ -82,19 +82,19 @@ def find_mark(keywords: dict[str, Any]) -> MicroBatchMark | None:
 
 @dataclass
 class Accumulation:
-    """What has been computed since the last optimizer step."""
+    """Forward and backward passes since the last optimizer step."""
 
-    current: MicroBatchMark | None = None  # of the newest forward pass with gradients
+    current: MicroBatchMark | None = None  # of the latest forward pass with gradients
     backwards: int = 0
     _seen: dict[WindowMark, set[int]] = field(default_factory=dict)
-    _waiting: set[WindowMark] = field(default_factory=set)  # forward since the newest backward
+    _waiting: set[WindowMark] = field(default_factory=set)  # forward passes since the latest backward
     _trained: set[WindowMark] = field(default_factory=set)
 
     def forward(self, place: MicroBatchMark | None) -> None:
         """Count a forward pass with gradients.
 
         Raises:
-            EngineError: the window was cut under ``torch.no_grad()``.
+            EngineError: the window was sharded under ``torch.no_grad()``.
         """
         self.current = place
         if place is None:
@@ -115,11 +115,11 @@ class Accumulation:
         self._waiting = set()
 
     def is_last(self) -> bool | None:
-        """Tell whether the current micro-batch completes its window; None where it is not known."""
+        """Return whether the current micro-batch completes its window; None if it has no mark."""
         return None if self.current is None else self._complete(self.current.window)
 
     def check_complete(self) -> None:
-        """Refuse an optimizer step while a window has been trained in part only: its divisor counts all of it.
+        """Raise if a window has been trained in part only: its loss is divided by the tokens of all micro-batches.
 
         Raises:
             EngineError: with the numbers of micro-batches.
@@ -128,7 +128,7 @@ class Accumulation:
             if not self._complete(window):
                 raise EngineError(
                     f"a window of {window.size} micro-batches was trained in part only ({len(self._seen[window])}) "
-                    "before another one was finished: its tokens are weighed over all of them. Train every micro-batch "
+                    "before the optimizer step: its loss is normalised over all of them. Train every micro-batch "
                     "of a window before the next (a bad one: multiply its loss by 0), and run forward passes that are "
                     "not trained under torch.no_grad()"
                 )

@@ -1,4 +1,4 @@
-"""longctx.token_logprobs: what preference and distillation losses need, from logits that are sharded."""
+"""longctx.token_logprobs: log-probabilities of labels from sharded logits, for preference and distillation losses."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def token_logprobs(
     layout: str | Layout = "zigzag",
     length: int | None = None,
 ) -> torch.Tensor:
-    """Return the log-probability of every label, 0 where the label is ignored. Differentiable.
+    """Return each label's log-probability, 0 where the label is ignored. Differentiable.
 
     Args:
-        logits: (B, T, V), this rank's part; any floating dtype, computed in fp32.
+        logits: (B, T, V), this rank's shard; any floating dtype, computed in fp32.
         labels: (B, T) int64, shifted before sharding (``shift_labels`` of ``engine.shard``), −100 where ignored.
         mesh: gather the whole sequence, in global order, on every rank of the sequence group (collective over the
-            group); None keeps this rank's tokens. A loss of gathered values is the same on all ranks of the group:
+            group); None returns this rank's tokens. A loss of gathered values is the same on all ranks of the group:
             pass it to ``engine.backward(loss, replicated=True)``.
         length: the true global length S, to trim the padding.
 

@@ -1,9 +1,9 @@
-"""Compare rows that ``longctx.shard`` has cut in the model's forward passes: where the ranks of a ring hold different
-rows, it trains on sentences that are half one and half another, with a loss that looks normal.
+"""Verify in forward that the ranks of a sequence group passed the same rows to ``longctx.shard``.
 
-``engine.shard`` compares the rows of every window itself. A loop without it (``attach`` and another trainer's loader)
-cuts each tensor by ``longctx.shard``, which does not communicate; but the forward pass of a sharded model does, on all
-ranks of the sequence group, so it also compares what they have cut since the beginning.
+If they did not, the model trains on rows put together from parts of different sentences, with a loss that looks normal.
+``engine.shard`` compares the rows of every window itself. A loop without it (``attach`` with another trainer's loader)
+calls ``longctx.shard``, which does not communicate. The forward pass of a sharded model is collective over the sequence
+group anyway, so the comparison is made there, over all rows since the start.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from longctx.errors import EngineError
 from longctx.mesh import Mesh
 from longctx.models.hook.binding import Binding, binding_of
 
-_FIRST, _EVERY = 3, 16  # compared in the first forward passes, then in every 16th: a checksum of all rows so far
+_FIRST, _EVERY = 3, 16  # compare in the first 3 forward passes and every 16th: the checksum is over all rows so far
 
 
 def watch_rows(model: Any, mesh: Mesh) -> None:
-    """Have an attached model compare, while it trains, whether the ranks of its sequence group cut the same rows."""
+    """Register a hook on an attached model that runs ``compare_cut`` in training forward passes."""
     binding = binding_of(model)
     if binding is None or not binding.sharded:
         return
@@ -41,12 +41,12 @@ def watch_rows(model: Any, mesh: Mesh) -> None:
 
 
 def compare_cut(mesh: Mesh) -> None:
-    """Raise on all ranks of a sequence group unless they have cut the same rows. Collective over the group.
+    """Raise on all ranks of a sequence group unless they have sharded the same rows. Collective over the group.
 
-    Ranks that have cut different numbers of tensors are not compared: one of them may look at more.
+    Ranks that have sharded different numbers of tensors are not compared: one may have looked at an extra batch.
 
     Raises:
-        EngineError: with the ranks, and how rows are to be sampled.
+        EngineError: with the ranks, and how to sample rows.
     """
     mine = torch.tensor([mesh.cut.count, int(mesh.cut.checksum)], dtype=torch.int64, device=mesh.device)
     parts = [torch.empty_like(mine) for _ in range(mesh.sequence_size)]
@@ -55,12 +55,12 @@ def compare_cut(mesh: Mesh) -> None:
     if len({count for count, _ in found}) == 1 and len({total for _, total in found}) > 1:
         raise EngineError(
             f"ranks {list(mesh.sequence_ranks)} share one sequence but gave longctx.shard different rows: every rank "
-            "of a sequence group must cut the same full rows. A loader that gives each rank rows of its own does not "
-            "fit: sample with DistributedSampler(dataset, num_replicas=mesh.data_size, rank=mesh.data_rank) and the "
-            "same seed, and switch off what another trainer puts around the loader"
+            "of a sequence group must shard the same full rows. A loader with different rows on each rank does not "
+            "work: sample with DistributedSampler(dataset, num_replicas=mesh.data_size, rank=mesh.data_rank) and the "
+            "same seed, and disable the wrapper that another trainer puts around the loader"
         )
 
 
 def _busy(binding: Binding) -> bool:
-    """Tell whether the model generates, from a cache that has rows of its own."""
+    """Return whether the model is generating: its cache then holds rows of another shape."""
     return binding.cache is not None

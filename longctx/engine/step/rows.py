@@ -1,7 +1,7 @@
-"""Make everything about a batch of full rows explicit before it is cut: documents, positions, shifted labels.
+"""Compute document ids, positions and shifted labels of full rows before they are sharded. No communication.
 
-From a zigzag shard none of the three can be recovered: a document may begin on another rank, and the label of a
-shard's last token is another rank's first token. So they are found here, once, on whole rows. No communication.
+None of the three can be recovered from a zigzag shard: a document may begin on another rank, and the label of a shard's
+last token is another rank's first token.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from longctx.errors import EngineError
 from longctx.models.hook.masks import documents_from_positions, separate_runs
 from longctx.models.hook.positions import PLAIN, PositionRule, check_positions, count_positions
 
-IGNORED = -100  # label of a token that is not counted; torch's and transformers' default
-PADDING = -1  # document id of a token that nobody may see
+IGNORED = -100  # label of a token without loss; torch's and transformers' default
+PADDING = -1  # document id of padding, which no token attends to
 Batch = dict[str, Any]
 
 _DOCUMENT_HINTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -28,23 +28,23 @@ _REFUSED = {
 def explicit_rows(batch: Batch, rule: PositionRule = PLAIN) -> Batch:
     """Return full rows with ``position_ids``, ``document_ids`` and (where there are labels) ``shift_labels``.
 
-    A document is a run of one id; a run of the same id that comes back after another id is another document, and gets
-    a number of its own. Padding does not end a document: tokens behind a masked stretch still see those before it.
+    A document is a run of equal ids; if an id reappears after another id, that is a new document with its own number.
+    Padding does not end a document: tokens after a masked stretch still attend to those before it.
 
     Args:
         batch: ``input_ids`` (B, S) or ``inputs_embeds`` (B, S, D); optionally ``labels`` (B, S), unshifted as
             transformers takes them, or ``shift_labels`` (B, S), already shifted (masked language models); at most
-            one way to tell documents apart: ``document_ids`` (B, S), negative for padding, or ``position_ids`` (B, S)
+            one description of documents: ``document_ids`` (B, S), negative for padding, or ``position_ids`` (B, S)
             that restart; ``attention_mask`` (B, S), 0 for padding anywhere. Other keys are kept.
-        rule: how the model counts positions where the batch has none; see ``Engine.position_rule``.
+        rule: how the model counts positions if the batch has none; see ``Engine.position_rule``.
 
     Returns:
         a new dictionary without ``labels`` and ``attention_mask``; ``document_ids`` (B, S) int32, −1 for padding;
-        ``position_ids`` (B, S) int64; ``shift_labels`` (B, S) int64, −100 where a token predicts nothing. Padding holds
-        another token of its row, so that no model meets a row of zeros there.
+        ``position_ids`` (B, S) int64; ``shift_labels`` (B, S) int64, −100 where a token has no target. Padding is
+        replaced by another token of its row, see ``fill_padding``.
 
     Raises:
-        EngineError: shapes disagree, or a key means something that cannot be sharded.
+        EngineError: shapes differ, or a key cannot be sharded.
     """
     batch = {key: value for key, value in batch.items() if value is not None}
     for key, reason in _REFUSED.items():
@@ -90,9 +90,9 @@ def find_documents(
 ) -> torch.Tensor:
     """Return (rows, length) int32 document ids, −1 for padding.
 
-    Given ids are kept (any negative one becomes −1), unless one comes back after another id in its row: then that row's
-    runs are numbered. Otherwise a document begins where a position is not its predecessor's plus one, which is looked
-    for among the tokens that are no padding; without positions a row is one document, with or without holes.
+    Given ids are kept (negative ones become −1), unless an id reappears after another one in its row: then the row's
+    runs are numbered. Without ids a document begins where a position is not the previous token's plus one, padding
+    ignored; without positions either, a row is one document.
     """
     if attention_mask is not None and attention_mask.numel() and attention_mask.max() > 1:
         raise EngineError(
@@ -111,7 +111,7 @@ def find_documents(
 
 
 def shift_labels(labels: torch.Tensor, document_ids: torch.Tensor) -> torch.Tensor:
-    """Return what each token is to predict: the next token's label, if that is in the same document.
+    """Return each token's target: the next token's label, if it is in the same document.
 
     Args:
         labels: (B, S), unshifted.
@@ -127,14 +127,14 @@ def shift_labels(labels: torch.Tensor, document_ids: torch.Tensor) -> torch.Tens
 
 
 def fill_padding(x: torch.Tensor, document_ids: torch.Tensor) -> torch.Tensor:
-    """Return tokens or embeddings whose padding repeats the row's first token that is none.
+    """Return tokens or embeddings with padding replaced by the row's first token that is not padding.
 
-    Nobody sees padding and it has no loss, so its gradient is 0; but 0 times the derivative of a norm at a row of
-    zeros (the embedding of a pad token, as a rule) is NaN.
+    No token attends to padding and it has no loss, so its gradient is 0. But the embedding of a pad token is usually a
+    row of zeros, at which 0 times the derivative of a norm is NaN.
 
     Args:
         x: (B, S) or (B, S, D).
-        document_ids: (B, S), negative for padding. A row that is padding from end to end takes a token of another row.
+        document_ids: (B, S), negative for padding. A row that is all padding takes a token of another row.
     """
     padding = document_ids < 0
     first, full = (~padding).int().argmax(1), padding.all(1)
@@ -161,7 +161,7 @@ def _shape(batch: Batch) -> tuple[int, int]:
 
 
 def _matrix(x: Any, key: str, rows: int, length: int) -> torch.Tensor | None:
-    """Return ``x`` as (rows, length); one row is repeated."""
+    """Return ``x`` as (rows, length), a single row repeated."""
     if x is None:
         return None
     if isinstance(x, torch.Tensor) and x.dim() == 1:

@@ -1,13 +1,13 @@
-"""One accumulation window: cut its rows over the sequence ranks, and weigh its tokens. **The** home of token weighting.
+"""Shard one accumulation window over the sequence ranks, and compute its loss normaliser.
 
-The loss a user means is the mean over all valid tokens of the global batch. DeepSpeed averages gradients over the data
-replicas, so each rank's loss has to be
+The objective is the mean loss over all valid tokens of the global batch. DeepSpeed averages gradients over the data
+replicas, so each rank's loss must be
 
     local_sum · data_size / global_count
 
-with the count taken over ring, ulysses, data **and** every micro-batch of the window: a count per micro-batch was
-51 % wrong on uneven data. ``weigh`` computes the divisor, once per window, in one exchange between all ranks, and
-passes it as ``num_items_in_batch``, by which transformers' losses divide a sum.
+where the count is over ring, ulysses, data **and** all micro-batches of the window (normalising per micro-batch was
+51 % off on uneven data). The divisor global_count / data_size is computed once per window, in one exchange between all
+ranks, and passed as ``num_items_in_batch``, by which transformers' losses divide their sum.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from longctx.sharding import cut
 
 Window = list[Batch]
 _PAD = {"shift_labels": IGNORED, "document_ids": PADDING}
-_LABELS = frozenset(("label", "labels", "target", "targets"))  # words of keys that are padded with -100
+_LABELS = frozenset(("label", "labels", "target", "targets"))  # words in keys whose tensors are padded with −100
 _REFUSED, _FINE = 1, 0
 
 
@@ -42,28 +42,28 @@ def shard_window(
     trained: bool = True,
     problem: Exception | None = None,
 ) -> Any:
-    """Return this rank's part of every micro-batch of one optimizer step, ready for ``engine(**batch)``.
+    """Return this rank's shard of every micro-batch of one optimizer step, ready for ``engine(**batch)``.
 
-    Collective: every rank of the world calls it, with as many micro-batches; the ranks of one sequence group pass the
+    Collective over the world. All ranks pass the same number of micro-batches, and the ranks of one sequence group the
     same full rows.
 
     Args:
-        window: the micro-batches of one optimizer step (a dict, if that is one); see ``rows.explicit_rows`` for what
-            a batch may hold. Rows are not changed.
-        rule: how the model counts positions where a batch has none.
-        step: optimizer steps that this rank has made; the same on all.
-        trained: False for a window that is only looked at (see ``accumulation.WindowMark``).
-        problem: what this rank has found wrong already; it is raised here, and the other ranks hear of it.
+        window: the micro-batches of one optimizer step (a dict, if that is one); see ``rows.explicit_rows`` for their
+            keys. Rows are not modified.
+        rule: how the model counts positions if a batch has none.
+        step: optimizer steps taken so far, the same on all ranks.
+        trained: False for a window that is not trained (see ``accumulation.WindowMark``).
+        problem: an error that this rank found before; it is raised here, so that the other ranks raise too.
 
     Returns:
         a list for a list, a dict for a dict. Each micro-batch has input_ids (B, T) or inputs_embeds (B, T, D),
         position_ids (B, T) int64, document_ids (B, T) int32, ``use_cache=False`` and, where labels were given,
         ``labels`` and ``shift_labels`` (B, T) int64 (both shifted: transformers returns no loss without ``labels``)
-        and ``num_items_in_batch``. Other tensors with the rows' (B, S) are cut alike, the rest is passed on. Where the
-        layout pads, integer tensors with a word ``label(s)`` or ``target(s)`` in their key get −100, others 0.
+        and ``num_items_in_batch``. Other tensors that begin with (B, S) are sharded too, the rest is passed through.
+        Layout padding is −100 in integer tensors with a word ``label(s)`` or ``target(s)`` in their key, else 0.
 
     Raises:
-        EngineError: on every rank, when any rank's window is refused or the ranks do not fit together.
+        EngineError: on every rank, if any rank's window is rejected or the windows of the ranks do not match.
     """
     batches: Window = []
     checksum = 0
@@ -72,7 +72,7 @@ def shard_window(
             rows = explicit_rows(_moved(batch, mesh.device), rule)
             checksum = row_checksum(rows, mesh, checksum)
             batches.append(_cut(rows, mesh, layout))
-    except Exception as error:  # whatever it is, the other ranks must hear of it: they wait in the exchange
+    except Exception as error:  # the other ranks wait in the exchange, so report it there
         problem = error
     _weigh(batches, mesh, checksum, problem, "engine.shard", step)
     mark(batches, trained=trained)
@@ -88,14 +88,14 @@ def weigh_window(
     trained: bool = True,
     problem: Exception | None = None,
 ) -> Any:
-    """Return a window that is already cut (each rank read its own part) with ``num_items_in_batch`` added.
+    """Return a window that is already sharded (each rank read its own shard) with ``num_items_in_batch`` added.
 
-    Collective, like ``shard_window``. ``labels`` and ``shift_labels`` may each stand for the other: both are the local
-    labels, shifted before they were cut. ``row_ids`` (B,) int64, where given, says which rows of the data these are:
-    it must be equal on all ranks of a sequence group, and is taken out.
+    Collective, like ``shard_window``. Either of ``labels`` and ``shift_labels`` is enough: both are the local labels,
+    shifted before sharding. ``row_ids`` (B,) int64, if given, are the indices of the rows in the data; they must be
+    equal on all ranks of a sequence group, and are removed.
 
     Raises:
-        EngineError: on every rank, when any rank's window is refused or the numbers of micro-batches differ.
+        EngineError: on every rank, if any rank's window is rejected or the numbers of micro-batches differ.
     """
     batches: Window = []
     checksum = 0
@@ -117,7 +117,7 @@ def weigh_window(
             if labels is not None:
                 batch["labels"] = batch["shift_labels"] = labels
             batches.append({**batch, "use_cache": False})
-    except Exception as error:  # whatever it is, the other ranks must hear of it: they wait in the exchange
+    except Exception as error:  # the other ranks wait in the exchange, so report it there
         problem = error
     _weigh(batches, mesh, checksum, problem, "engine.weigh", step)
     mark(batches, trained=trained)
@@ -125,26 +125,27 @@ def weigh_window(
 
 
 def cut_rows(batch: Batch, mesh: Mesh, layout: str | Layout = "zigzag", rule: PositionRule = PLAIN) -> Batch:
-    """Return this rank's part of one batch of full rows, unweighted. No communication."""
+    """Return this rank's shard of one batch of full rows, without ``num_items_in_batch``. No communication."""
     return _cut(explicit_rows(_moved(batch, mesh.device), rule), mesh, layout)
 
 
 def tokens_to_divide_by(global_count: int, data_size: int) -> float:
-    """Return what a rank divides the sum of its token losses by: global_count / data_size, and 1 if there is no token.
+    """Return the divisor of a rank's sum of token losses: global_count / data_size, with a count of at least 1.
 
-    The weighting of the module's docstring, in one line: ``local_sum / tokens_to_divide_by`` averaged over data
-    replicas and summed over sequence ranks and micro-batches is the mean over all valid tokens.
+    ``local_sum / divisor``, averaged over data replicas and summed over sequence ranks and micro-batches, is the mean
+    over all valid tokens.
     """
     return max(global_count, 1) / data_size
 
 
 def _weigh(batches: Window, mesh: Mesh, checksum: int, problem: Exception | None, at: str, step: int) -> None:
-    """Count the window's labels over all ranks and write the divisor into every micro-batch; agree on errors."""
+    """Count valid labels over all ranks and add the divisor to every micro-batch; if one rank fails, all raise."""
     labelled = [batch["shift_labels"] for batch in batches if "shift_labels" in batch]
     if problem is None and labelled and len(labelled) != len(batches):
         problem = EngineError(
             f"{len(labelled)} of {len(batches)} micro-batches of a window have labels: give them to all or to none"
         )
+    # One exchange carries status, window size, label count and row checksum: nothing is computed on bad input.
     count = sum(int((labels != IGNORED).sum()) for labels in labelled)
     status = _FINE if problem is None else _REFUSED
     everyone = exchange([status, len(batches), count, checksum, int(bool(labelled))], mesh, at, step)
@@ -158,16 +159,16 @@ def _weigh(batches: Window, mesh: Mesh, checksum: int, problem: Exception | None
 
 
 def _agree(everyone: list[list[int]], mesh: Mesh) -> None:
-    """Raise on all ranks alike unless the windows of all ranks fit together."""
+    """Raise on every rank unless the windows of all ranks match."""
     refused = [rank for rank, numbers in enumerate(everyone) if numbers[0] != _FINE]
     if refused:
-        raise EngineError(f"ranks {refused} refused their part of this window; their own messages say why")
+        raise EngineError(f"ranks {refused} rejected their micro-batches; see those ranks' logs")
     if len({(numbers[1], numbers[4]) for numbers in everyone}) > 1:
         sizes = [numbers[1] for numbers in everyone]
         raise EngineError(
             f"the ranks passed windows of {sizes} micro-batches, with labels on ranks "
-            f"{[rank for rank, numbers in enumerate(everyone) if numbers[4]]}: all ranks must take the same number of "
-            "micro-batches to an optimizer step, with labels on all or on none"
+            f"{[rank for rank, numbers in enumerate(everyone) if numbers[4]]}: all ranks must pass the same number of "
+            "micro-batches per optimizer step, with labels on all or on none"
         )
     for first in range(0, mesh.world_size, mesh.sequence_size):
         group = range(first, first + mesh.sequence_size)
@@ -180,12 +181,12 @@ def _agree(everyone: list[list[int]], mesh: Mesh) -> None:
 
 
 def _cut(rows: Batch, mesh: Mesh, layout: str | Layout) -> Batch:
-    """Shard every tensor that has the rows' (B, S); pass the rest on."""
+    """Shard every tensor that begins with the rows' (B, S); return the rest unchanged."""
     shape = rows["document_ids"].shape
     local: Batch = {}
     for key, value in rows.items():
         if isinstance(value, torch.Tensor) and value.shape[:2] == shape:
-            if key in ("input_ids", "inputs_embeds"):
+            if key in ("input_ids", "inputs_embeds"):  # padded with a real token here, not with zeros in `cut`
                 value = _lengthened(value, mesh, layout)
             value = cut(value, mesh, 1, layout, _pad_value(key, value))
         local[key] = value
@@ -195,26 +196,26 @@ def _cut(rows: Batch, mesh: Mesh, layout: str | Layout) -> Batch:
 
 
 def _lengthened(x: torch.Tensor, mesh: Mesh, layout: str | Layout) -> torch.Tensor:
-    """Return tokens or embeddings with the layout's padding: each row's first, for a row of zeros may have no norm."""
+    """Return tokens or embeddings padded to the layout's length with each row's first token (see ``fill_padding``)."""
     missing = get_layout(layout).padded_length(x.shape[1], mesh.ring_size, mesh.ulysses_size) - x.shape[1]
     filler = x[:, :1].detach().expand(-1, missing, *x.shape[2:])
     return torch.cat([x, filler], 1) if missing else x
 
 
 def _pad_value(key: str, value: torch.Tensor) -> int:
-    """Return what the layout pads a tensor of rows with: no padding may count as a label or as a document."""
+    """Return the padding value of a tensor of rows: padding must not count as a label or as a document."""
     counts = value.is_floating_point() or value.dtype == torch.bool
     labels = not counts and not _LABELS.isdisjoint(str(key).lower().split("_"))
     return _PAD.get(key, IGNORED if labels else 0)
 
 
 def row_checksum(rows: Batch, mesh: Mesh, seed: int = 0, *, sharded: bool = False) -> int:
-    """Return a number that must be equal on the ranks of a sequence group; 0 where a rank has its sequence alone.
+    """Return a checksum that must be equal on the ranks of a sequence group; 0 if sequences are not sharded.
 
     Args:
-        rows: full rows, or, with ``sharded``, this rank's part of them: those are different on every rank, so that only
-            their shape and ``row_ids`` (B,) count.
-        seed: the checksum of the micro-batches before.
+        rows: full rows; or, with ``sharded``, this rank's shard of them, of which only the shape and ``row_ids`` (B,)
+            enter the checksum because the rest differs between ranks.
+        seed: checksum of the previous micro-batches.
     """
     if mesh.sequence_size == 1:
         return 0
@@ -226,7 +227,7 @@ def row_checksum(rows: Batch, mesh: Mesh, seed: int = 0, *, sharded: bool = Fals
 
 
 def _checksum(rows: Batch, seed: int) -> int:
-    """Return a number that differs, almost surely, when keys, shapes or any element of the rows differ."""
+    """Return a checksum of keys, shapes and elements of the rows."""
     total = seed
     for key in sorted(rows):
         value = rows[key]

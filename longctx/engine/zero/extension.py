@@ -1,7 +1,7 @@
-"""DeepSpeed's CPU communication extension, loaded one rank at a time, and the locks that killed compilations leave.
+"""Load DeepSpeed's CPU communication extension, one rank at a time, and remove stale locks of killed builds.
 
-torch's lock is a file without an owner: a build that was killed leaves it, and every later start then waits for ever
-without a word. Here a lock is looked into before anybody waits for it. If nobody can hold it any more it is removed.
+torch's build lock is a file without an owner: a killed build leaves it behind, and every later start waits forever
+without a message. Here a lock is inspected before waiting for it, and removed if no process can hold it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from pathlib import Path
 from longctx.errors import LaunchError, MissingPackageError
 
 EXTENSION = "deepspeed_shm_comm"
-BUILD_SECONDS = 900  # some 100 s of one quiet core; ranks have not started yet
-# File systems of one machine: a file there was made by a process of this machine.
+BUILD_SECONDS = 900  # a build takes about 100 s on one idle core
+# Local file systems, whose files only processes of this machine create.
 _LOCAL = frozenset("bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay ramfs reiserfs tmpfs xfs zfs".split())
 _loaded = False
 
 
 def load_extension() -> None:
-    """Load the extension into this process, so that DeepSpeed need not; compile it first if it is not there.
-
-    Once per process, before DeepSpeed starts on a CPU.
+    """Load the extension into this process, once, before DeepSpeed would; compile it if it is not built yet.
 
     Raises:
-        MissingPackageError, LaunchError: as ``prepare``; or another build took too long.
+        MissingPackageError: ninja, a compiler or Python's headers are missing.
+        LaunchError: the extension does not compile or load, the folder is not writable, or another build took too long.
     """
     global _loaded
     if _loaded:
@@ -40,7 +39,7 @@ def load_extension() -> None:
     with (root() / ".longctx.lock").open("a") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         deadline = time.monotonic() + BUILD_SECONDS
-        while found := locks(EXTENSION):  # not one of ours: those wait for the lock above
+        while found := locks(EXTENSION):  # a build outside of longctx: our own ranks wait for the lock above
             clear_stale(found[0])
             if time.monotonic() > deadline:
                 raise LaunchError(f"another process has been compiling under {found[0]} for {BUILD_SECONDS} s")
@@ -56,7 +55,7 @@ def load_extension() -> None:
 
 
 def build_folders() -> list[Path]:
-    """Return the folders in which torch keeps what this Python compiled, one folder an extension."""
+    """Return the folders in which torch keeps extensions built for this Python version."""
     if os.environ.get("TORCH_EXTENSIONS_DIR"):
         return [root()]
     version = f"py{sys.version_info[0]}{sys.version_info[1]}"
@@ -64,7 +63,7 @@ def build_folders() -> list[Path]:
 
 
 def locks(extension: str) -> list[Path]:
-    """Return the lock files of builds of an extension; ``*`` for all."""
+    """Return the build-lock files of an extension; ``*`` for all extensions."""
     return sorted(lock for folder in build_folders() for lock in folder.glob(f"{extension}/lock"))
 
 
@@ -75,22 +74,22 @@ def root() -> Path:
 
 
 def require_live(lock: Path) -> None:
-    """Raise LaunchError if no process on this machine holds the lock file of a build open. Nothing is changed."""
+    """Raise LaunchError if no process on this machine has the build-lock file open. Nothing is changed."""
     if not _is_live(lock):
         raise LaunchError(
-            f"{lock} was left by a compilation that was killed; every start of DeepSpeed would wait for it for ever. "
+            f"{lock} was left by a compilation that was killed; every start of DeepSpeed would wait for it forever. "
             f"If no other machine is compiling there, delete it: rm {lock}"
         )
 
 
 def clear_stale(lock: Path) -> None:
-    """Remove the lock file of a build if it is proven that nobody holds it; leave it to a build that is under way.
+    """Remove a build-lock file if it is certain that no process holds it; keep that of a running build.
 
-    Proven means: it is ours, it lies on a file system of this machine, so that its holder would be a process of ours
-    here, and no process has it open or works in its folder.
+    It is certain if the file is owned by this user and is on a local file system, so that its holder would be one of
+    our processes on this machine, and no process has it open or works in its folder.
 
     Raises:
-        LaunchError: nobody here holds it, but a process of another machine or user might.
+        LaunchError: no process here holds it, but one of another machine or user might.
     """
     seen = _identity(lock)
     if seen is None or _is_live(lock):
@@ -101,12 +100,12 @@ def clear_stale(lock: Path) -> None:
     aside = lock.with_name(f".{lock.name}.{secrets.token_hex(4)}")
     try:
         lock.rename(aside)
-        if _identity(aside) != seen:  # a build has begun meanwhile, and this is its lock: give it back
+        if _identity(aside) != seen:  # meanwhile another build started, and this is its lock: put it back
             aside.rename(lock)
             return
         aside.unlink()
     except OSError:
-        return  # somebody else has removed it
+        return  # another process removed it
     print(f"longctx: removed {lock}, left by a compilation that was killed", file=sys.stderr, flush=True)
 
 
@@ -127,7 +126,7 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 
 
 def _held(lock: Path) -> bool:
-    """Say whether a process here has the file open, as torch has while it compiles, or works in its folder (ninja)."""
+    """Return whether a process here has the file open (torch, while it builds) or works in its folder (ninja)."""
     try:
         wanted, folder = lock.stat(), lock.parent.stat()
     except OSError:
@@ -144,7 +143,7 @@ def _held(lock: Path) -> bool:
 
 
 def _only_ours(lock: Path) -> bool:
-    """Whether only a process of this user on this machine can have made the file."""
+    """Return whether only a process of this user on this machine can have created the file."""
     try:
         mine = lock.stat().st_uid == os.geteuid()
     except OSError:
@@ -153,7 +152,7 @@ def _only_ours(lock: Path) -> bool:
 
 
 def _file_system(path: Path) -> str:
-    """Return the kind of file system that ``path`` lies on; empty if it is not known."""
+    """Return the type of the file system of ``path``; empty if it is unknown."""
     device = os.stat(path).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:
@@ -170,8 +169,8 @@ def _file_system(path: Path) -> str:
 def require_ninja() -> None:
     """Put this environment's ninja first on PATH, or raise MissingPackageError if there is none at all.
 
-    Always the same one: two versions of ninja do not read each other's logs, so that starts from an activated and from
-    another shell would compile everything again each time.
+    It must always be the same one: versions of ninja do not read each other's logs, so starts from an activated shell
+    and from another one would recompile everything each time.
     """
     beside = str(Path(sys.executable).parent)
     given = os.environ.get("PATH", "")
@@ -182,7 +181,7 @@ def require_ninja() -> None:
 
 
 def require_toolchain() -> None:
-    """Raise MissingPackageError unless a C++ compiler and Python's headers are there."""
+    """Raise MissingPackageError unless a C++ compiler and Python's headers are installed."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise MissingPackageError(
@@ -198,7 +197,7 @@ def require_toolchain() -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise LaunchError unless compiled extensions can be put into ``folder``."""
+    """Raise LaunchError unless ``folder`` can be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

@@ -1,9 +1,9 @@
 """fp16's loss scale, where DeepSpeed leaves it to its caller or changes it too early.
 
-fp16 has no numbers below 6e-8, so losses are multiplied by a scale before backward and gradients divided by it before
-the update. DeepSpeed multiplies on ZeRO 1 to 3 only, although it divides on all stages; it doubles the scale between
-the gradients' making and their division, which halves that update; and at the smallest scale it either goes on skipping
-every step or raises a nameless exception. Only this file, ``guard`` and ``order`` know its optimizers.
+The smallest positive fp16 number is 6e-8, so losses are multiplied by a scale before backward and gradients divided by
+it before the update. DeepSpeed multiplies on ZeRO 1 to 3 only, although it divides on all stages. It may double the
+scale after backward and before that division, which halves the update. And at the smallest scale it either keeps
+skipping every step or raises a bare exception.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _SETTINGS = ("scale_window", "min_scale", "delayed_shift", "consecutive_hysteres
 
 
 def require_supported(settings: Settings) -> None:
-    """Refuse fp16 where DeepSpeed's accelerator has none, before a model is built.
+    """Check, before a model is built, that DeepSpeed's accelerator supports fp16.
 
     Raises:
-        EngineError: ``fp16.enabled`` on such a device.
+        EngineError: ``fp16.enabled`` on a device without fp16.
     """
     if not (settings.get("fp16") or {}).get("enabled"):
         return
@@ -34,7 +34,7 @@ def require_supported(settings: Settings) -> None:
 
 
 def scale_left_to_us(engine: Any) -> float:
-    """Return by what the caller has to multiply a loss because DeepSpeed does not: 1 but for ZeRO 0 in fp16."""
+    """Return the scale that the caller must apply to a loss: 1 except on ZeRO 0 in fp16, where DeepSpeed does not."""
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
     if not engine.fp16_enabled() or isinstance(engine.optimizer, ZeROOptimizer):
@@ -43,13 +43,13 @@ def scale_left_to_us(engine: Any) -> float:
 
 
 def loss_scale(engine: Any) -> float | None:
-    """Return the scale of the next window's losses; None without fp16."""
+    """Return the loss scale of the next window; None without fp16."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
 def hold_scale(engine: Any) -> None:
-    """Have the optimizer of a fresh fp16 engine keep its scale until ``finish_step``, and name an overflow that no
-    smaller scale can mend."""
+    """Delay increases of an fp16 optimizer's loss scale until ``finish_step``, and raise NonFiniteError for an overflow
+    at the smallest scale."""
     optimizer = engine.optimizer
     if not engine.fp16_enabled() or not hasattr(optimizer, "_update_scale"):
         return
@@ -72,7 +72,7 @@ def hold_scale(engine: Any) -> None:
 
 
 def finish_step(engine: Any) -> float | None:
-    """Let the scale grow if it is time, and return the gradient's norm where DeepSpeed reports it with the scale."""
+    """Apply the delayed update of the loss scale; return the gradient norm unscaled if DeepSpeed's is scaled."""
     optimizer, norm = engine.optimizer, None
     if not engine.fp16_enabled():
         return None
@@ -86,13 +86,13 @@ def finish_step(engine: Any) -> float | None:
 
 
 def scaler_settings(engine: Any) -> dict[str, Any]:
-    """Return how the loss scale changes, as this run was told; a checkpoint brings the settings of the run before."""
+    """Return this run's settings of the loss scaler; loading a checkpoint overwrites them with the earlier run's."""
     scaler = _scaler(engine)
     return {name: getattr(scaler, name) for name in _SETTINGS if hasattr(scaler, name)}
 
 
 def restore_settings(engine: Any, settings: dict[str, Any]) -> None:
-    """Have the scale that was loaded go on by ``settings``."""
+    """Restore what ``scaler_settings`` returned; the loaded scale itself is kept."""
     scaler = _scaler(engine)
     for name, value in settings.items():
         if hasattr(scaler, name):
@@ -105,7 +105,7 @@ def _scaler(engine: Any) -> Any:
 
 
 def _is_smallest(optimizer: Any, scale: float) -> bool:
-    """Whether a dynamic scale cannot shrink further, its patience (hysteresis) used up."""
+    """Return whether a dynamic scale is at its minimum, with no hysteresis left."""
     scaler = getattr(optimizer, "loss_scaler", None)
     if scaler is not None:
         dynamic, least = getattr(scaler, "dynamic", False), getattr(scaler, "min_scale", 0.0)

@@ -1,8 +1,7 @@
-"""Norms, clipping and the last door before an update, for the stages on which DeepSpeed leaves them open.
+"""Gradient norm, clipping and the check for finite gradients, on the stages where DeepSpeed lacks them.
 
 ZeRO 1 to 3 and the half-precision optimizers measure the norm themselves and skip an update that is not finite; ZeRO 0
-in fp32 does neither. Apart from ``engine`` because only these functions, ``order`` and ``fp16`` know DeepSpeed's
-optimizers.
+in fp32 does neither. What depends on the internals of DeepSpeed's optimizers is in this package, ``engine.zero``.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ if TYPE_CHECKING:
 
 
 def close_doors(engine: DeepSpeedEngine) -> None:
-    """Mend three things in a fresh engine's optimizer.
+    """Correct three things in a new engine's optimizer.
 
-    ZeRO 1 and 2 look for gradients that are not finite whatever the dtype (bf16 may be told not to). The half-precision
-    optimizers without partitioned gradients would add up the norms of a sequence group's ranks, which all hold the
-    same gradient, and report (and clip by) a norm √(ring·ulysses) times too large: they stop asking the mpu. For ZeRO 3
-    see ``trace``.
+    ZeRO 1 and 2 always check for gradients that are not finite, which bf16 may have disabled. Half-precision optimizers
+    without partitioned gradients sum the norms over a sequence group, whose ranks hold the same gradient, so they would
+    report (and clip by) a norm √(ring·ulysses) times too large: their mpu is removed. For ZeRO 3 see ``trace``.
     """
     optimizer = engine.optimizer
     forget_with_trace(optimizer)
@@ -35,23 +33,22 @@ def close_doors(engine: DeepSpeedEngine) -> None:
 
 
 def scaled(loss: torch.Tensor, factor: float) -> torch.Tensor:
-    """Return loss · factor, whose gradient is NaN where the loss is not finite.
+    """Return loss · factor; its gradient is NaN if the loss is not finite. Half precision is widened to fp32.
 
-    An infinite loss may have finite gradients. As NaN they reach every rank through ZeRO's own reduction, and the
-    update is refused there, everywhere and on every stage, without waiting for the device in each micro-batch.
-    A loss in half precision is widened to fp32.
+    An infinite loss may have finite gradients. NaN gradients reach every rank through ZeRO's reduction, so that all
+    ranks skip the update, on every stage, without a device synchronisation per micro-batch.
     """
-    wide = loss.to(torch.promote_types(loss.dtype, torch.float32))  # fp16 ends at 65504, where loss scales begin
+    wide = loss.to(torch.promote_types(loss.dtype, torch.float32))  # fp16 overflows at 65504, below usual loss scales
     return wide * torch.where(loss.detach().isfinite(), factor, math.nan).to(wide.dtype)
 
 
 def is_plain(engine: DeepSpeedEngine) -> bool:
-    """Return whether the client's own optimizer updates fp32 weights directly (ZeRO 0 in fp32)."""
+    """Return whether the optimizer updates fp32 weights directly, without a wrapper of DeepSpeed (ZeRO 0 in fp32)."""
     return not (engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled())
 
 
 def plain_norm(engine: DeepSpeedEngine) -> float | None:
-    """Return the gradient's norm on ZeRO 0 in fp32, where every rank holds all of it, else None."""
+    """Return the gradient's norm on ZeRO 0 in fp32, where every rank holds the whole gradient, else None."""
     if not is_plain(engine):
         return None
     norms = [torch.linalg.vector_norm(p.grad.double()) for p in engine.module.parameters() if p.grad is not None]
@@ -59,7 +56,7 @@ def plain_norm(engine: DeepSpeedEngine) -> float | None:
 
 
 def clip_plain(engine: DeepSpeedEngine, norm: float | None) -> None:
-    """Scale gradients down to ``gradient_clipping``, by the formula DeepSpeed has on its other stages."""
+    """Clip gradients to ``gradient_clipping`` by the formula of DeepSpeed's other stages."""
     assert norm is not None
     scale = (norm + 1e-6) / engine.gradient_clipping()
     if scale > 1:
@@ -69,12 +66,12 @@ def clip_plain(engine: DeepSpeedEngine, norm: float | None) -> None:
 
 
 def drop_plain(engine: DeepSpeedEngine) -> None:
-    """Forget a window's gradients without an update, on ZeRO 0 in fp32; the next window starts afresh."""
+    """Drop a window's gradients without an update, on ZeRO 0 in fp32."""
     engine.zero_grad()
     engine.micro_steps += 1
 
 
 def uncount_step(engine: DeepSpeedEngine) -> None:
-    """Take back what DeepSpeed counted for a step that it skipped."""
+    """Undo DeepSpeed's counts of a step that it skipped."""
     engine.global_steps -= 1
     engine.global_samples -= engine.train_batch_size()

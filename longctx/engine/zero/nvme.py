@@ -1,12 +1,12 @@
-"""What DeepSpeed's swapping to NVMe needs to train the same model, and its optimizer states as plain files.
+"""Correct DeepSpeed's reads from NVMe, and save swapped optimizer states as plain files.
 
-DeepSpeed 0.19.8 reads a gradient from the disk straight to its place in the sub-group's buffer. Reads go past the
-page cache (O_DIRECT), which wants addresses that are multiples of 512 bytes; a place is the sum of the sizes before it,
-which need not be one. Such a read fails, the failure is not reported, and the optimizer steps on what was in the
-buffer. Nor is a write reported that a full disk cut short.
+DeepSpeed 0.19.8 reads a gradient from disk directly into its slice of the sub-group's buffer. Reads bypass the page
+cache (O_DIRECT) and need addresses that are multiples of 512 bytes, but a slice's offset is the sum of the sizes before
+it and may be any number. Such a read fails silently, and the optimizer steps on the buffer's old content. A write that
+is truncated because the disk is full is not reported either.
 
-DeepSpeed's checkpoints copy the swap files and leave out what is not swapped: AdamW's step counts, and every sub-group
-below 1 MiB a rank. Here a rank writes one file a sub-group with all of it, one sub-group in memory at a time.
+DeepSpeed's checkpoints copy the swap files but omit what is not swapped: AdamW's step counts, and every sub-group below
+1 MiB per rank. Here each rank writes one file per sub-group with its whole state, one sub-group in memory at a time.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from typing import Any
 import torch
 
 from longctx.errors import EngineError
+from longctx.patched import patched
 
 PREFIX = "nvme_"
 
 
 def swaps(engine: Any) -> bool:
-    """Say whether the engine's optimizer states are swapped to NVMe."""
+    """Return whether the engine's optimizer states are swapped to NVMe."""
     return getattr(engine.optimizer, "optimizer_swapper", None) is not None
 
 
 def mend_reads(engine: Any) -> None:
-    """Have an engine that swaps read gradients through memory of their own, and never a file cut short.
+    """Make an engine read gradients through aligned buffers, and raise if a swap file is truncated.
 
-    Engines that do not swap are left alone.
+    Engines that do not swap are left unchanged.
 
     Raises (later, in a step):
-        EngineError: a swap file is shorter than what was written to it.
+        EngineError: a swap file is shorter than the data swapped out to it.
     """
     if not swaps(engine):
         return
@@ -44,7 +45,7 @@ def mend_reads(engine: Any) -> None:
 
     def read_gradients(handle: Any, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
         places = list(swapper.swap_params_info[swapper.parameter_id(parameter)].swapped_gradients.values())
-        # memory that is not page-locked: the operator then reads into aligned memory of its own and copies
+        # Unpinned memory makes the operator read into an aligned buffer of its own and copy from there.
         parts = [torch.empty(place.length, dtype=gradient.dtype) for place in places]
         for part, place in zip(parts, places, strict=True):
             _require_whole(place.path, part.nbytes)
@@ -73,7 +74,7 @@ def _require_whole(path: str, size: int) -> None:
 
 @contextlib.contextmanager
 def saving(engine: Any) -> Iterator[None]:
-    """Have ``save_checkpoint`` write this rank's states as plain files beside the model's, and copy no swap files."""
+    """Within the block, ``save_checkpoint`` writes this rank's optimizer states as plain files, no swap files."""
     if not swaps(engine):
         yield
         return
@@ -82,14 +83,16 @@ def saving(engine: Any) -> Iterator[None]:
         for index, payload in enumerate(_states(engine.optimizer)):
             engine.checkpoint_engine.save(payload, str(Path(folder, tag, _name(engine.global_rank, index))))
 
-    with _instead(engine, _save_zero_checkpoint=save, zero_nvme_offload_optimizer=lambda: False):
+    with patched(engine, _save_zero_checkpoint=save, zero_nvme_offload_optimizer=lambda: False):
         yield
 
 
 @contextlib.contextmanager
 def loading(engine: Any, restored: Callable[[], None]) -> Iterator[None]:
-    """Have ``load_checkpoint`` call ``restored`` where it would read the optimizer's states: parameters are cut up
-    then, and those that every rank keeps whole are gathered from them afterwards."""
+    """Within the block, ``load_checkpoint`` calls ``restored`` instead of reading optimizer states.
+
+    At that point parameters are partitioned; those that every rank keeps whole are gathered from them afterwards.
+    """
     if not swaps(engine):
         yield
         return
@@ -98,15 +101,15 @@ def loading(engine: Any, restored: Callable[[], None]) -> Iterator[None]:
         restored()
         return True
 
-    with _instead(engine, _load_zero_checkpoint=load, zero_nvme_offload_optimizer=lambda: False):
+    with patched(engine, _load_zero_checkpoint=load, zero_nvme_offload_optimizer=lambda: False):
         yield
 
 
 def restore(engine: Any, folder: Path, reader: Callable[[str, str], Any]) -> None:
-    """Read the states that ``saving`` wrote, and make this rank's weights from them. Talks to no other rank.
+    """Read the states that ``saving`` wrote, and set this rank's weights from them. No communication.
 
     Raises:
-        EngineError: the files are of other sub-groups.
+        EngineError: the sub-groups of the files differ from this run's.
     """
     zero = engine.optimizer
     zero.optimizer_swapper.purge_state()
@@ -118,11 +121,12 @@ def restore(engine: Any, folder: Path, reader: Callable[[str, str], Any]) -> Non
                 f"{folder}: sub-group {index} has {payload['weights'].numel():,} numbers, this run's has {size:,}: set "
                 "deepspeed.zero_optimization.sub_group_size back"
             )
-        swapped = zero._swappable_optimizer_subgroup(index)
+        swapped = zero._swappable_optimizer_subgroup(index)  # sub-groups below DeepSpeed's minimum stay in memory
         if swapped:
             zero._optimizer_states_and_gradient_swap_in(index)
         weights.data.copy_(payload["weights"])
         zero.optimizer.state[weights] = payload["state"]
+        # fp16 parameters are set from the fp32 weights, and the sub-group goes back to NVMe
         zero._reassign_or_swap_out_partitioned_parameters(index)
         if swapped:
             zero._optimizer_states_and_gradient_swap_out(index)
@@ -141,21 +145,9 @@ def _states(zero: Any) -> Iterator[dict[str, Any]]:
 
 
 def _copy(value: Any) -> Any:
-    """A tensor in the host's memory, and only its own part of a buffer."""
+    """Copy a tensor to the host, without the rest of the buffer that it is a view of; return other values unchanged."""
     return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
 
 
 def _name(rank: int, index: int) -> str:
     return f"{PREFIX}rank_{rank:05d}_group_{index:05d}.pt"
-
-
-@contextlib.contextmanager
-def _instead(engine: Any, **methods: Any) -> Iterator[None]:
-    """Put methods on one engine for a while."""
-    for name, method in methods.items():
-        setattr(engine, name, method)
-    try:
-        yield
-    finally:
-        for name in methods:
-            delattr(engine, name)

@@ -1,9 +1,9 @@
-"""Notice when ranks put gradients into their reduction buckets in different orders, before the update.
+"""Detect, before the update, that ranks filled their reduction buckets in different orders.
 
-ZeRO 1 and 2 copy gradients into a flat bucket in the order in which backward finishes them; ZeRO 3 sorts within a
-bucket only. The buckets of all ranks are then added by position: where the orders differ, gradients of equally large
-weights are exchanged for one another and nothing fails. The order follows the shape of autograd's graph, so any code
-that chooses a path by its data (a layer that is skipped, experts that no token chose) can change it on one rank alone.
+ZeRO 1 and 2 copy gradients into a flat bucket in the order in which backward finishes them; ZeRO 3 sorts within each
+bucket only. Buckets are then reduced by position, so if orders differ, gradients of different weights are added up
+without an error. The order follows autograd's graph, so data-dependent code (a skipped layer, experts that no token
+chose) can change it on one rank alone.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ _STAGE_3 = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
 
 
 class ReductionOrder:
-    """A number that stands for the buckets that this rank's optimizer reduced since the last window.
+    """Digest of the buckets that this rank's optimizer has reduced since the last window.
 
     Args:
-        optimizer: DeepSpeed's. ZeRO 0 reduces in the order of the parameters, and nothing is watched there.
+        optimizer: DeepSpeed's. On ZeRO 0, which reduces in parameter order, nothing is recorded.
     """
 
     def __init__(self, optimizer: Any) -> None:
         self._digest = 0
-        # ZeRO 3 sorts a bucket before it reduce-scatters it; what it all-reduces stays as it came.
+        # ZeRO 3 sorts a bucket before reduce-scatter, but not before all-reduce: only there does the order matter.
         sorts = getattr(optimizer, "reduce_scatter", True) or not getattr(optimizer, "contiguous_gradients", False)
         for name, ordered in ((_STAGES_1_AND_2, True), (_STAGE_3, not sorts)):
             if hasattr(optimizer, name) and hasattr(optimizer, "ipg_buckets"):
                 self._watch(optimizer, name, ordered)
 
     def _watch(self, optimizer: Any, name: str, ordered: bool) -> None:
-        """Have the optimizer's function that reduces full buckets note first what they hold."""
+        """Wrap the optimizer's method ``name``, which reduces full buckets, to record their contents first."""
         reduce = getattr(optimizer, name)
 
         def watched(*arguments: Any, **keywords: Any) -> Any:
@@ -50,20 +50,21 @@ class ReductionOrder:
         self._digest = zlib.crc32(repr(places).encode(), self._digest)
 
     def take(self) -> list[float]:
-        """Return the window's number and its square, to be added up over all ranks, and begin the next window."""
+        """Return the window's digest and its square, to be summed over all ranks, and reset the digest."""
         number, self._digest = float(self._digest % _MODULUS), 0
         return [number, number * number]
 
 
 def check_order(total: float, squares: float, ranks: int) -> None:
-    """Raise unless all ranks had one number.
+    """Raise unless all ranks had the same digest.
 
     Args:
         total, squares: the sums over ``ranks`` ranks of what ``ReductionOrder.take`` returned.
 
     Raises:
-        EngineError: the numbers differ; the same on every rank.
+        EngineError: on every rank, if the digests differ.
     """
+    # (Σx)² = n·Σx² exactly if all x are equal (Cauchy-Schwarz), so two sums replace a gather.
     if int(total) ** 2 != ranks * int(squares):
         raise EngineError(
             "the ranks finished their gradients in different orders, so ZeRO has added gradients of different weights: "

@@ -1,10 +1,9 @@
-"""Drop what ZeRO-3 has derived from a recorded order of modules whenever it drops the order itself.
+"""Clear ZeRO-3's cached release decisions whenever it discards its recorded module order.
 
-ZeRO-3 records in which order modules run, and keeps gathered weights that are used again soon. Which weights to free
-after each module is cached without end, also when the order turns out wrong and is recorded again. A forward pass
-without gradients before the first step (an evaluation, our probe of positions) leaves such an order: no weight is used
-a second time in it. Weights would then be freed after every forward for the rest of the run, and gathered once more in
-backward.
+ZeRO-3 records the order in which modules run, and keeps gathered weights that are used again soon. Which weights to
+free after each module is cached forever, even if the recorded order turns out wrong and is recorded again. A forward
+pass without gradients before the first step (an evaluation, our probe of positions) records an order in which no weight
+is used twice; with the stale cache, weights would be freed after every forward and gathered again in backward.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ _CACHED = "_PartitionedParameterCoordinator__params_to_release"
 
 
 def forget_with_trace(optimizer: Any) -> None:
-    """Have the coordinator of a ZeRO-3 optimizer clear that cache with every order it drops; others are left alone."""
+    """Make a ZeRO-3 optimizer's coordinator clear that cache with every order that it discards; ignore other stages."""
     if not hasattr(optimizer, "parameter_offload"):
         return
     coordinator = optimizer.parameter_offload.get_param_coordinator()
     invalidate = coordinator._invalidate_trace
+    # The cache is in the closure of the decorator around the method, which has no cache_clear of its own.
     cells = getattr(getattr(type(coordinator), _CACHED, None), "__closure__", None) or ()
     caches = [cell.cell_contents for cell in cells if hasattr(cell.cell_contents, "cache_clear")]
 

@@ -1,8 +1,8 @@
-"""Bring a checkpoint of one number of ranks to another: DeepSpeed's universal checkpoint, without its pickles.
+"""Reshard a checkpoint for another number of ranks with DeepSpeed's universal checkpoints, without unpickling.
 
-ZeRO writes shards of the optimizer's state, one a rank, and reads them by as many ranks only. DeepSpeed's converter
-merges them into one file a parameter, from which any number of ranks takes its shards. Converter and reader ask for
-full pickle, which runs what a file says; here every such read goes through the caller's safe reader instead.
+ZeRO writes one shard of the optimizer's state per rank, which only the same number of ranks can read. DeepSpeed's
+converter merges the shards into one file per parameter, from which any number of ranks can load. Converter and reader
+use full pickle, which can run code; here every such read goes through the caller's safe reader instead.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from longctx.patched import patched
+
 Reader = Callable[[Any, Any], Any]  # (path, map_location)
 
 
@@ -25,7 +27,7 @@ def convert(source: Path, target: Path, ranks: int, reader: Reader) -> None:
 
     Raises:
         OSError: the disk is full.
-        RuntimeError, AssertionError, KeyError: DeepSpeed cannot convert it, as that of another optimizer than Adam.
+        RuntimeError, AssertionError, KeyError: DeepSpeed cannot convert it, for example if the optimizer is not Adam.
     """
     from deepspeed.checkpoint import ds_to_universal
 
@@ -41,17 +43,19 @@ def convert(source: Path, target: Path, ranks: int, reader: Reader) -> None:
     with _safely(reader), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         ds_to_universal.main(arguments)
     first = target / "zero_pp_rank_0_mp_rank_00_model_states.pt"
-    for rank in range(ranks if first.is_file() else 0):  # ZeRO-3: beside the shards, ranks hold the same
+    for rank in range(
+        ranks if first.is_file() else 0
+    ):  # ZeRO-3: apart from its shards, every rank's file has the same content
         own = target / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
         if not own.exists():
             shutil.copyfile(first, own)
 
 
 def load(engine: Any, folder: Path, reader: Reader) -> bool:
-    """Load a folder that ``convert`` wrote into a DeepSpeed engine of any number of ranks. All ranks call it together.
+    """Load a folder that ``convert`` wrote into an engine with any number of ranks. Collective over the world.
 
-    DeepSpeed's reader has two holes, closed here: it gives every parameter group the settings of the first one, and all
-    parameters one and the same step tensor, which each of their updates would then advance.
+    Two errors of DeepSpeed's reader are corrected: it gives every parameter group the settings of the first one, and
+    all parameters the same step tensor, which each of their updates would advance.
     """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in _groups(engine)]
     before = engine._config.load_universal_checkpoint
@@ -89,7 +93,7 @@ def _groups(engine: Any) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _safely(reader: Reader) -> Iterator[None]:
-    """Have whoever would read with full pickle read with ``reader``."""
+    """Within the block, ``torch.load`` with full pickle calls ``reader`` instead."""
     original = torch.load
 
     def load(file: Any, map_location: Any = None, **options: Any) -> Any:
@@ -97,8 +101,5 @@ def _safely(reader: Reader) -> Iterator[None]:
             return original(file, map_location=map_location, **options)
         return reader(file, map_location)
 
-    torch.load = load  # type: ignore[assignment]
-    try:
+    with patched(torch, load=load):
         yield
-    finally:
-        torch.load = original

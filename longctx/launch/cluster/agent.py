@@ -1,6 +1,6 @@
 """The agent: beside every rank on another host, started by ssh, mpirun or srun, itself too small to fail.
 
-``python -m longctx.launch.cluster.agent TICKET`` connects to the launcher, reports this host, waits for the order to
+``python -m longctx.launch.cluster.agent JOBSPEC`` connects to the launcher, reports this host, waits for the order to
 start, runs the rank as the local launcher would, reports how it ended, and kills it when the launcher is gone
 or says so.
 """
@@ -20,22 +20,22 @@ from types import FrameType
 
 from longctx.errors import LaunchError, LongctxError
 from longctx.launch import hardware, report
-from longctx.launch.cluster import facts, ticket
+from longctx.launch.cluster import facts, jobspec
 from longctx.launch.cluster.control import Line, Message, listen, readable
 from longctx.launch.environment import of_this_host
 from longctx.launch.processes import Process, exit_code, kill
-from longctx.mesh import _discover as launched_world
 from longctx.network import address_of, interface_with, sockets
+from longctx.world import launched_world
 
 CONNECT_SECONDS = 30.0
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one rank for the launcher that wrote the ticket, and return its exit code."""
+    """Run one rank for the launcher that wrote the job spec, and return its exit code."""
     (path,) = sys.argv[1:] if arguments is None else arguments
     try:
-        given = ticket.load(Path(path))
+        given = jobspec.load(Path(path))
         os.environ.update(given.environment)
         with tempfile.TemporaryDirectory(prefix="longctx-") as errors:
             agent = _Agent(given, Path(errors))
@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Agent:
-    def __init__(self, given: ticket.Ticket, errors: Path) -> None:
-        self.ticket, self.errors = given, errors
+    def __init__(self, given: jobspec.JobSpec, errors: Path) -> None:
+        self.spec, self.errors = given, errors
         world, self.rank = launched_world()
         if (world or 1) != given.world:
             raise LaunchError(f"this is rank {self.rank} of {world or 1}, but the job has {given.world} ranks")
@@ -65,11 +65,11 @@ class _Agent:
     def run(self) -> int:
         """Introduce this host, wait for the start, and stay until the rank has ended and the launcher knows."""
         port = self.meeting.getsockname()[1] if self.meeting else 0
-        about = facts.gather(self.ticket)
-        self.line.send(token=self.ticket.token, rank=self.rank, facts=about, address=self.address, port=port)
+        about = facts.gather(self.spec)
+        self.line.send(token=self.spec.token, rank=self.rank, facts=about, address=self.address, port=port)
         ended = None
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        while not self.line.closed and not self.line.silent_for(self.ticket.silence_seconds):
+        while not self.line.closed and not self.line.silent_for(self.spec.silence_seconds):
             watched: list[Line | int] = [self.line, *([self.console] if self.console >= 0 else [])]
             ready = readable(watched, 0.1)
             if self.line in ready:
@@ -110,7 +110,7 @@ class _Agent:
             self.console = -1
 
     def _log(self) -> Path:
-        return Path(self.ticket.output) / "logs" / f"rank-{self.rank:05d}.log"
+        return Path(self.spec.output) / "logs" / f"rank-{self.rank:05d}.log"
 
     def _start(self, address: str, port: int) -> None:
         handed, own = [], {}
@@ -122,9 +122,9 @@ class _Agent:
         with self._log().open("ab") as log:
             report.mark(log)
             self.process = subprocess.Popen(
-                list(self.ticket.command),
+                list(self.spec.command),
                 env=self._environment(address, port) | own,
-                cwd=self.ticket.folder,
+                cwd=self.spec.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -136,28 +136,28 @@ class _Agent:
             self.meeting.close()
 
     def _environment(self, address: str, port: int) -> dict[str, str]:
-        _, local_rank, local_world = self.ticket.seat(self.rank)
+        _, local_rank, local_world = self.spec.seat(self.rank)
         return {
             **of_this_host(),
             **({"DS_ACCELERATOR": "cpu"} if hardware.gpus() == 0 else {}),
             **sockets(self.interface),
-            **self.ticket.environment,
+            **self.spec.environment,
             "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.ticket.world),
+            "WORLD_SIZE": str(self.spec.world),
             "LOCAL_RANK": str(local_rank),
             "LOCAL_WORLD_SIZE": str(local_world),
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": str(hardware.threads_per_rank(local_world)),
-            "PYTHONPATH": self.ticket.python_path,
+            "PYTHONPATH": self.spec.python_path,
             "PYTHONUNBUFFERED": "1",
             "LONGCTX_PARENT": str(os.getpid()),
-            "LONGCTX_COLUMNS": str(self.ticket.columns),
+            "LONGCTX_COLUMNS": str(self.spec.columns),
             report.FOLDER: str(self.errors),
         }
 
 
-def _connect(given: ticket.Ticket) -> Line:
+def _connect(given: jobspec.JobSpec) -> Line:
     deadline = time.monotonic() + CONNECT_SECONDS
     while True:
         try:
@@ -171,7 +171,7 @@ def _connect(given: ticket.Ticket) -> Line:
             time.sleep(0.5)
 
 
-def _place_in_the_network(given: ticket.Ticket, line: Line) -> tuple[str, str]:
+def _place_in_the_network(given: jobspec.JobSpec, line: Line) -> tuple[str, str]:
     """Return (address, interface) for this host's ranks."""
     if given.interface != "auto":
         address = address_of(given.interface)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from longctx.config.hosts import bare
-from longctx.config.sections.launch import Launch
+from longctx.config.sections.launch import LaunchSection
 from longctx.errors import LaunchError
 from longctx.launch.environment import AGENTS
 from longctx.network import address_of, address_towards
@@ -33,12 +33,12 @@ class Command(NamedTuple):
     argv: tuple[str, ...]
 
 
-def commands(launch: Launch, hosts: Hosts, python: str, python_path: str, ticket: str) -> list[Command]:
-    """Return what starts an agent for every rank of ``hosts``; agents then read ``ticket``."""
-    agent = ["-m", "longctx.launch.cluster.agent", ticket]
+def commands(launch: LaunchSection, hosts: Hosts, python: str, python_path: str, spec_path: str) -> list[Command]:
+    """Return what starts an agent for every rank of ``hosts``; agents then read the job spec at ``spec_path``."""
+    agent = ["-m", "longctx.launch.cluster.agent", spec_path]
     if launch.launcher == "deepspeed":
         return [
-            Command(name, ssh(name, remote(python, python_path, _deepspeed(hosts, index, ticket)), launch))
+            Command(name, ssh(name, remote(python, python_path, _deepspeed(hosts, index, spec_path)), launch))
             for index, (name, _) in enumerate(hosts)
         ]
     build = {"openmpi": _openmpi, "mpich": _mpich, "slurm": _slurm}[launch.launcher]
@@ -46,7 +46,7 @@ def commands(launch: Launch, hosts: Hosts, python: str, python_path: str, ticket
     return [Command(launch.launcher, argv)]
 
 
-def require_tools(launch: Launch) -> None:
+def require_tools(launch: LaunchSection) -> None:
     """Raise LaunchError unless the launcher's program is here."""
     tool = _TOOLS[launch.launcher]
     if shutil.which(tool) is None:
@@ -59,13 +59,13 @@ def remote(python: str, python_path: str, arguments: Sequence[str]) -> list[str]
     return [*found, python, *arguments]
 
 
-def ssh(host: str, arguments: Sequence[str], launch: Launch) -> tuple[str, ...]:
+def ssh(host: str, arguments: Sequence[str], launch: LaunchSection) -> tuple[str, ...]:
     """Return the arguments that run a command on ``host``; every one of ``arguments`` arrives there unchanged."""
     # the user's first: ssh keeps the first value it sees
     return ("ssh", *_ssh_options(launch), *_SSH, "-o", "ConnectTimeout=15", "--", host, shlex.join(arguments))
 
 
-def _deepspeed(hosts: Hosts, index: int, ticket: str) -> list[str]:
+def _deepspeed(hosts: Hosts, index: int, spec_path: str) -> list[str]:
     """DeepSpeed's own launcher of one host, as `deepspeed --hostfile` runs it, but not through a shell string.
 
     The meeting point given here is a placeholder that it insists on: agents bring the real one.
@@ -82,11 +82,11 @@ def _deepspeed(hosts: Hosts, index: int, ticket: str) -> list[str]:
         "--no_local_rank",
         "--module",
         "longctx.launch.cluster.agent",
-        ticket,
+        spec_path,
     ]
 
 
-def _openmpi(launch: Launch, hosts: Hosts) -> list[str]:
+def _openmpi(launch: LaunchSection, hosts: Hosts) -> list[str]:
     arguments = ["mpirun", "-n", str(_ranks(hosts)), "--host", _counted(hosts), "--map-by", "slot", "--bind-to", "none"]
     options = _ssh_options(launch)
     if options:  # no word of these has a space: mpirun splits the text there
@@ -101,7 +101,7 @@ def _openmpi(launch: Launch, hosts: Hosts) -> list[str]:
     return arguments
 
 
-def _mpich(launch: Launch, hosts: Hosts) -> list[str]:
+def _mpich(launch: LaunchSection, hosts: Hosts) -> list[str]:
     """MPICH's own name for its starter: mpiexec alone is OpenMPI's too. It would hand on this shell's environment."""
     options = _ssh_options(launch)
     arguments = ["env", f"HYDRA_LAUNCHER_EXTRA_ARGS={' '.join(options)}"] if options else []
@@ -111,7 +111,7 @@ def _mpich(launch: Launch, hosts: Hosts) -> list[str]:
     return [*arguments, "-n", str(_ranks(hosts)), "-hosts", _counted(hosts)]
 
 
-def _slurm(launch: Launch, hosts: Hosts) -> list[str]:
+def _slurm(launch: LaunchSection, hosts: Hosts) -> list[str]:
     counts = {count for _, count in hosts}
     if len(counts) > 1:
         raise LaunchError(
@@ -125,7 +125,7 @@ def _slurm(launch: Launch, hosts: Hosts) -> list[str]:
     return [*arguments, "--export=" + ",".join(AGENTS)]  # else srun would send this shell's whole environment
 
 
-def _own_address(launch: Launch, hosts: Hosts) -> str | None:
+def _own_address(launch: LaunchSection, hosts: Hosts) -> str | None:
     """Return the address by which hosts reach this one, where it can be told. Nothing is sent."""
     try:
         return address_of(launch.interface) or address_towards(bare(hosts[-1][0]))
@@ -133,7 +133,7 @@ def _own_address(launch: Launch, hosts: Hosts) -> str | None:
         return None
 
 
-def _ssh_options(launch: Launch) -> list[str]:
+def _ssh_options(launch: LaunchSection) -> list[str]:
     """Return what the YAML says to ssh. No word of it has a space."""
     options = [word for option in launch.ssh_options for word in ("-o", option)]
     return options + (["-p", str(launch.ssh_port)] if launch.ssh_port else [])

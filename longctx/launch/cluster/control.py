@@ -80,10 +80,10 @@ class Line:
         self.socket.close()
 
 
-Source = TypeVar("Source", bound="int | socket.socket | Line")
+Readable = TypeVar("Readable", bound="int | socket.socket | Line")
 
 
-def readable(sources: Iterable[Source], seconds: float) -> list[Source]:
+def readable(sources: Iterable[Readable], seconds: float) -> list[Readable]:
     """Return those of ``sources`` that have something to read, after at most ``seconds``. Thousands may be watched."""
     watched = {source if isinstance(source, int) else source.fileno(): source for source in sources}
     poll = select.poll()

@@ -13,7 +13,7 @@ from typing import Any
 
 from longctx.errors import LongctxError
 from longctx.launch import hardware, prepare
-from longctx.launch.cluster.ticket import Ticket, hash_of
+from longctx.launch.cluster.jobspec import JobSpec, hash_of
 
 MOST_SKEW = 30.0  # seconds: more, and logs, locks and checkpoints of several hosts tell no story
 LEAST_DISK = 2**30
@@ -31,9 +31,9 @@ def own_versions() -> dict[str, str]:
     return found
 
 
-def gather(ticket: Ticket) -> dict[str, Any]:
+def gather(spec: JobSpec) -> dict[str, Any]:
     """Look at this host, in well under a second."""
-    output = Path(ticket.output)
+    output = Path(spec.output)
     try:
         disk = shutil.disk_usage(output).free
     except OSError:
@@ -43,11 +43,11 @@ def gather(ticket: Ticket) -> dict[str, Any]:
         "pid": os.getpid(),
         "clock": time.time(),
         "versions": own_versions(),
-        "config": hash_of(Path(ticket.config)),
+        "config": hash_of(Path(spec.config)),
         "gpus": hardware.gpus(),
         "disk": disk,
         "writable": os.access(output, os.W_OK | os.X_OK),
-        "folder": os.path.isdir(ticket.folder),
+        "folder": os.path.isdir(spec.folder),
         "toolchain": _toolchain(),
     }
 
@@ -64,12 +64,12 @@ def _toolchain() -> str:
     return ""
 
 
-def wrong(facts: dict[str, Any], ticket: Ticket, ranks: int, gpus: int, now: float) -> list[str]:
+def wrong(facts: dict[str, Any], spec: JobSpec, ranks: int, gpus: int, now: float) -> list[str]:
     """Return what is wrong with a host.
 
     Args:
         facts: what its agent found.
-        ticket: what it must be good for.
+        spec: what it must be good for.
         ranks: how many ranks it is to take.
         gpus: GPUs of the launcher's host; hosts must be of one kind.
         now: the launcher's clock when the facts came.
@@ -82,14 +82,14 @@ def wrong(facts: dict[str, Any], ticket: Ticket, ranks: int, gpus: int, now: flo
     skew = facts["clock"] - now
     if abs(skew) > MOST_SKEW:
         found.append(f"its clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}; start its time service")
-    if facts["config"] != ticket.config_sha256:
-        found.append(f"it sees another {ticket.config}; output.folder must be on storage that all hosts share")
+    if facts["config"] != spec.config_sha256:
+        found.append(f"it sees another {spec.config}; output.folder must be on storage that all hosts share")
     if not facts["writable"]:
-        found.append(f"{ticket.output} cannot be written there")
+        found.append(f"{spec.output} cannot be written there")
     elif facts["disk"] < LEAST_DISK:
-        found.append(f"{facts['disk'] / 2**30:.1f} GiB free at {ticket.output}")
+        found.append(f"{facts['disk'] / 2**30:.1f} GiB free at {spec.output}")
     if not facts["folder"]:
-        found.append(f"the working directory {ticket.folder} does not exist there; set launch.folder")
+        found.append(f"the working directory {spec.folder} does not exist there; set launch.folder")
     if gpus and facts["gpus"] < ranks:
         found.append(f"{facts['gpus']} GPUs for {ranks} ranks; lower its number of ranks")
     elif not gpus and facts["gpus"]:

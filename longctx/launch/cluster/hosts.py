@@ -10,12 +10,12 @@ from pathlib import Path
 from longctx import slurm
 from longctx.config.hosts import Host, once_each, parse_host, parse_hostfile, require_users
 from longctx.config.schema import RunConfig
-from longctx.config.sections.launch import Launch
+from longctx.config.sections.launch import LaunchSection
 from longctx.errors import LaunchError
 from longctx.launch import hardware
 
 
-def hosts_of(launch: Launch) -> tuple[Host, ...]:
+def hosts_of(launch: LaunchSection) -> tuple[Host, ...]:
     """Return the hosts that ``launch`` names; inside a SLURM allocation that names none, the allocation's.
 
     Raises:
@@ -35,7 +35,7 @@ def hosts_of(launch: Launch) -> tuple[Host, ...]:
     return _allocation()
 
 
-def with_slots(hosts: tuple[Host, ...], launch: Launch, world: int) -> tuple[tuple[str, int], ...]:
+def with_slots(hosts: tuple[Host, ...], launch: LaunchSection, world: int) -> tuple[tuple[str, int], ...]:
     """Return (name, ranks) of every host: what it says itself, else `ranks_per_host`, else a share of ``world``."""
     share = -(-world // len(hosts))
     common = launch.ranks_per_host if isinstance(launch.ranks_per_host, int) else hardware.gpus() or share

@@ -14,7 +14,7 @@ from longctx.errors import LaunchError
 from longctx.mesh import Mesh
 
 
-class Place(NamedTuple):
+class RankPlace(NamedTuple):
     """Where one rank is."""
 
     rank: int
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 class Placement(NamedTuple):
     """Where all ranks are."""
 
-    places: tuple[Place, ...]
+    places: tuple[RankPlace, ...]
     hosts: tuple[tuple[str, int], ...]
     """(name, ranks there) of the hosts that have any, in order"""
     split_ulysses: int
@@ -36,7 +36,7 @@ class Placement(NamedTuple):
     hops_between_hosts: int
     """of the messages of one step of every ring, those that leave a host"""
 
-    def on(self, host: str) -> tuple[Place, ...]:
+    def on(self, host: str) -> tuple[RankPlace, ...]:
         """Return the ranks of one host."""
         return tuple(place for place in self.places if place.host == host)
 
@@ -58,14 +58,14 @@ def place(hosts: Sequence[tuple[str, int]], ring: int, ulysses: int, data: int) 
     seats = [(name, local) for name, room in hosts for local in range(room)][:world]
     mesh = Mesh(ring, ulysses, data, world_size=world, rank=0)
     cells = {mesh.rank_at(*cell): cell for cell in product(range(data), range(ring), range(ulysses))}
-    places = [Place(rank, name, local, *cells[rank]) for rank, (name, local) in enumerate(seats)]
+    places = [RankPlace(rank, name, local, *cells[rank]) for rank, (name, local) in enumerate(seats)]
     used: dict[str, int] = {}
     for name, _ in seats:
         used[name] = used.get(name, 0) + 1
     return Placement(tuple(places), tuple(used.items()), *_crossings(places, ring, ulysses))
 
 
-def _crossings(places: Sequence[Place], ring: int, ulysses: int) -> tuple[int, int]:
+def _crossings(places: Sequence[RankPlace], ring: int, ulysses: int) -> tuple[int, int]:
     """Return (ulysses groups on several hosts, hops of all rings between hosts)."""
     at = {(item.data, item.ring, item.ulysses): item.host for item in places}
     groups: dict[tuple[int, int], set[str]] = {}

@@ -20,18 +20,18 @@ from longctx.config.schema import RunConfig
 from longctx.config.write import dump
 from longctx.errors import LaunchError
 from longctx.launch import hardware
-from longctx.launch.cluster import control, ticket
+from longctx.launch.cluster import control, jobspec
 from longctx.launch.cluster.commands import Command, commands, require_tools
 from longctx.launch.cluster.hosts import hosts_of, with_slots
 from longctx.launch.cluster.placement import Placement, place
-from longctx.launch.cluster.supervise import Outcome, Supervisor
+from longctx.launch.cluster.supervise import JobOutcome, Supervisor
 from longctx.launch.environment import travelling
 from longctx.network import address_of, address_towards
 from longctx.train.folder import require_usable
 from longctx.train.lock import FolderLock, require_free
 
 
-class Plan(NamedTuple):
+class ClusterJob(NamedTuple):
     """Everything about a job that is known before it starts."""
 
     config: RunConfig
@@ -39,27 +39,27 @@ class Plan(NamedTuple):
     commands: list[Command]
     environment: dict[str, str]
     """what travels"""
-    ticket: Path
+    spec_path: Path
     folder: str
     python: str
 
 
-def plan(config: RunConfig, sizes: Derived) -> Plan:
+def plan_job(config: RunConfig, sizes: Derived) -> ClusterJob:
     """Work out placement, commands and environment; nothing is run or written.
 
     Raises:
         LaunchError: the mesh does not fit the hosts, or the hosts are not known.
     """
     hosts = with_slots(hosts_of(config.launch), config.launch, sizes.world)
-    return _plan(config, hosts, (sizes.ring, sizes.ulysses, sizes.data))
+    return _job(config, hosts, (sizes.ring, sizes.ulysses, sizes.data))
 
 
-def _plan(config: RunConfig, hosts: Sequence[tuple[str, int]], grid: tuple[int, int, int]) -> Plan:
+def _job(config: RunConfig, hosts: Sequence[tuple[str, int]], grid: tuple[int, int, int]) -> ClusterJob:
     launch, placement = config.launch, place(hosts, *grid)
     python, folder = launch.python or sys.executable, launch.folder or os.getcwd()
-    path = Path(folder, config.output.folder).absolute() / ticket.FOLDER / ticket.NAME
+    path = Path(folder, config.output.folder).absolute() / jobspec.FOLDER / jobspec.NAME
     found = commands(launch, placement.hosts, python, hardware.python_path(), str(path))
-    return Plan(config, placement, found, travelling(os.environ, launch.environment), path, folder, python)
+    return ClusterJob(config, placement, found, travelling(os.environ, launch.environment), path, folder, python)
 
 
 def train(config: RunConfig, sizes: Derived, *, only_check: bool = False) -> int:
@@ -68,13 +68,13 @@ def train(config: RunConfig, sizes: Derived, *, only_check: bool = False) -> int
     Raises:
         LaunchError: it cannot be started from here.
     """
-    job = plan(config, sizes)
+    job = plan_job(config, sizes)
     require_tools(config.launch)
     if not only_check:
-        require_usable(job.ticket.parent.parent)
-        require_free(job.ticket.parent.parent)
-    private = job.ticket.parent
-    ticket.make_private(private)
+        require_usable(job.spec_path.parent.parent)
+        require_free(job.spec_path.parent.parent)
+    private = job.spec_path.parent
+    jobspec.make_private(private)
     with FolderLock(private):
         outcome = _attempt(job, only_check)
         for left in range(config.launch.restarts - 1, -1, -1):
@@ -90,7 +90,7 @@ def train(config: RunConfig, sizes: Derived, *, only_check: bool = False) -> int
     return outcome.code
 
 
-def without(job: Plan, sizes: Derived, absent: frozenset[str]) -> Plan | None:
+def without(job: ClusterJob, sizes: Derived, absent: frozenset[str]) -> ClusterJob | None:
     """Return the plan for the hosts that are left: fewer replicas, each step still on as many rows. None if no host is
     absent, or if what is left has no room for one replica.
     """
@@ -108,24 +108,24 @@ def without(job: Plan, sizes: Derived, absent: frozenset[str]) -> Plan | None:
         ),
         "train": job.config.train.model_copy(update={"global_batch": batch}),
     }
-    return _plan(job.config.model_copy(update=changes), left, (sizes.ring, sizes.ulysses, data))
+    return _job(job.config.model_copy(update=changes), left, (sizes.ring, sizes.ulysses, data))
 
 
-def _attempt(job: Plan, only_check: bool) -> Outcome:
+def _attempt(job: ClusterJob, only_check: bool) -> JobOutcome:
     text = dump(job.config)
-    config = job.ticket.with_name(ticket.CONFIG)
-    ticket.write_private(config, text)
+    config = job.spec_path.with_name(jobspec.CONFIG)
+    jobspec.write_private(config, text)
     try:
         with control.listen(_address(job)) as listener:
             _announce(*listener.getsockname()[:2])
-            given = _ticket(job, listener.getsockname(), text)
-            ticket.save(given, job.ticket)
+            given = _spec(job, listener.getsockname(), text)
+            jobspec.save(given, job.spec_path)
             supervisor = Supervisor(given, listener, job.config.launch.start_seconds)
             return supervisor.check(job.commands) if only_check else supervisor.run(job.commands)
     except OSError as error:
         raise LaunchError(f"the launcher cannot listen for its hosts: {error}; name launch.interface") from None
     finally:
-        job.ticket.unlink(missing_ok=True)
+        job.spec_path.unlink(missing_ok=True)
 
 
 def _announce(address: str, port: int) -> None:
@@ -139,7 +139,7 @@ def _announce(address: str, port: int) -> None:
         )
 
 
-def _address(job: Plan) -> str:
+def _address(job: ClusterJob) -> str:
     """Return the address of this machine that the hosts are to call."""
     wanted = job.config.launch.interface
     if wanted != "auto":
@@ -155,16 +155,16 @@ def _address(job: Plan) -> str:
     raise LaunchError(f"none of the hosts has an address here ({names}); write names that this machine knows")
 
 
-def _ticket(job: Plan, listening: Sequence[object], text: str) -> ticket.Ticket:
+def _spec(job: ClusterJob, listening: Sequence[object], text: str) -> jobspec.JobSpec:
     launch = job.config.launch
-    config = str(job.ticket.with_name(ticket.CONFIG))
-    return ticket.Ticket(
+    config = str(job.spec_path.with_name(jobspec.CONFIG))
+    return jobspec.JobSpec(
         address=str(listening[0]),
         port=int(str(listening[1])),
         token=secrets.token_hex(16),
         hosts=job.placement.hosts,
         folder=job.folder,
-        output=str(job.ticket.parent.parent),
+        output=str(job.spec_path.parent.parent),
         config=config,
         config_sha256=hashlib.sha256(text.encode()).hexdigest(),
         environment=job.environment,

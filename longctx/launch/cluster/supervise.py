@@ -7,30 +7,26 @@ as soon as its connection to us closes.
 
 from __future__ import annotations
 
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 from longctx.launch import hardware, report
 from longctx.launch.cluster.commands import Command
-from longctx.launch.cluster.members import Member, Members
-from longctx.launch.cluster.ticket import Ticket
-from longctx.launch.early import caught
+from longctx.launch.cluster.connections import AgentConnection, AgentConnections
+from longctx.launch.cluster.jobspec import JobSpec
 from longctx.launch.processes import Process, exit_code, kill
+from longctx.launch.watch import FAILED, Watch
 from longctx.train.signals import PREEMPTED, SIGNALS, code_of, sentence_of
 
-GRACE_SECONDS = 3.0  # between the first failure and the kill: others may be about to report the real cause
 END_SECONDS = 10.0  # for ssh, mpirun and srun to see that their agents are gone
-STOP_SECONDS = 300.0  # for saving a checkpoint after a request to stop
 
 
-class Outcome(NamedTuple):
+class JobOutcome(NamedTuple):
     """How a job ended."""
 
     code: int
@@ -43,32 +39,28 @@ class Outcome(NamedTuple):
 class Supervisor:
     """The processes and connections of one attempt."""
 
-    def __init__(self, ticket: Ticket, listener: socket.socket, start_seconds: int) -> None:
-        self.ticket, self.start_seconds = ticket, start_seconds
-        self.members = Members(listener, ticket)
-        self.logs = Path(ticket.output) / "logs"
+    def __init__(self, spec: JobSpec, listener: socket.socket, start_seconds: int) -> None:
+        self.spec, self.start_seconds = spec, start_seconds
+        self.connections = AgentConnections(listener, spec)
+        self.logs = Path(spec.output) / "logs"
         self.processes: dict[str, Process] = {}
         self.started = False
-        self.asked_to_stop = 0.0
-        self.asked = 0  # the signal that asked first
-        self.interrupted_twice = False
+        self.watch = Watch()
 
-    def run(self, commands: Sequence[Command]) -> Outcome:
+    def run(self, commands: Sequence[Command]) -> JobOutcome:
         """Run the job to its end."""
-        previous = {number: signal.signal(number, self._forward) for number in (*caught(), signal.SIGUSR2)}
-        try:
-            self._launch(commands)
-            return self._gather() or self._watch()
-        finally:
-            self._end()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with self.watch.handling_signals(self._forward):
+            try:
+                self._launch(commands)
+                return self._gather() or self._wait()
+            finally:
+                self._end()
 
-    def check(self, commands: Sequence[Command]) -> Outcome:
+    def check(self, commands: Sequence[Command]) -> JobOutcome:
         """Only find out whether every host is ready."""
         try:
             self._launch(commands)
-            return self._gather(start=False) or Outcome(0, False)
+            return self._gather(start=False) or JobOutcome(0, False)
         finally:
             self._end()
 
@@ -83,38 +75,38 @@ class Supervisor:
     def _log(self, label: str) -> Path:
         return self.logs / f"launcher-{label}.log"
 
-    def _gather(self, start: bool = True) -> Outcome | None:
+    def _gather(self, start: bool = True) -> JobOutcome | None:
         """Wait for every host, look at what each says about itself, and give the word to start."""
         deadline = time.monotonic() + self.start_seconds
-        while not self.members.complete and not self.asked_to_stop:
+        while not self.connections.complete and not self.watch.signal:
             gone = all(exit_code(process) is not None for process in self.processes.values())
             if gone or time.monotonic() > deadline or self._nobody_left_to_come():
                 break
-            self.members.poll()
-        if self.asked_to_stop:
-            self._say(sentence_of(self.asked))
-            return Outcome(code_of(self.asked), False)
-        problems = self.members.wrong(hardware.gpus())
-        absent = {} if self.members.complete else self._absent()
+            self.connections.poll()
+        if self.watch.signal:
+            self._say(sentence_of(self.watch.signal))
+            return JobOutcome(code_of(self.watch.signal), False)
+        problems = self.connections.wrong(hardware.gpus())
+        absent = {} if self.connections.complete else self._absent()
         if problems or absent:
             self._say("not started, because of\n" + table(problems | absent))
-            return Outcome(1, False, frozenset(absent))
+            return JobOutcome(1, False, frozenset(absent))
         if start:
             self.started = True
-            self.members.send(start=self.members.by_rank[0].meeting)
+            self.connections.send(start=self.connections.by_rank[0].meeting)
         return None
 
     def _nobody_left_to_come(self) -> bool:
         """Whether each host has either answered in full or seen its command end."""
-        missing = {self.ticket.seat(rank)[0] for rank in range(self.ticket.world) if rank not in self.members.by_rank}
+        missing = {self.spec.seat(rank)[0] for rank in range(self.spec.world) if rank not in self.connections.by_rank}
         return all(host in self.processes and exit_code(self.processes[host]) is not None for host in missing)
 
     def _absent(self) -> dict[str, list[str]]:
         """Return why the hosts that did not answer did not, as far as their command's output says."""
         found: dict[str, list[str]] = {}
-        for rank in range(self.ticket.world):
-            host = self.ticket.seat(rank)[0]
-            if rank in self.members.by_rank or host in found:
+        for rank in range(self.spec.world):
+            host = self.spec.seat(rank)[0]
+            if rank in self.connections.by_rank or host in found:
                 continue
             label = host if host in self.processes else next(iter(self.processes))
             code = exit_code(self.processes[label])
@@ -124,39 +116,30 @@ class Supervisor:
             found[host] = [how + (f": {(ours or said)[-1][-400:]}" if said else "")]
         return found
 
-    def _watch(self) -> Outcome:
-        """Wait for the end; print the cause if it is a bad one."""
-        failed_at = 0.0
+    def _wait(self) -> JobOutcome:
+        """Wait for the end; print the cause if a rank failed or was lost."""
         while True:
-            self.members.poll()
-            now, members = time.monotonic(), self.members
-            if self.interrupted_twice:
-                return Outcome(130, False)
-            if members.endings:
-                failed_at = failed_at or now
-                if len(members.codes) == self.ticket.world or now - failed_at > GRACE_SECONDS:
-                    return self._explain()
-            elif len(members.codes) == self.ticket.world:
-                return Outcome(PREEMPTED if PREEMPTED in members.codes else 0, False)
-            if self.asked_to_stop and now - self.asked_to_stop > STOP_SECONDS:
-                self._say(f"not stopped {STOP_SECONDS:.0f} s after the request; killing")
-                return Outcome(1, False)
+            self.connections.poll()
+            ended, failed = self.connections.codes, bool(self.connections.endings)
+            code = self.watch.exit_code(ended, self.spec.world, failed)
+            if code is not None:
+                return self._explain() if code == FAILED else JobOutcome(code, False)
 
-    def _explain(self) -> Outcome:
-        codes = set(self.members.codes)
+    def _explain(self) -> JobOutcome:
+        codes = set(self.connections.codes)
         answers = {130, 143, PREEMPTED, 0, *(-number for number in SIGNALS)}
-        if self.asked_to_stop and codes <= answers and not any(one.lost for one in self.members.endings):
-            self._say(sentence_of(self.asked))  # stopped before the loop could promise a checkpoint
-            return Outcome(code_of(self.asked), False)
+        if self.watch.signal and codes <= answers and not any(one.lost for one in self.connections.endings):
+            self._say(sentence_of(self.watch.signal))  # stopped before the loop could promise a checkpoint
+            return JobOutcome(code_of(self.watch.signal), False)
         # a host that has gone silent, then what died without a word, is the cause of what others reported
-        silent = [one for one in self.members.endings if one.end is None or one.end.report is None]
-        first = (self.members.silent() or silent or self.members.endings)[0]
+        silent = [one for one in self.connections.endings if one.end is None or one.end.report is None]
+        first = (self.connections.silent() or silent or self.connections.endings)[0]
         self._say(self._cause(first))
         users = first.end is not None and first.end.report is not None and bool(first.end.report.get("user"))
-        return Outcome(1, not users and not self.asked_to_stop)
+        return JobOutcome(1, not users and not self.watch.signal)
 
-    def _cause(self, member: Member) -> str:
-        host = self.ticket.seat(member.rank)[0]
+    def _cause(self, member: AgentConnection) -> str:
+        host = self.spec.seat(member.rank)[0]
         where = f"rank {member.rank} on {host}"
         if member.end is None:
             label = host if host in self.processes else next(iter(self.processes))
@@ -169,20 +152,14 @@ class Supervisor:
         text = str(member.end.report.get("text"))
         return text if member.end.report.get("user") else f"{where} failed (full output in {self.logs}):\n{text}"
 
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        """Pass a signal on to the ranks; the second SIGINT ends the wait. SIGUSR2 has them show where they are."""
-        if number == signal.SIGINT and self.asked_to_stop:
-            self.interrupted_twice = True
-            return
-        if number != signal.SIGUSR2:
-            self.asked_to_stop = self.asked_to_stop or time.monotonic()
-            self.asked = self.asked or number
+    def _forward(self, number: int) -> None:
+        """Have the agents send a signal to their ranks."""
         if self.started:
-            self.members.send(signal=number)
+            self.connections.send(signal=number)
 
     def _end(self) -> None:
         """Close the connections, let the launcher's processes see that all is over, and kill those that do not."""
-        self.members.close()
+        self.connections.close()
         deadline = time.monotonic() + END_SECONDS
         while time.monotonic() < deadline and any(exit_code(one) is None for one in self.processes.values()):
             time.sleep(0.05)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from longctx.errors import ModelError
-from longctx.models.hook.families import PREFIX
+from longctx.models.names import PREFIX
 from longctx.nn.entropy import Backend, check_backend
 from longctx.nn.loss import IGNORED, tiled_loss
 from longctx.nn.tiling import Tile

@@ -17,11 +17,9 @@ import torch
 
 from longctx.errors import ModelError
 from longctx.models.hook.bounded_layer import install
-from longctx.models.register import NAME
+from longctx.models.names import NAME, PREFIX
 from longctx.nn.kinds import read_layers
 from longctx.nn.memory import ABCMemory, CosineMemory
-
-PREFIX = "longctx_"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from longctx.errors import ModelError
 from longctx.models.hook.binding import Binding
 from longctx.models.hook.positions import PLAIN, PositionRule, table_of_positions
-from longctx.models.hook.verify import Trace, judge
+from longctx.models.hook.trace import Trace, judge
 
 _TOKENS, _PADDED = 8, 3
 _PLACE = 3  # the position that all tokens have in the first run

@@ -8,28 +8,16 @@ ends; every rank sees the same model and raises the same error.
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 
 from longctx.errors import ModelError
 from longctx.models.hook.binding import Binding
-from longctx.models.hook.wrapped import adapter_parts, inner_models
-from longctx.models.register import NAME
-
-_LAYER = re.compile(r"(Layer|Block)$")
-_ATTENTION = re.compile(r"Attention|Attn")
-# Modules that mix tokens in a way of their own, by class name: state spaces, convolutions along the sequence,
-# recurrences, and poolers that pick a token of the whole sequence.
-_MIXER = re.compile(
-    r"Mamba|SSM|Mixer|Rwkv|Recurrent|Recursion|DeltaNet|ShortConv|Hyena|Fourier|Retention|Lightning|MultiheadAttention"
-    r"|Pooler|Pooling"
-)
-_PER_TOKEN = re.compile(r"(Norm|Norm2d|MLP|Mlp|FeedForward|Embeddings?|Activation|Router|Experts?|Linear|Dropout)$")
-_MIXING_TYPES = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.RNNBase, torch.nn.MultiheadAttention)
+from longctx.models.hook.probe import position_rule
+from longctx.models.hook.trace import Trace, judge
+from longctx.models.hook.wrapped import inner_models
+from longctx.models.names import NAME
 
 
 def watch(model: torch.nn.Module, binding: Binding) -> None:
@@ -41,68 +29,6 @@ def watch(model: torch.nn.Module, binding: Binding) -> None:
     for inner in inner_models(model) if binding.sharded else ():
         if inner is not model:  # what a wrapper passes on is what counts
             binding.handles.append(inner.register_forward_pre_hook(watcher.inner, with_kwargs=True))
-
-
-class Trace:
-    """What ran in one forward: use it as a context around the call.
-
-    Attributes:
-        ran: by id, the modules whose forward ran to its end.
-        inside: the innermost module that did not (it raised), with its path.
-        first: the innermost first module that gave the tokens of a row different values although its own were equal;
-            looked for where ``tokens`` is given.
-    """
-
-    def __init__(self, model: torch.nn.Module, tokens: int | None = None) -> None:
-        self.model, self.tokens = model, tokens
-        self.ran: dict[int, torch.nn.Module] = {}
-        self.inside = self.first = ""
-        self._open: list[str] = []
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> Trace:
-        for path, module in self.model.named_modules():
-            if module is self.model:
-                continue
-            if self.tokens is not None:
-                label = f"{type(module).__name__} ({path})"
-                self._handles.append(module.register_forward_pre_hook(partial(self._begin, label)))
-                self._handles.append(module.register_forward_hook(partial(self._end, label), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._note))
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.inside = self._open[-1] if self._open else ""
-        self.stop()
-
-    def stop(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _note(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.ran[id(module)] = module
-
-    def _begin(self, label: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        self._open.append(label)
-
-    def _end(self, label: str, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        self._open.remove(label)
-        given = [*args, *kwargs.values()]
-        if not self.first and self._unequal(output) and not any(self._unequal(x) for x in given):
-            self.first = label
-
-    def _unequal(self, x: Any) -> bool:
-        """Tell whether the tokens of a (B, T, …) or (T, D) floating tensor differ, or those of one in a tuple."""
-        if isinstance(x, tuple | list):
-            return any(self._unequal(part) for part in x)
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() < 2:
-            return False
-        x = x[None] if x.dim() == 2 else x
-        if x.shape[1] != self.tokens:
-            return False
-        return float((x - x[:, :1]).abs().max()) > 1e-2 * float(x.abs().max())
 
 
 class _Watcher:
@@ -123,8 +49,6 @@ class _Watcher:
             check_keywords(model, arguments, binding.cache)
             refuse_added_loss(type(model).__name__, arguments, binding.configs)
         if not binding.checked:
-            from longctx.models.hook.probe import position_rule
-
             position_rule(model, binding)
             if self.trace is not None:  # of a forward that raised
                 self.trace.stop()
@@ -209,56 +133,3 @@ def refuse_added_loss(name: str, arguments: dict[str, Any], configs: list[Any]) 
             f"{name}: output_router_logits=True adds a load-balancing loss over the tokens of one rank and one "
             "micro-batch, which is not that of the whole batch; set output_router_logits=False"
         )
-
-
-def judge(model: torch.nn.Module, ran: dict[int, torch.nn.Module], called: set[int]) -> None:
-    """Raise ModelError naming the class of a module that ran, mixes tokens and did not go through longctx.
-
-    Args:
-        ran: by id, the modules whose forward ran.
-        called: ids of the modules that called longctx's attention function.
-    """
-    reached = {id(module) for module in model.modules() if any(id(child) in called for child in module.modules())}
-    used = reached | {id(child) for module in model.modules() if id(module) in called for child in module.modules()}
-    adapters = adapter_parts(model)
-    suspects: list[tuple[str, str, str]] = []
-    for path, module in model.named_modules():
-        name = type(module).__name__
-        if id(module) not in ran or id(module) in called | adapters or _PER_TOKEN.search(name):
-            continue
-        if _MIXER.search(name) or _convolves(module):
-            suspects.append((path, name, "mixes tokens in a way that longctx does not shard"))
-        elif _ATTENTION.search(name) and id(module) not in used and any(True for _ in module.children()):
-            suspects.append((path, name, "attends without calling the attention function it was given"))
-    for path, name, what in suspects:
-        if not any(other.startswith(path + ".") for other, _, _ in suspects):  # the innermost says it best
-            _raise(model, path, name, what)
-    for path, layer in _layers(model):
-        if id(layer) in ran and id(layer) not in reached | adapters:
-            inner = sorted({type(child).__name__ for child in layer.children()})
-            _raise(model, path, type(layer).__name__, f"never called longctx's attention (it holds {', '.join(inner)})")
-    if not called:
-        _raise(model, "", type(model).__name__, "never called longctx's attention")
-
-
-def _layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield the members of every stack of layers."""
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
-            for key, child in module.named_children():
-                if _LAYER.search(type(child).__name__):
-                    yield f"{path}.{key}", child
-
-
-def _convolves(module: torch.nn.Module) -> bool:
-    if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d):
-        return any(size != 1 for size in module.kernel_size)
-    return isinstance(module, _MIXING_TYPES)
-
-
-def _raise(model: torch.nn.Module, path: str, name: str, what: str) -> None:
-    where = f" ({path})" if path else ""
-    raise ModelError(
-        f"{type(model).__name__} cannot run on a shard: {name}{where} {what}. On a shard its result would be silently "
-        "wrong; use a model whose every layer attends through transformers' attention interface (docs/models.md)"
-    )

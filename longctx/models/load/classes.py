@@ -1,4 +1,4 @@
-"""Which class of transformers a model type has for which task, from transformers' own tables, without importing it.
+"""Map model types to transformers classes per task, from transformers' own tables, without importing transformers.
 
 Importing transformers' tables imports torch, which takes seconds; the tables are literals in one source file, which is
 parsed instead.
@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from longctx.errors import ModelError
+from longctx.models.names import PREFIX
 
-PREFIX = "longctx_"
-"""of the model types of converted models (see ``longctx.models.hook.families``)"""
 _DECODERS = frozenset({"bart", "mbart", "mvp", "reformer", "xlm"})  # types with a causal class of another kind
 _SUFFIX = "_MAPPING_NAMES"
 
@@ -44,7 +43,7 @@ def tables() -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 def require_causal(settings: dict[str, Any], where: str) -> None:
-    """Refuse the config.json of anything but a causal language model, by the name of its class.
+    """Reject the config.json of any model but a causal language model, by the name of its class.
 
     Args:
         settings: the content of config.json.
@@ -56,7 +55,7 @@ def require_causal(settings: dict[str, Any], where: str) -> None:
     """
     kind, causal = settings.get("model_type"), tables().get("MODEL_FOR_CAUSAL_LM", {})
     if not causal:
-        return  # no transformers here, or another layout of it: loading will say
+        return  # transformers is missing or has another layout: loading reports it
     if not isinstance(kind, str):
         raise ModelError(f"{where}: its config.json has no model_type; give a transformers folder")
     plain = kind.removeprefix(PREFIX)
@@ -85,7 +84,7 @@ def require_causal(settings: dict[str, Any], where: str) -> None:
 
 
 def _require_left_to_right(settings: dict[str, Any], kind: str, who: str) -> None:
-    """Refuse encoders: with a causal head they would predict a token from itself unless ``is_decoder`` is set."""
+    """Reject encoders: with a causal head they predict a token from itself unless ``is_decoder`` is set."""
     masked = kind in tables().get("MODEL_FOR_MASKED_LM", {}) and kind not in _DECODERS
     if masked and settings.get("is_decoder") is not True:
         raise ModelError(
@@ -95,7 +94,7 @@ def _require_left_to_right(settings: dict[str, Any], kind: str, who: str) -> Non
 
 
 def _pairs(node: ast.expr) -> dict[str, tuple[str, ...]]:
-    """Return the literal pairs of an ``OrderedDict([...])``; what is no literal is left out."""
+    """Return the literal pairs of an ``OrderedDict([...])``; others are left out."""
     found: dict[str, tuple[str, ...]] = {}
     for item in node.elts if isinstance(node, ast.List) else []:
         try:

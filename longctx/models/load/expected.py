@@ -1,7 +1,7 @@
-"""Whether a folder's weights are those of the model that its config.json describes: names and shapes, no torch.
+"""Check that a folder's weights match its config.json: names and shapes, without torch.
 
-What every language model has is held for all of them: rows of the embedding and of the output layer, and the number of
-layers. For plain Llama-like models and GPT-2 every weight of every layer is.
+For every language model: rows of the embedding and of the output layer, and the number of layers. For plain Llama-like
+models and GPT-2: every weight of every layer.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from longctx.models.load.classes import PREFIX
 from longctx.models.load.headers import Weight
 from longctx.models.load.settings import text_settings, whole_number
+from longctx.models.names import PREFIX
 
 PLAIN = frozenset(
     {"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "smollm3"}
@@ -35,15 +35,15 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def tied(settings: dict[str, Any]) -> bool:
-    """Whether the output layer shares the embedding's weights; where the file is silent, as its class has it."""
+    """Return whether the output layer shares the embedding's weights; by default, as the class does."""
     given = settings.get("tie_word_embeddings")
     kind = str(settings.get("model_type")).removeprefix(PREFIX)
     return bool(given) if isinstance(given, bool) else kind in _TIED
 
 
 def count_parameters(settings: dict[str, Any], weights: dict[str, Weight]) -> int:
-    """Return the parameters of a folder's model: without layers beyond its own, which only guess further tokens, and
-    without a second copy of a tied embedding."""
+    """Return the number of parameters of a folder's model, without extra layers for multi-token prediction and without
+    a second copy of a tied embedding."""
     settings = text_settings(settings)
     count, total = whole_number(settings, "num_hidden_layers", "n_layer", "n_layers", "num_layers"), 0
     for name, weight in weights.items():
@@ -54,7 +54,7 @@ def count_parameters(settings: dict[str, Any], weights: dict[str, Weight]) -> in
 
 
 def mismatches(settings: dict[str, Any], weights: dict[str, Weight]) -> Iterator[str]:
-    """Yield what is wrong with ``weights`` for the model that ``settings`` describe, a sentence each, the worst first.
+    """Yield one sentence per mismatch between ``weights`` and the model that ``settings`` describe, the worst first.
 
     Args:
         settings: the content of config.json.
@@ -118,7 +118,7 @@ def _layer(index: int, found: dict[str, Weight], shapes: dict[str, tuple[int | N
 
 
 def _by_layer(weights: dict[str, Weight]) -> dict[int, dict[str, Weight]]:
-    """Group weights by layer, under the names that they have inside it."""
+    """Group weights by layer, by their names within the layer."""
     found: dict[int, dict[str, Weight]] = {}
     for name, weight in weights.items():
         match = _LAYER.search(name)

@@ -1,6 +1,6 @@
-"""Mixtures of experts as a config.json describes them: how many weights there are, and how many a token uses.
+"""Mixture-of-experts sizes from a config.json: the number of weights, and how many are active per token.
 
-No torch: the planner and the count of FLOPs read it.
+Without torch: the planner and the FLOPs counter use it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class Experts:
     """The sparse MLPs of a model: `layers` of them, the other layers being dense.
 
     Attributes:
-        count, active: experts of a layer, and those that one token passes.
+        count, active: experts per layer, and experts per token.
         inner: width of one expert.
-        shared: width of the experts that every token passes.
-        shared_gate: whether a gate of one output weighs the shared expert.
+        shared: total width of the shared experts, which process every token.
+        shared_gate: whether a scalar gate weights the shared expert.
     """
 
     layers: int
@@ -37,12 +37,12 @@ class Experts:
         return 3 * hidden * (self.count * self.inner + self.shared) + hidden * (self.count + self.shared_gate)
 
     def used(self, hidden: int) -> int:
-        """Of these, those that take part in products for one token."""
+        """Weights that are active per token."""
         return self.weights(hidden) - 3 * hidden * (self.count - self.active) * self.inner
 
     @property
     def width(self) -> int:
-        """Inner results of one token."""
+        """Intermediate activations per token."""
         return self.active * self.inner + self.shared
 
 
@@ -55,7 +55,7 @@ def experts_of(settings: dict[str, Any]) -> Experts | None:
     if count is None or inner is None or total is None or count == 1 or settings.get("enable_moe_block") is False:
         return None
     if settings.get("model_type") == "llama4_text":
-        shared: int | None = inner  # one expert for every token, as wide as the others
+        shared: int | None = inner  # one shared expert, as wide as the others
     else:
         number = whole_number(settings, "n_shared_experts", "num_shared_experts", "moe_num_shared_experts") or 0
         own = whole_number(settings, "shared_expert_intermediate_size", "shared_intermediate_size")

@@ -1,4 +1,4 @@
-"""What the safetensors files of a pretrained folder hold, by their headers alone: names, dtypes, shapes; no torch."""
+"""Read names, dtypes and shapes of a pretrained folder's weights from safetensors headers, without torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from longctx.errors import ModelError
 from longctx.models.load.settings import is_pointer, read_json
 
-_LARGEST_HEADER = 100_000_000  # the format's own bound
+_LARGEST_HEADER = 100_000_000  # the format's own limit
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -29,7 +29,7 @@ class Weight(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        """How many numbers it has."""
+        """Number of elements."""
         product = 1
         for size in self.shape:
             product *= size
@@ -65,8 +65,8 @@ def read_weights(folder: str | Path) -> dict[str, Weight]:
     """Return every weight of a pretrained folder by name, from the headers; no tensor is read.
 
     Raises:
-        ModelError: see ``weight_files``; or a file is a Git LFS pointer, cut short or no safetensors file, or the index
-            names a weight that its file does not hold.
+        ModelError: see ``weight_files``; or a file is a Git LFS pointer, truncated or no safetensors file, or the index
+            names a weight that its file does not have.
     """
     folder = Path(folder)
     found: dict[str, Weight] = {}
@@ -89,7 +89,7 @@ def _weight_map(index: Path) -> dict[str, Any]:
 
 
 def _header(path: Path) -> dict[str, Weight]:
-    """Read one file's header: 8 bytes of length, and as many of JSON."""
+    """Read one file's header: 8 bytes with the length of the JSON, then the JSON."""
     size, length, raw = _start(path)
     try:
         entries = json.loads(raw)

@@ -1,8 +1,8 @@
-"""A pretrained model from a local folder: safetensors only, nothing downloaded, nothing in the folder executed.
+"""Load a pretrained model from a local folder: safetensors only, nothing downloaded, nothing in the folder executed.
 
-A config.json is input from a stranger. transformers has followed fields of it to code before (``auto_map``; the field
-``_attn_implementation_internal`` of CVE-2026-4372 named a kernel repository), so a config is built from keys that its
-class declares, dangerous ones are refused, and the rest is left out.
+A config.json is untrusted input. Some of its fields have led transformers to execute code (``auto_map``;
+``_attn_implementation_internal`` of CVE-2026-4372 named a kernel repository). So a config is built only from keys that
+its class declares; dangerous keys are rejected, others are ignored.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from longctx.models.load.headers import read_weights, weight_files
 from longctx.models.load.read_keys import accepted_keys
 from longctx.models.load.scratch import REFUSALS
 from longctx.models.load.settings import read_settings
+from longctx.models.names import NAME
 
 
 def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> Any:
     """Return the transformers config of a local pretrained folder: ``AutoConfig``'s, from keys that its class knows.
 
     Args:
-        changes: keys of config.json that get another value, such as ``{"max_position_embeddings": 131072}``.
+        changes: overrides for keys of config.json, such as ``{"max_position_embeddings": 131072}``.
 
     Raises:
-        ModelError: no such folder, no or broken config.json, an unknown architecture, or a refused key.
+        ModelError: no such folder, no or broken config.json, an unknown architecture, or a rejected key.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -40,18 +41,18 @@ def read_config(folder: str | Path, changes: dict[str, Any] | None = None) -> An
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ModelError(f"{path}: model_type {kind!r} is no architecture of the installed transformers")
     if kind == "mistral" and "layer_types" in raw:
-        kind = "ministral"  # as AutoConfig does: Mistral's own class has one kind of layer
+        kind = "ministral"  # as AutoConfig does: Mistral's own class has one layer type
     config_class: Any = CONFIG_MAPPING[kind]
     known = accepted_keys(config_class)
     try:
         config = config_class.from_dict({key: value for key, value in raw.items() if key in known})
     except (*REFUSALS, ImportError) as problem:
-        raise ModelError(f"{path}: transformers refuses this {kind} config: {problem}") from problem
+        raise ModelError(f"{path}: transformers rejects this {kind} config: {problem}") from problem
     return config
 
 
 def stored_dtype(folder: str | Path, config: Any) -> Any:
-    """Return the torch dtype of a folder's weights: what its config says, else that of the first one.
+    """Return the torch dtype of a folder's weights: the one in its config, else that of the first weight.
 
     Raises:
         ModelError: see ``read_weights``.
@@ -70,8 +71,8 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
 
     Args:
         dtype: torch dtype of the weights; None keeps the folder's.
-        config: what ``read_config`` returned, if it has been read (and changed) already. If it has been converted, the
-            weights that the folder lacks for its layers are drawn at random.
+        config: the result of ``read_config``, if it was already read (and changed). If it is a converted config,
+            weights of its layers that the folder lacks are initialised at random.
 
     Raises:
         ModelError: see ``read_config`` and ``weight_files``; or a weight is missing or has another shape.
@@ -81,7 +82,7 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
 
     from longctx.models.convert import converted
     from longctx.models.hook.bounded_layer import CHILD
-    from longctx.models.register import NAME, register
+    from longctx.models.register import register
 
     register()
     loader: Any = AutoModelForCausalLM
@@ -107,18 +108,18 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None, config: Any = None
 def make_model(config: Any, *, dtype: Any = None) -> Any:
     """Return a causal language model with random weights and longctx's attention, built from a config.
 
-    Run it inside ``deepspeed.zero.Init`` to build it partitioned.
+    Inside ``deepspeed.zero.Init`` it is built partitioned.
     """
     from transformers import AutoModelForCausalLM
 
-    from longctx.models.register import NAME, register
+    from longctx.models.register import register
 
     register()
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME, trust_remote_code=False)
 
 
 def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return ``raw`` with other values; new RoPE parameters replace all of the old ones, but for its base."""
+    """Return ``raw`` with overrides; new RoPE parameters replace all old ones except the base."""
     new = {**raw, **changes}
     if "rope_parameters" in changes:
         new.pop("rope_scaling", None)
@@ -132,7 +133,7 @@ def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _floats(value: Any) -> Any:
-    """Undo how transformers writes infinity and NaN into JSON: ``{"__float__": "Infinity"}``."""
+    """Decode infinity and NaN as transformers writes them into JSON: ``{"__float__": "Infinity"}``."""
     if isinstance(value, dict):
         if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
             return float(value["__float__"])

@@ -1,41 +1,41 @@
-"""How many positions a pretrained folder's model was made for, and whether a key can raise that number."""
+"""The number of positions that a pretrained model supports, and whether a setting can raise it."""
 
 from __future__ import annotations
 
 import re
 from typing import Any, NamedTuple
 
-from longctx.models.load.classes import PREFIX
 from longctx.models.load.headers import Weight
 from longctx.models.load.settings import text_settings, whole_number
+from longctx.models.names import PREFIX
 
 _NAMES = ("max_position_embeddings", "n_positions")
 _TABLE = re.compile(r"(?:^|\.)(wpe|embed_positions|position_embeddings?|positions_embed)\.weight$")
-# RoBERTa's positions begin behind its padding id.
+# RoBERTa's positions begin after its padding id.
 _OFFSET = frozenset(
     {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod"}
 )
-# Kinds of RoPE that read max_position_embeddings as the length that the weights were trained on.
+# RoPE types that take max_position_embeddings as the length of the training data.
 _MEANT = frozenset({"dynamic", "yarn", "longrope"})
 
 
 class Reach(NamedTuple):
-    """The positions of a model."""
+    """The supported positions of a model."""
 
     positions: int
-    """tokens of the longest sequence"""
+    """longest sequence in tokens"""
     learned: bool
-    """they are rows of a table, so that no setting adds to them"""
+    """positions are rows of a table, which no setting extends"""
     scaling: str | None
-    """the kind of RoPE, where raising the number alone would change what it means"""
+    """RoPE type, if raising the number alone would change the rotation"""
 
 
 def reach_of(settings: dict[str, Any], weights: dict[str, Weight]) -> Reach | None:
-    """Return how far the model of a folder reaches; None if it has no such number (ALiBi, state spaces).
+    """Return the supported positions of a folder's model; None if unlimited (ALiBi, state-space models).
 
     Args:
         settings: the content of config.json.
-        weights: what ``read_weights`` returned; empty if it is not known.
+        weights: the result of ``read_weights``; empty if unknown.
     """
     settings = text_settings(settings)
     declared = whole_number(settings, *_NAMES)
@@ -48,13 +48,13 @@ def reach_of(settings: dict[str, Any], weights: dict[str, Weight]) -> Reach | No
     offset = (padding if isinstance(padding, int) else 1) + 1 if kind in _OFFSET else 0
     rope = _kinds_of_rope(settings)
     if declared is not None and "dynamic" in rope and not tables:
-        return None  # it rescales itself beyond the declared length
+        return None  # dynamic RoPE rescales beyond the declared length
     scaling = next((kind for kind in sorted(rope) if kind in _MEANT), None)
     return Reach(min(known) - offset, bool(tables) or "n_positions" in settings, scaling)
 
 
 def _kinds_of_rope(settings: dict[str, Any]) -> set[str]:
-    """Return the kinds of RoPE that config.json names, old spelling or new, of all kinds of layers."""
+    """Return the RoPE types in config.json, in old or new spelling, of all layer types."""
     found = set()
     for key in ("rope_parameters", "rope_scaling"):
         block = settings.get(key)

@@ -1,7 +1,7 @@
-"""Which keys of a config.json its transformers class knows: declared, renamed, or taken from keywords by its code.
+"""Find the keys of a config.json that its transformers class reads: declared, renamed, or taken from keyword arguments.
 
-A key that nothing in the class mentions is left out of the config: transformers would set it as an attribute, over a
-method if it has a method's name, and has followed such attributes to code before.
+Any other key is left out of the config: transformers would set it as an attribute, even over a method of that name, and
+such attributes have led it to execute code.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ _TAKES = ("pop", "get", "setdefault")  # of a dictionary of keywords
 @cache
 def accepted_keys(config_class: type) -> frozenset[str]:
     """Return every key of a config.json that ``config_class`` reads."""
-    declared = {field.name for field in dataclasses.fields(config_class)}  # some are private: _sliding_window_pattern
+    declared = {field.name for field in dataclasses.fields(config_class)}  # also private ones: _sliding_window_pattern
     mapped = {name for pair in getattr(config_class, "attribute_map", {}).items() for name in pair}
-    for part in _parts(config_class):  # older files hold the keys of the language model at the top
+    for part in _parts(config_class):  # older files have the language model's keys at the top level
         mapped |= accepted_keys(part)
     own = {name for base in _own_bases(config_class) for name in _mentioned(base)}
     return frozenset(declared | mapped | _COMMON | {name for name in own if not name.startswith("_")})
 
 
 def _parts(config_class: type) -> list[type]:
-    """Return the config classes that a composite one is put together from, as far as it names them."""
+    """Return the config classes that a composite class names as its parts."""
     parts: list[type] = list(getattr(config_class, "sub_configs", {}).values())
     return [part for part in parts if part is not config_class and dataclasses.is_dataclass(part)]
 
 
 def _own_bases(config_class: type) -> list[type]:
-    """Return the class and its bases that belong to a model, not to transformers' machinery."""
+    """Return the class and those of its bases that belong to a model rather than to transformers' base classes."""
     bases = (base for base in config_class.__mro__ if base is not object)
     return [base for base in bases if ".models." in f"{base.__module__}."]
 
 
 @cache
 def _mentioned(base: type) -> frozenset[str]:
-    """Return the keywords that the code of a class takes, and the attributes that it sets."""
+    """Return the keyword arguments that the code of a class reads, and the attributes that it sets."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-    except (OSError, TypeError, SyntaxError):  # made at run time, as converted models are: their bases are read
+    except (OSError, TypeError, SyntaxError):  # created at run time (converted models): read their bases
         return frozenset()
     found = set()
     for node in ast.walk(tree):

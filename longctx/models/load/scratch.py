@@ -1,4 +1,4 @@
-"""A transformers config from an architecture's name and sizes, one vocabulary of sizes for every architecture."""
+"""Build a transformers config from an architecture's name and sizes, with the same size names for all architectures."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _RENAMED = {
     }
 }
 _NO_KV_HEADS = frozenset({"gpt2"})
-_WIDE_MLP = frozenset({"gpt2", "phi"})  # two matrices of 4 x hidden_size; the gated ones have three of 8/3
-# Dropout of activations makes a run depend on how many ranks computed it: all of it is off unless asked for.
+_WIDE_MLP = frozenset({"gpt2", "phi"})  # two matrices of 4 x hidden_size; gated MLPs have three of 8/3
+# Activation dropout makes a run depend on the number of ranks: it is off unless requested.
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout")
 
 
@@ -91,17 +91,17 @@ def make_config(
     arguments["tie_word_embeddings"] = tie_embeddings
     arguments.update(_checked(extra or {}, known, architecture))
     if vocab_size is not None:
-        # transformers' defaults name tokens that a small vocabulary does not have
+        # transformers' defaults are ids that a small vocabulary does not have
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             arguments.setdefault(token, None)
     try:
         return config_class(**arguments)
     except REFUSALS as problem:
-        raise ModelError(f"transformers refuses this {architecture} config: {problem}") from problem
+        raise ModelError(f"transformers rejects this {architecture} config: {problem}") from problem
 
 
 def known_keys(config_class: type) -> set[str]:
-    """Return the keywords that a transformers config class declares, its mapped names included."""
+    """Return the keyword arguments that a transformers config class declares, with its attribute-mapped names."""
     names = {field.name for field in dataclasses.fields(config_class)}
     names |= set(getattr(config_class, "attribute_map", {}))
     return {name for name in names if not name.startswith("_")}

@@ -1,6 +1,6 @@
-"""The config.json of a pretrained folder as plain data: read without torch or transformers, bounded, nothing executed.
+"""Read the config.json of a pretrained folder as plain data: no torch, no transformers, size limits, no code executed.
 
-Every reader of such a folder (``check``, the planner, the loader) starts here, so that one folder means one thing.
+Every reader of such a folder (``check``, the planner, the loader) uses it, so that all agree.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ REFUSED = {
     "auto_map": "names Python code to run; convert the model to an architecture of transformers",
     "custom_pipelines": "names Python code to run",
     "trust_remote_code": "asks for code to be run",
-    "attn_implementation": "chooses an attention implementation, which is longctx's to choose",
+    "attn_implementation": "chooses an attention implementation, which longctx must choose",
     "experts_implementation": "chooses an implementation that may be downloaded",
     "kernel_config": "names kernels to download",
     "quantization_config": "quantised weights cannot be trained here; give the original weights",
     "backbone": "names a model to download; give its configuration as backbone_config",
     "configuration_files": "points to other configuration files; keep the one for this transformers as config.json",
 }
-_IMPLEMENTATION = re.compile(r"^_(attn|attention|experts|kernel).*")  # CVE-2026-4372's field and its like
+_IMPLEMENTATION = re.compile(r"^_(attn|attention|experts|kernel).*")  # the field of CVE-2026-4372, and similar ones
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _LARGEST_FILE = 64 * 2**20
-# Config classes build lists with one entry a layer, expert or label, and a model allocates one row a word.
+# Config classes build lists with one entry per layer, expert or label; a model allocates one row per vocabulary entry.
 _BOUNDS = (
     (re.compile(r"layers?$|^n_layers?$|^depth$|^num_blocks$"), 4096),
     (re.compile(r"experts"), 2**16),
@@ -40,10 +40,10 @@ _BOUNDS = (
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """Return the config.json of a local pretrained folder; whatever would lead to code or to a download is refused.
+    """Return the config.json of a local pretrained folder; keys that lead to code or to a download are rejected.
 
     Raises:
-        ModelError: no such folder or file, no JSON object, a refused key, or a size no model has.
+        ModelError: no such folder or file, no JSON object, a rejected key, or an implausible size.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -57,7 +57,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, largest: int = _LARGEST_FILE) -> Any:
-    """Return what a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises:
         ModelError: it cannot be read, is a Git LFS pointer, longer than ``largest`` bytes, or not JSON.
@@ -78,7 +78,7 @@ def read_json(path: Path, largest: int = _LARGEST_FILE) -> Any:
 
 
 def is_pointer(start: bytes) -> bool:
-    """Whether a file that starts so is what Git leaves in place of a large file that was not fetched."""
+    """Return whether a file that starts with ``head`` is a Git LFS pointer: a placeholder for a file not fetched."""
     return start.startswith(_POINTER)
 
 
@@ -101,7 +101,7 @@ def whole_number(settings: dict[str, Any], *names: str) -> int | None:
 
 
 def _refuse_keys(found: dict[str, Any], where: str) -> None:
-    """Refuse keys that lead to code or downloads, at any depth."""
+    """Reject keys that lead to code or downloads, at any depth."""
     for key, value in found.items():
         if key in REFUSED and value not in (None, False):
             raise ModelError(f"{where}: {key!r} {REFUSED[key]}")
@@ -115,7 +115,7 @@ def _refuse_keys(found: dict[str, Any], where: str) -> None:
 
 
 def _require_bounds(found: dict[str, Any], where: str) -> None:
-    """Refuse sizes for which building the config alone would take all memory, at any depth."""
+    """Reject sizes for which building the config alone would exhaust memory, at any depth."""
     for key, value in found.items():
         if isinstance(value, dict):
             _require_bounds(value, where)

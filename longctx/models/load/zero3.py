@@ -1,7 +1,7 @@
-"""Build transformers models under ZeRO-3: partitioned module by module, never whole on a rank.
+"""Build transformers models under ZeRO-3: partitioned module by module, never complete on one rank.
 
-transformers knows how (it gathers a module at a time for its random weights, and lets rank 0 read pretrained ones), but
-learns of the DeepSpeed configuration from a global that its Trainer sets. This is the one place where we set it.
+transformers supports this (it gathers one module at a time to initialise it, and lets rank 0 read pretrained weights),
+but reads the DeepSpeed configuration from a global that its Trainer sets. This is the only module that sets it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from longctx.errors import ModelError
 
 
 class _Settings:
-    """What transformers asks of a DeepSpeed configuration (its own class for it wants accelerate)."""
+    """The interface that transformers expects of a DeepSpeed configuration (its own class needs accelerate)."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
@@ -26,10 +26,10 @@ class _Settings:
 
 @contextlib.contextmanager
 def partitioned_by(config: dict[str, Any]) -> Iterator[None]:
-    """Have models that are made or loaded within partitioned by ``deepspeed.zero.Init`` with this configuration."""
+    """Partition models that are built or loaded in this context with ``deepspeed.zero.Init`` and this configuration."""
     from transformers.integrations import deepspeed
 
-    settings = _Settings(config)  # transformers holds it weakly
+    settings = _Settings(config)  # transformers keeps a weak reference
     deepspeed.set_hf_deepspeed_config(settings)
     try:
         yield
@@ -38,19 +38,19 @@ def partitioned_by(config: dict[str, Any]) -> Iterator[None]:
 
 
 def allow_resizing(model: Any, config: dict[str, Any]) -> None:
-    """Have ``model.resize_token_embeddings`` work on partitioned weights, in place. Collective when it is called.
+    """Make ``model.resize_token_embeddings`` work on partitioned weights, in place. Collective when it is called.
 
-    transformers gathers what it resizes if it knows of ZeRO-3; without that it takes the weights for empty.
+    transformers gathers the weights that it resizes if its ZeRO-3 global is set; otherwise they look empty.
 
     Args:
-        model: what was made within ``partitioned_by(config)``.
+        model: built within ``partitioned_by(config)``.
     """
     resize = model.resize_token_embeddings
 
     @wraps(resize)
     def resized(*arguments: Any, **keywords: Any) -> Any:
         whole = [name for name, p in model.named_parameters() if hasattr(p, "ds_numel") and p.numel() == p.ds_numel]
-        if whole:  # DeepSpeed would cut them by the old shape again, and drop the new rows without a word
+        if whole:  # DeepSpeed would repartition them by the old shape and silently drop the new rows
             raise ModelError(
                 f"resize_token_embeddings: {whole[0]} is gathered; call it outside of deepspeed.zero.GatheredParameters"
             )
@@ -61,13 +61,13 @@ def allow_resizing(model: Any, config: dict[str, Any]) -> None:
 
 
 def draw_weights(model: Any, partitioned: bool) -> None:
-    """Draw random weights anew, module by module in one order, so that they depend on the generator's state alone."""
+    """Initialise weights again, module by module in fixed order, so that they depend only on the generator's state."""
     for part in (*model.modules(), *model.parameters()):
-        part._is_hf_initialized = False  # else what has been drawn once is kept
+        part._is_hf_initialized = False  # otherwise initialised weights are kept
     if partitioned:
         from transformers.integrations.deepspeed import initialize_weights_zero3
 
-        initialize_weights_zero3(model)  # on rank 0, which the other ranks receive it from
+        initialize_weights_zero3(model)  # on rank 0, which broadcasts it
     else:
         model.initialize_weights()
     model.tie_weights()

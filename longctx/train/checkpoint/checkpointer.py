@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from longctx.collectives import broadcast_json, gather_json, ranks, together
 from longctx.engine.zero import nvme
 from longctx.errors import CheckpointError
 from longctx.train import durable
 from longctx.train import folder as folder_of_run
-from longctx.train.agree import broadcast_json, gather_json, ranks, together
 from longctx.train.checkpoint import manifest, reshape, rng, same_run, store
 from longctx.train.checkpoint.manifest import FileEntry, Manifest, Progress
 from longctx.train.checkpoint.safe_load import make_safe, safe_load

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from longctx.collectives import ranks, together
 from longctx.data.tokenizers import folder as tokenizer_folder
 from longctx.data.tokens.writer import file_mode
 from longctx.models.load.pretrained import read_config, stored_dtype
-from longctx.train.agree import ranks, together
 
 FOLDER = "model"
 GENERATION = "generation_config.json"
@@ -27,7 +27,7 @@ _SET_BY_SAVING = ("architectures", "dtype", "torch_dtype", "transformers_version
 
 
 @dataclass(frozen=True)
-class Source:
+class PretrainedFiles:
     """The files of a pretrained folder that an export repeats.
 
     Attributes:
@@ -43,7 +43,7 @@ class Source:
     dtype: torch.dtype
 
 
-def read_source(folder: str | Path | None) -> Source | None:
+def read_source(folder: str | Path | None) -> PretrainedFiles | None:
     """Return what an export repeats of a pretrained folder; None for a model from scratch.
 
     Raises:
@@ -56,10 +56,10 @@ def read_source(folder: str | Path | None) -> Source | None:
     text = (folder / tokenizer_folder.CONFIG).read_text(encoding="utf-8")
     generation = folder / GENERATION
     stored = generation.read_bytes() if generation.is_file() else None
-    return Source(text, config.to_dict(), stored, stored_dtype(folder, config))
+    return PretrainedFiles(text, config.to_dict(), stored, stored_dtype(folder, config))
 
 
-def export_model(engine: Any, tokenizer: Path, output: Path, source: Source | None = None) -> Path:
+def export_model(engine: Any, tokenizer: Path, output: Path, source: PretrainedFiles | None = None) -> Path:
     """Write ``output/model`` (config.json, model.safetensors, tokenizer files) and return it. All ranks call it.
 
     The folder is written aside and renamed, so an older export is replaced by a whole one.
@@ -85,7 +85,7 @@ def write_model(
     weights: Weights,
     tokenizer: Path,
     target: Path,
-    source: Source | None = None,
+    source: PretrainedFiles | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write the folder ``target`` from a model's whole state dict. For one process.
@@ -155,7 +155,7 @@ def _save(module: Any, weights: Weights, folder: Path) -> None:
     (folder / GENERATION).unlink(missing_ok=True)
 
 
-def _write_config(config: Any, dtype: torch.dtype, folder: Path, source: Source | None) -> None:
+def _write_config(config: Any, dtype: torch.dtype, folder: Path, source: PretrainedFiles | None) -> None:
     """Write config.json: the source's own text where training changed nothing in it but the dtype."""
     name = str(dtype).removeprefix("torch.")
     path = folder / tokenizer_folder.CONFIG

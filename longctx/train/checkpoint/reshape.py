@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from longctx.collectives import broadcast_json, ranks, together
 from longctx.engine.zero import universal
 from longctx.errors import CheckpointError
-from longctx.train.agree import broadcast_json, ranks, together
 from longctx.train.checkpoint import rng, store
 from longctx.train.checkpoint.manifest import Manifest, Progress
 from longctx.train.checkpoint.safe_load import make_safe, safe_load

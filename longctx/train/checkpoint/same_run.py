@@ -30,7 +30,7 @@ REFUSED = {
 FREE = ("model.pretrained", "model.vocab_size", "model.max_positions")  # decided by the hash of the model
 
 
-class Change(NamedTuple):
+class SettingChange(NamedTuple):
     """One fact that a checkpoint records and the run contradicts."""
 
     key: str
@@ -103,7 +103,7 @@ def announce(name: str, found: Manifest, here: Manifest, say: Callable[[str], No
         say(f"{name} was saved with {change}")
 
 
-def changes(found: Manifest, here: Manifest) -> Iterator[Change]:
+def changes(found: Manifest, here: Manifest) -> Iterator[SettingChange]:
     """Yield what differs between the manifest ``found`` and the facts of this run, in the order of the keys."""
     before, now = recorded(found), recorded(here)
     whole = bool(_settings(found))
@@ -111,7 +111,7 @@ def changes(found: Manifest, here: Manifest) -> Iterator[Change]:
         if whole or (key in before and key in now):
             was, becomes = (facts[key] if key in facts else _default(key) for facts in (before, now))
             if was != becomes:
-                yield Change(key, was, becomes)
+                yield SettingChange(key, was, becomes)
 
 
 def recorded(manifest: Manifest) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from longctx.collectives import ranks, together
 from longctx.config import nvme
-from longctx.config.room import ranks_per_host
 from longctx.config.schema import RunConfig
+from longctx.config.topology import ranks_per_host
 from longctx.errors import ConfigError
-from longctx.train.agree import ranks, together
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from rich.text import Text
 from longctx.train.report.console import Console
 
 
-class Progress:
+class ProgressDisplay:
     """Prints notices and a line per step. With ``stream`` None (every rank but 0) it prints nothing.
 
     Args:

@@ -7,7 +7,7 @@ from functools import reduce
 from math import gcd
 
 from longctx.config.schema import RunConfig
-from longctx.config.split import Room
+from longctx.config.ulysses import UlyssesLimits
 from longctx.errors import ModelError
 from longctx.models.load.settings import read_settings, text_settings, whole_number
 from longctx.nn.kinds import ABC, Cosine, read_layers
@@ -16,13 +16,13 @@ _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRAN
 _ANY = 10**6  # layers of a model whose number is not known before it is loaded
 
 
-def room_of(config: RunConfig, world: int) -> Room:
+def ulysses_limits(config: RunConfig, world: int) -> UlyssesLimits:
     """Return what `mesh.ulysses: auto` may take in a world of `world` ranks."""
     queries, keys = heads(config)
-    return Room(None if has_memories(config) else keys, ranks_per_host(config, world), queries)
+    return UlyssesLimits(None if has_bounded_layers(config) else keys, ranks_per_host(config, world), queries)
 
 
-def has_memories(config: RunConfig) -> bool:
+def has_bounded_layers(config: RunConfig) -> bool:
     """Whether a layer keeps a bounded memory: those pass their state along a ring and exchange no heads."""
     try:
         kinds = read_layers(config.attention.layers, config.model.layers or _ANY) if config.attention.layers else {}

@@ -1,4 +1,4 @@
-"""The ticket: the private file by which values reach the ranks of other hosts, instead of arguments.
+"""The job spec: the private file by which values reach the ranks of other hosts, instead of arguments.
 
 It lies in the run directory, which all hosts share, readable by its owner alone. A rank's command line holds its path
 and nothing else, so no value passes a shell, a process list or a log.
@@ -19,7 +19,7 @@ FOLDER, NAME, CONFIG = "launch", "ticket.json", "config.yaml"
 LONGEST = 2**24
 
 
-class Ticket(NamedTuple):
+class JobSpec(NamedTuple):
     """What an agent needs to know."""
 
     address: str
@@ -88,13 +88,13 @@ def write_private(path: Path, text: str) -> None:
         raise LaunchError(f"{path} cannot be written: {error.strerror}; choose another output.folder") from None
 
 
-def save(ticket: Ticket, path: Path) -> None:
-    """Write the ticket to ``path``."""
-    write_private(path, json.dumps(ticket._asdict()))
+def save(spec: JobSpec, path: Path) -> None:
+    """Write the job spec to ``path``."""
+    write_private(path, json.dumps(spec._asdict()))
 
 
-def load(path: Path) -> Ticket:
-    """Read a ticket that belongs to this user and that nobody else can read or replace.
+def load(path: Path) -> JobSpec:
+    """Read a job spec that belongs to this user and that nobody else can read or replace.
 
     Raises:
         LaunchError: there is none here (the folder is not shared with this host), or it is not private.
@@ -106,7 +106,7 @@ def load(path: Path) -> Ticket:
                 raise LaunchError(f"{path} is not private to this user; it is not read")
             values = json.loads(handle.read(LONGEST))
         hosts = tuple((str(name), int(count)) for name, count in values.pop("hosts"))
-        return Ticket(hosts=hosts, command=tuple(values.pop("command")), **values)
+        return JobSpec(hosts=hosts, command=tuple(values.pop("command")), **values)
     except FileNotFoundError:
         raise LaunchError(
             f"{path} is not on this host: output.folder must be on storage that all hosts share"

@@ -20,7 +20,7 @@ from engine_tiny import (
 )
 
 from longctx.attention import comm
-from longctx.engine.memory import Memory, read_memory, save_memory
+from longctx.engine.activations import ActivationSettings, apply_settings, read_settings
 from longctx.errors import EngineError
 
 from tolerances import tolerance
@@ -55,7 +55,7 @@ def check(stage: int, memory: dict[str, Any], **sizes: Any) -> None:
             assert (weights[name] - weight).norm() <= tolerance("training weight") * weight.norm(), name
 
 
-@pytest.mark.parametrize(("stage", "tied"), [(0, False), (3, False), (3, True)])
+@pytest.mark.parametrize(("stage", "tied"), [(0, False), pytest.param(3, False, marks=pytest.mark.deep), (3, True)])
 def test_a_tiled_loss_trains_the_same_model(stage: int, tied: bool) -> None:
     check(stage, {"loss_tile": 3}, tie_word_embeddings=tied)
 
@@ -120,7 +120,7 @@ def test_zero3_has_a_recomputed_norms_weight_in_backward_and_reduces_it_once() -
             assert torch.equal(weights[name], weight), name
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.deep)])
 def test_tiled_mlps_train_the_same_model(stage: int) -> None:
     check(stage, {"mlp_tile": 5})
 
@@ -130,7 +130,7 @@ def test_tiled_mlps_train_the_same_model(stage: int) -> None:
     [
         (3, {"recompute": "layer_keep_attention", "mlp_tile": 5, "loss_tile": 3}),
         (2, {"recompute": "layer_keep_attention", "mlp_tile": 5, "offload_checkpoints": True}),
-        (3, {"recompute": "mlp"}),
+        pytest.param(3, {"recompute": "mlp"}, marks=pytest.mark.deep),
     ],
 )
 def test_recomputation_trains_the_same_model(stage: int, memory: dict[str, Any]) -> None:
@@ -167,20 +167,20 @@ def test_zero3_gathers_a_tiled_loss_twice_and_reduces_it_once() -> None:
 
 
 def test_memory_is_checked() -> None:
-    assert read_memory(None) == Memory() and read_memory({"loss_tile": 3}).loss_tile == 3
+    assert read_settings(None) == ActivationSettings() and read_settings({"loss_tile": 3}).loss_tile == 3
     with pytest.raises(EngineError, match="'loss_tiles' is unknown"):
-        read_memory({"loss_tiles": 3})
+        read_settings({"loss_tiles": 3})
     with pytest.raises(EngineError, match="give a dictionary"):
-        read_memory("loss_tile")  # type: ignore[arg-type]
+        read_settings("loss_tile")  # type: ignore[arg-type]
     with pytest.raises(EngineError, match="set loss_tile"):
-        save_memory(tiny_llama(), Memory(z_loss=0.1))
+        apply_settings(tiny_llama(), ActivationSettings(z_loss=0.1))
 
 
 def test_auto_says_what_it_leaves_alone(caplog: pytest.LogCaptureFixture) -> None:
     model = torch.nn.Linear(2, 2)
-    save_memory(model, Memory(loss_tile="auto"), announce=False)
+    apply_settings(model, ActivationSettings(loss_tile="auto"), announce=False)
     assert not caplog.records
-    save_memory(model, Memory(loss_tile="auto"))
+    apply_settings(model, ActivationSettings(loss_tile="auto"))
     assert "the loss is not tiled: Linear is none of" in caplog.text
-    save_memory(model, Memory(mlp_tile="auto"))
+    apply_settings(model, ActivationSettings(mlp_tile="auto"))
     assert "MLPs are not tiled: Linear has no plain ones" in caplog.text

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Room(NamedTuple):
+class UlyssesLimits(NamedTuple):
     """What an exchange of heads may take."""
 
     kv_heads: int | None
@@ -23,10 +23,10 @@ class Room(NamedTuple):
     """Query heads; None: as many as key/value heads."""
 
 
-NO_ROOM = Room(None, None)
+UNKNOWN_LIMITS = UlyssesLimits(None, None)
 
 
-def choose_ulysses(ranks: int, room: Room) -> int:
+def choose_ulysses(ranks: int, room: UlyssesLimits) -> int:
     """Return the largest number of members that divides `ranks`, the ranks of a host and the key/value heads, or the
     query heads where the ranks stand on several hosts; 1 where one of them is not known."""
     if room.kv_heads is None or room.per_host is None:

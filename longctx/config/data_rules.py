@@ -1,0 +1,86 @@
+"""Rules of the `data:` section: local paths, the tokenizer's keys, and lengths that the model can read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from longctx.config import architecture
+from longctx.config.fields import changed, environment_ok
+from longctx.config.findings import Finding, Rule
+from longctx.config.keys import Leaf, leaves
+from longctx.config.problems import redact, show
+from longctx.config.schema import RunConfig
+
+
+def _local_path(leaf: Leaf, config: RunConfig) -> Iterator[Finding]:
+    """A path must not be an address of another machine, which may hold a key."""
+    value = leaf.value_in(config)
+    if isinstance(value, str) and "://" in value:
+        message = f"got {redact(value)!r}; nothing is downloaded: give a path of this machine"
+        yield Finding(leaf.key, message, "url")
+
+
+def _sources(config: RunConfig) -> Iterator[Finding]:
+    for source in config.data.sources:
+        if "://" in source:
+            message = f"got {redact(source)!r}; nothing is downloaded: give a file, a folder or python-stdlib"
+            yield Finding("data.sources", message, "url")
+        elif not source.strip():
+            yield Finding("data.sources", "got an empty name; give a file, a folder or python-stdlib", "empty-name")
+
+
+def _foreign_tokenizer(config: RunConfig) -> Iterator[Finding]:
+    if config.data.foreign_tokenizer and config.model.pretrained is None:
+        yield Finding("data.foreign_tokenizer", "means nothing without model.pretrained; remove the key", "idle-key")
+
+
+def _trained_tokenizer(config: RunConfig) -> Iterator[Finding]:
+    if config.data.tokenizer == "bpe" and config.model.pretrained is not None and not config.data.foreign_tokenizer:
+        message = (
+            "got 'bpe', which makes new ids, but model.pretrained was trained with those of its own tokenizer; remove "
+            "the key to use that one, or set data.foreign_tokenizer: true to train its embedding for other ids"
+        )
+        yield Finding("data.tokenizer", message, "tokenizer")
+
+
+def _keys_of_bpe(config: RunConfig) -> Iterator[Finding]:
+    data = config.data
+    if data.tokenizer == "bpe":
+        return
+    for name in sorted({"vocab_size", "sample_bytes"} & changed(data)):
+        message = f"is only for tokenizer: bpe, but tokenizer is {show(data.tokenizer)}; remove one of them"
+        yield Finding(f"data.{name}", message, "idle-key")
+
+
+def _vocabulary(config: RunConfig) -> Iterator[Finding]:
+    rows, size = config.model.vocab_size, architecture.vocabulary_size(config)
+    if size and rows is not None and rows < size:
+        message = f"got {rows}, below the tokenizer's {size} tokens; use at least {size}, or remove the key"
+        yield Finding("model.vocab_size", message, "vocabulary")
+
+
+def _positions(config: RunConfig) -> Iterator[Finding]:
+    positions = config.model.max_positions
+    if positions is not None and positions < config.data.sequence_length:
+        message = f"got {positions}, below data.sequence_length {config.data.sequence_length}; raise it or remove the "
+        yield Finding("model.max_positions", message + "key", "length")
+
+
+def _evaluation(config: RunConfig) -> Iterator[Finding]:
+    every = config.train.eval_every
+    if every > 0 and config.data.held_out == 0:
+        message = f"got {every}, but data.held_out is 0, so there is nothing to evaluate on; change one"
+        yield Finding("train.eval_every", message, "idle-key")
+
+
+RULES: tuple[Rule, ...] = (
+    *(partial(_local_path, leaf) for leaf in leaves().values() if environment_ok(leaf.field)),
+    _sources,
+    _foreign_tokenizer,
+    _trained_tokenizer,
+    _keys_of_bpe,
+    _vocabulary,
+    _positions,
+    _evaluation,
+)
