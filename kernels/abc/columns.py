@@ -1,6 +1,6 @@
-"""What happens to a key, a value and a logit: the gradients of what later queries read of them.
+"""ABC backward for keys, values and control logits: their gradients from later queries and from the state.
 
-With a_j = exp(s_j - z at the chunk's end), and UK, UV, Uc the gradients of the memories and of the log mass there,
+With a_j = exp(s_j - z at the chunk's end), and UK, UV, Uc the gradients of the states K, V and of the log mass there,
 
     dk_j = sum_t (g_t . w_tj) q_t + UK^T a_j      dv_j = sum_t (p_t . w_tj) dO_t + UV^T a_j
     ds_j = sum_t w_tj (g_t (q_t . k_j) + p_t (dO_t . v_j) - c_t) + a_j (UK k_j + UV v_j - Uc)
@@ -24,11 +24,11 @@ def columns_kernel(
     CHUNK: tl.constexpr, LEVELS: tl.constexpr, SLOTS: tl.constexpr, WM: tl.constexpr, DX: tl.constexpr,
     WX: tl.constexpr, DOCUMENTS: tl.constexpr, CONTROL: tl.constexpr, FIRST: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, B * G). One memory a launch: x = k, read_by = q, y = g, or x = v, read_by = dO, y = p; y (B, H,
-    T, M) and memory (B, G, chunks + 1, M, DX), its gradient, are fp32 and dense.
+    """Grid (chunks, B * G). One state per launch: x = k, read_by = q, y = g, or x = v, read_by = dO, y = p. y (B, H,
+    T, M) and memory (B, G, chunks + 1, M, DX), the state's gradient, are fp32 and dense.
 
-    Writes out (B, G, T, DX), dense. CONTROL: instead, this memory's part of ds into out (B, G, T, M), fp32; unless
-    FIRST it is added. MASS: of the log mass, y = c and x = 1, which is subtracted.
+    Writes out (B, G, T, DX), dense. CONTROL: writes this state's part of ds into out (B, G, T, M), fp32, instead, or
+    adds it unless FIRST. MASS: the part of the log mass, with y = c and x = 1, is subtracted.
     """
     chunk = tl.program_id(0)
     batch = (tl.program_id(1) // head_count).to(tl.int64)
@@ -54,6 +54,7 @@ def columns_kernel(
     memory += state * SLOTS * DX
     count = length - chunk * CHUNK
 
+    # What the state at the chunk's end passes back: UK^T a_j, or UK k_j and Uc for ds.
     own = load_rows(x + batch * xb + head * xh + begin * xt, xt, valid, CHUNK, DX, WX, True)
     if MASS:
         total = weight * tl.load(memory + slot, mask=slot < SLOTS, other=0.0)[None, :]
@@ -61,6 +62,7 @@ def columns_kernel(
         total = weight * against_memory(own, memory, SLOTS, WM, DX, WX)
     else:
         total = from_memory(weight, memory, SLOTS, WM, DX, WX, own.dtype)
+    # What the chunk's own queries pass back, over all query heads that share the key head.
     for i in range(group):
         reader = (batch * head_count + head) * group + i
         mixed = load_rows(y + (reader * length + begin) * SLOTS, SLOTS, valid, CHUNK, SLOTS, WM, True)

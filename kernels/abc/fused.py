@@ -1,5 +1,4 @@
-"""ABC's kernels' host side: tensors in, launches out. The number of launches does not depend on the length, and nothing
-waits for the device."""
+"""Build the launches of ABC's kernels. Their number does not depend on the length, and none waits for the device."""
 
 from __future__ import annotations
 
@@ -23,14 +22,15 @@ _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 
 
 class Masses(NamedTuple):
-    """z of every token (B, G, T, M), and before each chunk and after the last (B, G, chunks + 1, M); fp32."""
+    """Log masses: z of every token (B, G, T, M); boundary, before each chunk and after the last (B, G, chunks + 1, M);
+    fp32."""
 
     z: torch.Tensor
     boundary: torch.Tensor
 
 
 class Reads(NamedTuple):
-    """What backward keeps of every query, (B, H, T, M) fp32: p, g and c of rows.py."""
+    """p, g and c of rows.py for every query, which the other launches of backward read; (B, H, T, M) fp32."""
 
     p: torch.Tensor
     g: torch.Tensor
@@ -39,10 +39,11 @@ class Reads(NamedTuple):
 
 @dataclass(frozen=True)
 class Causal:
-    """One call: what its launches have in common.
+    """One call of causal ABC.
 
-    q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv): one dtype of bf16, fp16, fp32. s (B, G, T, M): logits, of any of
-    them. Any strides with a dense last dimension. Memories are (B, G, chunks + 1, M, D), fp32: one a boundary.
+    q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv): one dtype of bf16, fp16, fp32. s (B, G, T, M): control logits, of
+    any of these dtypes. Any strides with a dense last dimension. States are (B, G, chunks + 1, M, D), fp32: one per
+    boundary of chunks.
     """
 
     q: torch.Tensor
@@ -62,7 +63,7 @@ class Causal:
         return -(-self.q.shape[2] // self.chunk)
 
     def masses(self, start: torch.Tensor) -> tuple[tuple[Launch, ...], Masses]:
-        """The launches, in order, that find the log masses after `start` (B, G, M)."""
+        """Return the launches, in order, that compute the log masses that follow `start` (B, G, M)."""
         batch, heads, length, slots = self.s.shape
         z, boundary = (self._empty((batch, heads, tokens, slots)) for tokens in (length, self.chunks + 1))
         shared = {"boundary": boundary, "edges": self._edges, "head_count": heads, "chunks": self.chunks,
@@ -76,14 +77,14 @@ class Causal:
         return (sums, walk, found), Masses(z, boundary)
 
     def factors(self, masses: Masses) -> torch.Tensor:
-        """(B, G, chunks, M): by how much a memory fades over each chunk."""
+        """Return the factor by which each slot of the state decays over each chunk, (B, G, chunks, M)."""
         before, after = masses.boundary[:, :, :-1], masses.boundary[:, :, 1:]
         found = (before - after.masked_fill(after == -torch.inf, 0.0)).clamp_max(0.0).exp()
         return found if self.documents is None else found * self.documents.kept[:, None, :, None]
 
     def write(self, x: torch.Tensor, masses: Masses, y: torch.Tensor | None = None) -> tuple[Launch, torch.Tensor]:
-        """What each chunk writes of x (B, G, T, X) into the memory after it; with the reads' y (B, H, T, M) of x (B,
-        H, T, X): what each adds to the gradient of the memory before it."""
+        """Return the launch that computes what each chunk of x (B, G, T, X) adds to the state after it. With y (B, H,
+        T, M) and x (B, H, T, X): what each chunk adds to the gradient of the state before it."""
         batch, heads, _, slots = self.s.shape
         states = self._empty((batch, heads, self.chunks + 1, slots, x.shape[3]))
         config = self._config("recall" if y is not None else "write")
@@ -96,7 +97,8 @@ class Causal:
         return self._launch(write_kernel, heads, arguments, config), states
 
     def scan(self, states: torch.Tensor, start: torch.Tensor, masses: Masses, down: bool) -> Launch:
-        """From what chunks write to the memories, from `start` (B, G, M, X) on; `down`: from the last to the first."""
+        """Return the launch that sums what the chunks add into states, starting with `start` (B, G, M, X); `down`: from
+        the last chunk to the first."""
         return scan(states, start, self.factors(masses), down)
 
     def output(self, masses: Masses, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> Launch:
@@ -106,7 +108,7 @@ class Causal:
     def queries(
         self, masses: Masses, keys: torch.Tensor, values: torch.Tensor, dout: torch.Tensor, dq: torch.Tensor
     ) -> tuple[Launch, Reads]:
-        """Write dq (B, H, T, D), dense, and what the other launches of backward need."""
+        """Write dq (B, H, T, D), dense, and the `Reads` that the other launches of backward need."""
         shape = (*self.q.shape[:3], self.s.shape[3])
         reads = Reads(*(self._empty(shape) for _ in range(3)))
         return self._rows("queries", masses, keys, values, dout, dq, reads), reads
@@ -115,23 +117,23 @@ class Causal:
         self, x: torch.Tensor, readers: torch.Tensor, y: torch.Tensor, masses: Masses, gradient: torch.Tensor,
         dx: torch.Tensor,
     ) -> Launch:  # fmt: skip
-        """Write dx: of x = k, readers = q, y = g; or of v, dO, p. `gradient` is that of their memory."""
+        """Write dx, for x = k, readers = q, y = g, or for x = v, readers = dO, y = p. `gradient`: of their state."""
         return self._columns("keys", x, readers, y, masses, gradient, dx, True)
 
     def control(
         self, x: torch.Tensor, readers: torch.Tensor, y: torch.Tensor, masses: Masses, gradient: torch.Tensor,
         ds: torch.Tensor, first: bool,
     ) -> Launch:  # fmt: skip
-        """One memory's part of ds (B, G, T, M), fp32 and dense: if `first` written, else added."""
+        """Write one state's part of ds (B, G, T, M), fp32 and dense, if `first`; else add it."""
         return self._columns("control", x, readers, y, masses, gradient, ds, first)
 
     def mass(self, c: torch.Tensor, masses: Masses, gradient: torch.Tensor, ds: torch.Tensor) -> Launch:
-        """Subtract from ds what came of being divided by the mass."""
+        """Subtract the gradient of the division by the mass from ds."""
         ones = self.ones(self.k.shape[1])
         return self._columns("mass", ones, ones, c, masses, gradient, ds, False)
 
     def ones(self, heads: int) -> torch.Tensor:
-        """(B, heads, T, 1) in q's dtype, of one number: the memory of the mass is written with it."""
+        """Return ones (B, heads, T, 1) in q's dtype, a view of one number: the x whose state is the mass."""
         return torch.ones((1, 1, 1, 1), dtype=self.q.dtype, device=self.q.device).expand(
             self.q.shape[0], heads, self.q.shape[2], 1
         )

@@ -1,6 +1,7 @@
-"""Log masses, z_t = log sum_{j <= t} exp(s_j) of a slot within its document: what every weight is divided by.
+"""Log masses, z_t = log sum_{j <= t} exp(s_j) of a slot within its document: the log denominator of every weight.
 
-Chunks are summed on their own, a short walk joins them, and a second pass over the chunks begins where the walk stood.
+First each chunk is summed on its own, then a short scan over chunks gives the mass at every boundary, then a second
+pass over each chunk starts from its boundary.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import triton.language as tl
 
 @triton.jit
 def add(a, b):
-    """log(exp(a) + exp(b)); -inf is nothing."""
+    """Return log(exp(a) + exp(b)), also where one or both are -inf."""
     top = tl.maximum(a, b)
     base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.exp(a - base) + tl.exp(b - base)  # at least 1, unless both are nothing
+    total = tl.exp(a - base) + tl.exp(b - base)  # at least 1, unless both are -inf
     return tl.where(top == float("-inf"), top, base + tl.log(tl.maximum(total, 1.0)))
 
 
@@ -23,9 +24,9 @@ def masses_kernel(
     s, ids, edges, boundary, z, sb, sh, st, head_count, length, chunks,
     CHUNK: tl.constexpr, SLOTS: tl.constexpr, WM: tl.constexpr, DOCUMENTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, B * G). Without ROWS: what the chunk adds to its last document, into slot chunk + 1 of boundary
-    (B, G, chunks + 1, M). With ROWS: z (B, G, T, M) of every row, from slot chunk on; padding repeats the row
-    before."""
+    """Grid (chunks, B * G). Without ROWS: write the log mass that the chunk adds to its last document into boundary (B,
+    G, chunks + 1, M) at chunk + 1. With ROWS: write z (B, G, T, M) of every row, starting from boundary at chunk;
+    padding repeats the row before it."""
     chunk = tl.program_id(0)
     batch = (tl.program_id(1) // head_count).to(tl.int64)
     head = (tl.program_id(1) % head_count).to(tl.int64)
@@ -59,8 +60,8 @@ def masses_kernel(
 def walk_kernel(
     boundary, start, edges, head_count, chunks, SLOTS: tl.constexpr, WM: tl.constexpr, DOCUMENTS: tl.constexpr
 ):  # fmt: skip
-    """Grid (B * G,). boundary (B, G, chunks + 1, M), in place: from what chunks add to the log mass at each boundary;
-    start (B, G, M) is the first."""
+    """Grid (B * G,). In place, turn what each chunk adds into the log mass at each boundary (B, G, chunks + 1, M);
+    start (B, G, M) is the mass at the first."""
     batch = (tl.program_id(0) // head_count).to(tl.int64)
     slot = tl.arange(0, WM)
     inside = slot < SLOTS
@@ -68,7 +69,7 @@ def walk_kernel(
     mass = tl.load(start + tl.program_id(0).to(tl.int64) * SLOTS + slot, mask=inside, other=float("-inf"))
     tl.store(boundary, mass, mask=inside)
     for i in range(chunks):
-        if DOCUMENTS:
+        if DOCUMENTS:  # a new document starts from an empty state
             edge = edges + batch * (chunks + 1) + i
             mass = tl.where(tl.load(edge) == tl.load(edge + 1), mass, float("-inf"))
         added = tl.load(boundary + (i + 1) * SLOTS, mask=inside, other=float("-inf"))

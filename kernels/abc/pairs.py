@@ -1,12 +1,13 @@
-"""Pairs of tokens of one chunk under the weights of ABC, w_tjm = exp(s_jm - z_tm) for j <= t, with no exponent above 0.
+"""Products over pairs of tokens of one chunk under ABC's weights w_tjm = exp(s_jm - z_tm), j <= t, without overflow.
 
-A weight is a product of a factor of j and a factor of t only relative to some mass between the two; a single one for
-the chunk would overflow or vanish where logits grow. So pairs meet in levels: at level l, rows are cut into blocks of
-2^l, and t in an odd block meets j in the block before it, relative to the mass at the end of that block,
+A matrix product needs a weight as a factor of j times a factor of t, relative to a mass between the two; one mass for
+the whole chunk would overflow or underflow where logits grow. So pairs are computed in levels: at level l, rows are
+split into blocks of 2^l, and each t in an odd block is paired with all j of the block before it, relative to the mass
+z_mid at the end of that block:
 
-    exp(s_j - z_t) = exp(s_j - z_mid) exp(z_mid - z_t)        z_mid: of the last row of j's block, j <= mid < t
+    exp(s_j - z_t) = exp(s_j - z_mid) exp(z_mid - z_t)        j <= mid < t, so neither exponent is above 0
 
-Each pair j < t meets at exactly one level, the diagonal is a sum over slots, and each level is a matrix product.
+Each pair j < t belongs to exactly one level, each level is a matrix product, and the diagonal j = t is elementwise.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from ..cosine.numbers import narrow
 
 @triton.jit
 def fade(a, b):
-    """exp(a - b) of log masses where a is a part of b; 0 where a is empty, and never above 1."""
+    """Return exp(a - b) of log masses, where a is part of b: at most 1, and 0 where a is empty."""
     return tl.exp(tl.minimum(a - tl.where(b == float("-inf"), 0.0, b), 0.0))
 
 
 @triton.jit
 def load_slots(base, stride, row, inside, SLOTS: tl.constexpr, WM: tl.constexpr):
-    """Rows of (T, SLOTS), `stride` apart: log masses or logits in fp32, -inf elsewhere."""
+    """Load rows of (T, SLOTS), `stride` apart, as fp32: log masses or logits; -inf outside."""
     slot = tl.arange(0, WM)
     mask = inside[:, None] & (slot < SLOTS)[None, :]
     return tl.load(base + row[:, None] * stride + slot[None, :], mask=mask, other=float("-inf")).to(tl.float32)
@@ -33,8 +34,8 @@ def load_slots(base, stride, row, inside, SLOTS: tl.constexpr, WM: tl.constexpr)
 
 @triton.jit
 def level(z_rows, s, z, row, count, SLOTS: tl.constexpr, WM: tl.constexpr, depth):
-    """(which pairs meet (C, C), the factors of j (C, WM), the factors of t (C, WM)). z_rows: where the chunk's z begin;
-    count: how many rows there are."""
+    """Return (the level's pairs as a mask (C, C), the factors of j (C, WM), the factors of t (C, WM)). z_rows: address
+    of the chunk's first z; count: its number of rows."""
     block = row >> depth
     end = (block << depth) + (1 << depth) - 1
     before = (block << depth) - 1
@@ -49,7 +50,7 @@ def read(
     scores, z_rows, s, z, row, count,
     SLOTS: tl.constexpr, WM: tl.constexpr, LEVELS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """x_tm = sum_j scores_tj w_tjm: (C, WM). scores (C, C) are 0 where t must not see j."""
+    """Return x_tm = sum_j scores_tj w_tjm, (C, WM). scores (C, C) are 0 where t does not see j."""
     diagonal = tl.sum(tl.where(row[:, None] == row[None, :], scores, 0.0), 1)
     found = diagonal[:, None] * fade(s, z)
     for i in range(LEVELS):
@@ -63,7 +64,7 @@ def read(
 def spread(
     y, z_rows, s, z, row, count, SLOTS: tl.constexpr, WM: tl.constexpr, LEVELS: tl.constexpr, TYPE: tl.constexpr
 ):  # fmt: skip
-    """b_tj = sum_m y_tm w_tjm for j <= t: (C, C), to be masked by who sees whom."""
+    """Return b_tj = sum_m y_tm w_tjm for j <= t, (C, C); the caller masks pairs of different documents."""
     diagonal = tl.sum(y * fade(s, z), 1)
     found = tl.where(row[:, None] == row[None, :], diagonal[:, None], 0.0)
     for i in range(LEVELS):
@@ -78,7 +79,7 @@ def recall(
     scores, y, z_rows, s, z, row, count,
     SLOTS: tl.constexpr, WM: tl.constexpr, LEVELS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """x_jm = sum_t scores_tj y_tm w_tjm: (C, WM). scores (C, C) are 0 where t must not see j."""
+    """Return x_jm = sum_t scores_tj y_tm w_tjm, (C, WM). scores (C, C) are 0 where t does not see j."""
     diagonal = tl.sum(tl.where(row[:, None] == row[None, :], scores, 0.0), 1)
     found = diagonal[:, None] * y * fade(s, z)
     for i in range(LEVELS):

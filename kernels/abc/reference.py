@@ -1,17 +1,17 @@
-"""ABC, attention with bounded memory, one token after the other in plain PyTorch: the oracle.
+"""ABC, attention with bounded-memory control, token by token in plain PyTorch: the oracle of the tests.
 
-A memory has M slots. Token t writes its key and value into slot m with the weight phi_tm, and reads by softmax:
+The state has M slots. Token t writes its key and value into slot m with weight phi_tm, and reads by softmax over slots:
 
     K_t[m] = sum_{j<=t} phi_jm k_j      V_t[m] = sum_{j<=t} phi_jm v_j      o_t = V_t^T softmax(scale K_t q_t)
 
-The control logits s make the weights, in one of three ways ("normalizer"); z_t = log sum_{j<=t} e^{s_j} is each slot's
-log mass, the sum running over the tokens of one document:
+The weights come from the control logits s in one of three ways ("normalizer"). z_t = log sum_{j<=t} e^{s_j} is each
+slot's log mass, where the sum runs over the tokens of one document:
 
-    prefix   K_t = sum_{j<=t} e^{s_j - z_t} k_j     a mean over all tokens so far: old content yields as mass arrives
-    running  K_t = sum_{j<=t} e^{s_j - z_j} k_j     a token keeps the weight it had when it came
-    sum      K_t = sum_{j<=t} s_j k_j               s are the weights themselves
+    prefix   K_t = sum_{j<=t} e^{s_j - z_t} k_j     a weighted mean of all tokens so far: earlier weights decay
+    running  K_t = sum_{j<=t} e^{s_j - z_j} k_j     a token keeps the weight with which it was written
+    sum      K_t = sum_{j<=t} s_j k_j               s are the weights
 
-The state after a token is (z, K, V). A slot that nothing was written to (z = -inf) is not read.
+The state after a token is (z, K, V). A slot that was never written (z = -inf) is not read.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ State = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def empty(k: torch.Tensor, v: torch.Tensor, control: torch.Tensor) -> State:
-    """A memory nobody has written to: z (B, G, M) of -inf, K (B, G, M, D), V (B, G, M, Dv) of 0."""
+    """Return the empty state: z (B, G, M) of -inf, K (B, G, M, D) and V (B, G, M, Dv) of 0."""
     shape = (*control.shape[:2], control.shape[3])
     zero = control.new_zeros
     return control.new_full(shape, -torch.inf), zero((*shape, k.shape[-1])), zero((*shape, v.shape[-1]))
 
 
 def write(memory: torch.Tensor, mass: torch.Tensor, x: torch.Tensor, s: torch.Tensor, normalizer: str) -> State:
-    """One token x (B, G, D) with the control s (B, G, M) into a memory (B, G, M, D): (memory, mass, mass) after it."""
+    """Write one token x (B, G, D) with control logits s (B, G, M) into memory (B, G, M, D), K or V; return (memory,
+    log mass, log mass) after it."""
     if normalizer == "sum":
         return memory + s[..., None] * x[:, :, None], torch.logaddexp(mass, s.detach().abs().log()), mass
     after = torch.logaddexp(mass, s)
@@ -40,7 +41,8 @@ def write(memory: torch.Tensor, mass: torch.Tensor, x: torch.Tensor, s: torch.Te
 
 
 def read(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mass: torch.Tensor, scale: float) -> torch.Tensor:
-    """q (B, H, D) over the written slots of (B, G, M, D) and (B, G, M, Dv): (B, H, Dv); 0 where none is written."""
+    """Return q (B, H, D)'s attention over the written slots of (B, G, M, D) and (B, G, M, Dv): (B, H, Dv), 0 if none is
+    written."""
     grouped = q.unflatten(1, (keys.shape[1], -1))
     logits = scale * grouped @ keys.transpose(-1, -2)
     written = (mass > -torch.inf)[:, :, None]
@@ -61,12 +63,12 @@ def recurrent(
     normalizer: str = "prefix",
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, State, torch.Tensor | None]:
-    """Causal ABC, token by token.
+    """Compute causal ABC token by token.
 
     Args:
         q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv), control (B, G, T, M): fp32 or fp64.
-        documents: (B, T) int64; the memory restarts where the id changes; -1 is padding: nothing written, 0 read.
-        document: (B,) the document that the initial state belongs to.
+        documents: (B, T) int64; the state is reset where the id changes; -1 is padding: not written, output 0.
+        document: (B,) the document of the initial state.
 
     Returns:
         out (B, H, T, Dv), the state after the last token, and its document.

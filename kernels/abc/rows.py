@@ -1,6 +1,6 @@
-"""What a query does: read the keys' memory, softmax over the slots, read the values'; and the same backwards.
+"""ABC for queries: logits against the state of keys, softmax over slots, output from the state of values; and backward.
 
-With w the weights of pairs.py, K0, V0 the memory before the chunk and fade_t = exp(z before - z_t),
+With w the weights of pairs.py, K0, V0 the state before the chunk and fade_t = exp(z before the chunk - z_t),
 
     l_t = scale (fade_t K0 q_t + sum_j w_tj (q_t . k_j))      p = softmax(l)
     o_t = (fade p)^T V0 + sum_j (p . w_tj) v_j
@@ -20,7 +20,7 @@ from .pairs import fade, load_slots, read, spread
 
 @triton.jit
 def against_memory(x, memory, SLOTS: tl.constexpr, WM: tl.constexpr, DX: tl.constexpr, WX: tl.constexpr):
-    """(x memory^T (C, WM)): rows of x (C, WX) with each slot of a memory (M, DX)."""
+    """Return x memory^T (C, WM) of x (C, WX) and a state (M, DX)."""
     slot = tl.arange(0, WM)
     tile, top = narrow(load_rows(memory, DX, slot < SLOTS, WM, DX, WX, True), x.dtype)
     return tl.dot(x, tl.trans(tile), input_precision="ieee") * top
@@ -30,7 +30,7 @@ def against_memory(x, memory, SLOTS: tl.constexpr, WM: tl.constexpr, DX: tl.cons
 def from_memory(
     y, memory, SLOTS: tl.constexpr, WM: tl.constexpr, DX: tl.constexpr, WX: tl.constexpr, TYPE: tl.constexpr
 ):
-    """(y memory (C, WX)): the slots of a memory (M, DX) mixed by y (C, WM)."""
+    """Return y memory (C, WX) of y (C, WM) and a state (M, DX)."""
     slot = tl.arange(0, WM)
     tile, top = narrow(load_rows(memory, DX, slot < SLOTS, WM, DX, WX, True), TYPE)
     left, high = narrow(y, TYPE)
@@ -45,9 +45,8 @@ def rows_kernel(
     WK: tl.constexpr, DV: tl.constexpr, WV: tl.constexpr, DOCUMENTS: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, B * H). keys, values (B, G, chunks + 1, M, D), z (B, G, T, M), boundary (B, G, chunks + 1, M),
-    p_out, g_out, c_out (B, H, T, M): fp32, dense. Forward writes out; BACKWARD takes dout, with out's strides, and
-    writes dq
-    (B, H, T, DK) dense, p_out, g_out and c_out."""
+    p_out, g_out, c_out (B, H, T, M): fp32, dense. Forward writes out. BACKWARD reads dout, which has out's strides, and
+    writes dq (B, H, T, DK), dense, p_out, g_out and c_out."""
     chunk = tl.program_id(0)
     batch = (tl.program_id(1) // head_count).to(tl.int64)
     head = (tl.program_id(1) % head_count).to(tl.int64)
@@ -74,11 +73,13 @@ def rows_kernel(
     values += state * SLOTS * DV
     count = length - chunk * CHUNK
 
+    # l_t: the state before the chunk, then the chunk's own tokens.
     query = load_rows(q + batch * qb + head * qh + begin * qt, qt, valid, CHUNK, DK, WK, True)
     key = load_rows(k + batch * kb + kv_head * kh + begin * kt, kt, valid, CHUNK, DK, WK, True)
     scores = tl.where(meets, tl.dot(query, tl.trans(key), input_precision="ieee"), 0.0)
     logits = past * against_memory(query, keys, SLOTS, WM, DK, WK)
     logits += read(scores, z_rows, s_tile, z_tile, row, count, SLOTS, WM, LEVELS, query.dtype)
+    # Softmax over the written slots; a row without any gets p = 0.
     seen = z_tile > float("-inf")
     logits = tl.where(seen, logits * scale, float("-inf"))
     top = tl.max(logits, 1)

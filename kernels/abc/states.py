@@ -1,4 +1,4 @@
-"""What a chunk writes into the memory, and what its reads add to the gradient of the memory before it."""
+"""What each chunk adds to ABC's state, and what its queries add to the gradient of the state before it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def write_kernel(
     CHUNK: tl.constexpr, SLOTS: tl.constexpr, WM: tl.constexpr, DX: tl.constexpr, WX: tl.constexpr,
     AFTER: tl.constexpr, DOCUMENTS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """sum_j w_jm x_j, (M, DX), over the tokens of a chunk, and over `group` heads that share the memory.
+    """Compute sum_j w_jm x_j, (M, DX), over the tokens of a chunk and the `group` heads that share the state.
 
-    Grid (chunks, B * G). AFTER: w = exp(s_j - z at the end), of x (B, G, T, DX), into slot chunk + 1 of states (B, G,
-    chunks + 1, M, DX). Else w = exp(z at the start - z_t) y_t, of y (B, H, T, M) fp32 and x (B, H, T, DX), into slot
-    chunk. boundary (B, G, chunks + 1, M): z at both.
+    Grid (chunks, B * G). AFTER: w = exp(s_j - z at the chunk's end), x (B, G, T, DX), written to states (B, G, chunks +
+    1, M, DX) at chunk + 1. Else w = exp(z at the chunk's start - z_t) y_t, y (B, H, T, M) fp32, x (B, H, T, DX),
+    written at chunk. boundary (B, G, chunks + 1, M): z at both ends.
     """
     chunk = tl.program_id(0)
     batch = (tl.program_id(1) // state_heads).to(tl.int64)

@@ -1,7 +1,7 @@
-"""Chunk lengths, warps and stages of ABC's kernels: a plain function of what is computed and of the chip.
+"""Chunk lengths, warps and stages of ABC's kernels: a plain function of the pass and the chip.
 
-The rows are what fits: no spilled register (fp32 apart) and no more shared memory than the chip has, proven ahead of
-time by tests/kernels/test_aot_others.py. None has been measured. Other chips take these rows unproven.
+The configurations spill no register (except fp32) and fit the chip's shared memory, as verified ahead of time by
+tests/kernels/test_aot_others.py. Their speed has not been measured. Other chips use them unverified.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 WIDTHS = (64, 128)
-"""What the largest of head dimensions and slots is rounded up to when a row is looked up."""
+"""The largest of head dimensions and slots is rounded up to one of these."""
 KINDS = ("half",)
-"""What is compiled ahead of time; fp32, for checking, runs on small chunks that nobody has compiled."""
+"""What is compiled ahead of time. fp32, used to verify results, has small chunks and is not compiled."""
 PASSES = ("output", "queries", "keys", "control", "mass", "write", "recall")
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -25,10 +25,10 @@ class Config(NamedTuple):
 
 
 def choose(name: str, width: int, itemsize: int, arch: str) -> Config:
-    """The configuration of a pass; all passes of one call have the same chunk.
+    """Return the configuration of a pass; all passes of one call have the same chunk.
 
     Args:
-        name: one of PASSES. width: the largest of D, Dv and M, up to 128. itemsize: bytes of one number of q.
+        name: one of PASSES. width: the largest of D, Dv and M, up to 128. itemsize: bytes of an element of q.
         arch: one of ARCHES, "interpreter", or another chip's name.
     """
     if arch == "interpreter":

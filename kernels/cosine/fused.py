@@ -1,5 +1,5 @@
-"""The cosine kernels' host side: tensors in, launches out. Forward takes five launches, backward seven, whatever the
-length; nothing waits for the device."""
+"""Build the launches of the cosine kernels: five in forward and seven in backward at any length. None waits for the
+device."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Optional = torch.Tensor | None
 
 @dataclass(frozen=True)
 class Documents:
-    """Which tokens know which state. ids (B, T) int64, -1 at padding; edges (B, chunks + 1) int64, the document of the
-    state at each boundary; kept (B, chunks) fp32, 1 where a state survives its chunk, else 0."""
+    """Documents of packed rows. ids (B, T) int64, -1 at padding; edges (B, chunks + 1) int64, the document of the state
+    at each boundary; kept (B, chunks) fp32, 1 if the state before a chunk is still that after it, else 0."""
 
     ids: torch.Tensor
     edges: torch.Tensor
@@ -32,7 +32,8 @@ class Documents:
 
 @dataclass(frozen=True)
 class Side:
-    """Queries or keys. x (B, heads, T, D); inverse, 1 / ||x||, and factor, that times the scale, (B, heads, T) fp32."""
+    """Queries or keys. x (B, heads, T, D); inverse, 1 / ||x||, and factor, inverse times the scale, (B, heads, T)
+    fp32."""
 
     x: torch.Tensor
     inverse: torch.Tensor
@@ -41,7 +42,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Causal:
-    """One call: what its launches have in common.
+    """One call of causal cosine attention.
 
     q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv): one dtype of bf16, fp16, fp32; any strides with a dense last
     dimension. size = n^-a, fp32: (B, H, T) if on_query, else (B, G, T).
@@ -64,7 +65,7 @@ class Causal:
         return -(-self.q.shape[2] // self.chunk)
 
     def lengths(self, queries: bool) -> tuple[Launch, Side]:
-        """The factors of one side."""
+        """Return the launch that computes the factors of one side."""
         x, sized = (self.q, self.on_query) if queries else (self.k, not self.on_query)
         batch, heads, length, width = x.shape
         inverse = torch.empty((batch, heads, length), dtype=torch.float32, device=x.device)
@@ -78,12 +79,13 @@ class Causal:
         return Launch(lengths_kernel, (-(-length // 64), batch * heads), arguments), Side(x, inverse, factor)
 
     def states(self) -> torch.Tensor:
-        """Room for the state at each boundary of chunks, or for its gradient: (B, G, chunks + 1, D, Dv)."""
+        """Allocate the state at each boundary of chunks, or its gradient: (B, G, chunks + 1, D, Dv)."""
         shape = (*self.k.shape[:2], self.chunks + 1, self.k.shape[3], self.v.shape[3])
         return torch.empty(shape, dtype=torch.float32, device=self.k.device)
 
     def write(self, side: Side, x: torch.Tensor, states: torch.Tensor, after: bool) -> Launch:
-        """What each chunk adds: of (k, v) to the state after it, of (q, dO) to the gradient of the state before it."""
+        """Return the launch that computes what each chunk adds: from (k, v) to the state after it, from (q, dO) to the
+        gradient of the state before it."""
         config = self._config("write")
         d_a, d_x, group = side.x.shape[3], x.shape[3], side.x.shape[1] // self.k.shape[1]
         t_a, t_x = min(config.step, padded(d_a)), min(config.step, padded(d_x))
@@ -97,7 +99,8 @@ class Causal:
         return Launch(write_kernel, grid, arguments, config.warps, config.stages)
 
     def scan(self, states: torch.Tensor, start: torch.Tensor, down: bool) -> Launch:
-        """From what chunks add to the states, from `start` (B, G, D, Dv) on; `down`: from the last to the first."""
+        """Return the launch that sums what the chunks add into states, starting with `start` (B, G, D, Dv); `down`:
+        from the last chunk to the first."""
         kept = None if self.documents is None else self.documents.kept
         return scan(states, start, None if kept is None else kept[:, None, :, None], down)
 
@@ -158,8 +161,8 @@ class Causal:
 
 
 def scan(states: torch.Tensor, start: torch.Tensor, factors: Optional, down: bool) -> Launch:
-    """The launch that walks over states (B, heads, chunks + 1, D, Dv), fp32, from start (B, heads, D, Dv) on; factors
-    broadcast to (B, heads, chunks, D), or None."""
+    """Return the launch that sums states (B, heads, chunks + 1, D, Dv), fp32, over chunks in place, starting with start
+    (B, heads, D, Dv); factors, by which a state decays, broadcast to (B, heads, chunks, D), or None."""
     batch, heads, slots, rows, width = states.shape
     if factors is not None:
         factors = factors.expand(batch, heads, slots - 1, rows)
@@ -174,10 +177,10 @@ def scan(states: torch.Tensor, start: torch.Tensor, factors: Optional, down: boo
 
 
 def padded(width: int) -> int:
-    """The power of two, at least 16, that a head dimension is computed in."""
+    """Return the power of two, at least 16, to which kernels pad a head dimension."""
     return max(16, triton.next_power_of_2(width))
 
 
 def strides(name: str, x: torch.Tensor) -> dict[str, int]:
-    """Batch, head and token strides; the last dimension is dense."""
+    """Return batch, head and token strides; the last dimension is dense."""
     return {f"{name}{axis}": x.stride(dim) for axis, dim in zip("bht", range(3), strict=True)}

@@ -1,8 +1,7 @@
-"""The lengths of rows, once for a whole pass: 1 / ||x||, and that times the scale n^-a where this side of the pair
-bears it.
+"""Inverse norms of rows, computed once per pass: 1 / ||x||, and 1 / ||x|| times the scale n^-a on the side that has it.
 
-With these two numbers a row the products of product.py take q and k as they are: what is multiplied on tensor cores is
-never rounded for having been divided.
+With these two factors per row, the products of product.py read q and k as they are: nothing is rounded after a division
+before it enters a tensor core.
 """
 
 from __future__ import annotations

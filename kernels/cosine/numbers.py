@@ -1,4 +1,4 @@
-"""Numbers of fp32 on their way into a product of half precision."""
+"""Convert fp32 tiles for a matrix product in half precision."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import triton.language as tl
 
 @triton.jit
 def narrow(x, TYPE: tl.constexpr):
-    """(x in TYPE, what the product has to be multiplied by). fp16 knows no number above 65504 and few below 6e-5, and
-    sums over a sequence and gradients have both: such a tile is divided by its largest number."""
+    """Return (x in TYPE, the factor by which to multiply the product). Sums over a sequence and gradients exceed fp16's
+    range (6e-5 to 65504), so for fp16 a tile is divided by its largest absolute value."""
     if TYPE == tl.float16:
         top = tl.max(tl.abs(x))
         top = tl.where(top > 0.0, top, 1.0)

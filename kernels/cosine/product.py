@@ -1,21 +1,19 @@
-"""The causal product and all its gradients, one kernel: rows of one side meet rows of the other, and a state.
+"""The causal product and all its gradients in one kernel: a sum over pairs of rows of the chunk, plus the state's part.
 
-    out_t = own_t (sum_j over pairs that meet (a_t . b_j) other_j x_j + a_t S)
+    out_t = own_t (sum_{visible j} (a_t . b_j) other_j x_j + a_t S)
 
-| what | a | b | x | state | meets |
+| out | a | b | x | S: the state | visible j |
 |---|---|---|---|---|---|
 | output   | q  | k  | v  | before the chunk                    | j <= t |
 | dq       | dO | v  | k  | before the chunk, transposed        | j <= t |
 | dk       | v  | dO | q  | gradient after the chunk, transposed | j >= t, all heads of the group |
 | dv       | k  | q  | dO | gradient after the chunk            | j >= t, all heads of the group |
 
-own and other are the factors of the two sides: 1 / ||q||, 1 / ||k||, one of them times n^-a. They come last, so a and x
-enter as they are. dq and dk go on through the division by the length of their own row: with y the row, i = 1 / ||y||
-and d the result above,
+own and other are the factors of the two sides: 1 / ||q||, 1 / ||k||, one of them times n^-a. They are applied after the
+products, so a and x enter tensor cores unscaled. dq and dk also need the gradient of their own row's normalisation:
+with y the row, i = 1 / ||y|| and d the result above,
 
-    dy = d - y i^2 (d . y)          d . y / n^-a is the gradient of n^-a
-
-since the loss changes with a row's length as it does with the scale.
+    dy = d - y i^2 (d . y)          the gradient of n^-a is (d . y) / n^-a
 """
 
 from __future__ import annotations
@@ -36,8 +34,8 @@ def product_kernel(
     REVERSED: tl.constexpr, DOCUMENTS: tl.constexpr, UNIT: tl.constexpr, SIZED: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, B * heads of a). Strides as given, the last dimension dense; own, other, inverse, dsize (B, heads,
-    T) fp32 and dense; states (B, G, chunks + 1, D, Dv) fp32. REVERSED: a is of the key side. UNIT: go on to dy, y being
-    row_of; SIZED: and write dsize."""
+    T) fp32 and dense; states (B, G, chunks + 1, D, Dv) fp32. REVERSED: a is of the key side. UNIT: compute dy, with y =
+    row_of; SIZED: also write dsize, the gradient of n^-a."""
     chunk = tl.program_id(0)
     batch = (tl.program_id(1) // head_count).to(tl.int64)
     head = tl.program_id(1) % head_count

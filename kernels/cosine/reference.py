@@ -1,11 +1,11 @@
-"""Cottention, attention by cosine similarity, one token after the other in plain PyTorch: the oracle.
+"""Cottention, attention by cosine similarity, token by token in plain PyTorch: the oracle of the tests.
 
-With N(x) = x / ||x|| a row at a time and the learned exponent a = sigmoid(m) of a head,
+With N(x) = x / ||x|| of each row and a learned exponent a = sigmoid(m) per head, in one of two ways ("scale_on"):
 
-    value   o_t = sum_{j<=t} (N(q_t) . N(k_j)) n_j^-a v_j          n_t: tokens of the document up to and with t
+    value   o_t = sum_{j<=t} (N(q_t) . N(k_j)) n_j^-a v_j          n_t: the document's tokens up to and including t
     query   o_t = n_t^-a sum_{j<=t} (N(q_t) . N(k_j)) v_j
 
-There is no softmax, so the state is one matrix a head, S_t = sum_{j<=t} N(k_j) (n_j^-a v_j)^T, and the count n_t.
+There is no softmax, so the state is one matrix per head, S_t = sum_{j<=t} N(k_j) (n_j^-a v_j)^T, and the count n_t.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 import torch
 
 EPSILON = 1e-12
-"""Norms below are taken for it: a row of zeros stays one."""
+"""Smallest norm to divide by: a row of zeros stays zero."""
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
-    """Rows of length 1; zero rows stay zero."""
+    """Return the rows normalised to length 1; rows of zeros stay zero."""
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPSILON)
 
 
@@ -33,13 +33,13 @@ def recurrent(
     *,
     scale_on: str = "value",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Causal cosine attention, token by token.
+    """Compute causal cosine attention token by token.
 
     Args:
         q, k (B, H, T, D), v (B, H, T, Dv): fp32 or fp64. m: (H,).
         memory: (B, H, D, Dv), count: (B,) of the state to continue; None is empty.
-        documents: (B, T) int64; the state restarts where the id changes; -1 is padding: nothing written, 0 read.
-        document: (B,) the document that the state belongs to.
+        documents: (B, T) int64; the state is reset where the id changes; -1 is padding: not written, output 0.
+        document: (B,) the document of the state.
 
     Returns:
         out (B, H, T, Dv), memory, count and document after the last token.

@@ -1,9 +1,8 @@
-"""The state between chunks: what each chunk writes, all chunks at once, and then a walk that adds it up.
+"""The state at the boundaries of chunks: all chunks' contributions in parallel, and then a scan that sums them.
 
-Both directions have N + 1 slots of a matrix (D, Dv) for N chunks. Forward, slot c is the state before chunk c;
-backward, slot c + 1 is the gradient of the state after chunk c. So forward writes chunk c into slot c + 1 and walks
-up, backward
-writes it into slot c and walks down.
+For N chunks there are N + 1 matrices (D, Dv). In forward, matrix c is the state before chunk c; in backward, matrix c +
+1 is the gradient of the state after chunk c. So forward writes chunk c's contribution to matrix c + 1 and scans
+upwards; backward writes it to matrix c and scans downwards.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ def write_kernel(
     CHUNK: tl.constexpr, DA: tl.constexpr, DX: tl.constexpr, TA: tl.constexpr, TX: tl.constexpr,
     AFTER: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """sum_j factor_j a_j x_j^T over the tokens of a chunk, and over `group` heads that share the state.
+    """Compute sum_j factor_j a_j x_j^T over the tokens of a chunk and the `group` heads that share the state.
 
     Grid (chunks, tiles of DA * tiles of DX, B * state heads). a (B, heads, T, DA), x (B, heads, T, DX), factor
-    (B, heads, T) dense. AFTER: 1, of the tokens whose document the state after the chunk is of; 0, of the state before.
+    (B, heads, T) dense. Only tokens of one document count: that of the state after the chunk (AFTER = 1) or before (0).
     """
     chunk = tl.program_id(0)
     across = tl.cdiv(DX, TX)
@@ -60,18 +59,18 @@ def write_kernel(
     tl.store(place, total, mask=(column_a < DA)[:, None] & (column_x < DX)[None, :])
 
 
-# One chunk is no constant: triton would make the number 1 a Python int, which has no dtype to convert.
+# Not specialised: triton would turn chunks = 1 into a Python int, which has no dtype to convert.
 @triton.jit(do_not_specialize=["chunks"])
 def scan_kernel(
     states, start, factors, fb, fh, fc, fr, head_count, chunks,
     TILE: tl.constexpr, NUMBERS: tl.constexpr, WIDTH: tl.constexpr, DOWN: tl.constexpr, FACTORS: tl.constexpr,
     AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Slot by slot, in place: state = factor * state + what the chunk wrote.
+    """Scan over chunks, in place: state = factor * state + the chunk's contribution.
 
     Grid (tiles of a matrix, B * heads). states (B, heads, chunks + 1, NUMBERS) fp32, dense, a matrix having rows of
-    WIDTH numbers; start (B, heads, NUMBERS) dense, the first slot's. factors: a number a chunk and row of the matrix,
-    with strides; None for 1. DOWN: from the last slot to the first. AHEAD: how many slots are under way from memory.
+    WIDTH elements; start (B, heads, NUMBERS) dense, the first state. factors: one per chunk and row of the matrix, with
+    strides; None for 1. DOWN: from the last chunk to the first. AHEAD: how many matrices are prefetched.
     """
     batch = (tl.program_id(1) // head_count).to(tl.int64)
     head = (tl.program_id(1) % head_count).to(tl.int64)

@@ -1,7 +1,7 @@
-"""Chunk lengths, tiles, warps and stages of the cosine kernels: a plain function of what is computed and of the chip.
+"""Chunk lengths, tiles, warps and stages of the cosine kernels: a plain function of the pass and the chip.
 
-The rows are what fits: no spilled register (fp32 apart) and no more shared memory than the chip has, proven ahead of
-time by tests/kernels/test_aot_others.py. None has been measured. Other chips take the same rows, unproven.
+The configurations spill no register (except fp32) and fit the chip's shared memory, as verified ahead of time by
+tests/kernels/test_aot_others.py. Their speed has not been measured. Other chips use them unverified.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 WIDTHS = (64, 128, 256)
-"""What the larger head dimension is rounded up to when a row is looked up."""
+"""The larger head dimension is rounded up to one of these."""
 KINDS = ("half", "float")
 PASSES = ("output", "queries", "keys", "values", "write")
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 class Config(NamedTuple):
-    """A program owns `chunk` tokens and takes the head dimension that is summed over in parts of `step` numbers; the
-    pass `write` makes tiles of (step, step)."""
+    """A program computes `chunk` tokens and sums over the head dimension `step` elements at a time; the pass `write`
+    has output tiles of (step, step)."""
 
     chunk: int
     step: int
@@ -26,10 +26,10 @@ class Config(NamedTuple):
 
 
 def choose(name: str, width: int, itemsize: int, arch: str) -> Config:
-    """The configuration of a pass; all passes of one call have the same chunk.
+    """Return the configuration of a pass; all passes of one call have the same chunk.
 
     Args:
-        name: one of PASSES. width: the larger head dimension, up to 256. itemsize: bytes of one number of q.
+        name: one of PASSES. width: the larger head dimension, up to 256. itemsize: bytes of an element of q.
         arch: one of ARCHES, "interpreter", or another chip's name.
     """
     if arch == "interpreter":  # small and unequal, so that short tests have many chunks and a mix-up of sides shows

@@ -1,4 +1,4 @@
-"""The cross entropy kernel's host side: tensors in, one launch out; nothing waits for the device."""
+"""Build the launch of the cross entropy kernel; it does not wait for the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def launch(
     gradient: bool,
     arch: str,
 ) -> Launch:
-    """Write each row's loss, and if ``gradient`` its gradient over the logits.
+    """Return the launch that writes each row's loss and, if ``gradient``, overwrites the logits with their gradient.
 
     Args:
         logits: (n, V) in bf16, fp16 or fp32, rows dense.

@@ -1,4 +1,4 @@
-"""Cross entropy of logits that are all there, and its gradient: what the fused kernel computes row by row."""
+"""Cross entropy of a whole tensor of logits, and its gradient: the reference of the fused kernel."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def loss_and_gradient(
     """Return each row's loss (n,) and its gradient with respect to the logits (n, V).
 
     With x = softcap tanh(logits / softcap), lse = log sum exp(x), p = exp(x - lse):
-    loss = lse - x[label] + z_loss lse², d loss / dx = (1 + 2 z_loss lse) p - onehot(label). Both are 0 where the label
-    is ``ignore_index``.
+    loss = lse - x[label] + z_loss lse², d loss / dx = (1 + 2 z_loss lse) p - onehot(label). Both are 0 if the label is
+    ``ignore_index``.
 
     Args:
         logits: (n, V) floating.

@@ -1,7 +1,7 @@
-"""One program, one token: the loss of its row of logits, and the row turned into its gradient.
+"""Cross entropy, one program per token: the loss of its row of logits, and the row overwritten with its gradient.
 
-The row is read twice and written once, in its own dtype; what is computed of it is fp32. Every lane keeps a maximum and
-a sum of its own until the row's end, so that no step waits for the other lanes.
+The row is read twice and written once in its own dtype, and computed in fp32. Every lane keeps its own maximum and sum
+until the end of the row, so that no step needs a reduction across lanes.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import triton.language as tl
 
 from ..flash.elements import tanh
 
-LOWEST = tl.constexpr(-2e38)  # a lane that has seen nothing, or only logits of -inf; times log2(e) still fp32
+LOWEST = tl.constexpr(
+    -2e38
+)  # the maximum of a lane that has seen nothing, or only -inf; finite in fp32 also times log2(e)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def bend(x, softcap, CAPPED: tl.constexpr):
-    """(the logit that counts, tanh's value): softcap tanh(x / softcap) if CAPPED, else x as it is."""
+    """Return (the capped logit, tanh(x / softcap)) if CAPPED, else (x, x)."""
     bent = x
     slope = x
     if CAPPED:
@@ -32,7 +34,7 @@ def row_kernel(
     WIDTH: tl.constexpr, CAPPED: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (n,). logits (n, V), rows dense and `stride` apart; labels (n,) int64, dense; loss (n,) fp32. GRADIENT:
-    write it over the logits. A label beyond the vocabulary gives NaN."""
+    overwrite the logits with it. A label beyond the vocabulary yields NaN."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     counts = label != ignore_index
@@ -41,6 +43,7 @@ def row_kernel(
     there = (label >= 0) & (label < vocabulary)
     own = tl.load(at + label, mask=there, other=float("nan")).to(tl.float32)
     own, own_slope = bend(own, softcap, CAPPED)
+    # Online softmax in each lane: when its maximum rises, rescale its sum.
     highest = tl.full([WIDTH], LOWEST, tl.float32)
     total = tl.zeros([WIDTH], tl.float32)
     for first in range(0, vocabulary, WIDTH):
@@ -56,7 +59,7 @@ def row_kernel(
     lse = top + tl.log(denominator)
     tl.store(loss + row, tl.where(counts, lse - own + z_loss * lse * lse, 0.0))
     if GRADIENT:
-        tl.debug_barrier()  # the label's logit has been read by everybody before anybody writes
+        tl.debug_barrier()  # all threads read the label's logit before any overwrites it
         scale = tl.where(counts, (1.0 + 2.0 * z_loss * lse) / denominator, 0.0)
         for first in range(0, vocabulary, WIDTH):
             inside = first + lane < vocabulary

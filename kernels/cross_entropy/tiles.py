@@ -1,27 +1,27 @@
-"""Lanes and warps of the cross entropy kernel: a plain function of the vocabulary and of the chip. None is measured."""
+"""Lanes and warps of the cross entropy kernel: a plain function of the vocabulary and the chip. Not measured."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 WIDTHS = (512, 50_257, 128_256)
-"""Vocabularies whose kernels are compiled ahead of time: rows read in one step, rows that begin anywhere in memory, and
-rows of many steps that begin at multiples of 16. All others of the last two kinds have the same kernels."""
+"""Vocabularies whose kernels are compiled ahead of time: rows read in one step, rows at any address, and rows of many
+steps at addresses aligned to 16 elements. Other vocabularies of the last two kinds have the same kernels."""
 KINDS = ("half", "float")
 PASSES = ("row", "capped", "evaluation")
-"""With its gradient; that with a softcap; the loss alone."""
+"""Loss and gradient; loss and gradient with a softcap; loss alone."""
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 class Config(NamedTuple):
-    """A program reads `width` numbers of its row at a time."""
+    """A program reads `width` elements of its row at a time."""
 
     width: int
     warps: int
 
 
 def choose(vocabulary: int, arch: str) -> Config:
-    """The configuration for rows of so many numbers.
+    """Return the configuration for rows of `vocabulary` elements.
 
     Args:
         arch: one of ARCHES, "interpreter", or another chip's name.

@@ -1,4 +1,4 @@
-"""The decode kernels' host side: tensors in, one or two launches out; nothing waits for the device."""
+"""Build the one or two launches of the decode kernels; none waits for the device."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Call:
     splits: int | None = None
 
     def launches(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[Launch, ...]:
-        """Write out (B, G, rows, Dv) and lse (B, G, rows), fp32, dense."""
+        """Return the launches that write out (B, G, rows, Dv) and lse (B, G, rows), fp32, dense."""
         splits, span = self.parts()
         if splits == 1:
             return (self.partial(out, lse, 1, span),)
@@ -54,14 +54,15 @@ class Call:
         return tiles.choose(rows, width, self.value_width, self.v is None, itemsize, extras, self.arch)
 
     def parts(self) -> tuple[int, int]:
-        """(splits, keys of each); a split is whole tiles."""
+        """Return (number of splits, keys per split); a split consists of whole tiles."""
         config, keys = self.config, self.k.shape[2]
         wanted = self.splits or tiles.splits(math.prod(self._grid()), keys, config.step, processors(self.q.device))
         span = max(1, -(-keys // wanted // config.step)) * config.step
         return max(1, -(-keys // span)), span
 
     def partial(self, out: torch.Tensor, lse: torch.Tensor, splits: int, span: int) -> Launch:
-        """Write every split's out (B, G, splits, rows, Dv) and lse (B, G, splits, rows), fp32, dense."""
+        """Return the launch that writes every split's out (B, G, splits, rows, Dv) and lse (B, G, splits, rows), fp32,
+        dense."""
         config, terms = self.config, self.terms
         k, v = self.k, self.k if self.v is None else self.v
         (row_tiles, column_tiles, units), width = self._grid(), k.shape[3]
@@ -87,14 +88,14 @@ class Call:
         return Launch(partial_kernel, grid, arguments, config.warps, config.stages)
 
     def _grid(self) -> tuple[int, int, int]:
-        """(row tiles, column tiles, batch x key heads)."""
+        """Return (row tiles, column tiles, batch x key heads)."""
         batch, groups, rows, _ = self.q.shape
         owned = self.config.values * self.config.width
         return -(-rows // self.config.rows), -(-self.value_width // owned), batch * groups
 
 
 def merge(parts: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Launch:
-    """The launch that makes one result of the splits'."""
+    """Return the launch that merges the splits' results."""
     batch, groups, splits, rows, width = parts.shape
     columns = min(tiles.MERGED, max(16, triton.next_power_of_2(width)))
     arguments = {
@@ -106,11 +107,11 @@ def merge(parts: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor, lse: t
 
 @cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors, or compute units; four where kernels are interpreted."""
+    """Return the number of streaming multiprocessors or compute units; four in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _strides(name: str, x: Optional, axes: str) -> dict[str, int]:
-    """Strides of all dimensions in `axes`, zeros for a tensor that is not there."""
+    """Return the strides of all dimensions in `axes`; zeros for None."""
     numbers = (0,) * len(axes) if x is None else x.stride()
     return {f"{name}{axis}": n for axis, n in zip(axes, numbers, strict=False)}

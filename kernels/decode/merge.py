@@ -1,5 +1,5 @@
-"""The splits of a context become one: out = sum_i exp(lse_i - lse) out_i, lse = log sum_i exp(lse_i). The order of the
-sum is that of the splits, so the same call gives the same bits."""
+"""Merge the splits of a context: out = sum_i exp(lse_i - lse) out_i, lse = log sum_i exp(lse_i). The splits are summed
+in order, so results are reproducible to the bit."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Attention of many queries to one part of a shared context: the running softmax of flash/forward.py, for few rows.
+"""Attention of many queries to one split of a shared context: the online softmax of flash/forward.py, for few rows.
 
-A program owns a tile of the rows that share a key head (heads x beams x new tokens) and walks one split of the context.
-Rows are wide (EL: the model's width; MLA: 576), so they come in chunks of columns. Where values are columns of the
-keys and a tile of keys fits in shared memory (KEPT), it is loaded once and meets the queries, then the probabilities:
-the context is read from memory once. Otherwise values are loaded beside the keys, or the keys' tile again, from L2.
-Row tiles of one split are neighbours in the grid, so the second one to read a tile finds it in L2 too.
+A program computes a tile of the rows that share a key head (heads x beams x new tokens) and loops over one split of the
+context. Rows are wide (EL: the model's width; MLA: 576), so they are loaded in chunks of columns. If values are columns
+of the keys and a tile of keys fits in shared memory (KEPT), the tile is loaded once and used for both products: the
+context is read from memory once. Otherwise values are loaded separately, or the keys' tile again, from L2. Row tiles of
+one split are neighbours in the grid, so that they share tiles in L2.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..flash.elements import tanh
 
 @triton.jit
 def _columns(rows, inside, start, DIM: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
-    """(rows, WIDTH) from column `start` on: `rows` points to the first number of each; zeros beyond DIM."""
+    """Load (rows, WIDTH) from column `start` on; `rows` points to each row's first element; zeros beyond DIM."""
     column = start + tl.arange(0, WIDTH)
     if WHOLE:
         tile = tl.load(rows[:, None] + column[None, :], mask=inside[:, None], other=0.0)
@@ -41,7 +41,7 @@ def partial_kernel(
     q (B, G, rows, DK) dense; k (B, G, S, DK), v (B, G, S, DV): strides given, last dimension dense. constant, shift
     (B, G, rows) fp32; factor (B, G, heads, S); slopes (G, heads) fp32, times log2(e); bias, mask (bytes)
     (B, G, beams, heads, tokens, S) of any strides; lengths (B,) int32. out (B, G, splits, rows, DV), lse
-    (B, G, splits, rows), fp32. scale: divided by the cap, if there is one; otherwise it and, always, cap hold log2(e).
+    (B, G, splits, rows), fp32. cap is times log2(e); scale is divided by the cap if there is one, else times log2(e).
     """
     row_tile = tl.program_id(0) % row_tiles
     column_tile = tl.program_id(0) // row_tiles
@@ -93,6 +93,7 @@ def partial_kernel(
         k_rows = k + key.to(tl.int64) * ks
         held = ()
         qk = tl.zeros([ROWS, STEP], tl.float32)
+        # q . k, summed over chunks of columns; KEPT tiles stay for the product with the probabilities.
         if UNROLLED:
             for i in tl.static_range(KEY_CHUNKS):
                 query = _columns(q_rows, real, i * WIDTH, DK, WIDTH, (i + 1) * WIDTH <= DK)
@@ -106,6 +107,7 @@ def partial_kernel(
                 tile = _columns(k_rows, inside, i * WIDTH, DK, WIDTH, DK % WIDTH == 0)
                 qk = tl.dot(query, tl.trans(tile), qk, input_precision="ieee")
 
+        # The terms of the logit, in the order of terms.py.
         if CONSTANT:
             qk += added[:, None]
         if FACTOR:
@@ -129,8 +131,9 @@ def partial_kernel(
             visible &= key[None, :] <= offset + token[:, None]
         scores = tl.where(visible, scores, float("-inf"))
 
+        # Online softmax: rescale the running sum and output to the new maximum.
         new_top = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing keeps (0, -inf)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key keeps (0, -inf)
         p = tl.exp2(scores - base[:, None])
         fade = tl.exp2(top - base)
         total = total * fade + tl.sum(p, 1)

@@ -1,11 +1,12 @@
-"""Many queries that share few keys and values, in plain PyTorch: every logit at once, in fp32 (fp64 for fp64).
+"""Attention of many queries that share few keys and values, in plain PyTorch: all logits at once, in fp32 (fp64 for
+fp64).
 
     s = cap(((q . k + constant) * factor + shift) * scale) - slope * |i - j| + bias
     out = softmax(s) v      lse = log sum exp(s)
 
-Rows are (beams, heads of a key head, new tokens), flattened: whatever reads the same keys stands side by side, so that
-one pass over the context serves all. EL: keys and values are the hidden states, one key head. MLA: they are the
-latent, and its rotary columns are keys alone. Grouped or multi-query heads: v is its own.
+Rows are (beams, query heads per key head, new tokens), flattened: rows that read the same keys are adjacent, so that
+one pass over the context serves all. EL: keys and values are the hidden states, with one key head. MLA: they are the
+latent, whose rotary columns belong to the keys only. Grouped or multi-query heads: v is a tensor of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .terms import Terms
 def decode(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, value_width: int, heads: int, tokens: int, terms: Terms
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (B, G, rows, Dv), lse (B, G, rows)); (0, -inf) for a row that sees no key.
+    """Return (out (B, G, rows, Dv), lse (B, G, rows)); (0, -inf) for a row that sees no key.
 
     Args:
         q: (B, G, beams * N * T, Dk), N = heads, T = tokens. k: (B, G, S, Dk). v: (B, G, S, Dv), or None: the first

@@ -1,4 +1,4 @@
-"""What joins the product of a query and a key on its way to a logit."""
+"""The terms of a decoding logit beside q.k."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Optional = torch.Tensor | None
 
 @dataclass(frozen=True)
 class Terms:
-    """What a logit is made of: cap(((q . k + constant) * factor + shift) * scale) - slope * |i - j| + bias where
-    the mask is true, else -inf. Query t stands at offset + t, key j at j.
+    """The logit cap(((q . k + constant) * factor + shift) * scale) - slope * |i - j| + bias if the mask is true, else
+    -inf. New token t has position i = offset + t, key j position j.
 
     constant, shift (B, G, rows) fp32, dense; factor (B, G, N, S) floating; slopes (G, N) fp32, dense; bias floating and
-    mask bool, both (B, G, beams, N, T, S) of any strides; lengths (B,) int32: keys from there on are hidden.
+    mask bool, both (B, G, beams, N, T, S) of any strides; lengths (B,) int32: keys from this index on are hidden.
     """
 
     scale: float
@@ -32,6 +32,6 @@ class Terms:
 
     @property
     def extras(self) -> bool:
-        """Something joins the logits, or hides keys."""
+        """Whether any term beside scale * q.k is used, or any key hidden."""
         joining = self.softcap, self.constant, self.factor, self.shift, self.slopes, self.bias
         return self.causal or any(x is not None for x in (*joining, self.mask, self.lengths))

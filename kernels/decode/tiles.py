@@ -1,7 +1,7 @@
-"""Tiles of the decode kernel and the number of splits: plain functions of the shape and of the chip.
+"""Tiles of the decode kernel and the number of splits: plain functions of the shape and the chip.
 
-The tiles are what fits: no spilled register (fp32 apart) and no more shared memory than the chip has, proven ahead of
-time by tests/kernels/test_aot_others.py. None has been measured. Other chips take sm_80's, unproven.
+The configurations spill no register (except fp32) and fit the chip's shared memory, as verified ahead of time by
+tests/kernels/test_aot_others.py. Their speed has not been measured. Other chips use sm_80's, unverified.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 KINDS = ("half", "extras", "float")
-"""half: bf16 and fp16, every key visible; extras: the same with all that joins a logit or hides a key; float: exact
-products on no tensor core, extras or not."""
+"""half: bf16 and fp16, all keys visible; extras: the same with further terms or hidden keys; float: fp32 with exact
+products, not on tensor cores, with or without extras."""
 PASSES = ("partial",)
 _ALL = (64, 128, 256, 576, 1024, 2048, 4096)
 WIDTHS = {"half": _ALL, "extras": _ALL, "float": (128, 1024)}
-"""What is compiled ahead of time: keys and values of their own up to 256, DeepSeek's latent, widths of models."""
+"""Head dimensions compiled ahead of time: separate keys and values up to 256, DeepSeek's latent, models' widths."""
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MERGED = 512
-"""Columns of a program that merges splits."""
+"""Most columns per program that merges splits."""
 _SHARED = {"sm_90": 224 * 1024, "sm_100": 224 * 1024}
-"""Bytes of shared memory to plan with."""
+"""Bytes of shared memory per chip; 160 KiB for others."""
 
 
 class Config(NamedTuple):
-    """A program owns `rows` rows and `values` chunks of `width` columns, and walks `step` keys at a time. kept: a tile
-    of keys stays in shared memory until it has been the values too; then a program owns all columns."""
+    """A program computes `rows` rows and `values` chunks of `width` columns, `step` keys at a time. kept: a tile of
+    keys stays in shared memory to serve as values too; the program then computes all columns."""
 
     rows: int
     step: int
@@ -36,23 +36,23 @@ class Config(NamedTuple):
 
 
 def choose(rows: int, key_width: int, value_width: int, shared: bool, itemsize: int, extras: bool, arch: str) -> Config:
-    """The configuration of a call.
+    """Return the configuration of a call.
 
     Args:
-        rows: that share a key head: beams x heads of its group x new tokens.
+        rows: the rows that share a key head: beams x heads of its group x new tokens.
         shared: values are the first columns of the keys.
-        itemsize: bytes of a number of q.
-        extras: something joins the logits, or hides keys.
+        itemsize: bytes of an element of q.
+        extras: the logits have further terms, or keys are hidden.
         arch: one of ARCHES, "interpreter", or another chip's name.
     """
     if arch == "interpreter":  # small and unequal, so that short tests have many tiles of every kind
         chunks, kept = -(-value_width // 16), shared and key_width <= 48
         return Config(16, 16, 16, chunks if kept else min(chunks, 2), kept, 1, 1)
     amd = arch.startswith("gfx")
-    widest = 256 if itemsize > 2 else 1024 if amd else 2048  # columns that a program can own
+    widest = 256 if itemsize > 2 else 1024 if amd else 2048  # columns that a program can compute
     width = _chunk(key_width) if itemsize <= 2 else 32
     kept = shared and key_width <= widest
-    whole = kept or key_width <= 256  # else the keys' chunks come and go in a loop of their own
+    whole = kept or key_width <= 256  # else the chunks of the keys are loaded in a loop
     chunks = -(-value_width // width)
     values = chunks if kept or chunks * width <= 256 else min(chunks, widest // 2 // width)
     owned = values * width
@@ -69,21 +69,21 @@ def choose(rows: int, key_width: int, value_width: int, shared: bool, itemsize: 
     for step, stages in ((64, 3), (32, 3), (16, 3), (16, 2)):
         if tile * row + (stages - 1) * step * walked <= budget:
             break
-    crowded = extras and (not kept or owned >= 1024)  # what joins the logits wants registers and memory too
+    crowded = extras and (not kept or owned >= 1024)  # further terms need registers and shared memory too
     return Config(tile, max(16, step // 2) if crowded else step, width, values, kept, warps, stages)
 
 
 def splits(units: int, keys: int, step: int, processors: int) -> int:
-    """How many splits a context of `keys` comes in, so that units x splits programs fill the processors once and none
-    has less than four tiles: each costs a partial result, written and read again.
+    """Return the number of splits of a context of `keys`: units x splits programs fill the processors once, and each
+    has at least four tiles, because a split costs a partial result, written and read again.
 
     Args:
-        units: programs of one split: batch x key heads x tiles of rows and columns.
+        units: programs per split: batch x key heads x tiles of rows and columns.
     """
     return max(1, min(processors // max(units, 1), keys // (4 * step), 256))
 
 
 def _chunk(width: int) -> int:
-    """Columns at a time: 128, or 64 where that wastes less."""
+    """Return the columns per chunk: 128, or 64 if that pads less."""
     wasted = -width % 128
     return 64 if width <= 64 or 10 * wasted > width else 128

@@ -1,8 +1,11 @@
-"""Backward, second pass: dK and dV. A program owns a tile of keys of one key head and walks the queries that see it.
+"""Backward, second pass: dK and dV. A program computes a tile of keys of one key head and loops over its queries.
 
-Everything stands on its side here: scores are (keys, queries), so that P^T and dS^T are the left factors as they come.
-The query heads that share the key head are visited in turn and summed in registers: K and V are never repeated in
-memory, nothing is added by atomics, and dK, dV are written once.
+Scores are transposed, (keys, queries), so that P^T and dS^T are left factors without a transpose:
+
+    dV = P^T dO,    dP^T = V dO^T,    dS^T = P^T * (dP^T - delta),    dK = dS^T Q
+
+The query heads that share the key head are summed in registers, in order: K and V are never repeated in memory, there
+are no atomics, and dK and dV are written once.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ def _meet(
     DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries. Rows are keys, columns are queries."""
+    """Add one tile of queries to dk and dv. Rows are keys, columns are queries."""
     col = j * STEP + tl.arange(0, STEP)
     inside = col < valid
     if DESCRIBED and not MASKED:
@@ -70,8 +73,8 @@ def keys_kernel(
     DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, B * G), the table's rows being keys. dk (strides a), dv (strides b) are fp32. q_tiles, g_tiles:
-    if DESCRIBED, descriptors of q and dout with tiles of (STEP, WK) and (STEP, WV)."""
+    """Grid (row tiles, B * G), with keys as the table's rows. dk (strides a), dv (strides b) are fp32. q_tiles,
+    g_tiles: if DESCRIBED, descriptors of q and dout with tiles of (STEP, WK) and (STEP, WV)."""
     tile = tl.program_id(0)
     batch = (tl.program_id(1) // kv_head_count).to(tl.int64)
     kv_head = tl.program_id(1) % kv_head_count
@@ -112,6 +115,7 @@ def keys_kernel(
             offset = tl.load(entry + 6)
             valid = tl.load(entry + 7)
             start = tl.load(entry + 8)
+            # Tiles that are visible as a whole need no mask.
             for j in range(full_lo, full_hi):
                 dk_acc, dv_acc = _meet(
                     dk_acc, dv_acc, key, value, k_ids, row, row_index, j,
@@ -120,6 +124,7 @@ def keys_kernel(
                     q_tiles, g_tiles, batch,
                     STEP, DK, DV, WK, WV, False, DOCUMENTS, SOFTCAP, ALIBI, DROPOUT, DESCRIBED,
                 )  # fmt: skip
+            # The tiles at the edges, [lo, full_lo) and [full_hi, hi), need one.
             for t in range(lo, hi - (full_hi - full_lo)):
                 j = tl.where(t < full_lo, t, t + full_hi - full_lo)
                 dk_acc, dv_acc = _meet(

@@ -1,8 +1,8 @@
-"""Backward, first pass: dQ. A program owns a tile of queries of one head and walks the keys as forward does.
+"""Backward, first pass: dQ. A program computes a tile of queries of one head and loops over keys as forward does.
 
     P = exp(S - lse),   dP = keep / (1 - p) * (dO V^T),   dS = P * (dP - delta),   dQ += dS K
 
-Each program adds to its own rows and to nobody else's: no atomics, so the result is the same every time.
+Each program adds only to its own rows: there are no atomics, so the result is reproducible.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _meet(
     DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys."""
+    """Add one tile of keys to dq and to the gradient of the slope."""
     col = j * STEP + tl.arange(0, STEP)
     inside = col < valid
     if DESCRIBED and not MASKED:
@@ -64,7 +64,7 @@ def queries_kernel(
     FIRST: tl.constexpr, DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, B * H). dq is fp32; dslopes (B * H, row tiles) takes each program's part of sum(dS * |i - j|);
+    """Grid (row tiles, B * H). dq is fp32; dslopes (B * H, row tiles) gets each program's part of sum(dS * |i - j|);
     `outer` is the factor of dQ: the scale. k_tiles, v_tiles as in forward."""
     tile = tl.program_id(0)
     batch = (tl.program_id(1) // head_count).to(tl.int64)
@@ -108,6 +108,7 @@ def queries_kernel(
         offset = tl.load(entry + 6)
         valid = tl.load(entry + 7)
         start = tl.load(entry + 8)
+        # Tiles that are visible as a whole need no mask.
         for j in range(full_lo, full_hi):
             acc, dslope = _meet(
                 acc, dslope, query, do, own_lse, own_delta, q_ids, row, row_index, row_hash, j,
@@ -115,6 +116,7 @@ def queries_kernel(
                 scale, cap, slope, threshold, boost, k_tiles, v_tiles, batch, kv_head,
                 STEP, DK, DV, WK, WV, False, DOCUMENTS, SOFTCAP, ALIBI, DROPOUT, DESCRIBED,
             )  # fmt: skip
+        # The tiles at the edges, [lo, full_lo) and [full_hi, hi), need one.
         for t in range(lo, hi - (full_hi - full_lo)):
             j = tl.where(t < full_lo, t, t + full_hi - full_lo)
             acc, dslope = _meet(

@@ -1,4 +1,4 @@
-"""The two kernels of documents.py: the range of ids of each tile of columns, and the entries that these leave."""
+"""The kernels of documents.py: the range of ids in each tile of columns, and the table entries narrowed by them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import triton.language as tl
 
 @triton.jit
 def extents_kernel(ids, entries, extents, length, spans, tiles, STEP: tl.constexpr):
-    """Grid (tiles, spans, B): (lowest id, highest id, whether all are one document) of each tile of columns."""
+    """Grid (tiles, spans, B). Write (lowest id, highest id, whether all tokens are of one document) per tile of columns
+    into extents (B, spans, tiles, 3); padding has no id."""
     j = tl.program_id(0)
     span = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    offset = tl.load(entries + span * 9 + 6)  # of the first row tile: the same for all
+    offset = tl.load(entries + span * 9 + 6)  # of the first row tile: equal for all of them
     valid = tl.load(entries + span * 9 + 7)
     col = j * STEP + tl.arange(0, STEP)
     inside = col < valid
@@ -30,7 +31,7 @@ def extents_kernel(ids, entries, extents, length, spans, tiles, STEP: tl.constex
 def narrow_kernel(
     ids, heads, entries, extents, narrowed, length, row_tiles, spans, tiles, TILE: tl.constexpr, SCAN: tl.constexpr
 ):
-    """Grid (row tiles, spans, B): one entry of the table, for one batch row."""
+    """Grid (row tiles, spans, B). Narrow one table entry for one batch row, by the ids of its rows."""
     tile = tl.program_id(0)
     span = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -51,6 +52,7 @@ def narrow_kernel(
     new_lo = hi
     new_hi = lo
     new_full = full_hi
+    # [new_lo, new_hi): from the first to the last tile whose ids overlap the rows'. new_full: the first full tile.
     for first in range(lo, hi, SCAN):
         j = first + tl.arange(0, SCAN)
         here = j < hi

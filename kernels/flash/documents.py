@@ -1,8 +1,8 @@
-"""Documents narrow a block table on the device: two small launches a pass, no copy to the host, nothing quadratic.
+"""Narrow a block table by document ids, on the device: two small launches per pass and no copy to the host.
 
-Of the tiles that the index rule leaves, a tile of rows meets the range that holds every tile whose ids overlap its own,
-and needs no mask where both tiles are one and the same document. For ids that grow along a span, as a packed batch's
-do, the range is exact; for any others it is a superset, and the mask inside the kernel decides.
+Of the tiles that the index rule leaves, a tile of rows keeps the range that holds every tile whose ids overlap its own,
+and needs no mask if both tiles are of one document. If ids grow along a span, as in a packed batch, the range is exact;
+otherwise it is a superset, and the mask in the kernel decides.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .tables import ENTRY, Geometry, Table
 
 
 def narrow(table: Table, geometry: Geometry, rows: torch.Tensor, cols: torch.Tensor, tile: int, step: int) -> Table:
-    """The table for every batch row: entries (B, tiles, column spans, ENTRY).
+    """Return the table with entries per batch row, (B, tiles, column spans, ENTRY).
 
     Args:
         rows (B, T), cols (B, T'): document ids of the table's rows and columns, any integer dtype, dense.

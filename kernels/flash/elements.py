@@ -1,7 +1,7 @@
-"""What happens to one tile of numbers: loads, logits, masks, dropout. Shared by the kernels, inlined into each.
+"""Operations on one tile, shared by the kernels and inlined into each: loads, logits, masks, dropout.
 
-A tile of scores may stand either way, queries down and keys across or the reverse, so positions and ids are given as
-broadcastable columns and rows. Logits are in units of log2(e): exp2 is what the hardware has.
+A tile of scores is (queries, keys) or, in the dK/dV pass, (keys, queries), so positions and ids are passed as
+broadcastable columns and rows. Logits are scaled by log2(e), because the hardware computes exp2.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(base, stride, inside, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    """(ROWS, WIDTH) from rows of DIM numbers, zeros beyond DIM and, if MASKED, in rows not `inside`."""
+    """Load (ROWS, WIDTH) from rows of DIM elements; zeros beyond DIM and, if MASKED, in rows not `inside`."""
     at = base + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
     if MASKED:
         if DIM == WIDTH:
@@ -29,21 +29,21 @@ def load_rows(base, stride, inside, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH
 
 @triton.jit
 def load_tile(tiles, batch, head, at, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """(ROWS, WIDTH) from row `at` of one head, through a descriptor of (B, heads, T, D): on Hopper the copy engine
-    (TMA) fetches it, and no register holds an address."""
+    """Load (ROWS, WIDTH) from row `at` of one head through a descriptor of (B, heads, T, D): on Hopper the copy engine
+    (TMA) reads it, and no register holds an address."""
     return tl.reshape(tiles.load([batch.to(tl.int32), head, at, 0]), (ROWS, WIDTH))
 
 
 @triton.jit
 def store_rows(base, stride, tile, inside, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Write the rows that are `inside`, DIM numbers each."""
+    """Write the rows that are `inside`, DIM elements each."""
     at = base + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
     tl.store(at, tile, mask=inside[:, None] & (tl.arange(0, WIDTH) < DIM)[None, :])
 
 
 @triton.jit
 def tanh(x):
-    """To a few units in the last place of fp32: a series near zero, where 1 - exp cancels."""
+    """Return tanh(x) to a few units in the last place of fp32: by a series near zero, where 1 - exp cancels."""
     e = tl.exp2(tl.abs(x) * -2.885390081777927)  # exp(-2 |x|)
     far = (1.0 - e) / (1.0 + e)
     square = x * x
@@ -53,8 +53,8 @@ def tanh(x):
 
 @triton.jit
 def logits(qk, distance, scale, cap, slope, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
-    """(logits, tanh's value): `scale` is the factor of q.k, divided by the cap if there is one; `cap`, `slope` and,
-    without a cap, `scale` hold a factor log2(e)."""
+    """Return (logits, tanh's value). cap and slope are times log2(e); scale, the factor of q.k, is divided by the cap
+    if there is one, else times log2(e)."""
     scaled = qk * scale
     bent = scaled
     if SOFTCAP:
@@ -67,7 +67,7 @@ def logits(qk, distance, scale, cap, slope, SOFTCAP: tl.constexpr, ALIBI: tl.con
 
 @triton.jit
 def load_ids(base, inside, OTHER: tl.constexpr):
-    """Document ids; padding's become OTHER (a different one for queries and keys, so that it equals nothing)."""
+    """Load document ids; padding becomes OTHER, which differs for queries and keys, so that it matches no document."""
     ids = tl.load(base, mask=inside, other=-1)
     return tl.where(ids < 0, OTHER, ids)
 
@@ -84,7 +84,7 @@ def _mix(x):
 
 @triton.jit
 def hash_rows(seed, head, index):
-    """A number for every query: (seed, head, global index) -> uint32, as dropout.py computes it."""
+    """Return the hash of each query, (seed, head, global index) -> uint32, as dropout.py computes it."""
     low = seed.to(tl.uint32)
     high = (seed >> 32).to(tl.uint32)
     salt = (head + 1).to(tl.uint32) * 0x9E3779B9
@@ -93,5 +93,5 @@ def hash_rows(seed, head, index):
 
 @triton.jit
 def kept(row_hash, index, threshold):
-    """Whether a probability stays: by the query's number and the key's global index."""
+    """Return whether a probability is kept, from the query's hash and the key's global index."""
     return _mix(row_hash ^ (index.to(tl.uint32) * 0x85EBCA6B + 0xC2B2AE35)) >= threshold.to(tl.uint32, bitcast=True)

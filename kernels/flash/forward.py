@@ -1,8 +1,8 @@
-"""Forward: one launch continues the running (out, lse) of this rank's queries with one block of keys and values.
+"""Forward: one launch merges one block of keys and values into the running (out, lse) of this rank's queries.
 
-A program owns a tile of queries of one head. It begins with what earlier ring steps left (top = lse, total = 1, acc =
-out), so that there is no partial result and no merge pass, and walks its columns in two loops a key span: tiles that
-are visible whole, without any mask arithmetic, then the few at the edges. Formulas: README.md.
+A program computes a tile of queries of one head. Its online softmax starts from the result of earlier ring steps (top =
+lse, total = 1, acc = out), so there is no partial result and no merge pass. Per span of keys it runs two loops: over
+tiles that are visible as a whole, without a mask, and then over the few at the edges. Formulas: README.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _meet(
     DOCUMENTS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, POSITIVE: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: the online softmax's step."""
+    """Merge one tile of keys into (acc, top, total): one step of the online softmax."""
     col = j * STEP + tl.arange(0, STEP)
     inside = col < valid
     if DESCRIBED and not MASKED:  # a tile at an edge may end in padding, which must not be read
@@ -34,7 +34,7 @@ def _meet(
         value = load_rows(v_head + at * vt, vt, inside, STEP, DV, WV, MASKED)
     qk = tl.dot(query, tl.trans(key), input_precision="ieee")
     index = start + stride * col
-    if POSITIVE and not (MASKED or SOFTCAP or ALIBI):  # the scale inside the exponent: one fused multiply-add
+    if POSITIVE and not (MASKED or SOFTCAP or ALIBI):  # scale in the exponent: one fused multiply-add
         new_top = tl.maximum(top, tl.max(qk, 1) * scale)
         base = new_top
         p = tl.exp2(qk * scale - base[:, None])
@@ -47,7 +47,7 @@ def _meet(
                 visible &= q_ids[:, None] == load_ids(k_ids + offset + col, inside, -2)[None, :]
             scores = tl.where(visible, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing keeps (0, -inf)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key keeps (0, -inf)
         p = tl.exp2(scores - base[:, None])
     fade = tl.exp2(top - base)
     total = total * fade + tl.sum(p, 1)
@@ -86,6 +86,7 @@ def forward_kernel(
         total = tl.zeros([TILE], tl.float32)
         acc = tl.zeros([TILE, WV], tl.float32)
     else:
+        # In units of log2(e); the earlier result has weight 1 at the maximum lse.
         top = tl.load(lse + row, mask=inside, other=float("-inf")) * 1.4426950408889634
         total = tl.where(top == float("-inf"), 0.0, 1.0)
         acc = load_rows(out, ot, inside, TILE, DV, WV, True)
@@ -114,6 +115,7 @@ def forward_kernel(
         offset = tl.load(entry + 6)
         valid = tl.load(entry + 7)
         start = tl.load(entry + 8)
+        # Tiles that are visible as a whole need no mask.
         for j in range(full_lo, full_hi):
             acc, top, total = _meet(
                 acc, top, total, query, q_ids, row, row_index, row_hash, j,
@@ -121,6 +123,7 @@ def forward_kernel(
                 scale, cap, slope, threshold, boost, k_tiles, v_tiles, batch, kv_head,
                 STEP, DK, DV, WK, WV, False, DOCUMENTS, SOFTCAP, ALIBI, DROPOUT, POSITIVE, DESCRIBED,
             )  # fmt: skip
+        # The tiles at the edges, [lo, full_lo) and [full_hi, hi), need one.
         for t in range(lo, hi - (full_hi - full_lo)):
             j = tl.where(t < full_lo, t, t + full_hi - full_lo)
             acc, top, total = _meet(
@@ -131,6 +134,7 @@ def forward_kernel(
             )  # fmt: skip
         entry += 9
 
+    # Normalise; rows that have seen no key become (0, -inf).
     seen = inside & (total > 0.0)
     share = tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)
     acc = tl.where(seen[:, None], acc * share[:, None], 0.0)

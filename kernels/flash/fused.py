@@ -1,5 +1,5 @@
-"""The fused operator's host side: geometry in, launches out. One launch continues a ring step's forward; backward takes
-one for the rows' constants and two a step.
+"""Build the launches of the fused operator from tensors and geometry: one per ring step in forward; in backward, one
+for all steps (`prepare`) and two per step.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Documents = tuple[torch.Tensor, torch.Tensor] | None
 
 
 class Prepared(NamedTuple):
-    """Of this rank's queries, for every step of a backward: lse2 is the lse in units of log2(e), +inf for rows that saw
-    nothing; lse2, delta (B, H, T) fp32."""
+    """What all steps of one backward share. lse2 (B, H, T) fp32: the lse times log2(e), +inf for rows that saw no key;
+    delta (B, H, T) fp32."""
 
     q: torch.Tensor
     dout: torch.Tensor
@@ -41,10 +41,10 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One block of queries with one block of keys: all that its launches have in common.
+    """One block of queries with one block of keys.
 
     q (B, H, Tq, Dk), k (B, G, Tk, Dk), v (B, G, Tk, Dv): one dtype of bf16, fp16, fp32; any strides. `geometry` has
-    queries as rows. `choose` is tiles.choose, or a test's own.
+    queries as rows. `choose` returns tile sizes, as tiles.choose does.
     """
 
     q: torch.Tensor
@@ -57,7 +57,8 @@ class Step:
     choose: Callable[..., tiles.Config] = tiles.choose
 
     def forward(self, out: torch.Tensor, lse: torch.Tensor, first: bool) -> Launch:
-        """Continue the running out (B, H, Tq, Dv) and lse (B, H, Tq), fp32; if `first` they hold nothing yet."""
+        """Return the launch that merges the block into the running out (B, H, Tq, Dv) and lse (B, H, Tq), fp32;
+        `first`: both are uninitialised."""
         config = self._config("forward", self.k, self.v)
         table = self._table(self.geometry, self.documents, config, idle=first)
         arguments = {
@@ -70,8 +71,8 @@ class Step:
         return self._launch(forward_kernel, table, self.q.shape[1], arguments, config)
 
     def queries(self, rows: Prepared, dq: torch.Tensor, first: bool) -> tuple[Launch, torch.Tensor | None]:
-        """Add to dq (B, H, Tq, Dk), fp32 (if `first`: write it); and where this leaves its parts of sum(dS * |i - j|),
-        (B, H, tiles), where there is ALiBi."""
+        """Return the launch that adds to dq (B, H, Tq, Dk), fp32 (writes it if `first`), and the tensor (B, H, tiles)
+        that gets the parts of sum(dS * |i - j|), None without ALiBi."""
         config = self._config("queries", self.k, self.v)
         table = self._table(self.geometry, self.documents, config, idle=first)
         dslopes = None
@@ -88,7 +89,7 @@ class Step:
         return self._launch(queries_kernel, table, self.q.shape[1], arguments, config), dslopes
 
     def keys(self, rows: Prepared, dk: torch.Tensor, dv: torch.Tensor) -> Launch:
-        """Write dk, dv: as k, v, in fp32."""
+        """Return the launch that writes dk and dv, shaped as k and v, fp32."""
         config = self._config("keys", self.q, rows.dout)
         swapped = None if self.documents is None else self.documents[::-1]
         table = self._table(self.geometry.swapped(), swapped, config, idle=True)
@@ -103,7 +104,8 @@ class Step:
         return self._launch(keys_kernel, table, self.k.shape[1], arguments, config)
 
     def _config(self, name: str, *walked: torch.Tensor) -> tiles.Config:
-        """Of a pass that walks these tensors; the portable one where a descriptor cannot hold them."""
+        """Return the configuration of a pass that loops over the `walked` tensors; the portable one if a descriptor
+        cannot describe them."""
         width = max(self.q.shape[-1], self.v.shape[-1])
         asked = name, width, self.q.dtype.itemsize, self._extras, self.arch
         config = self.choose(*asked)
@@ -153,7 +155,7 @@ class Step:
 def prepare(
     q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None
 ) -> tuple[Launch, Prepared]:
-    """The launch that fills Prepared. out, dout (B, H, T, Dv); lse, dlse (B, H, T)."""
+    """Return the launch that computes Prepared, and Prepared. out, dout (B, H, T, Dv); lse, dlse (B, H, T)."""
     delta, lse2 = (torch.empty(lse.shape, dtype=torch.float32, device=q.device) for _ in range(2))
     (batch, heads, length), d_v = lse.shape, out.shape[-1]
     tile = 64
@@ -167,7 +169,8 @@ def prepare(
 
 
 def describable(x: torch.Tensor) -> bool:
-    """Whether a descriptor can hold (B, heads, T, D): the copy engine wants its addresses in units of 16 bytes."""
+    """Return whether a descriptor can describe x (B, heads, T, D): the copy engine needs addresses aligned to 16
+    bytes."""
     apart = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
     on_meta = x.device.type == "meta"
     begin = 0 if on_meta else x.data_ptr()
@@ -175,20 +178,20 @@ def describable(x: torch.Tensor) -> bool:
 
 
 def _tiles(x: torch.Tensor, config: tiles.Config) -> TensorDescriptor | None:
-    """A descriptor of (B, heads, T, D) that hands out (step, D padded) of one head; None where none is used."""
+    """Return a descriptor of x (B, heads, T, D) with tiles of (step, padded D) of one head; None if unused."""
     if not config.described:
         return None
     width, sizes = padded(x.shape[3]), list(x.shape)
-    dense = sizes[3] * 16  # of a dimension of one entry any stride will do, but it is checked
+    dense = sizes[3] * 16  # a dimension of size 1 may have any stride, but it is checked
     strides = [dense if size == 1 else stride for size, stride in zip(sizes[:3], x.stride()[:3], strict=True)]
     return TensorDescriptor(x, sizes, [*strides, 1], [1, 1, config.step, width])
 
 
 def padded(dim: int) -> int:
-    """The power of two, at least 16, that a head dimension is computed in."""
+    """Return the power of two, at least 16, to which kernels pad a head dimension."""
     return max(16, triton.next_power_of_2(dim))
 
 
 def _strides(name: str, x: torch.Tensor) -> dict[str, int]:
-    """Batch, head and token strides; the last dimension is dense."""
+    """Return batch, head and token strides; the last dimension is dense."""
     return {f"{name}{axis}": x.stride(dim) for axis, dim in zip("bht", range(3), strict=True)}

@@ -1,4 +1,4 @@
-"""One kernel launch as data: what runs here is what the ahead-of-time tests compile for chips that are not here."""
+"""One kernel launch as data, so that tests can compile exactly what runs, ahead of time and for other chips."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from triton.runtime.interpreter import InterpretedFunction
 
-# The interpreter keeps the running program's place in the grid in one global; simulated ranks are threads.
+# The interpreter keeps the running program's grid index in a global, and simulated ranks are threads.
 _INTERPRETING = threading.Lock()
 
 
@@ -33,7 +33,8 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """For the compiler. Fused multiply-adds are asked for by name: Triton 3.10 no longer makes them unasked."""
+        """The compiler's options. Fused multiply-adds are enabled explicitly: they are not the default since Triton
+        3.10."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
     def _run(self) -> None:

@@ -1,5 +1,5 @@
-"""What backward needs of every query row, once for all ring steps: delta = rowsum(dO * O) - dLSE, and the lse in the
-units of exp2, +inf where a row saw nothing (so that its probabilities are exp2(-inf) = 0)."""
+"""Compute what all steps of backward need of each query: delta = rowsum(dO * O) - dLSE, and the lse times log2(e), +inf
+for a row that saw no key (so that its probabilities are exp2(-inf) = 0)."""
 
 from __future__ import annotations
 

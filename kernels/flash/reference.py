@@ -5,10 +5,11 @@ probabilities from the final lse, P = exp(S - lse), so nothing of size T x T is 
 
     dV += P^T dO      dP = dO V^T      dS = P * (dP - delta)      dQ += S' * dS K      dK += (S' * dS)^T Q
 
-with delta = rowsum(dO * O) - dLSE: one number a row holds all that the softmax's and the lse's gradients need. S' is
-the derivative of a logit by q.k: scale, or with a cap scale * (1 - tanh^2). Dropout multiplies the P that meets V, and
-dP, by keep / (1 - p); the lse stays that of the undropped softmax. ALiBi adds -slope * |i - j| after the cap, so its
-gradient is -sum(dS * |i - j|).
+with delta = rowsum(dO * O) - dLSE: one number per row for the gradients of both the softmax and the lse. S' is the
+derivative of a logit by q.k: scale, or with a cap scale * (1 - tanh^2). Dropout multiplies dP, and the P that
+multiplies V, by keep / (1 - p); the lse is that before dropout. ALiBi adds -slope * |i - j| after the cap, so its
+gradient is
+-sum(dS * |i - j|).
 
 Shapes: q, dq (B, H, Tq, Dk); k, dk (B, G, Tk, Dk); v, dv (B, G, Tk, Dv); out, dout (B, H, Tq, Dv); lse, delta (B, H,
     Tq); dalibi (H,). G divides H. Accumulators (out, lse, dq, dk, dv, dalibi) are fp32 or fp64 and are updated in
@@ -37,7 +38,7 @@ class Mask(Protocol):
 
 
 class Scores(Protocol):
-    """What a logit is made of, and how a probability is dropped: see longctx/attention/scores.py."""
+    """How a logit is computed from q.k, and how a probability is dropped: see longctx/attention/scores.py."""
 
     @property
     def scale(self) -> float: ...
@@ -61,12 +62,12 @@ def forward(
     lse: torch.Tensor,
     tile: int = 512,
 ) -> None:
-    """Continue the running (out, lse) with these keys; before the first block they are (0, -inf)."""
+    """Merge these keys into the running (out, lse), which is (0, -inf) before the first block."""
     for at in _tiles(q, k, mask, tile):
         logits, _ = at.logits(q[:, :, at.rows], k[:, :, at.cols], scores, out.dtype)
         old, top = lse[:, :, at.rows], logits.amax(-1)
         new_top = torch.maximum(old, top)
-        safe = new_top.masked_fill(new_top == -torch.inf, 0.0)  # a row that has seen no key yet keeps (0, -inf)
+        safe = new_top.masked_fill(new_top == -torch.inf, 0.0)  # a row that has seen no key keeps (0, -inf)
         p = torch.exp(logits - safe[..., None])
         carried, total = torch.exp(old - safe), p.sum(-1)
         weight = (carried + total).masked_fill_(new_top == -torch.inf, 1.0)
@@ -108,7 +109,7 @@ def backward(
 
 
 class _Tile:
-    """Some rows against some columns: how their logits and their dropped probabilities are made."""
+    """One tile of rows and columns, and its logits and dropout."""
 
     def __init__(self, rows: slice, cols: slice, mask: Mask, allowed: bool | torch.Tensor, q: torch.Tensor) -> None:
         self.rows, self.cols, self._mask, self._allowed, self._device = rows, cols, mask, allowed, q.device
@@ -116,7 +117,7 @@ class _Tile:
     def logits(
         self, q: torch.Tensor, k: torch.Tensor, scores: Scores, dtype: torch.dtype
     ) -> tuple[torch.Tensor, float | torch.Tensor]:
-        """(logits (B, H, rows, cols), -inf where hidden; their derivative by q.k)."""
+        """Return (logits (B, H, rows, cols), -inf where hidden; their derivative by q.k)."""
         logits = _ungroup(_group(q.to(dtype), k) @ k[:, :, None].to(dtype).mT) * scores.scale
         slope: float | torch.Tensor = scores.scale
         if scores.softcap is not None:
@@ -135,7 +136,7 @@ class _Tile:
         return (queries[:, None] - keys).abs()
 
     def keep(self, p: torch.Tensor, scores: Scores) -> torch.Tensor | None:
-        """What dropout multiplies p (B, H, rows, cols) by, 0 or 1 / (1 - dropout_p); None without dropout."""
+        """Return dropout's factor of p (B, H, rows, cols), 0 or 1 / (1 - dropout_p); None without dropout."""
         if not scores.dropout_p:
             return None
         assert scores.seeds is not None
@@ -162,7 +163,7 @@ def _drop(p: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
 
 
 def _group(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """(B, H, …) -> (B, G, H / G, …): the query heads that share a key head side by side."""
+    """Return (B, H, …) as (B, G, H / G, …), grouping the query heads that share a key head."""
     return x.unflatten(1, (k.shape[1], -1))
 
 

@@ -1,8 +1,8 @@
-"""Block tables: for every tile of rows, which tiles of columns it meets, and which of those need no mask.
+"""Block tables: for every tile of rows, which tiles of columns it sees, and which of those need no mask.
 
-A kernel walks tiles of one side (its rows) and loops over tiles of the other (its columns). The same table serves both
-passes of the backward with the sides swapped. Made once per geometry from integers alone and kept on the device, so
-that a ring step costs no table, no host work and no device-to-host copy; documents narrow it there (documents.py).
+A kernel's program computes one tile of one side (its rows) and loops over tiles of the other (its columns). Backward's
+second pass uses the table with the sides swapped. A table is built once per geometry, from integers alone, and cached
+on the device, so a ring step builds and copies nothing; documents narrow it on the device (documents.py).
 
 With row a and column b counted within their spans, b is visible to a iff low <= a - b <= high (attention/band.py).
 """
@@ -16,15 +16,14 @@ import torch
 
 Band = tuple[int, int] | None
 HEAD = 4
-"""Numbers a row tile: first local row, rows, rows that take part, global index of the first."""
+"""Integers per row tile: first local row, rows, rows without padding, global index of the first."""
 ENTRY = 9
-"""Numbers a (row tile, column span): lo, full_lo, full_hi, hi (tiles of columns), near, far (visible iff near <= row of
-the tile - column <= far), first local column of the span, columns that take part, global index of the first."""
+"""Integers per (row tile, column span): lo, full_lo, full_hi, hi (tiles of columns), near, far (visible iff near <= row
+of the tile - column <= far), first local column of the span, columns without padding, global index of the first."""
 
 
 class Side(NamedTuple):
-    """A span of local tokens: where it begins, how many there are, how many take part (the rest is padding), and the
-    global index of the first."""
+    """A span of local tokens: local index of the first, number, number without padding, global index of the first."""
 
     offset: int
     count: int  # type: ignore[assignment]  # hides tuple.count
@@ -33,7 +32,7 @@ class Side(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Who may see whom by index: `bands[r][c]` of row span r and column span c, None where nothing is visible.
+    """Which columns each row sees by index: `bands[r][c]` of row span r and column span c, None if none is visible.
 
     stride: step of the global index from one token of a span to the next; one for all.
     """
@@ -44,7 +43,7 @@ class Geometry(NamedTuple):
     stride: int
 
     def swapped(self) -> Geometry:
-        """Columns as rows."""
+        """Return the geometry with columns as rows."""
         bands = tuple(
             tuple(None if band is None else (-band[1], -band[0]) for band in column)
             for column in zip(*self.bands, strict=True)
@@ -65,12 +64,12 @@ class Table(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def index_table(geometry: Geometry, tile: int, step: int, device: torch.device, idle: bool) -> Table:
-    """The table for tiles of `tile` rows against tiles of `step` columns.
+    """Return the table for tiles of `tile` rows and tiles of `step` columns.
+
+    Row tiles are in descending order of work, so that the shortest start last and none runs on alone.
 
     Args:
-        idle: also list row tiles that see nothing (someone must write their zeros).
-
-    Row tiles stand in order of their work, most first: the last ones to start are the shortest.
+        idle: include row tiles that see nothing, because a program must write their zeros.
     """
     rows = []
     for side, bands in zip(geometry.rows, geometry.bands, strict=True):
@@ -88,8 +87,8 @@ def index_table(geometry: Geometry, tile: int, step: int, device: torch.device, 
 
 
 def _entry(first: int, rows: int, step: int, side: Side, band: Band) -> tuple[int, ...]:
-    """Columns of one span for rows [first, first + rows) of another. A tile is full if it is complete and every row
-    sees all of it."""
+    """Return the entry of one span of columns for rows [first, first + rows) of another span. A tile is full if it is
+    complete and every row sees all of it."""
     nothing = (0, 0, 0, 0, 0, 0, side.offset, side.valid, side.start)
     if band is None or not rows:
         return nothing

@@ -1,11 +1,11 @@
-"""Tile shapes, warps and stages: a plain function of what is computed and of the chip. No autotuning at run time, which
-the interpreter cannot do and which makes the first step of a job slow and its speed a matter of luck.
+"""Tile shapes, warps and stages: a plain function of the pass and the chip. There is no autotuning at run time: it
+makes a job's first step slow and its speed vary, and the interpreter does not support it.
 
-`python -m benchmarks.gpu.tune` measures candidates on a GPU and prints rows for these tables. Until it has, the rows
-are what fits: no spilled register (fp32 apart) and no more shared memory than the chip has, proven ahead of time by
-tests/kernels/test_aot.py. At most 32 rows a chip, so that all of them can be. Other chips take small tiles, unproven.
+`python -m benchmarks.gpu.tune` measures candidates on a GPU and prints rows for these tables. The present rows are not
+measured: they spill no register (except fp32) and fit the chip's shared memory, as tests/kernels/test_aot.py verifies
+ahead of time for every row (at most 32 per chip). Other chips use small tiles, unverified.
 
-sm_90 has a second table, of kernels that read through its copy engine; see `choose_hopper`.
+sm_90 has a second table for kernels that read through its copy engine; see `choose_hopper`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 WIDTHS = {"half": (64, 128, 256), "extras": (128, 256), "float": (256,)}
-"""The kinds of arithmetic, and what a head dimension is rounded up to when a row is looked up. "half": bf16 and fp16
-without extras; "extras": the same with softcap, ALiBi or dropout, whose index arithmetic needs registers; "float":
-fp32, exact products on no tensor core, extras or not."""
+"""The kinds of arithmetic, and the head dimensions to which each one's rows apply (rounded up). "half": bf16 and fp16
+without extras; "extras": the same with softcap, ALiBi or dropout, whose index arithmetic needs registers; "float": fp32
+with exact products, not on tensor cores, with or without extras."""
 PASSES = ("forward", "queries", "keys")
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 class Config(NamedTuple):
-    """A program owns `tile` rows and walks the other side in steps of `step`. described: whole tiles of the other side
-    come through tensor descriptors, which Hopper's copy engine (TMA) serves."""
+    """A program computes `tile` rows and loops over the other side in steps of `step`. described: whole tiles of the
+    other side are read through tensor descriptors, by Hopper's copy engine (TMA)."""
 
     tile: int
     step: int
@@ -31,7 +31,7 @@ class Config(NamedTuple):
     described: bool = False
 
 
-# (kind, pass): one row a width of the kind.
+# (kind, pass): one configuration per width of the kind.
 _Rows = dict[tuple[str, str], tuple[Config, ...]]
 _TABLES: dict[str, _Rows] = {
     "sm_80": {
@@ -80,7 +80,7 @@ _TABLES: dict[str, _Rows] = {
     },
 }
 
-# Read through tensor descriptors. Dk/dV of rows of 256 numbers spill this way: there the portable row stays.
+# Read through tensor descriptors. dK/dV at head dimension 256 would spill: it keeps the portable row.
 _HOPPER: _Rows = {
     ("half", "forward"): (Config(128, 128, 8, 3, True), Config(128, 128, 8, 2, True), Config(128, 32, 8, 3, True)),
     ("half", "queries"): (Config(128, 64, 8, 3, True), Config(128, 64, 8, 3, True), Config(64, 16, 8, 3, True)),
@@ -90,24 +90,24 @@ _HOPPER: _Rows = {
 # Chips with about 100 KB of shared memory (sm_86, sm_89, sm_120), and any that is not listed.
 _SMALL = {"half": Config(64, 32, 4, 2), "extras": Config(64, 32, 4, 1), "float": Config(32, 16, 4, 1)}
 _SMALL_WIDE = {"half": Config(32, 32, 4, 1), "extras": Config(32, 32, 4, 1), "float": Config(16, 16, 4, 1)}
-# Triton's interpreter: small and unequal, so that short tests have many tiles and a mix-up of the sides shows.
+# Triton's interpreter: small and unequal, so that short tests have many tiles and swapped sides fail.
 _INTERPRETER = {"forward": Config(32, 16, 1, 1), "queries": Config(16, 32, 1, 1), "keys": Config(32, 16, 1, 1)}
 
 
 def kind(itemsize: int, extras: bool) -> str:
-    """The kind of arithmetic a row of the tables is for."""
+    """Return the kind of arithmetic, a key of WIDTHS."""
     if itemsize > 2:
         return "float"
     return "extras" if extras else "half"
 
 
 def choose(name: str, width: int, itemsize: int, extras: bool, arch: str) -> Config:
-    """The configuration of a pass.
+    """Return the configuration of a pass.
 
     Args:
         name: one of PASSES.
         width: the larger head dimension, up to 256.
-        itemsize: bytes of one number of q.
+        itemsize: bytes of an element of q.
         extras: softcap, ALiBi or dropout are in use.
         arch: one of ARCHES, "interpreter", or another chip's name.
     """
@@ -121,8 +121,8 @@ def choose(name: str, width: int, itemsize: int, extras: bool, arch: str) -> Con
 
 
 def choose_hopper(name: str, width: int, itemsize: int, extras: bool, arch: str) -> Config:
-    """`choose` for the path of sm_90, which reads through tensor descriptors: half precision without extras. The
-    portable row where there is no such path."""
+    """Return `choose`'s configuration for sm_90's path, which reads through tensor descriptors in half precision
+    without extras; the portable one for other calls."""
     chosen = kind(itemsize, extras)
     if arch == "interpreter":
         return _INTERPRETER[name]._replace(described=True)

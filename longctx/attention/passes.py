@@ -115,7 +115,7 @@ class Gradients:
 @dataclass(frozen=True)
 class Passes:
     """Forward and backward of one rank. link: its neighbours; layout: which global indices each rank holds; rule: which
-    keys a query sees by index; scores: how logits are computed; backend: what computes a step."""
+    keys each query sees by index; scores: how logits are computed; backend: what computes a step."""
 
     link: Link
     layout: str

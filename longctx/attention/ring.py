@@ -57,8 +57,8 @@ def ring_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Compute exact attention of this rank's queries over the whole sequence.
 
-    Every rank that holds a shard of the sequence calls it. On a mesh with ulysses > 1, ranks exchange heads for tokens
-    by all-to-all within a ulysses group, and keys and values travel on the ring between groups.
+    Every rank that holds a shard of the sequence calls it. On a mesh with ulysses > 1, an all-to-all within each
+    ulysses group exchanges tokens for heads, and keys and values travel on the ring between groups.
 
     Args:
         q: (B, H, T, Dk), k: (B, G, T, Dk), v: (B, G, T, Dv): this rank's tokens in the layout's local order (what
