@@ -225,8 +225,8 @@ def test_the_working_set_of_llama_8b_by_token_and_part() -> None:
     tokens = 2**21 // 8
     slopes = {part: (large.parts[part] - small.parts.get(part, 0)) // tokens for part in large.parts}
     assert {part: slope for part, slope in slopes.items() if slope} == {
-        "kept results": 8_320,
-        "layer at work": 20_480,
+        "saved activations": 8_320,
+        "active layer": 20_480,
         "attention buffers": 24_832,
         "ring buffers": 32_768,
         "workspace": 548,
