@@ -196,7 +196,8 @@ def scan_sent(layout: str, ring: int, state: int, *, backward: bool, rank: int |
         return max(scan_sent(layout, ring, state, backward=backward, rank=each) for each in range(ring))
     zigzag, before, after = layout == "zigzag", rank, ring - 1 - rank
     if ring <= GATHER_RING or ring * state * (1 + zigzag) <= GATHER_BYTES:
-        # All ranks need a zigzag rank's first chunk; those whose second chunk comes later need its second.
+        # Forward: all ranks need a zigzag rank's first chunk, the ranks before it also its second, which is earlier
+        # than theirs. Backward sends gradients along the reversed routes.
         if zigzag:
             return Sent((ring - 1 + (after if backward else before)) * state, ring - 1)
         messages = before if backward else after

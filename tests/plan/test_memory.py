@@ -62,3 +62,25 @@ def test_the_working_set_of_llama_8b_by_token_and_part() -> None:
         "workspace": 548,
     }
     assert sum(slopes.values()) == 86_948
+
+
+def test_what_was_saved_is_freed_once_backward_has_passed_it() -> None:
+    """The layer's MLP and norm are done when its attention runs, whether they were saved or recomputed."""
+    for recompute, part in (("none", "saved activations"), ("layer", "active layer")):
+        setup = Setup(2**17, ring=8, recompute=recompute)  # type: ignore[arg-type]
+        moments = {moment.name: moment.parts for moment in step_bytes(LLAMA_8B, setup).moments}
+        mlp, attention = (moments[f"backward of the last layer: {what}"][part] for what in ("MLP", "attention"))
+        inner = 4 * 2 * LLAMA_8B.inner * setup.n if recompute == "none" else 0
+        assert mlp - attention >= inner + 2 * 2 * LLAMA_8B.hidden * setup.n
+
+
+def test_offloaded_parts_are_on_the_host_instead() -> None:
+    plain = Setup(2**17, ring=8, recompute="layer")
+    for change, part in (
+        ({"offload_optimizer": True}, "optimizer"),
+        ({"offload_parameters": True}, "weights"),
+        ({"offload_checkpoints": True}, "saved activations"),
+    ):
+        before, after = (step_bytes(LLAMA_8B, setup) for setup in (plain, replace(plain, **change)))
+        assert before.host == {} and list(after.host) == [part] and after.host[part] > 0
+        assert after.moments[0].parts.get(part, 0) < before.moments[0].parts[part] / 3

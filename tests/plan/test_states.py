@@ -11,7 +11,13 @@ from longctx.config.derived import derive
 from longctx.plan.memory import step_bytes
 from longctx.plan.setup import Setup, setup_of
 from longctx.plan.shape import ModelShape, shape_of
-from longctx.plan.states import host_optimizer_bytes, weight_bytes
+from longctx.plan.states import (
+    bucket_bytes,
+    computed_gradient_bytes,
+    host_optimizer_bytes,
+    resident_gradient_bytes,
+    weight_bytes,
+)
 
 LLAMA_8B = ModelShape(4096, 32, 32, 8, 128, 14336, 128256)
 
@@ -37,3 +43,23 @@ def test_an_optimizer_on_nvme_is_on_disk_and_its_buffers_in_host_memory() -> Non
     assert memory.moments == on_host.moments  # nothing changes on the device
     large = replace(setup, ring=1, data=1)
     assert step_bytes(LLAMA_8B, large).host["optimizer"] == 4 * LLAMA_8B.parameters + 16 * 100_000_000
+
+
+def test_gradients_by_stage() -> None:
+    """bf16: whole until the step (0, 1); the rank's part, a shared weight whole (2); a flat buffer of shards (3)."""
+    everything, part = LLAMA_8B.parameters, -(-LLAMA_8B.parameters // 64)
+    for stage, resident, computed in ((0, 4 * everything, 2 * everything), (1, 0, 2 * everything), (3, 2 * part, 0)):
+        setup = Setup(2**20, ring=64, stage=stage)
+        assert resident_gradient_bytes(LLAMA_8B, setup) == resident
+        assert computed_gradient_bytes(LLAMA_8B, setup, everything) == computed
+    second = Setup(2**20, ring=64, stage=2)
+    assert computed_gradient_bytes(LLAMA_8B, second, everything) == 2 * LLAMA_8B.embedding, "the head, beyond its part"
+    assert computed_gradient_bytes(LLAMA_8B, replace(second, ring=2), everything) == LLAMA_8B.parameters
+
+
+def test_buckets_are_doubled_by_overlap_and_in_fp32_where_ranks_share_a_sequence() -> None:
+    for stage, copies in ((0, 0), (1, 2), (2, 2), (3, 1)):
+        setup = Setup(2**20, data=8, stage=stage, bucket=1000, overlap_comm=True)
+        assert bucket_bytes(LLAMA_8B, setup) == copies * 1000 * 2
+        assert bucket_bytes(LLAMA_8B, replace(setup, ring=2)) == copies * 1000 * 4
+        assert bucket_bytes(LLAMA_8B, setup, computed=0) == (2000 if stage == 3 else 0)

@@ -74,17 +74,19 @@ def test_an_all_to_all_by_hand(lean: bool) -> None:
 
 @given(st.integers(2, 20), st.sampled_from(["zigzag", "contiguous"]), st.booleans(), st.booleans())
 def test_every_chunk_gets_the_states_of_all_before_it(ring: int, layout: str, backward: bool, large: bool) -> None:
-    """Few ranks or small states: as many bytes arrive as are needed. Else a logarithmic number of messages per rank."""
+    """Small states are sent to every rank that needs them; large ones take a logarithmic number of messages."""
     state = 1 << 30 if large else 1000
     sent = [scan_sent(layout, ring, state, backward=backward, rank=rank) for rank in range(ring)]
-    busiest = scan_sent(layout, ring, state, backward=backward)
-    assert busiest == max(sent)
-    if large and ring > 8:
-        chunks = 1 + (layout == "zigzag")
-        assert all(one.messages <= chunks * (ring.bit_length() + 1) for one in sent)
-        assert all(one.bytes == one.messages * state for one in sent)
-    else:
-        needed = ring * (ring - 1) // 2  # pairs (earlier chunk, later rank) of a contiguous row
-        if layout == "zigzag":  # and every rank needs all first chunks of others
-            needed += ring * (ring - 1)
-        assert sum(one.bytes for one in sent) == needed * state
+    assert scan_sent(layout, ring, state, backward=backward) == max(sent)
+    chunks = [(rank, 2 * ring - 1 - rank) if layout == "zigzag" else (rank,) for rank in range(ring)]
+    for rank, one in enumerate(sent):
+        if large and ring > 8:
+            assert one.bytes == one.messages * state
+            assert one.messages <= len(chunks[rank]) * (ring.bit_length() + 1)
+            continue
+        routes = [
+            (source, to) for source in range(ring) for chunk in chunks[source] for to in range(ring)
+            if to != source and chunk < max(chunks[to])
+        ]  # fmt: skip
+        mine = [peers for peers in routes if peers[1 if backward else 0] == rank]  # backward: the reversed routes
+        assert one == Sent(len(mine) * state, len(set(mine)))
