@@ -16,7 +16,7 @@ from longctx.decode.position import Alibi
 from longctx.decode.shared import TILE, Edit, SharedResult, shared_attention
 from longctx.errors import AttentionError
 from longctx.kernels.decode import reference
-from longctx.kernels.decode.terms import Terms
+from longctx.kernels.decode.terms import Operands, Terms
 
 BACKENDS = ("auto", "torch", "triton")
 Optional = torch.Tensor | None
@@ -73,8 +73,8 @@ def decode_attention(
         lengths=None if lengths is None else lengths.to(torch.int32),
     )  # fmt: skip
     columns = v.shape[3] if v is not None else value_width or width
-    call = flat(q, batch, groups), k, v, columns, heads // groups, tokens, terms
-    out, lse = decode(*call, splits) if fused else reference.decode(*call)
+    operands = Operands(flat(q, batch, groups), k, v, columns, heads // groups, tokens)
+    out, lse = decode(operands, terms, splits) if fused else reference.decode(operands, terms)
     out, lse = unfold(out, rows, heads, tokens), unfold(lse, rows, heads, tokens)
     return (out, lse) if sink is None else _beside(out, lse, sink)[:2]
 
@@ -114,7 +114,7 @@ def shared(
         return SharedResult(*(part.reshape(rows, heads, tokens, *part.shape[3:]) for part in result))
     _check(q, hidden[:, None], None, value_width)
     terms = _terms(logits, batch, hidden.shape[1], tokens, offset)
-    out, lse = decode(flat(q, batch, 1), hidden[:, None], None, value_width, heads, tokens, terms)
+    out, lse = decode(Operands(flat(q, batch, 1), hidden[:, None], None, value_width, heads, tokens), terms)
     out, lse = unfold(out, rows, heads, tokens), unfold(lse, rows, heads, tokens)
     if sink is not None:
         return SharedResult(*_beside(out, lse, sink))
