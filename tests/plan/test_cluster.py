@@ -1,4 +1,4 @@
-"""The simulated cluster: bytes and messages are those of formulas and of the code that sends; times obey physics."""
+"""The simulated cluster: bytes and messages equal the formulas and what the code sends; times are plausible."""
 
 from __future__ import annotations
 

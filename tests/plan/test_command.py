@@ -1,4 +1,4 @@
-"""`longctx plan` as a user meets it: answers without torch, tables, JSON, errors with a fix; presets that fit."""
+"""The command `longctx plan`: no torch needed, tables, JSON, errors with a fix, and presets that fit."""
 
 from __future__ import annotations
 
@@ -58,6 +58,8 @@ def test_json_and_overrides() -> None:
     moments = found["memory"]["moments"]
     assert max(moment["total"] for moment in moments.values()) == found["memory"]["peak_bytes"]
     assert found["further"][0]["longest"] > found["longest"]
+    assert {"kept results", "layer at work"} <= {part for moment in moments.values() for part in moment}
+    assert {"products", "attention", "optimizer"} <= set(found["step"]["seconds_by"])  # keys do not follow the tables
 
 
 @pytest.mark.parametrize(
