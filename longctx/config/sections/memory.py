@@ -27,7 +27,7 @@ class MemorySection(Section):
     )
     mlp_tile: Tile = Field(
         "none",
-        description="tokens that an MLP computes at once, recomputed in backward; auto: half of hidden_size",
+        description="tokens that an MLP computes at once, recomputed in backward; auto: hidden_size / 2, at least 128",
     )
     recompute: Literal["none", "mlp", "layer", "layer_keep_attention"] = Field(
         "none",
