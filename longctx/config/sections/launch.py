@@ -71,7 +71,7 @@ class LaunchSection(Section):
         120,
         ge=0,
         le=86_400,
-        description="seconds without a sign of life after which a rank counts as frozen, is named, and the job ends; "
+        description="seconds without a heartbeat after which a rank counts as frozen, is reported, and the job ends; "
         "0: never",
     )
     restarts: HumanInt = Field(
