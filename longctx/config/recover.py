@@ -90,11 +90,10 @@ def _blocks(lines: list[str], first: int, end: int, *, top: bool) -> list[_Block
         match = _HEAD.match(lines[number])
         if match is None:
             continue
-        if indent is None:
+        if indent is None and "\t" not in match[1]:
             indent = match[1]
-        if len(match[1]) <= len(indent) or (
-            not top and "\t" in match[1]
-        ):  # a tab or too little indentation: an error of this key
+        # a tab or too little indentation is an error of this key
+        if indent is None or len(match[1]) <= len(indent) or (not top and "\t" in match[1]):
             starts.append((match[2], number))
     ends = [*(number for _, number in starts), end][1:]
     return [_Block(key, number, stop) for (key, number), stop in zip(starts, ends, strict=True)]
