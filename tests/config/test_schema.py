@@ -12,6 +12,7 @@ from longctx.config.schema import RunConfig
 def test_the_json_schema_describes_every_key() -> None:
     schema = RunConfig.model_json_schema()
     assert schema["additionalProperties"] is False
+    assert all(field.description for field in RunConfig.model_fields.values())
     for name, kind in sections().items():
         block = schema["$defs"][kind.__name__]
         assert block["additionalProperties"] is False
