@@ -181,6 +181,6 @@ def test_auto_says_what_it_leaves_alone(caplog: pytest.LogCaptureFixture) -> Non
     apply_settings(model, ActivationSettings(loss_tile="auto"), announce=False)
     assert not caplog.records
     apply_settings(model, ActivationSettings(loss_tile="auto"))
-    assert "the loss is not tiled: Linear is none of" in caplog.text
+    assert "the loss is not tiled: Linear is not one of" in caplog.text
     apply_settings(model, ActivationSettings(mlp_tile="auto"))
     assert "MLPs are not tiled: Linear has no plain ones" in caplog.text
