@@ -1,4 +1,4 @@
-"""`launch:`: names that are none, and keys that the chosen launcher ignores, are refused by key."""
+"""`launch:`: invalid names, and keys that the chosen launcher ignores, are refused by key."""
 
 from __future__ import annotations
 

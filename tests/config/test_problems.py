@@ -50,7 +50,7 @@ def test_values_are_shown_as_yaml_users_know_them(value: object, shown: str) -> 
         ("0" * 39, "0" * 39),
     ],
 )
-def test_credentials_are_blotted_out(text: str, left: str) -> None:
+def test_credentials_are_replaced(text: str, left: str) -> None:
     assert redact(text) == left
 
 

@@ -26,7 +26,7 @@ class DataSection(Section):
         "(source code, for example)",
     )
     exclude: Texts = Field(
-        (), description="patterns such as '*.bin' or 'old/*' of files to leave out of folders (they are listed)"
+        (), description="patterns such as '*.bin' or 'old/*' of files to leave out of folders (they are reported)"
     )
     tokenizer: str = environment_field(
         "auto",

@@ -25,7 +25,7 @@ PASSED_VARIABLES = (
 
 
 class LaunchSection(Section):
-    """One machine or many. All hosts share output.folder; they read the values from a private file there."""
+    """One machine or many. All hosts share output.folder; agents read their settings from a job spec there."""
 
     launcher: Literal["local", "deepspeed", "openmpi", "mpich", "slurm"] = Field(
         "local",
