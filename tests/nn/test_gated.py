@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models.zoo import tiny_config, tiny_model
+from nn.inputs import check_bf16_gradients
 
 from benchmarks.measure import peak_bytes
 from longctx.models.activations import mlp as tiling
@@ -58,15 +59,10 @@ def test_equals_autograd(
 
 
 def test_bf16_weights_get_sums_in_fp32() -> None:
-    torch.manual_seed(0)
-    mlp, exact = make(8, 16, dtype=torch.bfloat16), make(8, 16)
-    exact.load_state_dict(mlp.state_dict())
-    x, dout = (torch.randn(1, 4096, 8, dtype=torch.bfloat16) for _ in range(2))
-    out = tiled(mlp, x, list(mlp.parameters()), 8, gated=written_out(mlp))
-    wanted = torch.autograd.grad(exact(x.double()), list(exact.parameters()), dout.double())
-    for ours, truth in zip(torch.autograd.grad(out, list(mlp.parameters()), dout), wanted, strict=True):
-        assert ours.dtype == torch.bfloat16
-        assert (ours.double() - truth).norm() <= tolerance("bf16 result") * truth.norm()
+    check_bf16_gradients(
+        lambda dtype: make(8, 16, dtype=dtype),
+        lambda mlp, x: tiled(mlp, x, list(mlp.parameters()), 8, gated=written_out(mlp)),
+    )
 
 
 def test_a_tile_holds_four_inner_widths_beside_the_gradients() -> None:

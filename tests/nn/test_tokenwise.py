@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from nn.inputs import check_bf16_gradients
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import peak_bytes
@@ -133,15 +134,9 @@ def test_without_gradients_nothing_is_kept() -> None:
 
 
 def test_bf16_weights_get_sums_in_fp32() -> None:
-    torch.manual_seed(0)
-    mlp, x = Gated(8, 16, dtype=torch.bfloat16), torch.randn(1, 4096, 8, dtype=torch.bfloat16)
-    exact = Gated(8, 16)
-    exact.load_state_dict(mlp.state_dict())
-    got = gradients(tiled(mlp, x, list(mlp.parameters()), 8), list(mlp.parameters()))
-    wanted = gradients(exact(x.double()), list(exact.parameters()))
-    for ours, truth in zip(got, wanted, strict=True):
-        assert ours.dtype == torch.bfloat16
-        assert (ours.double() - truth).norm() <= tolerance("bf16 result") * truth.norm()
+    check_bf16_gradients(
+        lambda dtype: Gated(8, 16, dtype=dtype), lambda mlp, x: tiled(mlp, x, list(mlp.parameters()), 8)
+    )
 
 
 def test_autocast_is_that_of_the_forward() -> None:
