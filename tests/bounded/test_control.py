@@ -65,7 +65,7 @@ def test_strategies_check_their_arguments() -> None:
     with pytest.raises(AttentionError, match="made by another control"):
         abc_attention(q, k, v, control.cluster(4), state=state)
     _, state = abc_attention(q, k, v, control.cluster(4), return_state=True)
-    with pytest.raises(AttentionError, match="on a ring or after a state: k-means"):
+    with pytest.raises(AttentionError, match="after a state: every iteration of k-means"):
         abc_attention(q, k, v, control.cluster(4), causal=False, state=state)
     with pytest.raises(AttentionError, match="state of 2 rows, and the batch has 1"):
         abc_attention(q[:1], k[:1], v[:1], control.cluster(4), state=state)

@@ -174,7 +174,7 @@ def test_a_second_backward_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.zeros(7, 5)}, "one D"),
+        ({"weight": torch.zeros(7, 5)}, "equal D"),
         ({"labels": torch.zeros(1, 8, dtype=torch.int64)}, "one per token"),
         ({"labels": torch.zeros(1, 9)}, "int64"),
         ({"labels": torch.full((1, 9), 7)}, "in \\[0, 7\\).*there is a 7"),
