@@ -1,4 +1,4 @@
-"""ABC's control strategies equal their definitions, and the state of each continues its sequence."""
+"""ABC's control strategies equal their definitions and check their arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKED = direct.packed([[(-1, 3), (4, 17), (5, 10), (-1, 7)], [(2, 1), (3, 8), (
 
 
 def places(documents: torch.Tensor | None, length: int = 37) -> torch.Tensor:
-    """(B or 1, T): each token's place in its document."""
+    """(B or 1, T): each token's index in its document."""
     return direct.counts(direct.visible(length, documents)) - 1
 
 

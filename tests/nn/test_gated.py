@@ -1,4 +1,4 @@
-"""The written-out backward of a gated MLP equals autograd's, and holds four inner widths of a tile."""
+"""The written-out backward of a gated MLP equals autograd's, and allocates at most four inner widths of a tile."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def test_a_tile_holds_four_inner_widths_beside_the_gradients() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2"])
-def test_models_with_gated_mlps_are_known(kind: str) -> None:
+def test_gated_mlps_of_models_are_recognised(kind: str) -> None:
     for layer in tiny_model(tiny_config(kind), "longctx").model.layers:
         written_out(layer.mlp)
 
 
-def test_a_linear_that_does_more_is_left_to_autograd() -> None:
+def test_modified_linears_fall_back_to_autograd() -> None:
     for change in ("hook", "forward", "adapter", "activation"):
         mlp = make(4, 6)
         if change == "hook":
@@ -97,7 +97,7 @@ def test_a_linear_that_does_more_is_left_to_autograd() -> None:
         assert tiling._gated(mlp) is None, change
 
 
-def test_under_autocast_autograd_has_it() -> None:
+def test_autocast_falls_back_to_autograd() -> None:
     mlp, x = make(4, 6, dtype=torch.float32), torch.randn(1, 20, 4, requires_grad=True)
     results = []
     for gated in (None, written_out(mlp)):
