@@ -37,7 +37,7 @@ def launch(case: Any) -> Any:
     import torch
 
     from longctx.kernels.decode.fused import Call, merge
-    from longctx.kernels.decode.terms import Terms
+    from longctx.kernels.decode.terms import Operands, Terms
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -58,5 +58,5 @@ def launch(case: Any) -> Any:
         )  # fmt: skip
     q, k = empty(batch, groups, rows, key_width, dtype=dtype), empty(batch, groups, KEYS, key_width, dtype=dtype)
     v = None if shared else empty(batch, groups, KEYS, value_width, dtype=dtype)
-    call = Call(q, k, v, value_width, heads, 1, terms, case.arch, splits)
+    call = Call(Operands(q, k, v, value_width, heads, 1), terms, case.arch, splits)
     return call.partial(parts, lse, *call.parts())

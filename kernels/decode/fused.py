@@ -1,4 +1,7 @@
-"""Build the one or two launches of the decode kernels; none waits for the device."""
+"""Build the launches of a decode call: the attention of every split and, with several splits, their merge.
+
+No launch waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from ..flash.launch import Launch
 from . import tiles
 from .merge import merge_kernel
 from .partial import partial_kernel
-from .terms import Terms
+from .terms import Operands, Terms
 
 Optional = torch.Tensor | None
 LOG2E = 1.4426950408889634
@@ -21,18 +24,12 @@ LOG2E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Call:
-    """One call. q (B, G, beams * N * T, Dk) dense; k (B, G, S, Dk), v (B, G, S, Dv): one dtype of bf16, fp16, fp32, any
-    strides with a dense last dimension. v None: the values are the first value_width columns of k.
+    """One call. q is dense; k and v have any strides with a dense last dimension; all are bf16, fp16 or fp32.
 
-    splits: of the context; None chooses by the shape and the chip.
+    splits: number of splits of the context; None chooses by the shape and the chip.
     """
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: Optional
-    value_width: int
-    heads: int
-    tokens: int
+    operands: Operands
     terms: Terms
     arch: str
     splits: int | None = None
@@ -49,14 +46,14 @@ class Call:
 
     @property
     def config(self) -> tiles.Config:
-        rows, width = self.q.shape[2:]
-        itemsize, extras = self.q.dtype.itemsize, self.terms.extras
-        return tiles.choose(rows, width, self.value_width, self.v is None, itemsize, extras, self.arch)
+        q, _, v, value_width, *_ = self.operands
+        rows, width = q.shape[2:]
+        return tiles.choose(rows, width, value_width, v is None, q.dtype.itemsize, self.terms.extras, self.arch)
 
     def parts(self) -> tuple[int, int]:
         """Return (number of splits, keys per split); a split consists of whole tiles."""
-        config, keys = self.config, self.k.shape[2]
-        wanted = self.splits or tiles.splits(math.prod(self._grid()), keys, config.step, processors(self.q.device))
+        config, keys, device = self.config, self.operands.k.shape[2], self.operands.q.device
+        wanted = self.splits or tiles.splits(math.prod(self._grid()), keys, config.step, processors(device))
         span = max(1, -(-keys // wanted // config.step)) * config.step
         return max(1, -(-keys // span)), span
 
@@ -64,20 +61,21 @@ class Call:
         """Return the launch that writes every split's out (B, G, splits, rows, Dv) and lse (B, G, splits, rows), fp32,
         dense."""
         config, terms = self.config, self.terms
-        k, v = self.k, self.k if self.v is None else self.v
+        q, k, separate_v, value_width, heads, tokens = self.operands
+        v = k if separate_v is None else separate_v
         (row_tiles, column_tiles, units), width = self._grid(), k.shape[3]
         cap = 1.0 if terms.softcap is None else terms.softcap
         arguments = {
-            "q": self.q, "k": k, "v": v, "constant": terms.constant, "factor": terms.factor, "shift": terms.shift,
+            "q": q, "k": k, "v": v, "constant": terms.constant, "factor": terms.factor, "shift": terms.shift,
             "slopes": None if terms.slopes is None else terms.slopes * LOG2E, "bias": terms.bias,
             "mask": None if terms.mask is None else terms.mask.view(torch.uint8), "lengths": terms.lengths,
             "out": out, "lse": lse,
             **_strides("k", k, "bgs"), **_strides("v", v, "bgs"), **_strides("f", terms.factor, "bgns"),
             **_strides("b", terms.bias, "bgonts"), **_strides("m", terms.mask, "bgonts"),
-            "groups": k.shape[1], "rows": self.q.shape[2], "heads": self.heads, "tokens": self.tokens,
+            "groups": k.shape[1], "rows": q.shape[2], "heads": heads, "tokens": tokens,
             "keys": k.shape[2], "span": span, "row_tiles": row_tiles, "offset": terms.offset,
             "scale": terms.scale * LOG2E if terms.softcap is None else terms.scale / cap, "cap": cap * LOG2E,
-            "ROWS": config.rows, "STEP": config.step, "WIDTH": config.width, "DK": width, "DV": self.value_width,
+            "ROWS": config.rows, "STEP": config.step, "WIDTH": config.width, "DK": width, "DV": value_width,
             "KEY_CHUNKS": -(-width // config.width), "VALUE_CHUNKS": config.values, "KEPT": config.kept,
             "UNROLLED": config.kept or width <= 256, "CONSTANT": terms.constant is not None,
             "FACTOR": terms.factor is not None, "SHIFT": terms.shift is not None, "SOFTCAP": terms.softcap is not None,
@@ -89,9 +87,9 @@ class Call:
 
     def _grid(self) -> tuple[int, int, int]:
         """Return (row tiles, column tiles, batch x key heads)."""
-        batch, groups, rows, _ = self.q.shape
-        owned = self.config.values * self.config.width
-        return -(-rows // self.config.rows), -(-self.value_width // owned), batch * groups
+        config, (batch, groups, rows, _) = self.config, self.operands.q.shape
+        columns = config.values * config.width  # that one program computes
+        return -(-rows // config.rows), -(-self.operands.value_width // columns), batch * groups
 
 
 def merge(parts: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Launch:

@@ -4,7 +4,8 @@ A program computes a tile of the rows that share a key head (heads x beams x new
 context. Rows are wide (EL: the model's width; MLA: 576), so they are loaded in chunks of columns. If values are columns
 of the keys and a tile of keys fits in shared memory (KEPT), the tile is loaded once and used for both products: the
 context is read from memory once. Otherwise values are loaded separately, or the keys' tile again, from L2. Row tiles of
-one split are neighbours in the grid, so that they share tiles in L2.
+one split are adjacent in the grid, so that they share tiles in L2. Formulas: docs/methods/blockwise.md "Forward"
+(top, total and acc are its m, w and unnormalised out), terms.py for the logit.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from ..flash.elements import tanh
 
 
 @triton.jit
-def _columns(rows, inside, start, DIM: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+def _columns(rows, valid, start, DIM: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
     """Load (rows, WIDTH) from column `start` on; `rows` points to each row's first element; zeros beyond DIM."""
     column = start + tl.arange(0, WIDTH)
     if WHOLE:
-        tile = tl.load(rows[:, None] + column[None, :], mask=inside[:, None], other=0.0)
+        tile = tl.load(rows[:, None] + column[None, :], mask=valid[:, None], other=0.0)
     else:
-        tile = tl.load(rows[:, None] + column[None, :], mask=inside[:, None] & (column < DIM)[None, :], other=0.0)
+        tile = tl.load(rows[:, None] + column[None, :], mask=valid[:, None] & (column < DIM)[None, :], other=0.0)
     return tile
 
 
@@ -43,6 +44,7 @@ def partial_kernel(
     (B, G, beams, heads, tokens, S) of any strides; lengths (B,) int32. out (B, G, splits, rows, DV), lse
     (B, G, splits, rows), fp32. cap is times log2(e); scale is divided by the cap if there is one, else times log2(e).
     """
+    # Which tile of rows and columns, split, batch row and key head this program computes.
     row_tile = tl.program_id(0) % row_tiles
     column_tile = tl.program_id(0) // row_tiles
     split = tl.program_id(1)
@@ -50,22 +52,23 @@ def partial_kernel(
     batch = unit // groups
     group = unit % groups
 
+    # Rows are (beams, heads, tokens) flattened. Terms that do not depend on the key are loaded once.
     row = row_tile * ROWS + tl.arange(0, ROWS)
-    real = row < rows
+    row_valid = row < rows
     beam = (row // (heads * tokens)).to(tl.int64)
     head = (row // tokens % heads).to(tl.int64)
     token = row % tokens
-    place = unit * rows + row
-    q_rows = q + place * DK
-    added = tl.zeros([ROWS], tl.float32)
+    at_row = unit * rows + row
+    q_rows = q + at_row * DK
+    row_constant = tl.zeros([ROWS], tl.float32)
     if CONSTANT:
-        added = tl.load(constant + place, mask=real, other=0.0)
-    moved = tl.zeros([ROWS], tl.float32)
+        row_constant = tl.load(constant + at_row, mask=row_valid, other=0.0)
+    row_shift = tl.zeros([ROWS], tl.float32)
     if SHIFT:
-        moved = tl.load(shift + place, mask=real, other=0.0)
+        row_shift = tl.load(shift + at_row, mask=row_valid, other=0.0)
     slope = tl.zeros([ROWS], tl.float32)
     if ALIBI:
-        slope = tl.load(slopes + group * heads + head, mask=real, other=0.0)
+        slope = tl.load(slopes + group * heads + head, mask=row_valid, other=0.0)
     if FACTOR:
         factor += batch * fb + group * fg
     if BIAS:
@@ -75,6 +78,7 @@ def partial_kernel(
     k += batch * kb + group * kg
     v += batch * vb + group * vg
 
+    # The keys of this split, without those that lengths and causality hide from every row.
     begin = split * span
     stop = tl.minimum(begin + span, keys)
     if LENGTHS:
@@ -89,36 +93,36 @@ def partial_kernel(
         acc = acc + (tl.zeros([ROWS, WIDTH], tl.float32),)
     for start in range(begin, stop, STEP):
         key = start + tl.arange(0, STEP)
-        inside = key < stop
+        key_valid = key < stop
         k_rows = k + key.to(tl.int64) * ks
-        held = ()
+        key_tiles = ()
         qk = tl.zeros([ROWS, STEP], tl.float32)
-        # q . k, summed over chunks of columns; KEPT tiles stay for the product with the probabilities.
+        # q . k, summed over chunks of columns. If KEPT, the tiles are also the values of the second product.
         if UNROLLED:
             for i in tl.static_range(KEY_CHUNKS):
-                query = _columns(q_rows, real, i * WIDTH, DK, WIDTH, (i + 1) * WIDTH <= DK)
-                tile = _columns(k_rows, inside, i * WIDTH, DK, WIDTH, (i + 1) * WIDTH <= DK)
+                query = _columns(q_rows, row_valid, i * WIDTH, DK, WIDTH, (i + 1) * WIDTH <= DK)
+                tile = _columns(k_rows, key_valid, i * WIDTH, DK, WIDTH, (i + 1) * WIDTH <= DK)
                 if KEPT:
-                    held = held + (tile,)
+                    key_tiles = key_tiles + (tile,)
                 qk = tl.dot(query, tl.trans(tile), qk, input_precision="ieee")
         else:
             for i in range(KEY_CHUNKS):
-                query = _columns(q_rows, real, i * WIDTH, DK, WIDTH, DK % WIDTH == 0)
-                tile = _columns(k_rows, inside, i * WIDTH, DK, WIDTH, DK % WIDTH == 0)
+                query = _columns(q_rows, row_valid, i * WIDTH, DK, WIDTH, DK % WIDTH == 0)
+                tile = _columns(k_rows, key_valid, i * WIDTH, DK, WIDTH, DK % WIDTH == 0)
                 qk = tl.dot(query, tl.trans(tile), qk, input_precision="ieee")
 
-        # The terms of the logit, in the order of terms.py.
+        # The other terms of the logit, in the order of terms.py and in units of log2(e).
         if CONSTANT:
-            qk += added[:, None]
+            qk += row_constant[:, None]
         if FACTOR:
             at = factor + head[:, None] * fn + key.to(tl.int64)[None, :] * fs
-            qk *= tl.load(at, mask=real[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            qk *= tl.load(at, mask=row_valid[:, None] & key_valid[None, :], other=0.0).to(tl.float32)
         if SHIFT:
-            qk += moved[:, None]
+            qk += row_shift[:, None]
         scores = qk * scale
         if SOFTCAP:
             scores = tanh(scores) * cap
-        visible = real[:, None] & inside[None, :]
+        visible = row_valid[:, None] & key_valid[None, :]
         if ALIBI:
             scores -= slope[:, None] * tl.abs(offset + token[:, None] - key[None, :]).to(tl.float32)
         if BIAS:
@@ -138,26 +142,31 @@ def partial_kernel(
         fade = tl.exp2(top - base)
         total = total * fade + tl.sum(p, 1)
         top = new_top
-        met = p.to(k.dtype.element_ty)
+
+        # Add the product with the values, of which this program computes VALUE_CHUNKS chunks of columns.
+        weights = p.to(k.dtype.element_ty)
         new_acc = ()
         for i in tl.static_range(VALUE_CHUNKS):
             if KEPT:
-                value = held[i]
+                value = key_tiles[i]
             else:
                 column = (column_tile * VALUE_CHUNKS + i) * WIDTH
-                value = _columns(v + key.to(tl.int64) * vs, inside, column, DV, WIDTH, DV % (WIDTH * VALUE_CHUNKS) == 0)
-            new_acc = new_acc + (tl.dot(met, value, acc[i] * fade[:, None], input_precision="ieee"),)
+                value = _columns(
+                    v + key.to(tl.int64) * vs, key_valid, column, DV, WIDTH, DV % (WIDTH * VALUE_CHUNKS) == 0
+                )
+            new_acc = new_acc + (tl.dot(weights, value, acc[i] * fade[:, None], input_precision="ieee"),)
         acc = new_acc
 
+    # Normalise and store; a row that has seen no key in this split stores (0, -inf).
     seen = total > 0.0
     share = tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)
-    place = (unit * tl.num_programs(1) + split) * rows + row
+    at_result = (unit * tl.num_programs(1) + split) * rows + row
     for i in tl.static_range(VALUE_CHUNKS):
         column = (column_tile * VALUE_CHUNKS + i) * WIDTH + tl.arange(0, WIDTH)
         tl.store(
-            out + place[:, None] * DV + column[None, :], acc[i] * share[:, None],
-            mask=real[:, None] & (column < DV)[None, :],
+            out + at_result[:, None] * DV + column[None, :], acc[i] * share[:, None],
+            mask=row_valid[:, None] & (column < DV)[None, :],
         )  # fmt: skip
-    found = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
-    if column_tile == 0:
-        tl.store(lse + place, found, mask=real)
+    split_lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    if column_tile == 0:  # all column tiles compute the same lse
+        tl.store(lse + at_result, split_lse, mask=row_valid)

@@ -4,27 +4,21 @@ fp64).
     s = cap(((q . k + constant) * factor + shift) * scale) - slope * |i - j| + bias
     out = softmax(s) v      lse = log sum exp(s)
 
-Rows are (beams, query heads per key head, new tokens), flattened: rows that read the same keys are adjacent, so that
-one pass over the context serves all. EL: keys and values are the hidden states, with one key head. MLA: they are the
-latent, whose rotary columns belong to the keys only. Grouped or multi-query heads: v is a tensor of its own.
+Rows that read the same keys are adjacent, so one pass over the context serves them all. EL: the hidden states are both
+keys and values, with one key head (docs/methods/el.md "Decode step"). MLA: the latent is both, and its rotary columns
+belong to the keys only. Grouped or multi-query heads: v is a separate tensor.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .terms import Terms
+from .terms import Operands, Terms
 
 
-def decode(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, value_width: int, heads: int, tokens: int, terms: Terms
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (out (B, G, rows, Dv), lse (B, G, rows)); (0, -inf) for a row that sees no key.
-
-    Args:
-        q: (B, G, beams * N * T, Dk), N = heads, T = tokens. k: (B, G, S, Dk). v: (B, G, S, Dv), or None: the first
-            value_width columns of k.
-    """
+def decode(operands: Operands, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (out (B, G, rows, Dv), lse (B, G, rows)); (0, -inf) for a row that sees no key."""
+    q, k, v, value_width, heads, tokens = operands
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     values = k[..., :value_width] if v is None else v
     s = q.to(dtype) @ k.to(dtype).mT

@@ -1,16 +1,33 @@
-"""The terms of a decoding logit beside q.k."""
+"""What one decode call computes: `Operands`, the tensors and sizes of its products, and `Terms` of its logits.
+
+`longctx/decode/kernel.py` derives the operator's schema from these fields, in their order.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 Optional = torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class Terms:
+class Operands(NamedTuple):
+    """Queries and the keys and values that they share.
+
+    q (B, G, rows, Dk): rows are (beams, N, T) flattened, with N = `heads` query heads per key head and T = `tokens` new
+    tokens. k (B, G, S, Dk). v (B, G, S, Dv), Dv = `value_width`; None: the values are the first Dv columns of k.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: Optional
+    value_width: int
+    heads: int
+    tokens: int
+
+
+class Terms(NamedTuple):
     """The logit cap(((q . k + constant) * factor + shift) * scale) - slope * |i - j| + bias if the mask is true, else
     -inf. New token t has position i = offset + t, key j position j.
 
@@ -32,6 +49,6 @@ class Terms:
 
     @property
     def extras(self) -> bool:
-        """Whether any term beside scale * q.k is used, or any key hidden."""
-        joining = self.softcap, self.constant, self.factor, self.shift, self.slopes, self.bias
-        return self.causal or any(x is not None for x in (*joining, self.mask, self.lengths))
+        """Whether any term other than scale * q.k is used, or any key hidden."""
+        tensors = self.constant, self.factor, self.shift, self.slopes, self.bias, self.mask, self.lengths
+        return self.causal or self.softcap is not None or any(x is not None for x in tensors)

@@ -66,13 +66,19 @@ class RingSettings(NamedTuple):
 Settings = TypeVar("Settings", BlockSettings, RingSettings)
 _SCHEMA = {
     torch.Tensor: "Tensor", torch.Tensor | None: "Tensor?", int: "int", int | None: "int?", float: "float",
-    float | None: "float?", str: "str",
+    float | None: "float?", str: "str", bool: "bool",
 }  # fmt: skip
 
 
-def schema_of(*groups: type) -> str:
-    """Return the fields of the groups as arguments of an operator's schema."""
-    return ", ".join(f"{_SCHEMA[kind]} {name}" for group in groups for name, kind in get_type_hints(group).items())
+def schema_of(*groups: type, integer: str = "int") -> str:
+    """Return the fields of the groups as arguments of an operator's schema.
+
+    Args:
+        integer: "int", or "SymInt": integers may be symbolic under torch.compile, so a new length needs no
+            recompilation.
+    """
+    fields = [(name, _SCHEMA[kind]) for group in groups for name, kind in get_type_hints(group).items()]
+    return ", ".join(f"{integer + kind[3:] if kind.startswith('int') else kind} {name}" for name, kind in fields)
 
 
 def unflatten(arguments: Sequence[Any], kind: type[Settings]) -> tuple[AttentionInputs, Settings]:

@@ -1,14 +1,14 @@
-"""EL-attention (Yan et al. 2021): attend to the hidden states themselves; keys and values are never computed.
+"""EL-attention (Yan et al. 2021): attend to hidden states directly, without computing keys or values.
 
-    q_i . (W_k,i h + b_k,i) = (q_i W_k,i) . h + q_i . b_k,i          the query grows from width D to width C
-    sum_j p_ij (W_v,i h_j + b_v,i) = W_v,i (sum_j p_ij h_j) + b_v,i sum_j p_ij
+    q_i . (W_k,i h_j + b_k,i) = q'_i . h_j + q_i . b_k,i             q'_i = W_k,i^T q_i: expanded from width D to C
+    sum_j p_ij (W_v,i h_j + b_v,i) = W_v,i c_i + b_v,i mu_i          c_i = sum_j p_ij h_j,   mu_i = sum_j p_ij
 
-The key bias adds one number to all logits of a query and drops out of the softmax, unless something else competes with
-the keys (a sink) or bends the logits (a softcap): there it stays. The value bias is multiplied by the probabilities'
-sum, which is 1 but for sinks, dropout and rows that see nothing. Both are exact here in every case.
+The key bias adds the same number to all logits of a query, so it cancels in the softmax except beside a sink or under a
+softcap, where it is added. mu is the mass that multiplies the value bias: 1 except with sinks, with dropout and in rows
+that see no key. Equations: docs/methods/el.md "Definition" and "Biases and other terms".
 
-A rotation of the keys by their positions (RoPE) stands between q and W_k and cannot be folded; a decoupled rotary part
-(DeepSeek's MLA) can: its few columns are rotated, cached beside the hidden states and added to the logits.
+RoPE rotates keys between q and W_k, so W_k cannot be folded into q. A decoupled rotary part (DeepSeek's MLA) is
+supported: its columns are rotated, cached beside the hidden states and added to the logits ("Rotary keys and MLA").
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from longctx.mesh import Mesh
 
 
 class Partial(NamedTuple):
-    """Attention over some of the keys: what ranks that share a context exchange, D + 1 numbers a query and head."""
+    """Attention over some of the keys, to be merged with the rest: D_v + 1 numbers per query and head."""
 
     out: torch.Tensor
     """(B, H, T, Dv) fp32 or fp64, value bias included."""
@@ -68,62 +68,65 @@ def el_attention(
     tile: int = TILE,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Multi-head attention of x over hidden, equal to the model's own, without keys and values.
+    """Compute multi-head attention of x over hidden without keys or values; the result is the model's own.
 
-    Weights are laid out as torch.nn.Linear's: (out, in). G, the number of key heads, is w_k's rows / D.
+    Weights have torch.nn.Linear's layout (out, in). The number of key heads G is w_k's rows / D.
 
     Args:
-        x: (B * beams, T, d), what feeds W_q. hidden: (B, S, C), what feeds W_k and W_v: the encoder's output (once for
-            all layers and beams), or the layer inputs of a causal decoder so far, x's own included.
+        x: (B * beams, T, d), the input of W_q.
+        hidden: (B, S, C), the input of W_k and W_v: the encoder's output (once for all layers and beams), or all layer
+            inputs of a causal decoder so far, including x.
         w_q: (H * D, d). w_k: (G * D, C). w_v: (G * Dv, C). w_o: (d, H * Dv).
-        w_vo: (H, C, d) from `fold_values`, used instead of w_v and w_o: faster where d is not much above Dv.
+        w_vo: (H, C, d) from `fold_values`, used instead of w_v and w_o: faster if d is not much larger than Dv.
         scale: default 1 / sqrt(D).
         causal: queries see keys up to their own position, q_offset + t; q_offset defaults to S - T.
-        key_positions: (S,) int64, where the keys stand in their context, in any order; default 0, 1, …, S - 1. Goes
-            with q_offset. What goes by places (causal, bias, dropout) then works on any part of a context.
+        key_positions: (S,) int64, the keys' positions in the whole context, in any order; default 0, 1, …, S - 1.
+            Requires q_offset. With it causal, bias and dropout are correct on any part of a context.
         mask: broadcastable to (B * beams, H, T, S): bool, True where visible, or floating, added to the logits.
-        bias: (positions of queries (T,), of keys (n,)) -> (H, T, n) or (T, n), added to the logits tile by tile:
+        bias: (query positions (T,), key positions (n,)) -> (H, T, n) or (T, n), added to the logits tile by tile:
             `RelativeBias`, `Alibi`, or any function.
         softcap, sink, dropout_p: as in `block_attention`; dropout_seed (B * beams,) int64.
-        q_norm, k_norm: norms over each head; scales (B, S, G) from `key_scales` are k_norm's cached part.
-        rotary: refused: see above.
-        mesh: whose ranks hold `hidden` in parts, of any lengths: each gives its own with its part of mask, scales and
-            key_positions, x alike. W_v comes before the exchange, so that a query and head costs Dv + 1 numbers, not C.
-        tile: keys at a time, in torch.
-        backend: "auto", the decode kernels on a GPU, torch elsewhere and where there is dropout or a gradient; or one
-            of "triton" and "torch".
+        q_norm, k_norm: norms over each head. scales: (B, S, G) from `key_scales`, the part of k_norm to cache.
+        rotary: not supported and raises; see the module's docstring.
+        mesh: hidden is sharded over its sequence ranks, in parts of any length; each rank passes its part of hidden,
+            mask, scales and key_positions, and the same x. W_v is applied before the exchange, which moves Dv + 1
+            numbers per query and head instead of C.
+        tile: keys per tile, in torch.
+        backend: "auto" (the decode kernels on a GPU; torch elsewhere, and with dropout or a gradient), "triton" or
+            "torch".
 
     Returns:
         (B * beams, T, d) in x's dtype.
 
     Raises:
-        AttentionError: arguments do not fit, or rotary keys are asked for.
+        AttentionError: the arguments do not fit together, or rotary is given.
     """
     ranks = 1 if mesh is None else mesh.sequence_size
     if ranks > 1 and key_positions is None and (causal or bias is not None or dropout_p):
         raise AttentionError(
-            "el_attention(mesh=…) over parts of a context: causal, bias and dropout_p go by the places of the keys; "
+            "el_attention(mesh=…) over parts of a context: causal, bias and dropout_p depend on the keys' positions; "
             "give those of this rank's part as key_positions, and the first query's as q_offset"
         )
     if ranks > 1 and w_vo is not None:
         raise AttentionError(
-            "el_attention(mesh=…, w_vo=…): folded values would be exchanged at full width; give w_v and w_o alone"
+            "el_attention(mesh=…, w_vo=…): folded values would be exchanged at full width; give only w_v and w_o"
         )
     if rotary is not None:
         raise AttentionError(
-            "el_attention(rotary=…): RoPE turns each key by its position, which stands between the query and W_k, so "
-            "keys cannot be folded into the query. Cache keys and values for this layer (attention kv), or give a "
-            "decoupled rotary part to `expanded_attention` as MLA does"
+            "el_attention(rotary=…): RoPE rotates each key by its position, between the query and W_k, so W_k cannot "
+            "be folded into the query. Cache keys and values for this layer (attention kv), or pass a decoupled rotary "
+            "part to `expanded_attention` as MLA does"
         )
     if x.dim() != 3 or hidden.dim() != 3 or w_q.shape[0] % heads:
         raise AttentionError(
             f"x {tuple(x.shape)}, hidden {tuple(hidden.shape)}, w_q {tuple(w_q.shape)}, heads={heads}: expected x "
-            "(B * beams, T, d), hidden (B, S, C) and heads that divide w_q's rows"
+            "(B * beams, T, d), hidden (B, S, C) and heads dividing w_q's rows"
         )
     q = torch.nn.functional.linear(x, w_q, b_q).unflatten(-1, (heads, -1))
     q = q if q_norm is None else q_norm(q)
     if mesh is not None and ranks > 1 and sink is not None and mesh.sequence_rank > 0:
-        sink = torch.full_like(sink, torch.finfo(sink.dtype).min / 2)  # counts once; key biases on every rank
+        # The sink counts on rank 0 only. Elsewhere it has weight 0, but is given, so that all ranks add q . b_k.
+        sink = torch.full_like(sink, torch.finfo(sink.dtype).min / 2)
     partial = expanded_attention(
         q.transpose(1, 2), hidden, w_k, w_v if w_vo is None else None, b_k=b_k, b_v=b_v,
         scale=scale, causal=causal, q_offset=q_offset, key_positions=key_positions, mask=mask, bias=bias,
@@ -135,6 +138,7 @@ def el_attention(
     if w_vo is None:
         out = partial[0].transpose(1, 2).flatten(2).to(x.dtype)
         return torch.nn.functional.linear(out, w_o, b_o)
+    # Folded values: o = sum_i W_vo,i^T c_i + sum_i mu_i W_o,i b_v,i + b_o.
     context, mass = partial[0], partial[2]  # type: ignore[misc]
     out = torch.einsum("bhtc,hcd->btd", context.to(x.dtype), w_vo)
     if b_v is not None:
@@ -169,28 +173,30 @@ def expanded_attention(
     tile: int = TILE,
     backend: str = "auto",
 ) -> Partial | SharedResult:
-    """The part of `el_attention` between W_q and W_o; with a latent as `hidden` and `rotary`, DeepSeek's MLA.
+    """Compute the part of `el_attention` between W_q and W_o; with a latent as `hidden` and `rotary`, DeepSeek's MLA.
 
     Args:
-        q: (B * beams, H, T, D), after its norm, not scaled. hidden, w_k, w_v, masks and the rest: see `el_attention`.
-        rotary: (q (B * beams, H, T, R), k (B, S, R)), both rotated: q_r . k_r joins the logit before the scale, whose
-            default then is 1 / sqrt(D + R).
-        w_v: None leaves it to the caller, and `SharedResult` is returned, with context (B * beams, H, T, C).
+        q: (B * beams, H, T, D), after its norm, not scaled. All others: see `el_attention`.
+        rotary: (q (B * beams, H, T, R), k (B, S, R)), both rotated: q_r . k_r is added to the logit before scaling, and
+            the default scale is 1 / sqrt(D + R).
+        w_v: None returns a `SharedResult` with context c (B * beams, H, T, C), to which the caller applies W_v.
     """
     beams, key_heads = _counts(q, hidden, w_k)
     rows, heads, tokens, width = q.shape
-    factor = (width + (0 if rotary is None else rotary[0].shape[-1])) ** -0.5 if scale is None else scale
-    made = expand(q * factor, hidden, w_k, b_k, k_norm, scales, competing=sink is not None or softcap is not None)
-    queries, shared = made.queries, hidden
-    turned = None if rotary is None else (rotary[0] * factor, rotary[1])
-    if turned is not None and k_norm is None:
-        queries, shared, turned = torch.cat((queries, turned[0]), -1), torch.cat((hidden, turned[1]), -1), None
-    _check_places(key_positions, q_offset, hidden)
+    scale = (width + (0 if rotary is None else rotary[0].shape[-1])) ** -0.5 if scale is None else scale
+    # q' and what the folding leaves of the key bias and the norm. q is scaled first, so those are scaled too.
+    expansion = expand(q * scale, hidden, w_k, b_k, k_norm, scales, competing=sink is not None or softcap is not None)
+    queries, shared = expansion.queries, hidden
+    rotated = None if rotary is None else (rotary[0] * scale, rotary[1])
+    if rotated is not None and k_norm is None:
+        # Without r_j on the product, rotary columns are further columns of q' and H: one product computes both.
+        queries, shared, rotated = torch.cat((queries, rotated[0]), -1), torch.cat((hidden, rotated[1]), -1), None
+    _check_positions(key_positions, q_offset, hidden)
     offset = hidden.shape[1] - tokens if q_offset is None else q_offset
     positions = torch.arange(tokens, device=q.device) + offset
     edit = Logits(
-        beams, heads, positions, made.constant, made.scales, made.shift, turned, softcap, bias, mask, causal,
-        key_positions,
+        beams, heads, positions, expansion.constant, expansion.scales, expansion.shift, rotated, softcap, bias, mask,
+        causal, key_positions,
     )  # fmt: skip
     context, lse, mass = attend.shared(
         queries,
@@ -205,6 +211,7 @@ def expanded_attention(
     )
     if w_v is None:
         return SharedResult(context, lse, mass)
+    # W_v,i c_i + b_v,i mu_i, with one W_v for the H / G query heads of a group.
     values = w_v.unflatten(0, (key_heads, -1)).to(context.dtype)
     out = torch.einsum("bgntc,gvc->bgntv", context.unflatten(1, (key_heads, -1)), values).flatten(1, 2)
     if b_v is not None:
@@ -213,7 +220,7 @@ def expanded_attention(
 
 
 def fold_values(w_v: torch.Tensor, w_o: torch.Tensor, heads: int) -> torch.Tensor:
-    """W_v,i W_o,i of every head: (H, C, d), computed in fp32 or fp64 and returned in w_v's dtype.
+    """Return (W_o,i W_v,i)^T of every head: (H, C, d), computed in fp32 or fp64 and returned in w_v's dtype.
 
     Args:
         w_v: (G * Dv, C). w_o: (d, H * Dv).
@@ -225,38 +232,38 @@ def fold_values(w_v: torch.Tensor, w_o: torch.Tensor, heads: int) -> torch.Tenso
 
 
 def _counts(q: torch.Tensor, hidden: torch.Tensor, w_k: torch.Tensor) -> tuple[int, int]:
-    """(beams, key heads)."""
+    """Check the shapes; return (beams, key heads)."""
     shapes = f"q {tuple(q.shape)}, hidden {tuple(hidden.shape)}, w_k {tuple(w_k.shape)}"
     if q.dim() != 4 or hidden.dim() != 3 or w_k.dim() != 2 or w_k.shape[1] != hidden.shape[2]:
         raise AttentionError(f"{shapes}: expected q (B * beams, H, T, D), hidden (B, S, C), w_k (G * D, C)")
     if hidden.shape[0] == 0 or q.shape[0] % hidden.shape[0]:
-        raise AttentionError(f"{shapes}: queries come in whole beams, so hidden's rows must divide q's")
+        raise AttentionError(f"{shapes}: every row of hidden has equally many beams, so hidden's rows must divide q's")
     if w_k.shape[0] % q.shape[3] or q.shape[1] % (w_k.shape[0] // q.shape[3]):
-        raise AttentionError(f"{shapes}: w_k must hold G heads of D = {q.shape[3]} rows, G dividing H = {q.shape[1]}")
+        raise AttentionError(f"{shapes}: w_k must have G heads of D = {q.shape[3]} rows, G dividing H = {q.shape[1]}")
     return q.shape[0] // hidden.shape[0], w_k.shape[0] // q.shape[3]
 
 
-def _check_places(key_positions: torch.Tensor | None, q_offset: int | None, hidden: torch.Tensor) -> None:
+def _check_positions(key_positions: torch.Tensor | None, q_offset: int | None, hidden: torch.Tensor) -> None:
     if key_positions is None:
         return
     if tuple(key_positions.shape) != (hidden.shape[1],) or key_positions.is_floating_point():
         raise AttentionError(
-            f"key_positions {tuple(key_positions.shape)} of {key_positions.dtype}: expected one integer a row of "
+            f"key_positions {tuple(key_positions.shape)} of {key_positions.dtype}: expected one integer per row of "
             f"hidden, ({hidden.shape[1]},)"
         )
     if q_offset is None:
-        raise AttentionError("key_positions without q_offset: say where the first query stands, or leave both out")
+        raise AttentionError("key_positions without q_offset: give the first query's position, or omit both")
 
 
 def _dropout(rows: int, heads: int, beams: int, p: float, seeds: torch.Tensor | None, logits: Logits) -> Edit | None:
-    """Drop the probabilities that the hash of (seed, head, query, key) names; divide the rest by 1 - p."""
+    """Return the dropout of probabilities: a hash of (seed, head, i, j) decides; the kept ones are divided by 1 - p."""
     if not p:
         return None
     if seeds is None or tuple(seeds.shape) != (rows,):
-        raise AttentionError(f"dropout_p={p} needs dropout_seed, int64 of shape ({rows},): one seed a row of queries")
+        raise AttentionError(f"dropout_p={p} needs dropout_seed, int64 of shape ({rows},): one seed per row of q")
 
-    def keep(met: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        stay = kept(seeds, heads, logits.positions, logits.keys(start, stop), p).to(met.dtype) / (1 - p)
-        return met * stay.view(met.shape)
+    def keep(probabilities: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        factor = kept(seeds, heads, logits.positions, logits.keys(start, stop), p).to(probabilities.dtype) / (1 - p)
+        return probabilities * factor.view(probabilities.shape)
 
     return keep

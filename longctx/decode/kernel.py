@@ -1,81 +1,65 @@
 """The decode kernels as one operator of torch.library: forward only, since generation needs no gradient.
 
-Importing this file registers the operator; triton is imported when it first runs.
+Importing this file registers the operator; triton is imported at its first call.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from longctx.kernels.decode.terms import Terms
+from longctx.attention.operator import schema_of
+from longctx.kernels.decode.terms import Operands, Terms
 
 
-def decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor | None,
-    value_width: int,
-    heads: int,
-    tokens: int,
-    terms: Terms,
-    splits: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """kernels/decode/reference.py's `decode` on the kernels: out (B, G, rows, Dv) and lse (B, G, rows), fp32.
+def decode(operands: Operands, terms: Terms, splits: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `decode` of kernels/decode/reference.py with the kernels: out (B, G, rows, Dv), lse (B, G, rows), fp32.
 
     Args:
-        splits: parts of the context that are read at the same time; None chooses by the shape and the chip.
+        splits: parts of the context that are read in parallel; None chooses by the shape and the chip.
     """
-    t = terms
-    return _forward(
-        q, k, v, value_width, heads, tokens, t.scale, t.softcap, t.constant, t.factor, t.shift, t.slopes, t.bias,
-        t.mask, t.lengths, t.causal, t.offset, splits,
-    )  # fmt: skip
+    return _forward(*operands, *terms, splits)
 
 
-@torch.library.custom_op("longctx::decode_attention", mutates_args=())
-def _forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor | None,
-    value_width: int,
-    heads: int,
-    tokens: int,
-    scale: float,
-    softcap: float | None,
-    constant: torch.Tensor | None,
-    factor: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    causal: bool,
-    offset: int,
-    splits: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+_SCHEMA = f"({schema_of(Operands, Terms, integer='SymInt')}, SymInt? splits) -> (Tensor, Tensor)"
+
+
+@torch.library.custom_op("longctx::decode_attention", mutates_args=(), schema=_SCHEMA)
+def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     from longctx.attention.backends.triton import arch, dense, on_device
     from longctx.kernels.decode.fused import Call
 
-    constant, shift, slopes = (None if x is None else x.float().contiguous() for x in (constant, shift, slopes))
-    terms = Terms(scale, softcap, constant, factor, shift, slopes, bias, mask, lengths, causal, offset)
-    values = None if v is None else dense(v)
-    call = Call(q.contiguous(), dense(k), values, value_width, heads, tokens, terms, arch(q.device), splits)
-    out, lse = _results(q, value_width)
+    operands, terms, splits = _unflatten(*arguments)
+    q, k, v = operands[:3]
+    operands = operands._replace(q=q.contiguous(), k=dense(k), v=None if v is None else dense(v))
+    terms = terms._replace(
+        constant=_dense_fp32(terms.constant), shift=_dense_fp32(terms.shift), slopes=_dense_fp32(terms.slopes)
+    )
+    out, lse = _results(operands)
     with on_device(q.device):
-        for launch in call.launches(out, lse):
+        for launch in Call(operands, terms, arch(q.device), splits).launches(out, lse):
             launch()
     return out, lse
 
 
 @_forward.register_fake
-def _fake(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, value_width: int, *rest: object
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _results(q, value_width)
+def _fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _results(_unflatten(*arguments)[0])
 
 
-def _results(q: torch.Tensor, value_width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        torch.empty((*q.shape[:3], value_width), dtype=torch.float32, device=q.device),
-        torch.empty(q.shape[:3], dtype=torch.float32, device=q.device),
-    )
+def _unflatten(*arguments: Any) -> tuple[Operands, Terms, int | None]:
+    """Return the operator's flat arguments by name."""
+    count = len(Operands._fields)
+    return Operands(*arguments[:count]), Terms(*arguments[count:-1]), arguments[-1]
+
+
+def _dense_fp32(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _results(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (out, lse) without values."""
+    q = operands.q
+    out = torch.empty((*q.shape[:3], operands.value_width), dtype=torch.float32, device=q.device)
+    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)

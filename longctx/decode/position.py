@@ -1,4 +1,4 @@
-"""What positions add to a logit, tile by tile: ALiBi's slopes and T5's buckets. Never a whole T x S tensor."""
+"""Biases of logits by position, computed tile by tile: ALiBi's slopes and T5's buckets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class RelativeBias:
-    """T5's relative-position bias: a table looked up by the distance's bucket.
+    """T5's relative-position bias: a table indexed by the bucket of the distance.
 
-    Half of the buckets hold one distance each, the other half grow geometrically up to `max_distance`; a bidirectional
-    table keeps half of all for keys to the right.
+    Half of the buckets hold one distance each, the widths of the other half grow geometrically up to `max_distance`. A
+    bidirectional table uses half of all buckets for keys to the right.
     """
 
     table: torch.Tensor
@@ -22,11 +22,11 @@ class RelativeBias:
     bidirectional: bool = False
 
     def __call__(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """(H, T, n) of queries (T,) and keys (n,), their positions as int64."""
+        """Return (H, T, n) for the int64 positions of queries (T,) and keys (n,)."""
         return self.table[self.buckets(keys[None, :] - queries[:, None])].movedim(-1, 0)
 
     def buckets(self, right: torch.Tensor) -> torch.Tensor:
-        """The bucket of each distance, key - query, int64."""
+        """Return the bucket of each distance, key - query, int64."""
         count, shift = self.table.shape[0], torch.zeros_like(right)
         if self.bidirectional:
             count //= 2
@@ -34,7 +34,7 @@ class RelativeBias:
         else:
             distance = (-right).clamp(min=0)
         exact = count // 2
-        # fp32 as in the models that trained the tables: a bucket's edge falls where it fell there
+        # In fp32, as in the models that trained the tables, so that every bucket has the same edges.
         ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
         far = (exact + (ratio * (count - exact)).to(torch.int64)).clamp(max=count - 1)
         return shift + torch.where(distance < exact, distance, far)
@@ -42,11 +42,11 @@ class RelativeBias:
 
 @dataclass(frozen=True, eq=False)
 class Alibi:
-    """A logit loses slope * |i - j|."""
+    """ALiBi: subtract slope * |i - j| from the logit of query i and key j."""
 
     slopes: torch.Tensor
     """(H,)."""
 
     def __call__(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """(H, T, n) of queries (T,) and keys (n,)."""
+        """Return (H, T, n) for the positions of queries (T,) and keys (n,)."""
         return -self.slopes[:, None, None] * (queries[:, None] - keys[None, :]).abs()

@@ -255,7 +255,7 @@ def test_half_precision_keeps_its_sums_in_fp32() -> None:
 
 def test_what_cannot_be_is_refused_by_name() -> None:
     made = case()
-    with pytest.raises(AttentionError, match="RoPE turns each key by its position"):
+    with pytest.raises(AttentionError, match="RoPE rotates each key by its position"):
         made.el(rotary=object())
     with pytest.raises(AttentionError, match="hidden's rows must divide"):
         dataclasses.replace(made, x=made.x[:1].repeat(3, 1, 1)).el()

@@ -103,7 +103,7 @@ def test_tables_are_looked_up_a_tile_at_a_time() -> None:
 
 def test_places_that_do_not_fit_are_refused() -> None:
     made, two = case(), longctx.Mesh(ring=2, world_size=2)
-    with pytest.raises(AttentionError, match=r"expected one integer a row of hidden, \(11,\)"):
+    with pytest.raises(AttentionError, match=r"expected one integer per row of hidden, \(11,\)"):
         made.el(key_positions=torch.arange(10), q_offset=3)
     with pytest.raises(AttentionError, match="expected one integer"):
         made.el(key_positions=torch.arange(11.0), q_offset=3)

@@ -232,7 +232,7 @@ def test_what_it_cannot_do_is_named() -> None:
         ("expected q", {"q": q[..., :8]}),
         ("must divide", {"q": q[:1].expand(3, -1, -1, -1), "k": k.expand(2, -1, -1, -1)}),
         ("beside k", {"v": k[:, :, :4]}),
-        ("leave one", {"v": k, "value_width": 4}),
+        ("omit one", {"v": k, "value_width": 4}),
         ("columns of k", {"value_width": 17}),
         ("one dtype", {"k": k.half()}),
     ):
