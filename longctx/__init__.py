@@ -35,6 +35,9 @@ _HOME = {  # public name -> module it lives in
     "attach": "longctx.engine.attach",
     "build": "longctx.engine.build",
     "Engine": "longctx.engine.engine",
+    "windows": "longctx.engine.windows",
+    "shard_window": "longctx.engine.step.window",
+    "shard_rows": "longctx.engine.step.window",
     "token_logprobs": "longctx.engine.step.logprobs",
     "LongctxError": "longctx.errors",
 }
@@ -58,8 +61,11 @@ __all__ = [
     "register",
     "ring_attention",
     "shard",
+    "shard_rows",
+    "shard_window",
     "token_logprobs",
     "unshard",
+    "windows",
 ]
 
 if TYPE_CHECKING:
@@ -73,6 +79,9 @@ if TYPE_CHECKING:
     from longctx.engine.engine import Engine as Engine
     from longctx.engine.initialize import initialize as initialize
     from longctx.engine.step.logprobs import token_logprobs as token_logprobs
+    from longctx.engine.step.window import shard_rows as shard_rows
+    from longctx.engine.step.window import shard_window as shard_window
+    from longctx.engine.windows import windows as windows
     from longctx.errors import LongctxError as LongctxError
     from longctx.generation.el import disable_el as disable_el
     from longctx.generation.el import enable_el as enable_el

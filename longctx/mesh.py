@@ -6,6 +6,7 @@ a group connects it: torch.distributed is initialized if it is not yet, and all 
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import MeshError
@@ -99,7 +100,19 @@ class Mesh:
         self.key = f"mesh-{len(_registered)}-data{data}-ring{ring}-ulysses{ulysses}"
         _registered[self.key] = self
         self.cut = Cut()
+        self._models: list[weakref.ref[torch.nn.Module]] = []
         self._groups: dict[str, dist.ProcessGroup] | None = None
+
+    # -- models that are attached ---------------------------------------------------------------------------------
+
+    def add_model(self, model: torch.nn.Module) -> None:
+        """Remember that ``model`` is attached to this mesh, for as long as it lives."""
+        if model not in self.attached_models():
+            self._models.append(weakref.ref(model))
+
+    def attached_models(self) -> list[torch.nn.Module]:
+        """Return the living models that are attached to this mesh, in the order of ``longctx.attach``."""
+        return [model for found in self._models if (model := found()) is not None]
 
     # -- the members of this rank's groups, as global ranks -------------------------------------------------------
 

@@ -44,6 +44,8 @@ def start(world_size: int, rank: int) -> None:
             _export_address(world_size, rank)
             bind_towards(os.environ["MASTER_ADDR"])
             dist.init_process_group(backend, init_method="env://", world_size=world_size, rank=rank)
+    if world_size == 1:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank()))  # DeepSpeed refuses to start an engine without it
     if dist.get_world_size() != world_size:
         raise MeshError(
             f"this mesh is a grid of {world_size} ranks, but torch.distributed runs {dist.get_world_size()}: "

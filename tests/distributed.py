@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 _pools: dict[int, Pool] = {}
-_LARGEST = 3 << 30  # bytes: ranks that have grown beyond are replaced, lest they starve the others of memory
+_LARGEST = 3 << 30  # bytes: ranks that have grown beyond it are replaced, so that the others do not run out of memory
 _PATIENCE = 4  # a time limit is there to name a hung rank, not to measure a machine that others share
 
 

@@ -1,6 +1,6 @@
-"""Compile the kernels for chips that are not here, and say what the compiler made of them.
+"""Compile the kernels for chips that are not here, and report what the compiler says of each.
 
-Run as a process of its own, without TRITON_INTERPRET: `python tests/kernel_aot.py CASE...` prints one JSON object a
+Run as a process of its own, without TRITON_INTERPRET: `python tests/kernel_aot.py CASE...` prints one JSON object per
 case; `--record [ARCH...]` writes them to kernels/flash/compiled.json. A case is arch-kind-pass-width.
 """
 
@@ -229,7 +229,7 @@ def main(arguments: list[str]) -> None:
 
 
 def answer(texts: list[str], compiled: Callable[[str], Any]) -> None:
-    """Print one JSON object a case, its error if it has one."""
+    """Print one JSON object per case, its error if it has one."""
     for text in texts:
         try:
             print(json.dumps(asdict(compiled(text))), flush=True)
@@ -238,7 +238,7 @@ def answer(texts: list[str], compiled: Callable[[str], Any]) -> None:
 
 
 def run(start: Callable[[list[str]], None]) -> None:
-    """Start with the compiler saying what it makes, and making it anew."""
+    """Call ``start`` with the compiler's log on and an empty cache, so that every kernel is compiled."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     with tempfile.TemporaryDirectory() as empty:

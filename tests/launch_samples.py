@@ -25,7 +25,7 @@ CANARIES = {f"SECRET_{number:02d}": f"c4n4ry-{number:02d}-hf_sk-ghp_AKIA" for nu
 
 
 def hostile(count: int) -> list[str]:
-    """Return ``count`` different strings that a shell would obey, made of those above, the same every time."""
+    """Return ``count`` different strings that a shell would obey, combined from those above, the same on every call."""
     pieces, draw = [*HOSTILE, "a", "pwned", "node1"], random.Random(0)
     found = dict.fromkeys(HOSTILE)
     while len(found) < count:

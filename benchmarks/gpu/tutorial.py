@@ -1,8 +1,8 @@
-"""A baseline: flash attention the way Triton's tutorial teaches it, written anew and kept plain.
+"""A baseline: flash attention in the style of Triton's tutorial, our own code and kept plain.
 
-One block of queries a program, keys in a loop, a causal mask on the diagonal, one result per query head in backward. No
-ring, no running state, no documents: it says what our kernels' generality costs or gains. Lengths must be multiples of
-128, head dimensions powers of two.
+One block of queries per program, keys in a loop, a causal mask on the diagonal, dK and dV per query head. No ring, no
+running state, no documents: it measures what our kernels' generality costs or gains. Lengths must be multiples of 128,
+head dimensions powers of two.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from longctx.engine.exchange import exchange
 from longctx.engine.step.loss import token_loss
 from longctx.engine.step.rows import IGNORED, Batch
-from longctx.engine.step.window import cut_rows, row_checksum
+from longctx.engine.step.window import row_checksum, shard_rows
 from longctx.errors import EngineError
 from longctx.layout import Layout
 from longctx.mesh import Mesh
@@ -99,7 +99,7 @@ def _check_groups(found: list[tuple[bool, int]], engine: EvaluatedEngine) -> Non
 
 def _prepared(batch: Batch, engine: EvaluatedEngine, sharded: bool) -> Batch:
     if not sharded:
-        batch = cut_rows(batch, engine.mesh, engine.layout, engine.position_rule)
+        batch = shard_rows(batch, engine.mesh, engine.layout, engine.position_rule)
     labels = batch.get("shift_labels", batch.get("labels"))
     if labels is None:
         raise EngineError(f"an evaluation batch needs labels; it has {sorted(map(str, batch))}")

@@ -34,6 +34,7 @@ PLACES = (  # append only at the end: ranks compare the index
     "engine.load_checkpoint",
     "engine.save_16bit_model",
     "engine.save_pretrained",
+    "longctx.windows",
 )
 _WIDTH = 8  # integers per message; a fixed size, so that messages of different places still match
 _FIRST_WORD = 60.0  # seconds until missing ranks are named in the log

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from tolerances import tolerance
+
 Tensor = torch.Tensor
+EXACT = tolerance("fp64")
 
 
 def visible(length: int, documents: Tensor | None, causal: bool = True) -> Tensor:
@@ -93,7 +96,13 @@ def differences(ours: list[Tensor | None], theirs: list[Tensor | None]) -> list[
 
 
 def gradients(out: Tensor, weight: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
-    return list(torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True))
+    return list(torch.autograd.grad((out * weight).sum(), leaves, retain_graph=True, allow_unused=True))
+
+
+def check(ours: Tensor, expected: Tensor, weight: Tensor, leaves: list[Tensor], allowed: float = EXACT) -> None:
+    """Assert that two outputs and their gradients are equal."""
+    found, wanted = ([out, *gradients(out, weight, leaves)] for out in (ours, expected))
+    assert max(differences(found, wanted)) <= allowed
 
 
 def packed(rows: list[list[tuple[int, int]]]) -> Tensor:

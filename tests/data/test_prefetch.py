@@ -1,4 +1,4 @@
-"""The reading thread: in order, bounded, its errors handed on, and gone when nobody needs it."""
+"""The prefetch thread: in order, bounded, passes its errors on, and ends with its iterator."""
 
 from __future__ import annotations
 

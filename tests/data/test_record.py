@@ -1,4 +1,4 @@
-"""A run's checkpoints go on with the data they count: other data are refused by key, before anything is overwritten."""
+"""A run resumes only with the data its checkpoints count: other data are refused by key, before any write."""
 
 from __future__ import annotations
 

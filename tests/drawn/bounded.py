@@ -30,7 +30,7 @@ SCALE = 0.6
 
 @dataclass(frozen=True)
 class BoundedCase:
-    """One sequence. rings: (tokens a rank, ranks) of each part, each going on from the state of the one before.
+    """One sequence. rings: (tokens per rank, ranks) of each part; each part continues from the state of the one before.
 
     ids: a row each, or None. logits: how control logits are drawn. slots, rate: of the control. chunk: of the chunked
     form. holes: what padding holds.

@@ -112,8 +112,8 @@ def norms_under_zero3(rank: int, world: int, recomputed: bool) -> tuple[Any, ...
 
 
 def test_zero3_has_a_recomputed_norms_weight_in_backward_and_reduces_it_once() -> None:
-    as_it_was, anew = (run_ranks(2, norms_under_zero3, recomputed) for recomputed in (False, True))
-    for (wanted, gathered_before, _), (weights, gathered, reduced) in zip(as_it_was, anew, strict=True):
+    kept, recomputed = (run_ranks(2, norms_under_zero3, switch) for switch in (False, True))
+    for (wanted, gathered_before, _), (weights, gathered, reduced) in zip(kept, recomputed, strict=True):
         assert gathered and gathered == gathered_before
         assert len(reduced) == 5 and set(reduced.values()) == {1}  # two a layer, and the one before the head
         for name, weight in wanted.items():
@@ -181,6 +181,6 @@ def test_auto_says_what_it_leaves_alone(caplog: pytest.LogCaptureFixture) -> Non
     apply_settings(model, ActivationSettings(loss_tile="auto"), announce=False)
     assert not caplog.records
     apply_settings(model, ActivationSettings(loss_tile="auto"))
-    assert "the loss is not tiled: Linear is none of" in caplog.text
+    assert "the loss is not tiled: Linear is not one of" in caplog.text
     apply_settings(model, ActivationSettings(mlp_tile="auto"))
     assert "MLPs are not tiled: Linear has no plain ones" in caplog.text

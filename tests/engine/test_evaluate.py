@@ -23,7 +23,7 @@ def evaluated(rank: int, world: int, stage: int, counts: list[int]) -> Any:
     replica = engine.mesh.data_rank
     batches = [ragged_rows(5, index, replica) for index in range(counts[replica])]
     whole = engine.evaluate(batches)
-    parts = engine.evaluate((window.cut_rows(b, engine.mesh, engine.layout) for b in batches), sharded=True)
+    parts = engine.evaluate((window.shard_rows(b, engine.mesh, engine.layout) for b in batches), sharded=True)
     assert modes == [module.training for module in engine.module.modules()] and parts == whole
     assert math.isnan(engine.evaluate([]).loss)
     missing = {key: value for key, value in ragged_rows(0, 0, 0).items() if key != "labels"}

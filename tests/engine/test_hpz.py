@@ -1,4 +1,4 @@
-"""A second copy of ZeRO-3's weights, cut over neighbouring ranks (DeepSpeed's hpZ): the same model is trained."""
+"""A second copy of ZeRO-3's weights, sharded over neighbouring ranks (DeepSpeed's hpZ), trains the same model."""
 
 from __future__ import annotations
 

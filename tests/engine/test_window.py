@@ -79,10 +79,10 @@ def test_no_label_at_all_divides_by_something() -> None:
 
 def test_a_dict_gives_a_dict_and_other_keys_are_cut_or_passed_on() -> None:
     mesh = Mesh(ring=2, world_size=2, rank=1, data=1)
-    from longctx.engine.step.window import _cut
+    from longctx.engine.step.window import _shard
 
     batch = {"input_ids": torch.arange(8)[None], "token_type_ids": torch.arange(8)[None], "name": "row", "scale": 2.0}
-    local = _cut(explicit_rows({**batch, "weight": torch.ones(3)}), mesh, "zigzag")
+    local = _shard(explicit_rows({**batch, "weight": torch.ones(3)}), mesh, "zigzag")
     assert local["token_type_ids"].tolist() == [[2, 3, 4, 5]]
     assert local["name"] == "row" and local["scale"] == 2.0 and local["weight"].shape == (3,)
     assert isinstance(shard_window(batch, Mesh(world_size=1)), dict)
@@ -90,13 +90,13 @@ def test_a_dict_gives_a_dict_and_other_keys_are_cut_or_passed_on() -> None:
 
 def test_padding_is_never_a_label() -> None:
     mesh = Mesh(ring=2, world_size=2, rank=0, data=1)  # rank 0 of a zigzag holds the end of the padded row
-    from longctx.engine.step.window import _cut
+    from longctx.engine.step.window import _shard
 
     ids = torch.arange(5)[None]
     more = {name: ids.clone() for name in ("mtp_labels", "labels_2", "next_targets", "token_type_ids", "label_mask")}
     more["label_mask"] = more["label_mask"] > 0
     more["soft_targets"] = torch.ones(1, 5, 3)
-    local = _cut(explicit_rows({"input_ids": ids, "labels": ids, **more}), mesh, "zigzag")
+    local = _shard(explicit_rows({"input_ids": ids, "labels": ids, **more}), mesh, "zigzag")
     assert local["document_ids"][0, -1] == -1 and local["shift_labels"][0, -1] == -100
     assert all(local[name][0, -1] == -100 for name in ("mtp_labels", "labels_2", "next_targets"))
     assert local["token_type_ids"][0, -1] == 0 and not local["label_mask"][0, -1]

@@ -149,6 +149,8 @@ def custom_trainers(rank: int, world_size: int, folder: str) -> dict[str, float]
     names: dict[str, Any] = {
         "model": tiny_llama(0),
         "another_model": tiny_llama(0),
+        "plain_model": tiny_llama(0),
+        "my_loader": [rows(5, batch=2)],
         "ds_config": settings(1, 3),
         "window": [rows(1)],
         "held_out": [rows(3), rows(4, length=17)],
@@ -171,6 +173,7 @@ def custom_trainers(rank: int, world_size: int, folder: str) -> dict[str, float]
         "replicated": replicated[0],
         "tokens": names["result"].tokens,
         "theirs": names["theirs"].global_loss,
+        "windows": names["mean"],
         "attention": float((names["whole"] - dense).abs().max()),
         "preference": replicated[1],
     }
@@ -183,6 +186,7 @@ def test_custom_trainers_page_runs(tmp_path: Path) -> None:
     first, pair = (float(tiny_llama(0)(**batch).loss) for batch in (rows(1), rows(5, batch=2)))
     assert abs(values[0]["first"] - first) <= tolerance("fp32") * first
     assert abs(values[0]["theirs"] - pair) <= tolerance("fp32") * pair
+    assert abs(values[0]["windows"] - pair) <= tolerance("fp32") * pair
     assert abs(values[0]["replicated"] - values[0]["preference"]) <= tolerance("fp32"), "counted once, not per rank"
     assert values[0]["tokens"] == 41 + 16
     assert values[0]["attention"] <= tolerance("fp32")

@@ -1,5 +1,5 @@
-"""torch's GPU operators behind the Backend protocol: no GPU is needed to see that they are called as their schemas want
-(on torch's meta device) and that what is made of their results is right (torch's CPU operator stands in for them)."""
+"""torch's GPU operators behind the Backend protocol. Without a GPU: the calls match the operators' schemas (on torch's
+meta device), and their results are handled correctly (torch's CPU operator stands in for them)."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def test_a_restart_goes_on_without_the_host_that_died(hosts: Hosts, tmp_path: Pa
     try:
         code, output = finish(process)
         assert code == 0 and f"continuing without {hosts.addresses[1]}: mesh.data is now 1" in output, output
-        assert "was saved by 4 ranks; dividing it anew for 2" in output
+        assert "was saved by 4 ranks; resharding it for 2" in output
         summary = json.loads((tmp_path / "run" / "summary.json").read_text())
         assert summary["world"]["data"] == 1 and summary["samples"] == 120 and len(losses(tmp_path / "run")) == 60
         wait_until_empty(hosts, time.monotonic())

@@ -155,7 +155,7 @@ def test_mistakes_are_one_error_each(tmp_path: Path) -> None:
     mistakes = {
         "train.stepps=3": "steps",
         "mesh.world=3": "world",
-        "mesh.ring=64": "needs at least 128 tokens",
+        "mesh.ring=64": "needs rows of at least 128 tokens",
         "data.sources=nowhere.txt": "nowhere.txt",
         "data.sources=empty.txt": "empty",
         "output.folder=file": "file",

@@ -76,8 +76,8 @@ def case(name: str, mode: str = "greedy", length: int = 29, padded: bool = True,
     return {"name": name, "mode": mode, "length": length, "padded": padded, **more}
 
 
-def test_a_context_of_ranks_that_exchange_heads() -> None:
-    """Only the prompt's pass exchanges heads; each rank then keeps its own tokens, whatever the grid."""
+def test_a_context_sharded_by_ulysses() -> None:
+    """Only the prompt's pass does all-to-alls; afterwards each rank keeps its own tokens, for any grid."""
     check(2, [case("llama"), case("gemma2", padded=False)], ulysses=2)
 
 

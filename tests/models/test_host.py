@@ -139,7 +139,7 @@ def test_a_layers_input_is_gone_while_its_attention_has_its_backward(
 
 
 def test_what_leaves_is_held_for_another_layer_and_no_longer_than_forward() -> None:
-    """The computing stream lets it go behind the copy: sooner it would wait, and later a step would hold more."""
+    """The compute stream frees it after the copy: earlier, compute would wait; later, a step would hold more."""
     store, leaving, kept = HostStore(everything=True), [], []
     for _ in range(4):
         with store.layer():

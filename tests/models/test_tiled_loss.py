@@ -114,7 +114,7 @@ def test_a_copy_has_a_loss_of_its_own() -> None:
 
 def test_what_cannot_be_tiled_is_named() -> None:
     bert = tiny_model(tiny_config("bert"), "longctx")
-    with pytest.raises(ModelError, match="BertForMaskedLM is none of"):
+    with pytest.raises(ModelError, match="BertForMaskedLM is not one of"):
         tile_loss(bert)
     with pytest.raises(ModelError, match="'auto', 'torch', 'triton'"):
         tile_loss(make("llama"), backend="liger")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A YAML whose ranks exchange heads trains the run that a ring trains, and recomputation repeats no exchange."""
+"""A run with Ulysses trains the same model as a ring, and recomputation repeats no all-to-all."""
 
 from __future__ import annotations
 

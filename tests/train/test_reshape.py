@@ -1,4 +1,4 @@
-"""A run that goes on with another number of ranks: the same rows, the same losses, the same weights."""
+"""A run that resumes on a different number of ranks has the same rows, losses and weights."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 
 from longctx.attention.backends.triton import arch, dense, on_device
 from longctx.bounded.cosine.chunks import CosineTensors
-from longctx.bounded.fused import empty_like, output_gradient, state_gradient, with_documents
+from longctx.bounded.shared_triton import empty_like, output_gradient, state_gradient, with_documents
 from longctx.derivative import first_only
 from longctx.kernels.cosine.fused import Causal, Side
 

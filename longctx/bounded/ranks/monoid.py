@@ -21,7 +21,7 @@ def identity(like: Value) -> Value:
 
 
 def add(first: Value, second: Value) -> Value:
-    """Add states that are sums: (state, ..., document)."""
+    """Add states that are sums, or token counts (B,): (state, ..., document)."""
     keep, document = _join(first[-1], second[-1])
     sums = (torch.where(_like(keep, a), a, a.new_zeros(())) + b for a, b in zip(first[:-1], second[:-1], strict=True))
     return *sums, document
@@ -56,12 +56,6 @@ def total(first: Value, second: Value) -> Value:
         state = torch.where(_like(keep, first[at + 1]), first[at + 1], 0.0) + second[at + 1]
         merged += [_log_add(first[at], second[at], keep)[0], state]
     return *merged, document
-
-
-def latest(first: Value, second: Value) -> Value:
-    """Add token counts of the running document: (count (B,) int64, document)."""
-    keep, document = _join(first[-1], second[-1])
-    return torch.where(keep, first[0], 0) + second[0], document
 
 
 def begun(document: torch.Tensor) -> torch.Tensor:

@@ -74,10 +74,10 @@ class LocalTokens:
         if self.link.ring > 1:
             ends = [(run.tail().sum(1), run.ending) for run in here]
             starts = associative_exclusive_scan(  # type: ignore[assignment]
-                ends, monoid.latest, monoid.identity(ends[0]), self.link, self.chunks, total=total
+                ends, monoid.add, monoid.identity(ends[0]), self.link, self.chunks, total=total
             )
             if count is not None and document is not None:
-                starts = [monoid.latest((count, document), start) for start in starts]  # type: ignore[misc,arg-type]
+                starts = [monoid.add((count, document), start) for start in starts]  # type: ignore[misc,arg-type]
             starts = [(done, monoid.name(before)) for done, before in starts]  # type: ignore[arg-type]
         pieces = [
             Runs(self.ids[:, part], before).counts(done)

@@ -7,12 +7,13 @@ replicas, so each rank's loss must be
 
 where the count is over ring, ulysses, data **and** all micro-batches of the window (normalising per micro-batch was
 51 % off on uneven data). The divisor global_count / data_size is computed once per window, in one exchange between all
-ranks, and passed as ``num_items_in_batch``, by which transformers' losses divide their sum.
+ranks, and passed as ``num_items_in_batch``, by which transformers' losses divide their sum. Trainers that average over
+another number of ranks (``average``) get the divisor that fits.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -27,6 +28,7 @@ from longctx.sameness import checksum
 from longctx.sharding import cut
 
 Window = list[Batch]
+Average = Literal["data", "world", "none"]
 _PAD = {"shift_labels": IGNORED, "document_ids": PADDING}
 _LABELS = frozenset(("label", "labels", "target", "targets"))  # words in keys whose tensors are padded with −100
 _REFUSED, _FINE = 1, 0
@@ -41,6 +43,8 @@ def shard_window(
     step: int = 0,
     trained: bool = True,
     problem: Exception | None = None,
+    average: Average = "data",
+    at: str = "engine.shard",
 ) -> Any:
     """Return this rank's shard of every micro-batch of one optimizer step, ready for ``engine(**batch)``.
 
@@ -54,6 +58,9 @@ def shard_window(
         step: optimizer steps taken so far, the same on all ranks.
         trained: False for a window that is not trained (see ``accumulation.WindowMark``).
         problem: an error that this rank found before; it is raised here, so that the other ranks raise too.
+        average: over which ranks the trainer averages gradients: "world" (all; DDP, FSDP, DeepSpeed without mpu),
+            "data" (replicas; a longctx engine), or "none" (it sums over all ranks).
+        at: the public call, for errors; one of ``exchange.PLACES``.
 
     Returns:
         a list for a list, a dict for a dict. Each micro-batch has input_ids (B, T) or inputs_embeds (B, T, D),
@@ -69,12 +76,11 @@ def shard_window(
     checksum = 0
     try:
         for batch in _listed(window) if problem is None else ():
-            rows = explicit_rows(_moved(batch, mesh.device), rule)
-            checksum = row_checksum(rows, mesh, checksum)
-            batches.append(_cut(rows, mesh, layout))
+            checksum, shard = shard_compared(batch, mesh, layout, rule, checksum)
+            batches.append(shard)
     except Exception as error:  # the other ranks wait in the exchange, so report it there
         problem = error
-    _weigh(batches, mesh, checksum, problem, "engine.shard", step)
+    weigh(batches, mesh, checksum, problem, at, step, averaged_over(mesh, average))
     mark(batches, trained=trained)
     return batches[0] if isinstance(window, dict) else batches
 
@@ -119,27 +125,57 @@ def weigh_window(
             batches.append({**batch, "use_cache": False})
     except Exception as error:  # the other ranks wait in the exchange, so report it there
         problem = error
-    _weigh(batches, mesh, checksum, problem, "engine.weigh", step)
+    weigh(batches, mesh, checksum, problem, "engine.weigh", step, mesh.data_size)
     mark(batches, trained=trained)
     return batches[0] if isinstance(window, dict) else batches
 
 
-def cut_rows(batch: Batch, mesh: Mesh, layout: str | Layout = "zigzag", rule: PositionRule = PLAIN) -> Batch:
-    """Return this rank's shard of one batch of full rows, without ``num_items_in_batch``. No communication."""
-    return _cut(explicit_rows(_moved(batch, mesh.device), rule), mesh, layout)
+def shard_rows(batch: Batch, mesh: Mesh, layout: str | Layout = "zigzag", rule: PositionRule = PLAIN) -> Batch:
+    """Return this rank's shard of one batch of full rows, as ``shard_window`` does but without ``num_items_in_batch``.
 
-
-def tokens_to_divide_by(global_count: int, data_size: int) -> float:
-    """Return the divisor of a rank's sum of token losses: global_count / data_size, with a count of at least 1.
-
-    ``local_sum / divisor``, averaged over data replicas and summed over sequence ranks and micro-batches, is the mean
-    over all valid tokens.
+    No communication: the rows of the ranks are not compared, and the caller counts the labels.
     """
-    return max(global_count, 1) / data_size
+    return _shard(explicit_rows(_moved(batch, mesh.device), rule), mesh, layout)
 
 
-def _weigh(batches: Window, mesh: Mesh, checksum: int, problem: Exception | None, at: str, step: int) -> None:
-    """Count valid labels over all ranks and add the divisor to every micro-batch; if one rank fails, all raise."""
+def shard_compared(
+    batch: Batch, mesh: Mesh, layout: str | Layout, rule: PositionRule, checksum: int
+) -> tuple[int, Batch]:
+    """Return the checksum of the window's rows, this batch included (``row_checksum``), and this rank's shard of it."""
+    rows = explicit_rows(_moved(batch, mesh.device), rule)
+    return row_checksum(rows, mesh, checksum), _shard(rows, mesh, layout)
+
+
+def averaged_over(mesh: Mesh, average: Average) -> int:
+    """Return the number of ranks by which a trainer divides the sum of gradients.
+
+    Raises:
+        EngineError: ``average`` is none of "data", "world" and "none".
+    """
+    if average not in get_args(Average):
+        raise EngineError(
+            f"average={average!r}: write 'world' if the trainer averages gradients over all ranks (DDP, FSDP, "
+            "DeepSpeed without an mpu), 'data' if over data replicas (a longctx engine), 'none' if it sums them"
+        )
+    return {"data": mesh.data_size, "world": mesh.world_size, "none": 1}[average]
+
+
+def tokens_to_divide_by(global_count: int, averaged: int) -> float:
+    """Return the divisor of a rank's sum of token losses: global_count / averaged, with a count of at least 1.
+
+    ``local_sum / divisor``, summed over all ranks and micro-batches and divided by ``averaged`` (``averaged_over``), is
+    the mean over all valid tokens.
+    """
+    return max(global_count, 1) / averaged
+
+
+def weigh(
+    batches: Window, mesh: Mesh, checksum: int, problem: Exception | None, at: str, step: int, averaged: int
+) -> int:
+    """Count valid labels over all ranks and add the divisor to every micro-batch; return the count.
+
+    Collective over the world. If one rank has a problem, all raise.
+    """
     labelled = [batch["shift_labels"] for batch in batches if "shift_labels" in batch]
     if problem is None and labelled and len(labelled) != len(batches):
         problem = EngineError(
@@ -152,10 +188,11 @@ def _weigh(batches: Window, mesh: Mesh, checksum: int, problem: Exception | None
     if problem is not None:
         raise problem
     _agree(everyone, mesh)
-    if labelled:
-        divisor = tokens_to_divide_by(sum(rank[2] for rank in everyone), mesh.data_size)
-        for batch in batches:
-            batch["num_items_in_batch"] = torch.tensor(divisor, dtype=torch.float32, device=mesh.device)
+    count = sum(rank[2] for rank in everyone)
+    for batch in labelled and batches:
+        divisor = tokens_to_divide_by(count, averaged)
+        batch["num_items_in_batch"] = torch.tensor(divisor, dtype=torch.float32, device=mesh.device)
+    return count
 
 
 def _agree(everyone: list[list[int]], mesh: Mesh) -> None:
@@ -180,7 +217,7 @@ def _agree(everyone: list[list[int]], mesh: Mesh) -> None:
             )
 
 
-def _cut(rows: Batch, mesh: Mesh, layout: str | Layout) -> Batch:
+def _shard(rows: Batch, mesh: Mesh, layout: str | Layout) -> Batch:
     """Shard every tensor that begins with the rows' (B, S); return the rest unchanged."""
     shape = rows["document_ids"].shape
     local: Batch = {}

@@ -1,4 +1,4 @@
-"""Cottention by chunks as a torch.library operator: opcheck, compilation without a break, checkpoints that keep it."""
+"""Cottention by chunks: token by token, and as a torch.library operator that compiles and that checkpoints can keep."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from functools import partial
 import pytest
 import torch
 from bounded import direct
+from bounded.inputs import PACKED, leaf, of_cosine
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from longctx.bounded.cosine import chunks
 from longctx.bounded.cosine.operator import cosine_attention
+from longctx.bounded.state import CosineState
+from longctx.kernels.cosine import reference
 
 from tolerances import tolerance
 
@@ -17,9 +21,7 @@ IDS = direct.packed([[(-1, 5), (0, 30), (1, 35)], [(2, 40), (-1, 2), (3, 28)]])
 
 
 def inputs() -> list[torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
-    shapes = [(2, 4, 70, 5), (2, 2, 70, 5), (2, 2, 70, 3), (4,)]
-    return [torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_() for shape in shapes]
+    return of_cosine(length=70)[0]
 
 
 @pytest.mark.parametrize("on_query", [False, True])
@@ -48,11 +50,9 @@ def test_compiled_without_a_break() -> None:
 
 
 def test_a_checkpoint_that_keeps_the_operator_computes_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from longctx.bounded.cosine import chunks as cosine_chunks
-
     calls = []
-    plain = cosine_chunks._CosineWalk.forward
-    monkeypatch.setattr(cosine_chunks._CosineWalk, "forward", lambda *x: calls.append(1) or plain(*x))
+    plain = chunks._CosineWalk.forward
+    monkeypatch.setattr(chunks._CosineWalk, "forward", lambda *x: calls.append(1) or plain(*x))
 
     def policy(_: object, operator: object, *arguments: object, **names: object) -> CheckpointPolicy:
         keep = operator == torch.ops.longctx.cosine_chunks.default
@@ -67,3 +67,35 @@ def test_a_checkpoint_that_keeps_the_operator_computes_it_once(monkeypatch: pyte
         answers.append([out, *direct.gradients(out, torch.ones_like(out), leaves), len(calls)])
     assert max(direct.differences(answers[0][:-1], answers[1][:-1])) <= tolerance("fp64")
     assert answers[0][-1] == 2 * answers[1][-1]
+
+
+@pytest.mark.parametrize("scale_on", ["value", "query"])
+@pytest.mark.parametrize("docs", [False, True])
+def test_states_and_their_gradients(scale_on: str, docs: bool) -> None:
+    """Chunked equals token by token, from a state to a state."""
+    leaves, weight, g = of_cosine(groups=4)
+    documents, document = (PACKED, torch.tensor([4, 1])) if docs else (None, None)
+    memory = leaf(g, 2, 4, 5, 3)
+    count = torch.tensor([3, 5])
+    out, after, counted, last = reference.recurrent(*leaves, memory, count, documents, document, scale_on=scale_on)
+    ours, state = cosine_attention(
+        *leaves, scale_on=scale_on, document_ids=documents, state=CosineState(memory, count, document),
+        return_state=True,
+    )  # fmt: skip
+    assert state.count.equal(counted) and (last is None or state.document.equal(last))
+    more = torch.randn(after.shape, generator=g, dtype=torch.float64)
+    both = [
+        [o, s, *torch.autograd.grad((o * weight).sum() + (s * more).sum(), [*leaves, memory])]
+        for o, s in ((ours, state.memory), (out, after))
+    ]
+    assert max(direct.differences(*both)) <= tolerance("fp64")
+
+
+def test_gradients_through_unit_rows() -> None:
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    rows, norm = chunks.unit(x.detach())
+    assert direct.differences([rows, norm], [x / x.norm(dim=1, keepdim=True), x.norm(dim=1, keepdim=True)])[0] <= 1e-15
+    gradient = torch.randn_like(rows)
+    (expected,) = torch.autograd.grad((x / x.norm(dim=1, keepdim=True) * gradient).sum(), x)
+    assert direct.differences([chunks.through_unit(gradient.clone(), rows, norm)], [expected])[0] <= tolerance("fp64")
+    assert not chunks.unit(torch.zeros(1, 3))[0].any()
