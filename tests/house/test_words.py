@@ -35,6 +35,7 @@ PRIVATE = {
 }
 SUFFIXES = (".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".cfg")
 HERE = "tests/house/test_words.py"
+KEPT = {("longctx/plan/plan.py", "heads exchanged")}  # a key of the plan's JSON, which programs read
 
 
 def found(text: str) -> list[tuple[int, str, str]]:
@@ -51,7 +52,11 @@ def test_private_words_are_gone() -> None:
     for path in project_files():
         if path.suffix in SUFFIXES and path.as_posix() not in (HERE, "CHANGELOG.md"):
             text = (ROOT / path).read_text(encoding="utf-8")
-            wrong += [f"{path}:{line}: {word!r}: write {better!r}" for line, word, better in found(text)]
+            wrong += [
+                f"{path}:{line}: {word!r}: write {better!r}"
+                for line, word, better in found(text)
+                if (path.as_posix(), word) not in KEPT
+            ]
     assert not wrong, "\n".join(wrong)
 
 
