@@ -235,15 +235,6 @@ def test_parts_of_the_keys_merge_to_the_whole(name: str) -> None:
     assert_equal(merged, whole[0])
 
 
-def test_buckets_are_those_of_t5() -> None:
-    from transformers.models.t5.modeling_t5 import T5Attention
-
-    right = torch.arange(-300, 300)
-    for bidirectional in (True, False):
-        ours = RelativeBias(torch.zeros(32, 1), 128, bidirectional).buckets(right)
-        assert torch.equal(ours, T5Attention._relative_position_bucket(right, bidirectional, 32, 128))
-
-
 def test_half_precision_keeps_its_sums_in_fp32() -> None:
     made = case(keys=4000, width=16)
     exact = made.el()
