@@ -35,7 +35,16 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_a_plan_is_printed() -> None:
     done = run("plan", BIG, "--machine", "h200")
     assert done.returncode == 0, done.stderr
-    words = ("64 x h200", "16,384 on each rank", "fits", "kept results", "MFU", "longest", "to go further", "overlap")
+    words = (
+        "64 x h200",
+        "16,384 per rank",
+        "fits",
+        "saved activations",
+        "MFU",
+        "longest",
+        "for longer sequences",
+        "overlap",
+    )
     for word in words:
         assert word in done.stdout, word
 
