@@ -67,16 +67,9 @@ def test_parts_of_all_ranks_are_the_row(
     for rank in range(ring * ulysses * data):
         mesh = grid(rank, ring, ulysses, data)
         loader = ShardedLoader(
-            file,
-            sequence_length,
-            micro_batch=batch[0],
-            accumulation=batch[1],
-            mesh=mesh,
-            layout=layout,
-            packing=packing,
-            samples_consumed=consumed,
-            prefetch=0,
-        )
+            file, sequence_length, micro_batch=batch[0], accumulation=batch[1], mesh=mesh, layout=layout,
+            packing=packing, samples_consumed=consumed, prefetch=0,
+        )  # fmt: skip
         where = torch.from_numpy(local_positions(sequence_length, mesh, layout))
         window = next(loader)
         assert len(window) == batch[1] and loader.samples_consumed == consumed + loader.samples_per_window

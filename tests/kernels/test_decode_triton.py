@@ -1,6 +1,6 @@
 """The decode kernels, interpreted, against one query at a time in fp64: EL's, MLA's and grouped heads' shapes.
 
-What is not written is NaN (conftest.py), so a row, a column or a split that no program covers shows.
+Memory that is not written is NaN (conftest.py), so a row, column or split that no program covers fails the test.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def single(x: Any) -> Any:
 
 @pytest.mark.parametrize("names", [*((name,) for name in OPTIONS if name != "dropout"), ("layer", "sink", "softcap")])
 def test_el(names: tuple[str, ...]) -> None:
-    """Everything that EL-attention puts around the product, with beams, padding and a row that sees nothing."""
+    """All terms that EL-attention adds to the product, with beams, padding and a row that sees no key."""
     options: dict[str, Any] = {}
     for name in names:
         options |= OPTIONS[name]
