@@ -1,4 +1,4 @@
-"""Doors that a reader and a tool can follow: no private imports, no circles, one class a name, a test for each module."""
+"""Doors that a reader and a tool can follow: no private imports, no circles, one class per name, a test per module."""
 
 from __future__ import annotations
 
