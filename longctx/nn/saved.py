@@ -23,7 +23,7 @@ class TensorSource(Protocol):
     """A provider of a tensor in backward, so that its users need not save it."""
 
     wanted: bool
-    """Whether a user relies on it."""
+    """Whether a function has saved this source instead of the tensor, and will ask for the tensor in backward."""
 
     def result(self) -> torch.Tensor:
         """Return the tensor; in backward only."""
@@ -32,8 +32,8 @@ class TensorSource(Protocol):
 class SavedInput:
     """A function's input as saved for backward, and its output if ``recompute`` is given.
 
-    A checkpoint returns a saved tensor only once. This object serves all users, until the function's own backward,
-    which runs last, calls ``release``.
+    Under activation checkpointing a saved tensor can be read only once. This object serves all users, until the
+    function's own backward, which runs last, calls ``release``.
     """
 
     def __init__(self, recompute: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
@@ -58,18 +58,18 @@ class SavedInput:
         return self._result
 
     def release(self) -> None:
-        """Free both."""
+        """Free the input and the recomputed output."""
         self._input = self._result = None
 
 
 def save_input(x: torch.Tensor, saved: SavedInput) -> torch.Tensor:
     """Return x through an autograd node that saves it for ``saved``."""
-    with saved_as(find_source(x)):
+    with save_instead(find_source(x)):
         out: torch.Tensor = _Save.apply(x, saved)
     return out
 
 
-def saved_as(source: TensorSource | None) -> AbstractContextManager[Any]:
+def save_instead(source: TensorSource | None) -> AbstractContextManager[Any]:
     """Return a context in which an autograd function that saves one tensor saves ``source`` instead, if there is one.
 
     The graph then holds the source as long as it would hold the tensor, with retain_graph as well.
