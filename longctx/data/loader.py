@@ -1,8 +1,8 @@
-"""ShardedLoader: windows of local micro-batches; each rank reads only its own shard of each row.
+"""ShardedLoader: accumulation windows of local micro-batches; each rank reads only its own shard of each row.
 
-Sample n of a run is always the same row, and its position in a window is a fixed function of n: samples are assigned to
-micro-batches first, then to data replicas, then to rows of a micro-batch. The number of samples consumed is the only
-state.
+Sample n of a run is always the same row of the data, and its position in an accumulation window is a fixed function of
+n: samples are assigned to micro-batches first, then to data replicas, then to rows of a micro-batch. The number of
+samples consumed is the only state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Window = list[dict[str, Any]]
 
 
 class Grid(Protocol):
-    """The part of ``longctx.Mesh`` that the loader uses."""
+    """The part of ``longctx.Mesh``, the grid of ranks, that the loader uses."""
 
     ring_size: int
     ring_rank: int
@@ -80,13 +80,13 @@ class _Reader:
         self.shape = (accumulation, mesh.data_size, micro_batch)
         self.samples_per_window = accumulation * mesh.data_size * micro_batch
 
-    def sample_ids(self, samples_consumed: int) -> npt.NDArray[np.int64]:
+    def row_ids(self, samples_consumed: int) -> npt.NDArray[np.int64]:
         numbers = samples_consumed + np.arange(self.samples_per_window, dtype=np.int64)
         return self.order(numbers).reshape(self.shape)
 
     def window(self, samples_consumed: int) -> Window:
         self.rows.check_unchanged()
-        mine = self.sample_ids(samples_consumed)[:, self.mesh.data_rank]
+        mine = self.row_ids(samples_consumed)[:, self.mesh.data_rank]
         return [
             {
                 **micro_batch_of([self.rows.read(int(row), self.positions) for row in rows]),
@@ -102,7 +102,7 @@ class _Reader:
 
 
 class ShardedLoader:
-    """Endless windows of training data; one window is the data of one optimizer step.
+    """Endless accumulation windows of training data; one window is the data of one optimizer step.
 
     A window is a list of ``accumulation`` local micro-batches, each a dict of ``input_ids``, ``position_ids`` (B, T)
     int64, ``document_ids`` (B, T) int32 (-1 at pads), ``labels`` and ``shift_labels`` (B, T) int64 (one tensor:
@@ -175,15 +175,16 @@ class ShardedLoader:
 
     @property
     def epoch(self) -> float:
-        """Epochs completed so far."""
+        """Passes over the data so far, a fraction."""
         return self._consumed / len(self.rows)
 
-    def sample_ids(self, samples_consumed: int) -> npt.NDArray[np.int64]:
-        """Return the rows of the window at ``samples_consumed``: (accumulation, replicas, micro_batch) int64.
+    def row_ids(self, samples_consumed: int) -> npt.NDArray[np.int64]:
+        """Return the row number of each sample of the window at ``samples_consumed``: (accumulation, replicas,
+        micro_batch) int64.
 
         Equal on every rank; flattened, it is the order of samples, which does not depend on the mesh.
         """
-        return self._reader.sample_ids(samples_consumed)
+        return self._reader.row_ids(samples_consumed)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint: samples consumed, the seed, and the identity of the data."""
