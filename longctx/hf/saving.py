@@ -39,7 +39,7 @@ class Saving(Host):
         def safe(*args: Any, **kwargs: Any) -> Any:
             prepared = prepare(*args, **kwargs)
             for part in prepared if isinstance(prepared, (tuple, list)) else (prepared,):
-                if hasattr(part, "checkpoint_engine"):
+                if getattr(part, "checkpoint_engine", None) is not None:  # an engine for training
                     make_safe(part, {})
                     close_doors(part)
                     report_plain_norm(part)
