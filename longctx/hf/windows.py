@@ -14,6 +14,7 @@ from longctx.engine.dropout import add_seeds
 from longctx.engine.step.accumulation import mark
 from longctx.engine.step.rows import IGNORED, Batch
 from longctx.engine.step.window import Window, shard_compared, weigh
+from longctx.engine.zero.trace import forget_order
 from longctx.hf.host import Host
 from longctx.layout import Layout
 from longctx.mesh import Mesh
@@ -86,7 +87,12 @@ class WindowSharding(Host):
     def rule(self) -> PositionRule:
         """How the model counts positions if a batch has none. The first call runs the model: collective on ZeRO 3."""
         binding = binding_of(self.attached)
-        return PLAIN if binding is None else position_rule(self.attached, binding)
+        if binding is None:
+            return PLAIN
+        if binding.rule is None:
+            position_rule(self.attached, binding)
+            forget_order(self.deepspeed)  # TRL does not call the head, and gathers its weight itself
+        return position_rule(self.attached, binding)
 
     def readable(self, batch: Batch) -> Batch:
         """Return the batch with labels under the name that says whether they are shifted."""
