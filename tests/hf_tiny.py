@@ -90,7 +90,7 @@ def deepspeed_config(stage: int, **zero: Any) -> dict[str, Any]:
 
 
 FSDP2 = {
-    "fsdp": "full_shard auto_wrap",
+    "fsdp": True,
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
 }
 

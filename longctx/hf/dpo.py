@@ -51,7 +51,7 @@ class RingDPO(RingTrainer):
                 yield batch
 
         _, counted, _ = self.shard_rows_of(kept())
-        self._input_tokens = self.over_replicas(counted)
+        self.count_input(counted)
         return batches, None
 
     def prediction_step(
