@@ -20,10 +20,17 @@ class DataSection(Section):
     text_field: str = Field(
         "text", min_length=1, description="key or column that holds the text in JSON, tables and datasets"
     )
-    format: Literal["auto", "text"] = Field(
+    format: Literal["auto", "text", "chat"] = Field(
         "auto",
-        description="auto: JSON and tables are recognised by content; text: each file is one document, unparsed "
-        "(source code, for example)",
+        description="auto: JSON and tables are recognised by content, and a record without text_field by its messages, "
+        "or prompt and completion; text: each file is one document, unparsed (source code, for example); chat: "
+        "conversations are read from records that have a text too",
+    )
+    loss: Literal["all", "completion", "assistant"] = Field(
+        "assistant",
+        description="which tokens of a conversation are labels; assistant: those of assistant turns, or of a text "
+        "completion; completion: of the completion, or the last assistant turn; all: every token. All tokens of texts "
+        "are labels",
     )
     exclude: Texts = Field(
         (), description="patterns such as '*.bin' or 'old/*' of files to leave out of folders (they are listed)"
