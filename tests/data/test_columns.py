@@ -1,17 +1,20 @@
-"""Parquet, Arrow and saved datasets, as the packages write them (skipped without `pyarrow`)."""
+"""Parquet, Arrow and saved datasets, as the packages write them; without `pyarrow`, the error that names it."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from longctx.data.sources.document import CHAT, PAIR, TEXT
 from longctx.data.sources.text import open_source
-from longctx.errors import DataError
+from longctx.errors import DataError, MissingPackageError
 
 CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
 TALKS: list[Any] = [
@@ -26,7 +29,6 @@ def read(path: Path | str, **settings: Any) -> list[tuple[str, Any]]:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    pytest.importorskip("pyarrow")
     import pyarrow
     import pyarrow.ipc
     import pyarrow.parquet
@@ -43,6 +45,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.feather"])
 def test_texts_and_conversations(tmp_path: Path, name: str) -> None:
+    if find_spec("pyarrow") is None:
+        return test_the_package_is_an_extra(tmp_path, name)
     texts = [{"text": f"text {n}", "id": n} for n in range(150)]
     assert read(write(tmp_path / name, texts)) == [(TEXT, row["text"]) for row in texts]
     assert read(tmp_path) == read(tmp_path / name)
@@ -61,8 +65,20 @@ def test_texts_and_conversations(tmp_path: Path, name: str) -> None:
             read(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.feather"])
+def test_the_package_is_an_extra(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes({"x.parquet": b"PAR1", "x.feather": b"ARROW1"}.get(name, b"\xff" * 4) + bytes(20))
+    words = rf"{name}: reading (parquet|Arrow) needs the package `pyarrow`: pip install 'longctx\[data\]'"
+    without = {"pyarrow": None, "pyarrow.parquet": None}
+    with patch.dict(sys.modules, without), pytest.raises(MissingPackageError, match=words):
+        read(tmp_path / name)
+
+
 def test_saved_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
+    if find_spec("datasets") is None:
+        return test_the_package_is_an_extra(tmp_path, "x.arrow")
+    import datasets
+
     numbers = itertools.count()  # a data set is named by a pickle of itself, which fails with some versions of pyarrow
     monkeypatch.setattr(datasets.fingerprint, "generate_fingerprint", lambda _: f"{next(numbers):016}")
     monkeypatch.setattr(datasets.arrow_dataset, "generate_fingerprint", lambda _: f"{next(numbers):016}")

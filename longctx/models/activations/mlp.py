@@ -45,8 +45,8 @@ def tile_mlps(model: torch.nn.Module, tile: Tile = "auto") -> list[torch.nn.Modu
     whole), or every tile would gather its weights again; ``initialize(memory=…)`` sets that.
 
     Args:
-        tile: tokens per tile; "auto" is half the hidden size, so that a tile's intermediates are smaller than the
-            weights.
+        tile: tokens per tile; "auto" is half the hidden size, at least 128, so that a tile's intermediates are smaller
+            than the weights of all but the smallest models.
 
     Raises:
         ModelError: no MLP found, or only mixture-of-experts blocks.

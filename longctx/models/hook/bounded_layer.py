@@ -155,7 +155,7 @@ def attend_bounded(
         prompt_ids = sharded_documents(module, query, key, mask, document_ids).long()
         out, notes.cache.state = memory(
             query, key, value, notes.inputs, mesh=ring.mesh, layout=ring.layout, document_ids=prompt_ids,
-            length=ring.cache.places.prompt, return_state=True, **common,
+            length=ring.cache.context.prompt_length, return_state=True, **common,
         )  # fmt: skip
     elif notes.cache is not None:
         valid = padded_tokens(mask, query)
