@@ -86,8 +86,10 @@ def _write(folder: Path, survey: Survey, fixed: Tokenizer | None, settings: Sett
         if wants_both:
             with TokenWriter(folder / HELD_OUT, **common, metadata={**metadata, "part": "held_out"}) as other:
                 counts = tokenise(survey, encoder, held_out, cut, train, other)
+                other.metadata["by_source"] = _by_source(settings.sources, [ends[1] for ends in counts.ends])
         else:
             counts = tokenise(survey, encoder, held_out, cut, train, train)
+        train.metadata["by_source"] = _by_source(settings.sources, [ends[0] for ends in counts.ends])
     written = [train, other] if wants_both else [train]
     files = {}
     for name in (TRAIN, HELD_OUT) if wants_both else (TRAIN,):
@@ -101,6 +103,11 @@ def _write(folder: Path, survey: Survey, fixed: Tokenizer | None, settings: Sett
         "tokenizer_hash": tokenizer.hash,
         "report": _report(survey, counts, *written),
     }
+
+
+def _by_source(names: list[str], ends: list[int]) -> list[tuple[str, int]]:
+    """Return (name, documents) of each source, from the number of documents up to its end."""
+    return [(name, end - begin) for name, begin, end in zip(names, [0, *ends], ends, strict=False)]
 
 
 def _report(survey: Survey, counts: Counts, train: TokenWriter, held_out: TokenWriter | None = None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Survey:
 
     Attributes:
         bytes, characters, empty: of all documents: UTF-8 bytes, characters, and how many are blank.
+        source_ends: how many documents there are up to the end of each source.
         kinds: how many documents there are of each kind.
         skipped, formats: files left out and why; how many files were read in each format.
         content: hash of all texts and names, in order.
@@ -39,7 +40,8 @@ class Survey:
         self.kinds: Counter[Kind] = Counter()
         split, sample = array("Q"), array("Q")
         content = hashlib.sha256()
-        for document in self._read():
+        self.source_ends: list[int] = []
+        for document in self._read(lambda: self.source_ends.append(len(split))):
             seen = _Seen(self)
             for piece in document.pieces:
                 seen.add(piece)
@@ -84,9 +86,10 @@ class Survey:
                     self.progress("training the tokenizer", done, min(budget, self.bytes))
                     yield text
 
-    def _read(self) -> Iterator[Document]:
+    def _read(self, after_source: Callable[[], object] = lambda: None) -> Iterator[Document]:
         for source in self.sources:
             yield from source.documents()
+            after_source()
 
     def documents(self) -> Iterator[tuple[int, Document]]:
         """Read everything again. Raises: DataError if it is not what the survey saw, at the latest at a text's end."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +27,14 @@ class Counts:
         special: special-token strings in texts.
         conversations: conversations, and prompts with a completion, in the files.
         without_tokens, without_labels: documents in neither file: no token, or none that the loss would count.
+        ends: documents in the training and in the held-out file at the end of each source.
     """
 
     special: int = 0
     conversations: int = 0
     without_tokens: int = 0
     without_labels: int = 0
+    ends: list[tuple[int, int]] = field(default_factory=list)
 
 
 def tokenise(
@@ -53,7 +55,15 @@ def tokenise(
         cut: if above 0, there is one document, a text, and this share at its end is written to ``other``.
     """
     texts = _Texts(survey, encoder.tokenizer, encoder.parse)
+
+    def end_sources(number: int) -> None:
+        """Note the ends of the sources that are read when document ``number`` is next."""
+        while len(texts.counts.ends) < len(survey.source_ends) and survey.source_ends[len(texts.counts.ends)] <= number:
+            texts.flush()
+            texts.counts.ends.append((train.document_count, other.document_count))
+
     for number, document in survey.documents():
+        end_sources(number)
         writer, begun = other if held_out[number] else train, False
         if document.kind != TEXT:
             texts.flush()
@@ -67,7 +77,7 @@ def tokenise(
                 texts.add(writer, document.name, encoder.tokenizer.continuation(piece) if begun else piece)
                 begun = True
         texts.add(writer, document.name, "")
-    texts.flush()
+    end_sources(survey.split.size)
     return texts.counts
 
 
