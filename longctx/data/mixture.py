@@ -37,11 +37,13 @@ class MixedOrder:
     def __init__(self, rows: Sequence[int], weights: Sequence[float], seed: int = 0, shuffle: bool = True) -> None:
         shares = np.asarray(weights, np.float64)
         if shares.size != len(rows) or not np.isfinite(shares).all() or (shares <= 0).any():
-            raise DataError(f"weights {list(weights)}: give one positive number for each of the {len(rows)} sources")
+            raise DataError(
+                f"data.weights {list(weights)}: give one positive number for each of the {len(rows)} sources"
+            )
         shares = shares / shares.sum()
         if shares.min() * PERIOD < 1:
             raise DataError(
-                f"weights {list(weights)}: the share of a source is below 1/{PERIOD}; raise it, or leave it out"
+                f"data.weights {list(weights)}: the share of a source is below 1/{PERIOD}; raise it, or leave it out"
             )
         self.seed, self.shuffle, self.rows = seed, shuffle, int(sum(rows))
         self._first_rows = np.cumsum([0, *rows])
