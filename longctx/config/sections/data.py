@@ -40,11 +40,12 @@ class DataSection(Section):
     text_field: str = Field(
         "text", min_length=1, description="key or column that holds the text in JSON, tables and datasets"
     )
-    format: Literal["auto", "text", "chat"] = Field(
+    format: Literal["auto", "text", "chat", "tokens"] = Field(
         "auto",
         description="auto: JSON and tables are recognised by content, and a record without text_field by its messages, "
         "or prompt and completion; text: each file is one document, unparsed (source code, for example); chat: "
-        "conversations are read from records that have a text too",
+        "conversations are read from records that have a text too; tokens: token files of nanoGPT, Megatron or "
+        "datatrove, made with data.tokenizer (the latter two are recognised by content)",
     )
     loss: Literal["all", "completion", "assistant"] = Field(
         "assistant",
