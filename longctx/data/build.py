@@ -75,6 +75,7 @@ def build_tokens(
     format: str = AUTO,
     exclude: Sequence[str] = (),
     loss: Loss = "assistant",
+    streaming: bool = False,
     reuse: bool = True,
     continues: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -98,6 +99,7 @@ def build_tokens(
             "tokens" (files are token files of nanoGPT, Megatron or datatrove).
         exclude: patterns of files in folders to leave out.
         loss: which tokens of conversations are labels: "all", "completion" or "assistant" (chat.py); of texts all are.
+        streaming: read "hf:" sources as they arrive, several times, instead of keeping a copy in the cache of datasets.
         reuse: return the folder's build if it is of the same documents and settings.
         continues: ``TokenBuild.record`` of the data that a run's checkpoints were trained on; other data are rejected.
         progress: called with (stage, bytes done, total bytes).
@@ -132,7 +134,10 @@ def build_tokens(
     if continues is not None:
         records.require_settings(continues, settings)
     ids = Ids(fixed.vocabulary_size, fixed.end_of_document) if fixed else None
-    opened = [open_source(source, text_field, format=format, exclude=exclude, ids=ids) for source in given]
+    opened = [
+        open_source(source, text_field, format=format, exclude=exclude, ids=ids, streaming=streaming)
+        for source in given
+    ]
     with locked(folder) as writable:
         found = records.recorded(folder) if reuse else None
         stamp = _stamp(opened)

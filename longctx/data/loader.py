@@ -39,6 +39,7 @@ class ShardedLoader:
         layout: "zigzag", "contiguous" or "striped".
         seed: of the order of samples.
         packing: "best_fit" or "concat".
+        long_documents: what "best_fit" does with documents longer than a row: "split", "truncate" or "drop".
         samples_consumed: where to begin, counted over all data replicas; valid for any mesh.
         tokenizer_hash, vocabulary_size: of the run; files that do not match are rejected.
         prefetch: windows read ahead by a thread; 0: read in the calling thread.
@@ -61,6 +62,7 @@ class ShardedLoader:
         layout: str | Layout = "zigzag",
         seed: int = 0,
         packing: str = "best_fit",
+        long_documents: str = "split",
         samples_consumed: int = 0,
         tokenizer_hash: str | None = None,
         vocabulary_size: int | None = None,
@@ -82,6 +84,7 @@ class ShardedLoader:
             files,
             sequence_length,
             packing,
+            long_documents=long_documents,
             by_source=weights is not None,
             tokenizer_hash=tokenizer_hash,
             vocabulary_size=vocabulary_size,
@@ -217,7 +220,8 @@ class EvaluationLoader:
     replica is missing from a collective. It can be iterated repeatedly, and yields windows of one micro-batch.
 
     Args:
-        files, sequence_length, micro_batch, mesh, layout, packing, tokenizer_hash, vocabulary_size: as ShardedLoader.
+        files, sequence_length, micro_batch, mesh, layout, packing, long_documents, tokenizer_hash, vocabulary_size: as
+            ShardedLoader.
         max_rows: evaluate at most this many rows, evenly spread over the data; None: all.
     """
 
@@ -230,6 +234,7 @@ class EvaluationLoader:
         mesh: Grid | None = None,
         layout: str | Layout = "zigzag",
         packing: str = "best_fit",
+        long_documents: str = "split",
         max_rows: int | None = None,
         tokenizer_hash: str | None = None,
         vocabulary_size: int | None = None,
@@ -238,7 +243,12 @@ class EvaluationLoader:
             raise DataError(f"micro_batch {micro_batch} and max_rows {max_rows}: must be at least 1")
         self.mesh = mesh or OneRank()
         self.rows = PackedRows(
-            files, sequence_length, packing, tokenizer_hash=tokenizer_hash, vocabulary_size=vocabulary_size
+            files,
+            sequence_length,
+            packing,
+            long_documents=long_documents,
+            tokenizer_hash=tokenizer_hash,
+            vocabulary_size=vocabulary_size,
         )
         self.micro_batch = micro_batch
         count = min(len(self.rows), max_rows or len(self.rows))

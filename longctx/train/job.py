@@ -15,6 +15,7 @@ from longctx.config.derived import Derived, derive
 from longctx.config.schema import RunConfig
 from longctx.config.write import dump
 from longctx.data.loader import EvaluationLoader, ShardedLoader
+from longctx.data.progress import Stages
 from longctx.engine.engine import Engine
 from longctx.engine.initialize import initialize
 from longctx.engine.zero.fp16 import require_supported
@@ -85,7 +86,8 @@ def set_up(
     output = Path(config.output.folder).absolute()
     corpus = _prepare(config, say)
     with together():
-        loader, held_out = _loaders(config, sizes, mesh, corpus)
+        with Stages(say, "assigning documents to rows"):
+            loader, held_out = _loaders(config, sizes, mesh, corpus)
         config = _within_data(config, loader, say)
         description = model_config(config, corpus.vocabulary_size, corpus.end_of_document, corpus.beginning)
         source = read_source(config.model.pretrained)
@@ -149,6 +151,7 @@ def _loaders(
         "mesh": mesh,
         "layout": config.attention.layout,
         "packing": data.packing,
+        "long_documents": data.long_documents,
     }
     loader = ShardedLoader(
         corpus.train,

@@ -53,6 +53,11 @@ class DataSection(Section):
         "completion; completion: of the completion, or the last assistant turn; all: every token. All tokens of texts "
         "are labels",
     )
+    streaming: bool = Field(
+        False,
+        description="read hf: sources as they arrive, once per pass over the data, instead of keeping a copy in the "
+        "cache of the package datasets",
+    )
     exclude: Texts = Field(
         (), description="patterns such as '*.bin' or 'old/*' of files to leave out of folders (they are reported)"
     )
@@ -81,6 +86,11 @@ class DataSection(Section):
     packing: Literal["concat", "best_fit"] = Field(
         "concat",
         description="concat: documents end to end, split at row ends; best_fit: documents kept whole where they fit",
+    )
+    long_documents: Literal["split", "truncate", "drop"] = Field(
+        "split",
+        description="what is done with documents longer than a row; split: a row for each part; with packing: best_fit "
+        "also truncate (their first tokens are a row) and drop. They are counted and reported",
     )
     held_out: float = Field(
         0.02,

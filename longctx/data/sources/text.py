@@ -126,6 +126,7 @@ def open_source(
     format: str = AUTO,
     exclude: Sequence[str] = (),
     ids: Ids | None = None,
+    streaming: bool = False,
 ) -> Source:
     """Return the source that ``given`` names.
 
@@ -137,6 +138,7 @@ def open_source(
             Megatron or datatrove).
         exclude: patterns of files to leave out of folders (folder.py).
         ids: of the tokenizer of token files; None: there is none yet.
+        streaming: read "hf:" rows as they arrive, without the copy that ``datasets`` keeps in its cache.
 
     Raises:
         DataError: no such file or folder, or a folder that cannot be read.
@@ -150,7 +152,8 @@ def open_source(
         name, *rest = str(given)[3:].split(":")
         if not name or len(rest) > 2:
             raise DataError(f"{given}: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
-        return HuggingFace(name, rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train", field)
+        subset, split = rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
+        return HuggingFace(name, subset, split, field, streaming=streaming)
     path = Path(given).expanduser()
     kind = token_format(path) if format == AUTO and not path.is_dir() else None
     if format == IDS or (kind is not None and (kind != NANOGPT or ids is not None)):
