@@ -16,7 +16,8 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {  # old name -> new name, both within longctx
-    "attention.call": "attention.operator",
+    "attention.call": "attention.operator_common",
+    "attention.operator": "attention.operator_common",
     "attention.hybrid_passes": "attention.hybrid.passes",
     "attention.ulysses": "attention.hybrid.ulysses",
     "bounded.memory": "bounded.recurrence",
