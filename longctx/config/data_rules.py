@@ -1,4 +1,4 @@
-"""Rules of the `data:` section: local paths, the tokenizer's keys, and lengths that the model can read."""
+"""Rules of the `data:` section: local paths, the tokenizer's keys, vocabulary size and row length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longctx.config.schema import RunConfig
 
 
 def _local_path(leaf: Leaf, config: RunConfig) -> Iterator[Finding]:
-    """A path must not be an address of another machine, which may hold a key."""
+    """Reject URLs: nothing is downloaded, and a URL may contain credentials."""
     value = leaf.value_in(config)
     if isinstance(value, str) and "://" in value:
         message = f"got {redact(value)!r}; nothing is downloaded: give a path of this machine"
@@ -32,14 +32,14 @@ def _sources(config: RunConfig) -> Iterator[Finding]:
 
 def _foreign_tokenizer(config: RunConfig) -> Iterator[Finding]:
     if config.data.foreign_tokenizer and config.model.pretrained is None:
-        yield Finding("data.foreign_tokenizer", "means nothing without model.pretrained; remove the key", "idle-key")
+        yield Finding("data.foreign_tokenizer", "has no effect without model.pretrained; remove the key", "idle-key")
 
 
 def _trained_tokenizer(config: RunConfig) -> Iterator[Finding]:
     if config.data.tokenizer == "bpe" and config.model.pretrained is not None and not config.data.foreign_tokenizer:
         message = (
-            "got 'bpe', which makes new ids, but model.pretrained was trained with those of its own tokenizer; remove "
-            "the key to use that one, or set data.foreign_tokenizer: true to train its embedding for other ids"
+            "got 'bpe', which assigns new ids, but model.pretrained was trained with its own tokenizer's; remove the "
+            "key to use that one, or set data.foreign_tokenizer: true to train its embedding for other ids"
         )
         yield Finding("data.tokenizer", message, "tokenizer")
 

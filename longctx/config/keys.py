@@ -1,4 +1,4 @@
-"""The schema seen as a flat list of keys: what each expects, and which valid key a wrong one was meant to be."""
+"""The schema as a flat list of keys: what each accepts, and the valid key that a misspelt one resembles."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Leaf(NamedTuple):
 
     @property
     def required(self) -> bool:
-        """Whether the YAML must give it."""
+        """Whether the YAML must set it."""
         return self.field.is_required()
 
     @property
     def default(self) -> Any:
-        """Its value where the YAML says nothing (None where it is required)."""
+        """Its value if the YAML does not set it (None if required)."""
         value = self.field.get_default(call_default_factory=True)
         return None if value is PydanticUndefined else value
 
     @property
     def meaning(self) -> str:
-        """What the schema says about it."""
+        """Its description in the schema."""
         return self.field.description or ""
 
     def value_in(self, config: RunConfig) -> Any:
@@ -53,7 +53,7 @@ class Leaf(NamedTuple):
 
     @property
     def raw(self) -> bool:
-        """Whether it is a free block whose keys belong to somebody else."""
+        """Whether it is a free-form block whose keys another library defines."""
         return dict in kinds(self.field)
 
     @property
@@ -115,7 +115,7 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 
 def expected(leaf: Leaf) -> str:
-    """Say in words what a key accepts: ``a whole number, at least 1, or auto``."""
+    """Describe what a key accepts: ``a whole number, at least 1, or auto``."""
     found = kinds(leaf.field)
     words = [kind for kind in found if isinstance(kind, str)]
     parts = []

@@ -1,4 +1,4 @@
-"""Between parsing and validation: unknown keys, ``${env:NAME}``, and what must not stand in a raw block.
+"""Prepare a parsed document for validation: unknown keys, ``${env:NAME}``, and checks of raw blocks.
 
 A misspelt key is reported with the nearest valid one, and its value is then read as if it had been spelt right, so
 that one typo gives one message and the rest of the file is still checked.
@@ -22,7 +22,7 @@ _FORBIDDEN = re.compile("[\x00-\x1f\x7f]")
 
 
 def tidy(document: YamlDocument) -> None:
-    """Bring ``document`` into the shape of the schema, in place, noting problems."""
+    """Bring ``document`` into the shape of the schema, in place, and record problems."""
     tree = document.value
     _rename(document, tree, "")
     for name, kind in sections().items():
@@ -56,7 +56,7 @@ def _rename(document: YamlDocument, block: dict[str, Any], section: str) -> None
 
 
 def _adopt(document: YamlDocument, value: Any, old: Key, new: Key) -> None:
-    """Read a value under the key it was meant for, if that is free and of the same kind (block or not)."""
+    """Move a value to the key it was meant for, if that key is free and of the same kind (block or not)."""
     target = document.value
     for part in new[:-1]:
         if target.get(part) is None:
@@ -76,16 +76,16 @@ def _adopt(document: YamlDocument, value: Any, old: Key, new: Key) -> None:
 
 
 class _Unread:
-    """Stands for a required value whose key was misspelt and whose value does not fit: already reported once."""
+    """Stand-in for a required value whose key was misspelt and whose value does not fit: already reported."""
 
 
 def unread(value: Any) -> bool:
-    """Say whether a value is only a stand-in for one already reported."""
+    """Say whether a value is a stand-in for one already reported."""
     return isinstance(value, _Unread)
 
 
 def _fill(document: YamlDocument, value: Any, path: Key, allowed: bool) -> Any:
-    """Return ``value`` with environment variables filled in where the schema allows them; check raw blocks."""
+    """Return ``value`` with environment variables expanded where the schema allows them; check raw blocks."""
     if isinstance(value, dict):
         for key in value:
             if isinstance(key, str) and _SECRET.search(key):

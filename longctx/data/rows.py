@@ -25,7 +25,7 @@ class Part(NamedTuple):
     input_ids: npt.NDArray[np.int64]  # 0 at pads
     position_ids: npt.NDArray[np.int64]  # from 0 in every document of the row; 0 at pads
     document_ids: npt.NDArray[np.int32]  # 0, 1, … in the row; -1 at pads
-    labels: npt.NDArray[np.int64]  # the next token of the same document; -100 at its last token and at pads
+    labels: npt.NDArray[np.int64]  # the next token of its document; -100 if there is none or the loss ignores it
 
 
 class PackedRows:
@@ -117,7 +117,10 @@ class PackedRows:
             if values.size and (int(values.max()) >= store.vocabulary_size or int(values.min()) < 0):
                 raise bad_token(store, int(at[np.argmax((values >= store.vocabulary_size) | (values < 0))]))
         part.input_ids[kept], part.position_ids[kept], part.document_ids[kept] = ids, inside, piece
-        part.labels[kept] = np.where(source < last, targets, IGNORED)
+        has_label = source < last
+        if store.ignored.size:
+            has_label &= ~store.is_ignored(source + 1)
+        part.labels[kept] = np.where(has_label, targets, IGNORED)
         return part
 
 

@@ -1,4 +1,4 @@
-"""The end of a job, as every launcher of ours decides it: from its ranks' exit codes, signals and two deadlines."""
+"""Decide when a job is over and with which exit code: from its ranks' exit codes, signals and two deadlines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Watch:
 
     @contextmanager
     def handling_signals(self, forward: Callable[[int], None]) -> Iterator[None]:
-        """Pass signals to ``forward`` (to send them to the ranks); a second SIGINT ends the job instead.
+        """Pass signals to ``forward`` (to send them to the ranks); SIGINT after a request to stop ends the job instead.
 
         SIGUSR2 is passed on too, but does not ask for a stop: ranks answer it with their stack traces.
         """

@@ -1,9 +1,9 @@
 """Save a token-wise function's input once; recompute its output in backward.
 
-A linear saves its input, which is a norm's output, and the norm saves its own input: one tensor too many. Here the
-linear finds the norm that produced its input (`find_source`) and saves a reference to it instead. In backward the norm
-recomputes its output once for all linears that need it. The norm's input in turn may have a source of its own: a
-layer's input is offloaded to the host (`models/activations/host.py`).
+A linear saves its input, which is a norm's output, and the norm saves its own input: one tensor more than backward
+needs. Here the linear finds the norm that produced its input (`find_source`) and saves a reference to it instead. In
+backward the norm recomputes its output once for all linears that need it. The norm's input in turn may have a source of
+its own: a layer's input is offloaded to the host (`models/activations/host.py`).
 """
 
 from __future__ import annotations

@@ -141,32 +141,21 @@ def _loaders(
     config: RunConfig, sizes: Derived, mesh: Mesh, corpus: Corpus
 ) -> tuple[ShardedLoader, EvaluationLoader | None]:
     data = config.data
-    expected: dict[str, Any] = {
+    common: dict[str, Any] = {
         "tokenizer_hash": corpus.tokenizer_hash,
         "vocabulary_size": config.model.vocab_size or corpus.vocabulary_size,
+        "micro_batch": sizes.micro_batch,
+        "mesh": mesh,
+        "layout": config.attention.layout,
+        "packing": data.packing,
     }
     loader = ShardedLoader(
-        corpus.train,
-        data.sequence_length,
-        sizes.micro_batch,
-        sizes.accumulation,
-        mesh,
-        config.attention.layout,
-        data.seed,
-        data.packing,
-        **expected,
+        corpus.train, data.sequence_length, accumulation=sizes.accumulation, seed=data.seed, **common
     )
     if corpus.held_out is None:
         return loader, None
     held_out = EvaluationLoader(
-        corpus.held_out,
-        data.sequence_length,
-        sizes.micro_batch,
-        mesh,
-        config.attention.layout,
-        data.packing,
-        max_rows=config.train.eval_batches * sizes.data,
-        **expected,
+        corpus.held_out, data.sequence_length, max_rows=config.train.eval_batches * sizes.data, **common
     )
     return loader, held_out
 

@@ -46,7 +46,8 @@ def run(
         console: rank 0's output stream for the user; None prints nothing.
         columns: width of the terminal behind ``console``, if that is on another host; else 0.
         stop: catches signals already; None installs the handlers here.
-        give_up: exits this process with a message when another rank is frozen; None writes the message to stderr.
+        give_up: exits this process with a message when another rank is frozen; None writes the message to stderr and
+            exits with code 1.
 
     Returns:
         0 after the last step, 75 when stopped by a signal after saving a checkpoint.
@@ -112,7 +113,7 @@ def _folder(output: Path) -> Iterator[None]:
 
 
 def _describe(config: RunConfig, mesh: Mesh, output: Path) -> None:
-    """Write config.yaml and environment.json before anything else can fail."""
+    """Write config.yaml and environment.json, once it is certain that this run may use the folder."""
     with together():
         if mesh.rank == 0:
             world = {"size": mesh.world_size, "data": mesh.data_size, "ring": mesh.ring_size}

@@ -1,4 +1,4 @@
-"""The simulated cluster: bytes and messages are those of formulas and of the code that sends; times obey physics."""
+"""The simulated cluster: bytes and messages equal the formulas and what the code sends; times are plausible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from longctx.plan.machines import MACHINES
 from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
 from longctx.plan.speed import ring_pass
-from longctx.plan.traffic import Layer, exchange_sent
+from longctx.plan.traffic import Layer, all_to_all_sent
 from longctx.plan.work import wire_of
 
 H100 = MACHINES["h100"]
@@ -39,7 +39,7 @@ def test_bytes_are_those_of_the_formulas(devices: int, ulysses: int) -> None:
     setup = Setup(layer.tokens, ring=layer.ring, ulysses=ulysses, recompute="none")
     wire = wire_of(ONE_LAYER, setup)
     forward, backward = (attention_pass(layer, H100, KERNEL, backward=b) for b in (False, True))
-    exchanged = [exchange_sent(layer, backward=back).bytes for back in (False, True)]
+    exchanged = [all_to_all_sent(layer, backward=back).bytes for back in (False, True)]
     assert sum(exchanged) == wire.ulysses
     assert set(forward.sent) == {wire.ring_forward + exchanged[0]}
     assert set(backward.sent) == {wire.ring_backward + exchanged[1]}

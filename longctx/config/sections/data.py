@@ -1,4 +1,4 @@
-"""`data:` text to packed rows of tokens."""
+"""`data:` text sources, tokenizer and packing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class DataSection(Section):
 
     sources: Annotated[Texts, Field(min_length=1)] = environment_field(
         description="files of text, JSON lines, JSON, CSV or parquet (recognised by content; also gzip, bzip2, xz), "
-        "folders of them, hf:NAME[[:CONFIG]:SPLIT], python-stdlib (this Python's own source code), or one folder that "
-        "`longctx data build` made",
+        "folders of them, hf:NAME[[:CONFIG]:SPLIT], python-stdlib (this Python's own source code), or one folder "
+        "that `longctx data build` wrote",
     )
     text_field: str = Field(
         "text", min_length=1, description="key or column that holds the text in JSON, tables and datasets"
@@ -26,7 +26,7 @@ class DataSection(Section):
         "(source code, for example)",
     )
     exclude: Texts = Field(
-        (), description="patterns such as '*.bin' or 'old/*' of files to leave out of folders (they are listed)"
+        (), description="patterns such as '*.bin' or 'old/*' of files to leave out of folders (they are reported)"
     )
     tokenizer: str = environment_field(
         "auto",
@@ -63,7 +63,7 @@ class DataSection(Section):
     folder: str | None = environment_field(
         None,
         min_length=1,
-        description="where token files are written and found again; default: the folder `tokens` in output.folder",
+        description="where token files are written and reused; default: the folder `tokens` in output.folder",
     )
     seed: HumanInt = Field(
         0, ge=0, lt=2**63, description="seed of the order of samples and of the choice of held-out documents"

@@ -52,8 +52,8 @@ class ModelSection(Section):
     tie_embeddings: bool = Field(False, description="share the embedding with the output layer")
     extra: Raw = Field(
         default_factory=dict,
-        description="further keywords for the transformers config, e.g. rope_parameters; keywords that a key of ours "
-        "owns are refused; with `pretrained` only rope_parameters",
+        description="further keywords for the transformers config, e.g. rope_parameters; keywords that have a "
+        "longctx key are errors; with `pretrained` only rope_parameters",
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",

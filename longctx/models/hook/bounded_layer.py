@@ -145,7 +145,7 @@ def attend_bounded(
         out = compute(mesh=ring.mesh, layout=ring.layout, document_ids=ids)
     elif ring is not None and not ring.cache.ready:  # the prompt of a sharded generation
         ids = sharded_documents(module, query, key, mask, document_ids).long()
-        prompt = {"mesh": ring.mesh, "layout": ring.layout, "length": ring.cache.places.prompt}
+        prompt = {"mesh": ring.mesh, "layout": ring.layout, "length": ring.cache.context.prompt_length}
         out, cache.state = compute(document_ids=ids, return_state=True, **prompt)
     else:  # the prompt of a generation on one device, or new tokens, which every rank holds
         shape = query.shape[0], tokens
