@@ -64,7 +64,7 @@ _recording = _Recording()
 
 
 class HostStore:
-    """Keep tensors in host memory between forward and backward; one store per model.
+    """Keep tensors of any shape and dtype in host memory between forward and backward; one store per model.
 
     Args:
         everything: also copy small tensors and CPU tensors, to test the store without a GPU.

@@ -19,7 +19,7 @@ from longctx.models.hook.bounded_layer import NOTES, attend_bounded, bounded_chi
 from longctx.models.hook.documents import sharded_documents, whole_documents
 from longctx.models.hook.dropout import layer_seeds
 from longctx.models.hook.masks import MaskRule
-from longctx.models.hook.probe import without_mixing
+from longctx.models.hook.position_probe import without_mixing
 
 # Keywords that a model passes on to its attention and that change nothing here.
 _HARMLESS = frozenset(
@@ -88,7 +88,7 @@ def longctx_attention(
     query, key, value = _autocast(query, key, value)
     if binding is not None and (binding.probe_records is not None or not binding.checked):
         binding.called.add(id(module))  # for trace.judge, which looks for layers that never got here
-    if binding is not None and binding.probe_records is not None:  # probe.py measures how the model counts positions
+    if binding is not None and binding.probe_records is not None:  # position_probe.py runs the model
         return _record_for_probe(module, binding.probe_records, query, key, value), None
 
     fetch_ahead(query)  # registers the prefetch of offloaded activations; does nothing in other models

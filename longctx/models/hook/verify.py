@@ -14,7 +14,7 @@ import torch
 
 from longctx.errors import ModelError
 from longctx.models.hook.binding import Binding
-from longctx.models.hook.probe import position_rule
+from longctx.models.hook.position_probe import position_rule
 from longctx.models.hook.trace import Trace, judge
 from longctx.models.hook.wrapped import inner_models
 from longctx.models.names import NAME
