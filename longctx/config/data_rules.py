@@ -30,6 +30,13 @@ def _sources(config: RunConfig) -> Iterator[Finding]:
             yield Finding("data.sources", "got an empty name; give a file, a folder or python-stdlib", "empty-name")
 
 
+def _weights(config: RunConfig) -> Iterator[Finding]:
+    weights, sources = config.data.weights, config.data.sources
+    if weights and len(sources) > 1 and len(weights) != len(sources):  # one source may be a folder of several
+        message = f"got {len(weights)} weights for {len(sources)} sources; give one for each, or remove the key"
+        yield Finding("data.weights", message, "count")
+
+
 def _foreign_tokenizer(config: RunConfig) -> Iterator[Finding]:
     if config.data.foreign_tokenizer and config.model.pretrained is None:
         yield Finding("data.foreign_tokenizer", "has no effect without model.pretrained; remove the key", "idle-key")
@@ -77,6 +84,7 @@ def _evaluation(config: RunConfig) -> Iterator[Finding]:
 RULES: tuple[Rule, ...] = (
     *(partial(_local_path, leaf) for leaf in leaves().values() if environment_ok(leaf.field)),
     _sources,
+    _weights,
     _foreign_tokenizer,
     _trained_tokenizer,
     _keys_of_bpe,

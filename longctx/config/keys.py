@@ -67,6 +67,11 @@ class Leaf(NamedTuple):
         return typing.get_args(self.field.annotation) == (str, Ellipsis)
 
     @property
+    def numbers(self) -> bool:
+        """Whether it is a list of numbers, of any length."""
+        return not self.texts and typing.get_args(self.field.annotation)[1:] == (Ellipsis,)
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """The words it accepts; empty if it accepts others too."""
         found = kinds(self.field)
@@ -128,7 +133,13 @@ def expected(leaf: Leaf) -> str:
     if str in found:
         parts.append("text")
     if tuple in found:
-        parts.append("a list of texts" if leaf.texts else "two numbers [a, b]")
+        parts.append(
+            "a list of texts"
+            if leaf.texts
+            else "a list of numbers" + _bounds(leaf)
+            if leaf.numbers
+            else "two numbers [a, b]"
+        )
     if dict in found:
         parts.append("a block of keys")
     if words:

@@ -12,6 +12,7 @@ from typing import Any
 
 from longctx.config.fields import environment_ok
 from longctx.config.keys import leaves, nearest, sections
+from longctx.config.mixture import split_sources
 from longctx.config.problems import Location, Problem, show
 from longctx.config.schema import RunConfig
 from longctx.config.strict_yaml import Key, YamlDocument, show_key
@@ -25,6 +26,7 @@ def tidy(document: YamlDocument) -> None:
     """Bring ``document`` into the shape of the schema, in place, and record problems."""
     tree = document.value
     _rename(document, tree, "")
+    split_sources(document)
     for name, kind in sections().items():
         if name in tree and tree[name] is None:
             tree[name] = {}

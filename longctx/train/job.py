@@ -18,7 +18,7 @@ from longctx.data.loader import EvaluationLoader, ShardedLoader
 from longctx.engine.engine import Engine
 from longctx.engine.initialize import initialize
 from longctx.engine.zero.fp16 import require_supported
-from longctx.errors import ConfigError
+from longctx.errors import ConfigError, DataError
 from longctx.mesh import Mesh
 from longctx.models.hook.binding import binding_of
 from longctx.sameness import compare_ranks, flatten
@@ -86,13 +86,14 @@ def set_up(
     corpus = _prepare(config, say)
     with together():
         loader, held_out = _loaders(config, sizes, mesh, corpus)
+        config = _within_data(config, loader, say)
         description = model_config(config, corpus.vocabulary_size, corpus.end_of_document, corpus.beginning)
         source = read_source(config.model.pretrained)
     say(
         f"mesh: {sizes.world} ranks = data {sizes.data} x ring {sizes.ring} x ulysses {sizes.ulysses}; rows of "
         f"{config.data.sequence_length:,} tokens, {sizes.local_length:,} on each rank"
     )
-    content = {"model": hash_of_model(config, description), "data": loader.rows.identity}
+    content = {"model": hash_of_model(config, description), "data": loader.identity}
     compare_ranks({"data": content["data"], **flatten(description.to_dict(), "model")})
     checkpoints.facts = replace(checkpoints.facts, run=checkpoints.facts.run | content)
     if found is not None:
@@ -150,7 +151,13 @@ def _loaders(
         "packing": data.packing,
     }
     loader = ShardedLoader(
-        corpus.train, data.sequence_length, accumulation=sizes.accumulation, seed=data.seed, **common
+        corpus.train,
+        data.sequence_length,
+        accumulation=sizes.accumulation,
+        seed=data.seed,
+        weights=data.weights or None,
+        repeat=data.exhausted == "repeat",
+        **common,
     )
     if corpus.held_out is None:
         return loader, None
@@ -158,6 +165,28 @@ def _loaders(
         corpus.held_out, data.sequence_length, max_rows=config.train.eval_batches * sizes.data, **common
     )
     return loader, held_out
+
+
+def _within_data(config: RunConfig, loader: ShardedLoader, say: Say) -> RunConfig:
+    """Return the configuration with the number of steps that the data is enough for; report the shares of sources.
+
+    Raises:
+        DataError: it is not enough for one step.
+    """
+    windows, steps = loader.windows_in_all, config.train.steps
+    if windows == 0:
+        raise DataError(
+            f"data.exhausted: stop: a step reads {loader.samples_per_window:,} rows, but a source is exhausted before "
+            "that; give more text, a smaller train.global_batch, or data.exhausted: repeat"
+        )
+    if windows is not None and windows < steps:
+        say(f"data: exhausted after {windows:,} of {steps:,} steps, where the run ends (data.exhausted: stop)")
+        steps = windows
+    samples = steps * loader.samples_per_window
+    for source in loader.mixture(samples):
+        share = f"{source['samples']:,} rows ({source['samples'] / samples:.1%} of the run)"
+        say(f"data: {share} of {source['source']}, {source['epochs']:.2f} epochs of its {source['rows']:,}")
+    return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
 
 
 def _engine(config: RunConfig, sizes: Derived, mesh: Mesh, description: Any) -> Engine:

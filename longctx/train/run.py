@@ -74,6 +74,7 @@ def run(
         _describe(config, mesh, output)  # only now: a rejected resume leaves the folder unchanged
         stack.enter_context(swap_folder(config))
         job = set_up(config, mesh, sizes, display.say, checkpoints, found)
+        display.total = job.config.train.steps  # fewer if the data is exhausted before
         stack.callback(job.loader.close)
         stack.callback(job.engine.destroy)
         writer = _metrics(job, display.say)
@@ -161,6 +162,7 @@ def _summary(job: Job, outcome: LoopResult, wall: float) -> dict[str, Any]:
         "world": {"size": job.sizes.world, "data": job.sizes.data, "ring": job.sizes.ring},
         "sequence_length": job.config.data.sequence_length,
         "data": job.corpus.report,
+        "mixture": job.loader.mixture(outcome.progress.samples),
         "checkpoint": str(job.checkpoints.root / store.name_of(outcome.progress.step)),
     }
 
