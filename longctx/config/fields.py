@@ -85,6 +85,7 @@ Group = Annotated[
 ]
 Texts = Annotated[tuple[str, ...], BeforeValidator(listed, json_schema_input_type=str | list[str])]
 Pair = Annotated[tuple[float, float], BeforeValidator(listed, json_schema_input_type=list[float])]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(listed, json_schema_input_type=list[float])]
 Raw = dict[str, Any]
 
 

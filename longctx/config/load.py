@@ -13,7 +13,7 @@ from longctx.config import overrides as command_line
 from longctx.config.derived import CPU_RANKS, world_size
 from longctx.config.fields import UnknownValue
 from longctx.config.findings import Finding, judge
-from longctx.config.keys import expected, leaves, sections
+from longctx.config.keys import Leaf, expected, find, leaves, sections
 from longctx.config.machine import inspect
 from longctx.config.partial import partial_config, without
 from longctx.config.pretrained import FOLDER_RULES
@@ -38,8 +38,8 @@ class Loaded(NamedTuple):
 
     def problem(self, finding: Finding) -> Problem:
         """Return a finding about this configuration with its location."""
-        path = tuple(finding.key.split(".")) if finding.key else ()
-        return Problem(_locate(self.document, path, self.name), finding.key, finding.message, finding.code)
+        place = _locate(self.document, _path(finding.key), self.name)
+        return Problem(place, finding.key, finding.message, finding.code)
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS) -> RunConfig:
@@ -171,10 +171,16 @@ def require_machine(loaded: Loaded, starting: bool = True) -> list[str]:
     return report.notes
 
 
+def _path(key: str) -> Key:
+    """Return ``train.stages[1].lr`` as ``("train", "stages", 1, "lr")``."""
+    return tuple(int(part) if part.isdecimal() else part for part in key.replace("[", ".").replace("]", "").split("."))
+
+
 def _locate(document: YamlDocument, path: Key, name: str) -> Location:
     """Return where ``path`` is written, or the innermost block around it that is."""
     for length in range(len(path), 0, -1):
-        found = document.values.get(path[:length]) if length == len(path) else document.keys.get(path[:length])
+        inner = document.keys.get(path[:length]) or document.values.get(path[:length])
+        found = document.values.get(path[:length]) if length == len(path) else inner
         if found:
             return found
     return Location(name, 1, 1)
@@ -185,31 +191,29 @@ def _translate(error: ValidationError, document: YamlDocument, name: str) -> lis
     found: dict[Key, Problem] = {}
     told = {problem.key for problem in document.problems}
     for item in error.errors(include_url=False, include_context=False):
-        path, key = _schema_key(item["loc"])
+        path, leaf = _schema_key(item["loc"])
         block_told = item["type"] == "missing" and show_key(path[:-1]) in told
         if path in found or show_key(path) in told or block_told or unread(item["input"]):
             continue
-        message, code = _describe(item, key)
+        message, code = _describe(item, path, leaf)
         found[path] = Problem(_locate(document, path, name), show_key(path), message, code)
     return list(found.values())
 
 
-def _schema_key(loc: tuple[int | str, ...]) -> tuple[Key, str]:
-    """Split pydantic's location into (path as users see it, dotted schema key); union members are dropped."""
-    if loc[0] in sections():
-        known: Key = loc[:2]
-    else:
-        known = loc[:1]
-    key = ".".join(str(part) for part in known)
-    index = tuple(
-        part for part in loc[2:3] if isinstance(part, int) and key == "data.sources" or key == "data.extensions"
-    )
-    return known + index, key
+def _schema_key(loc: tuple[int | str, ...]) -> tuple[Key, Leaf | None]:
+    """Split pydantic's location into (path as users see it, key of the schema); union members are dropped."""
+    length = 2 if loc[0] in sections() else 1
+    while length < len(loc) and (leaf := find(loc[:length])) is not None:
+        within = isinstance(loc[length], int) and (leaf.block is not None or leaf.texts)
+        if not within and str(loc[length]) not in leaf.inner:
+            break
+        length += 1
+    return loc[:length], find(loc[:length])
 
 
-def _describe(item: Any, key: str) -> tuple[str, str]:
-    leaf = leaves().get(key)
+def _describe(item: Any, path: Key, leaf: Leaf | None) -> tuple[str, str]:
     if leaf is None:
+        key = ".".join(map(str, path))
         block = f"a block of keys ({', '.join(sections()[key].model_fields)})" if key in sections() else "a known key"
         if item["type"] == "missing":
             required = [name for name, field in sections()[key].model_fields.items() if field.is_required()]

@@ -9,6 +9,7 @@ from longctx.config import (
     layer_rules,
     mesh_rules,
     model_rules,
+    rope_rules,
     train_rules,
     zero_rules,
 )
@@ -17,6 +18,7 @@ from longctx.config.schema import RunConfig
 
 _RULES: tuple[Rule, ...] = (
     *model_rules.RULES,
+    *rope_rules.RULES,
     *attention_rules.RULES,
     *layer_rules.RULES,
     *data_rules.RULES,

@@ -80,7 +80,8 @@ def memory_of(config: RunConfig) -> ActivationSettings:
 
 def hash_of_model(config: RunConfig, description: Any) -> str:
     """Return a short hash of everything that determines the weights' shapes and meaning; resuming requires it equal."""
-    ours = config.model.model_dump(exclude={"pretrained", "vocab_size", "max_positions"})
+    newer = {key for key in ("rope",) if getattr(config.model, key) is None}  # not in the hash of older checkpoints
+    ours = config.model.model_dump(mode="json", exclude={"pretrained", "vocab_size", "max_positions", *newer})
     attention = [config.attention.window, *([config.attention.layers] if config.attention.layers else [])]
     facts = [ours, *attention, description.model_type, description.vocab_size, description.hidden_size]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
