@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from longctx.config import overrides as command_line
 from longctx.config.derived import CPU_RANKS, world_size
 from longctx.config.fields import UnknownValue
-from longctx.config.findings import Finding, judge
+from longctx.config.findings import Finding
 from longctx.config.keys import Leaf, expected, find, leaves, sections
 from longctx.config.machine import inspect
 from longctx.config.partial import partial_config, without
@@ -21,6 +21,7 @@ from longctx.config.problems import InvalidConfig, Location, Problem, show
 from longctx.config.recover import parse_or_recover
 from longctx.config.rules import broken
 from longctx.config.schema import RunConfig
+from longctx.config.stages import fill_in, judge_run
 from longctx.config.strict_yaml import Key, YamlDocument, read, show_key
 from longctx.config.tidy import tidy, unread
 
@@ -86,6 +87,7 @@ def _read(text: str | bytes, name: str, overrides: Iterable[str], default_world:
         raise InvalidConfig([Problem(Location(name, 1, 1), "", f"{what}; {hint}", "empty"), *document.problems])
     command_line.apply(document, overrides)
     tidy(document)
+    fill_in(document.value)
     problems, unknown = list(document.problems), frozenset[str]()
     config: RunConfig | None
     try:
@@ -126,7 +128,7 @@ def load_for_rank(path: str | Path, overrides: Iterable[str] = (), *, default_wo
     """
     loaded = load_with_sources(path, overrides, default_world=default_world)
     config = loaded.config
-    findings = judge(FOLDER_RULES, config) if config.model.pretrained is not None else []
+    findings = judge_run(FOLDER_RULES, config) if config.model.pretrained is not None else []
     _valid(loaded, [loaded.problem(finding) for finding in findings])
     return config
 

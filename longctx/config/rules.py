@@ -10,15 +10,17 @@ from longctx.config import (
     mesh_rules,
     model_rules,
     rope_rules,
+    stages,
     train_rules,
     zero_rules,
 )
-from longctx.config.findings import Finding, Rule, judge
+from longctx.config.findings import Finding, Rule
 from longctx.config.schema import RunConfig
 
 _RULES: tuple[Rule, ...] = (
     *model_rules.RULES,
     *rope_rules.RULES,
+    *stages.RULES,
     *attention_rules.RULES,
     *layer_rules.RULES,
     *data_rules.RULES,
@@ -32,4 +34,4 @@ def broken(config: RunConfig, world: int | None) -> list[Finding]:
     """Return every rule that ``config`` breaks in a world of ``world`` ranks (None: the keys that decide it are
     unknown, and rules about sizes are left out)."""
     sizes = [] if world is None else mesh_rules.rules_of(world)
-    return judge([*_RULES, *sizes], config)
+    return stages.judge_run([*_RULES, *sizes], config)

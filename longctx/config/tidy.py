@@ -93,7 +93,7 @@ def _adopt(document: YamlDocument, value: Any, old: Key, new: Key) -> None:
     leaf = leaves().get(show_key(new))
     is_block = leaf is None or leaf.raw
     if new[-1] in target or isinstance(value, dict) != is_block:
-        target.setdefault(new[-1], _Unread())
+        target.setdefault(new[-1], Unread())
         return
     target[new[-1]] = value
     for places in (document.keys, document.values):
@@ -101,13 +101,13 @@ def _adopt(document: YamlDocument, value: Any, old: Key, new: Key) -> None:
             places[new + path[len(old) :]] = places[path]
 
 
-class _Unread:
+class Unread:
     """Stands for a required value whose key was misspelt and whose value does not fit: already reported once."""
 
 
 def unread(value: Any) -> bool:
     """Say whether a value is only a stand-in for one already reported."""
-    return isinstance(value, _Unread)
+    return isinstance(value, Unread)
 
 
 def _fill(document: YamlDocument, value: Any, path: Key, allowed: bool) -> Any:
