@@ -6,7 +6,7 @@ A run without `train.stages` has one stage, which is the configuration itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from longctx.config.fields import UnknownValue, human_int
 from longctx.config.findings import Finding, Rule, judge
@@ -34,6 +34,15 @@ class Stage(NamedTuple):
     last: int
     config: RunConfig
     """the run as if this were its only stage; `train.steps` counts all stages"""
+
+
+class HasConfig(Protocol):
+    """A stage, as far as ``model_of`` reads it."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The run as if the stage were its only one."""
+        ...
 
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
@@ -65,7 +74,7 @@ def whole(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"rope": rope})})
 
 
-def model_of(config: RunConfig, stage: Stage) -> RunConfig:
+def model_of(config: RunConfig, stage: HasConfig) -> RunConfig:
     """Return the configuration of the model in a stage: its rope, for the longest row of the run."""
     return config.model_copy(update={"model": stage.config.model})
 

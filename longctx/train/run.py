@@ -18,6 +18,7 @@ from longctx.mesh import Mesh
 from longctx.train import durable, folder
 from longctx.train.checkpoint import store
 from longctx.train.checkpoint.export import export_model
+from longctx.train.checkpoint.manifest import Progress
 from longctx.train.checkpoint.swap import swap_folder
 from longctx.train.environment import environment, git_commit
 from longctx.train.job import Job, find_checkpoint, set_up, sizes_of
@@ -73,7 +74,7 @@ def run(
         _describe(config, mesh, output)  # only now: a rejected resume leaves the folder unchanged
         stack.enter_context(swap_folder(config))
         job = set_up(config, mesh, sizes, display.say, checkpoints, found)
-        stack.callback(job.loader.close)
+        stack.callback(job.close)
         stack.callback(job.engine.destroy)
         writer = _metrics(job, display.say)
         if writer is not None:
@@ -150,7 +151,7 @@ def _summary(job: Job, outcome: LoopResult, wall: float) -> dict[str, Any]:
         "held_out_losses": [{"step": step, "loss": loss} for step, loss in held_out],
         "tokens": outcome.progress.tokens,
         "samples": outcome.progress.samples,
-        "epochs": outcome.progress.samples / len(job.loader.rows),
+        "epochs": _epochs(job, outcome.progress),
         "tokens_per_second": outcome.tokens / outcome.step_seconds if outcome.step_seconds else None,
         "peak_memory_bytes": outcome.peak_memory_bytes,
         "seconds": wall,
@@ -162,6 +163,12 @@ def _summary(job: Job, outcome: LoopResult, wall: float) -> dict[str, Any]:
         "data": job.corpus.report,
         "checkpoint": str(job.checkpoints.root / store.name_of(outcome.progress.step)),
     }
+
+
+def _epochs(job: Job, progress: Progress) -> float:
+    """Return how often the data was trained on: by rows, or with several lengths of rows by tokens."""
+    rows = job.loader.rows
+    return progress.samples / len(rows) if len(job.stages) == 1 else progress.tokens / rows.token_count
 
 
 def _finish(job: Job, summary: dict[str, Any], display: ProgressDisplay) -> None:

@@ -148,7 +148,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.root / name}: DeepSpeed found nothing to load in it")
         with together():
             rng.load(self.root / name, ranks()[0])
-        return Progress(found.step, found.samples, found.tokens)
+        return found.progress
 
     def _require_same_swapping(self, engine: Any, name: str, found: Manifest) -> None:
         before = any(entry.path.startswith(nvme.PREFIX) for entry in found.files)
@@ -197,8 +197,10 @@ class Checkpoints:
         folder = temporary / store.name_of(progress.step)
         with together():
             if ranks()[0] == 0:
+                begin = {manifest.STAGE_BEGIN: progress.stage_begin} if progress.stage_begin else {}
                 full = replace(
                     self.facts,
+                    run=self.facts.run | begin,
                     step=progress.step,
                     samples=progress.samples,
                     tokens=progress.tokens,

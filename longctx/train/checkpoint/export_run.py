@@ -11,6 +11,7 @@ import torch
 from longctx.config.load import load
 from longctx.config.machine import token_folder
 from longctx.config.schema import RunConfig
+from longctx.config.stages import model_of, stage_at
 from longctx.data.build import RECORD
 from longctx.data.tokenizers.tokenizer import load_tokenizer
 from longctx.errors import CheckpointError, ConfigError
@@ -47,7 +48,8 @@ def export_run(run: Path, output: Path | None = None, step: int | None = None, d
     config = load(run / "config.yaml", default_world=found.world["size"])
     tokenizer = _tokenizer(config, run)
     loaded = load_tokenizer(tokenizer)
-    description = model_config(config, loaded.vocabulary_size, loaded.end_of_document, loaded.beginning)
+    model = model_of(config, stage_at(config, max(found.step, 1)))
+    description = model_config(model, loaded.vocabulary_size, loaded.end_of_document, loaded.beginning)
     weights = _weights(folder, found)
     trained = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
     weights = {name: x.to(trained) if x.is_floating_point() else x for name, x in weights.items()}
