@@ -24,7 +24,7 @@ _OWNERS = {
 """key of a run -> key of a stage that takes its place"""
 
 
-class Stage(NamedTuple):
+class RunStage(NamedTuple):
     """Consecutive optimizer steps on rows of one length."""
 
     number: int
@@ -45,7 +45,7 @@ class HasConfig(Protocol):
         ...
 
 
-def stages_of(config: RunConfig) -> tuple[Stage, ...]:
+def stages_of(config: RunConfig) -> tuple[RunStage, ...]:
     """Return the stages of a run in order."""
     given, done, found = config.train.stages, 0, []
     for number, stage in enumerate(given):
@@ -57,12 +57,12 @@ def stages_of(config: RunConfig) -> tuple[Stage, ...]:
             "data": config.data.model_copy(update={"sequence_length": stage.sequence_length}),
             "train": config.train.model_copy(update={"stages": (), **own}),
         }
-        found.append(Stage(number, done + 1, done + stage.steps, config.model_copy(update=update)))
+        found.append(RunStage(number, done + 1, done + stage.steps, config.model_copy(update=update)))
         done += stage.steps
-    return tuple(found) or (Stage(0, 1, config.train.steps, config),)
+    return tuple(found) or (RunStage(0, 1, config.train.steps, config),)
 
 
-def stage_at(config: RunConfig, step: int) -> Stage:
+def stage_at(config: RunConfig, step: int) -> RunStage:
     """Return the stage that optimizer step ``step`` (from 1) belongs to; the last one for later steps."""
     found = stages_of(config)
     return next((stage for stage in found if step <= stage.last), found[-1])
@@ -109,7 +109,7 @@ def fill_in(tree: dict[str, Any]) -> None:
             block[key] = total(values) if all(type(value) is int for value in values) else Unread()
 
 
-def _in_stage(finding: Finding, stage: Stage, config: RunConfig) -> Finding | None:
+def _in_stage(finding: Finding, stage: RunStage, config: RunConfig) -> Finding | None:
     """Return a finding under the stage's own key; None if it is about a key that the stage does not set."""
     section = config.train.stages[stage.number]
     for key, own in _OWNERS.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 from longctx.config.derived import Derived, derive
 from longctx.config.schema import RunConfig
-from longctx.config.stages import Stage, model_of, ropes, stages_of, whole
+from longctx.config.stages import RunStage, model_of, ropes, stages_of, whole
 from longctx.data.loader import EvaluationLoader, ShardedLoader
 from longctx.engine.engine import Engine
 from longctx.mesh import Mesh
@@ -64,7 +64,9 @@ def begin_stage(engine: Engine, stage: TrainingStage, say: Callable[[str], None]
     say(str(stage))
 
 
-def _loaders(stage: Stage, sizes: Derived, mesh: Mesh, corpus: Corpus) -> tuple[ShardedLoader, EvaluationLoader | None]:
+def _loaders(
+    stage: RunStage, sizes: Derived, mesh: Mesh, corpus: Corpus
+) -> tuple[ShardedLoader, EvaluationLoader | None]:
     config, data = stage.config, stage.config.data
     expected: dict[str, Any] = {
         "tokenizer_hash": corpus.tokenizer_hash,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from house_files import ROOT
 from tiny_run import config, losses, weights, write
 
+from longctx.config.load import loads
 from longctx.config.stages import stages_of
 from longctx.data.tokens.file import TokenFile
 from longctx.errors import CheckpointError
@@ -145,3 +148,16 @@ def test_stages_of_a_plain_run(tmp_path: Path) -> None:
     settings = config(tmp_path)
     (stage,) = stages_of(settings)
     assert stage.config is settings and (stage.first, stage.last) == (1, 6)
+
+
+def documented(rank: int, world: int, text: str, folder: str) -> int:
+    return run(loads(text, [f"output.folder={folder}", "mesh.ring=1", "output.plot=false"]).config)
+
+
+def test_the_block_of_the_page_is_trained(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert run_ranks(1, documented, block, str(tmp_path / "run"), timeout=LIMIT) == [0]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["sequence_length"] for record in records] == [256] * 10 + [1024] * 4
+    assert records[-1]["loss"] < records[0]["loss"]
