@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config.findings import Finding, Rule
+from longctx.config.lora_rules import lora_modules, lora_package
 from longctx.config.problems import show
 from longctx.config.rope_rules import of_the_model
 from longctx.config.schema import RunConfig
@@ -187,5 +188,5 @@ def _bytes() -> str:
     return _named(ByteTokenizer().json)
 
 
-FOLDER_RULES: tuple[Rule, ...] = (tokenizer_findings, pretrained_findings, built_findings)
+FOLDER_RULES: tuple[Rule, ...] = (tokenizer_findings, pretrained_findings, built_findings, lora_modules, lora_package)
 """What `model.pretrained` and `data.tokenizer` ask of this machine's files"""

@@ -7,6 +7,7 @@ from longctx.config import (
     data_rules,
     launch_rules,
     layer_rules,
+    lora_rules,
     mesh_rules,
     model_rules,
     rope_rules,
@@ -20,6 +21,7 @@ from longctx.config.schema import RunConfig
 _RULES: tuple[Rule, ...] = (
     *model_rules.RULES,
     *rope_rules.RULES,
+    *lora_rules.RULES,
     *stages.RULES,
     *attention_rules.RULES,
     *layer_rules.RULES,

@@ -31,6 +31,8 @@ _NAMES = {
     "model.hidden_size": "d_model n_embd dim width embedding_size",
     "model.intermediate_size": "ffn_size d_ff n_inner mlp_size ffn_hidden_size",
     "model.max_positions": "max_position_embeddings n_positions",
+    "model.lora": "peft adapter adapters lora_config",
+    "train.stages": "curriculum phases schedule_stages length_schedule",
     "model.rope": "rope_parameters rope_scaling rope_theta rope_type",
     "model.dtype": "precision torch_dtype mixed_precision bf16 fp16",
     "fp16.scale_power": "initial_scale_power",

@@ -143,7 +143,9 @@ def set_up(
         stage.loader.seek(start.samples - start.stage_begin)
         say(f"resumed at step {start.step} of {config.train.steps} from {checkpoints.root}")
     kind = config.model.architecture or config.model.pretrained
-    say(f"model: {kind}, {parameters:,} parameters, {config.model.dtype}, ZeRO-{config.zero.stage}")
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
+    part = "" if trained == parameters else f" ({trained:,} trained)"
+    say(f"model: {kind}, {parameters:,} parameters{part}, {config.model.dtype}, ZeRO-{config.zero.stage}")
     if len(stages) > 1:
         say(str(stage))
     return Job(

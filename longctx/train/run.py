@@ -173,12 +173,14 @@ def _epochs(job: Job, progress: Progress) -> float:
 
 def _finish(job: Job, summary: dict[str, Any], display: ProgressDisplay) -> None:
     """Write the results: the model as a transformers folder, loss.png, a sample, summary.json."""
-    model = export_model(job.engine, Path(job.corpus.tokenizer), job.output, job.source)
+    model = export_model(job.engine, Path(job.corpus.tokenizer), job.output, job.source, job.config)
     sample = None
     with together():
         if job.mesh.rank == 0:
             settings = job.config.output
-            if job.corpus.held_out and settings.sample_tokens:
+            if (lora := job.config.model.lora) is not None and lora.export == "adapter":
+                display.say(f"no sample: {model} holds an adapter; PeftModel.from_pretrained loads it")
+            elif job.corpus.held_out and settings.sample_tokens:
                 held_out = Path(job.corpus.held_out)
                 try:
                     sample = draw_sample(model, held_out, settings.sample_prompt, settings.sample_tokens)

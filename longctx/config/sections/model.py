@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from longctx.config.fields import HumanInt, Raw, Section, environment_field
+from longctx.config.sections.lora import LoraSection
 from longctx.config.sections.rope import RopeSection
 
 Architecture = Literal[
@@ -52,6 +53,9 @@ class ModelSection(Section):
     )
     rope: RopeSection | None = Field(
         None, description="rotary positions, to extend a pretrained model to longer rows or for a model from scratch"
+    )
+    lora: LoraSection | None = Field(
+        None, description="train adapters of low rank and freeze the weights of `pretrained` (needs longctx[peft])"
     )
     tie_embeddings: bool = Field(False, description="share the embedding with the output layer")
     extra: Raw = Field(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from longctx.config.keys import leaves
+from longctx.config.lora_rules import LORA_FREE
 from longctx.config.schema import RunConfig
 from longctx.config.write import scalar
 from longctx.errors import CheckpointError
@@ -45,6 +46,8 @@ class SettingChange(NamedTuple):
     def remedy(self) -> str | None:
         """How to fix an incompatible change; None if the run may continue with the new value."""
         of_model = self.key.startswith("model.") and self.key not in FREE
+        if self.key == "model.lora" and isinstance(self.before, dict) and isinstance(self.now, dict):
+            of_model = any(self.before.get(key) != value for key, value in self.now.items() if key not in LORA_FREE)
         return REFUSED.get(self.key) or ("set it back: it is a part of the model" if of_model else None)
 
 
