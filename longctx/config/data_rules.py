@@ -1,4 +1,4 @@
-"""Rules of the `data:` section: local paths, the tokenizer's keys, and lengths that the model can read."""
+"""Rules of the `data:` section: local paths, the tokenizer's keys, vocabulary size and row length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longctx.config.schema import RunConfig
 
 
 def _local_path(leaf: Leaf, config: RunConfig) -> Iterator[Finding]:
-    """A path must not be an address of another machine, which may hold a key."""
+    """Reject URLs: nothing is downloaded, and a URL may contain credentials."""
     value = leaf.value_in(config)
     if isinstance(value, str) and "://" in value:
         message = f"got {redact(value)!r}; nothing is downloaded: give a path of this machine"
@@ -30,16 +30,23 @@ def _sources(config: RunConfig) -> Iterator[Finding]:
             yield Finding("data.sources", "got an empty name; give a file, a folder or python-stdlib", "empty-name")
 
 
+def _weights(config: RunConfig) -> Iterator[Finding]:
+    weights, sources = config.data.weights, config.data.sources
+    if weights and len(sources) > 1 and len(weights) != len(sources):  # one source may be a folder of several
+        message = f"got {len(weights)} weights for {len(sources)} sources; give one for each, or remove the key"
+        yield Finding("data.weights", message, "count")
+
+
 def _foreign_tokenizer(config: RunConfig) -> Iterator[Finding]:
     if config.data.foreign_tokenizer and config.model.pretrained is None:
-        yield Finding("data.foreign_tokenizer", "means nothing without model.pretrained; remove the key", "idle-key")
+        yield Finding("data.foreign_tokenizer", "has no effect without model.pretrained; remove the key", "idle-key")
 
 
 def _trained_tokenizer(config: RunConfig) -> Iterator[Finding]:
     if config.data.tokenizer == "bpe" and config.model.pretrained is not None and not config.data.foreign_tokenizer:
         message = (
-            "got 'bpe', which makes new ids, but model.pretrained was trained with those of its own tokenizer; remove "
-            "the key to use that one, or set data.foreign_tokenizer: true to train its embedding for other ids"
+            "got 'bpe', which assigns new ids, but model.pretrained was trained with its own tokenizer's; remove the "
+            "key to use that one, or set data.foreign_tokenizer: true to train its embedding for other ids"
         )
         yield Finding("data.tokenizer", message, "tokenizer")
 
@@ -78,6 +85,7 @@ def _evaluation(config: RunConfig) -> Iterator[Finding]:
 RULES: tuple[Rule, ...] = (
     *(partial(_local_path, leaf) for leaf in leaves().values() if environment_ok(leaf.field)),
     _sources,
+    _weights,
     _foreign_tokenizer,
     _trained_tokenizer,
     _keys_of_bpe,

@@ -1,4 +1,4 @@
-"""What each key is, where its value came from, and what it means."""
+"""Explain keys: value, where it is set, meaning and accepted values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def explain(loaded: Loaded | None, wanted: list[str], default_world: int = CPU_R
     Args:
         loaded: a configuration; None shows the schema's defaults.
         wanted: dotted keys, section names, or ``derived``.
-        default_world: ranks this machine starts by itself.
+        default_world: ranks that this machine starts by default.
 
     Raises:
         ConfigError: there is no such key.
@@ -69,13 +69,8 @@ def _inner_row(leaf: Leaf) -> Row:
 
 def _derived_rows(derived: Derived) -> list[Row]:
     fields = type(derived).model_fields
+    note = "no key: derived from the others"
     return [
-        Row(
-            f"derived.{name}",
-            scalar(value),
-            "follows",
-            fields[name].description or "",
-            "no key: follows from the others",
-        )
+        Row(f"derived.{name}", scalar(value), "derived", fields[name].description or "", note)
         for name, value in derived.model_dump().items()
     ]

@@ -1,4 +1,4 @@
-"""The schema seen as a flat list of keys: what each expects, and which valid key a wrong one was meant to be."""
+"""The schema as a flat list of keys: what each accepts, and the valid key that a misspelt one resembles."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class Leaf(NamedTuple):
 
     @property
     def required(self) -> bool:
-        """Whether the YAML must give it."""
+        """Whether the YAML must set it."""
         return self.field.is_required()
 
     @property
     def default(self) -> Any:
-        """Its value where the YAML says nothing (None where it is required)."""
+        """Its value if the YAML does not set it (None if required)."""
         value = self.field.get_default(call_default_factory=True)
         return None if value is PydanticUndefined else value
 
     @property
     def meaning(self) -> str:
-        """What the schema says about it."""
+        """Its description in the schema."""
         return self.field.description or ""
 
     def value_in(self, config: RunConfig) -> Any:
@@ -158,7 +158,7 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 
 def expected(leaf: Leaf) -> str:
-    """Say in words what a key accepts: ``a whole number, at least 1, or auto``."""
+    """Describe what a key accepts: ``a whole number, at least 1, or auto``."""
     found = kinds(leaf.field)
     words = [kind for kind in found if isinstance(kind, str)]
     parts = []
@@ -188,7 +188,7 @@ def _list_of(leaf: Leaf) -> str:
         return f"a list of blocks ({', '.join(leaf.inner)})"
     if leaf.texts:
         return "a list of texts"
-    return "a list of numbers" if ... in _parts(leaf.field.annotation) else "two numbers [a, b]"
+    return f"a list of numbers{_bounds(leaf)}" if ... in _parts(leaf.field.annotation) else "two numbers [a, b]"
 
 
 _LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -227,9 +227,9 @@ def nearest(section: str, name: str) -> tuple[str, ...]:
     own = [key.removeprefix(f"{section}.") for key in leaves() if section and key.startswith(f"{section}.")]
     here = own if section else list(RunConfig.model_fields)
     close = _closest(lowered, here, 0.84)
-    if close:
-        return (_join(section, close),)
     elsewhere = [key for key in leaves() if key.rpartition(".")[2] == lowered]
+    if close:
+        return (*elsewhere[:1], _join(section, close))
     if elsewhere:
         return tuple(sorted(elsewhere, key=lambda key: not key.startswith(("train.", "output."))))[:2]
     if lowered in SYNONYMS:

@@ -1,4 +1,4 @@
-"""The door to the configuration: a YAML file and overrides in, one frozen RunConfig or every problem at once out."""
+"""Load a configuration: a YAML file and overrides become one frozen RunConfig, or an error with every problem."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ World = int | Callable[[RunConfig], int]
 
 
 class Loaded(NamedTuple):
-    """A configuration, and where each given key was written."""
+    """A configuration, and where each key is set."""
 
     config: RunConfig
     sources: dict[str, Location]
-    """dotted key -> location; a key that is missing here has its default"""
+    """dotted key -> location; keys left at their default are not in it"""
     document: YamlDocument
     name: str
 
@@ -49,7 +49,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, default_world: Worl
     Args:
         path: a YAML file.
         overrides: ``section.key=value`` strings, stronger than the file.
-        default_world: ranks where neither a launcher nor `mesh` says how many; or what returns it for a configuration.
+        default_world: ranks if neither a launcher nor `mesh` sets them, or a function from the configuration to it.
 
     Raises:
         InvalidConfig: a ConfigError with every problem, one line each.
@@ -58,7 +58,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, default_world: Worl
 
 
 def load_with_sources(path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS) -> Loaded:
-    """Like ``load``, and say where each value came from."""
+    """Like ``load``, but also return where each value is set."""
     return _valid(*_read(read(path), str(path), overrides, default_world))
 
 
@@ -76,9 +76,9 @@ def _valid(loaded: Loaded, problems: list[Problem]) -> Loaded:
 
 
 def _read(text: str | bytes, name: str, overrides: Iterable[str], default_world: World) -> tuple[Loaded, list[Problem]]:
-    """Return what is right of a configuration, and all that is wrong with it as far as the text itself shows.
+    """Return the valid part of a configuration, and every problem that its text shows.
 
-    Each pass judges what the passes before it have left: syntax, names of keys, types and ranges, rules between keys.
+    Each pass checks what the earlier passes left valid: syntax, names of keys, types and ranges, rules between keys.
     """
     document = parse_or_recover(text, name)
     if not isinstance(document.value, dict):
@@ -100,18 +100,18 @@ def _read(text: str | bytes, name: str, overrides: Iterable[str], default_world:
     config = _with_tokenizer(without(config, {*unknown, *(problem.key for problem in problems)}))
     sources = {key: document.values[path] for key in leaves() if (path := tuple(key.split("."))) in document.values}
     loaded = Loaded(config, sources, document, name)
-    told = {problem.key for problem in problems}
+    reported = {problem.key for problem in problems}
     problems += [
         loaded.problem(finding)
         for finding in broken(config, _world(config, default_world))
-        if not any(finding.key == key or finding.key.startswith(f"{key}.") for key in told)
+        if not any(finding.key == key or finding.key.startswith(f"{key}.") for key in reported)
     ]
     addresses = {problem.key for problem in problems if problem.code == "url"} - {"data.sources"}
     return loaded._replace(config=without(config, addresses)), problems
 
 
 def _world(config: RunConfig, default: World) -> int | None:
-    """Return how many ranks the run has; None where a key that decides it has no value."""
+    """Return the number of ranks; None if a key that decides it has no value."""
     try:
         if not isinstance(default, int):
             default = default(config) if config.mesh.world == "auto" else CPU_RANKS
@@ -121,7 +121,7 @@ def _world(config: RunConfig, default: World) -> int | None:
 
 
 def load_for_rank(path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS) -> RunConfig:
-    """Like ``load`` for a rank that another launcher has started, where no command has looked at the model's folder.
+    """Like ``load``, for a rank that another launcher has started: check the model's folder too.
 
     Raises:
         InvalidConfig: as ``load``, and if the pretrained folder or the tokenizer does not fit.
@@ -136,10 +136,10 @@ def load_for_rank(path: str | Path, overrides: Iterable[str] = (), *, default_wo
 def load_for_machine(
     path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS, starting: bool = True
 ) -> tuple[Loaded, list[str]]:
-    """Like ``load_with_sources`` and ``require_machine`` at once: (the configuration, what is worth knowing).
+    """Load a configuration and check this machine together; return (configuration, notes).
 
     Raises:
-        InvalidConfig: with the mistakes of the file and what this machine lacks, all of them together.
+        InvalidConfig: with every mistake of the file and everything that this machine lacks.
     """
     loaded, problems = _read(read(path), str(path), overrides, default_world)
     report = inspect(loaded.config, starting)
@@ -148,7 +148,7 @@ def load_for_machine(
 
 
 def _with_tokenizer(config: RunConfig) -> RunConfig:
-    """Fill in `data.tokenizer: auto`, so that everything after this reads one name."""
+    """Resolve `data.tokenizer: auto`, so that later code reads a name."""
     try:
         if config.data.tokenizer != "auto":
             return config
@@ -159,7 +159,7 @@ def _with_tokenizer(config: RunConfig) -> RunConfig:
 
 
 def require_machine(loaded: Loaded, starting: bool = True) -> list[str]:
-    """Check that this machine has what a configuration needs, and return what is worth knowing besides.
+    """Check that this machine has what a configuration needs; return notes that do not stop a run.
 
     Args:
         loaded: what ``load_with_sources`` returned.
@@ -179,7 +179,7 @@ def _path(key: str) -> Key:
 
 
 def _locate(document: YamlDocument, path: Key, name: str) -> Location:
-    """Return where ``path`` is written, or the innermost block around it that is."""
+    """Return the location of ``path``, or of the innermost enclosing block that the text has."""
     for length in range(len(path), 0, -1):
         inner = document.keys.get(path[:length]) or document.values.get(path[:length])
         found = document.values.get(path[:length]) if length == len(path) else inner
@@ -189,13 +189,13 @@ def _locate(document: YamlDocument, path: Key, name: str) -> Location:
 
 
 def _translate(error: ValidationError, document: YamlDocument, name: str) -> list[Problem]:
-    """Turn pydantic's errors into ours: one per key, in the words of the schema."""
+    """Turn pydantic's errors into Problems: one per key, in the schema's words."""
     found: dict[Key, Problem] = {}
-    told = {problem.key for problem in document.problems}
+    reported = {problem.key for problem in document.problems}
     for item in error.errors(include_url=False, include_context=False):
         path, leaf = _schema_key(item["loc"])
-        block_told = item["type"] == "missing" and show_key(path[:-1]) in told
-        if path in found or show_key(path) in told or block_told or unread(item["input"]):
+        block_reported = item["type"] == "missing" and show_key(path[:-1]) in reported
+        if path in found or show_key(path) in reported or block_reported or unread(item["input"]):
             continue
         message, code = _describe(item, path, leaf)
         found[path] = Problem(_locate(document, path, name), show_key(path), message, code)

@@ -1,4 +1,4 @@
-"""What a configuration needs of this machine: files that exist, a folder to write to, room on the disk, packages."""
+"""Check that this machine has what a configuration needs: files, a writable folder, disk space, packages."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _SPECIAL_SOURCES = ("python-stdlib",)
 
 
 class Report(NamedTuple):
-    """What is missing (findings stop a run), and what is worth knowing (notes do not)."""
+    """Findings, which stop a run, and notes, which do not."""
 
     findings: list[Finding]
     notes: list[str]
 
 
 def inspect(config: RunConfig, starting: bool) -> Report:
-    """Look at this machine for everything that ``config`` needs. Nothing is created or changed.
+    """Check that this machine has everything that ``config`` needs. Nothing is created or changed.
 
     Args:
-        config: what to look for.
+        config: the configuration to check.
         starting: the run starts here and now; otherwise a disk too small for it is only a note, as the run may be
             meant for another machine.
     """
@@ -52,7 +52,7 @@ def token_folder(config: RunConfig) -> Path:
 
 def _sources(config: RunConfig) -> Iterator[Finding]:
     for source in config.data.sources:
-        if source in _SPECIAL_SOURCES or "://" in source or not source.strip():  # of these, a rule has spoken
+        if source in _SPECIAL_SOURCES or "://" in source or not source.strip():  # rules report the last two
             continue
         if source.startswith("hf:"):
             if not _installed("datasets"):
@@ -70,9 +70,9 @@ def _sources(config: RunConfig) -> Iterator[Finding]:
 
 
 def _own_files(config: RunConfig) -> Iterator[Finding]:
-    """Find what longctx itself writes below a source: it would become text."""
+    """Report folders of the run inside a source: their files would become text."""
     for source in config.data.sources:
-        if _exists(Path(source) / "build.json"):  # token files are taken as they are
+        if _exists(Path(source) / "build.json"):  # token files are used as they are
             continue
         for key, folder in (("output.folder", config.output.folder), ("data.folder", str(token_folder(config)))):
             if _is_dir(Path(source)) and would_read(source, Path(folder), config.data.exclude):
@@ -107,7 +107,7 @@ def _disk(config: RunConfig) -> Iterator[Finding]:
 
 
 def disk_needed(config: RunConfig) -> int | None:
-    """Return about how many bytes the checkpoints of a run take, one being written included; None if not known."""
+    """Return the approximate bytes of a run's checkpoints, including one being written; None if unknown."""
     parameters = parameter_count(config)
     if parameters is None:
         return None
@@ -137,7 +137,7 @@ def _hostfile(config: RunConfig) -> Iterator[Finding]:
 
 
 def _nvme(config: RunConfig) -> Iterator[Finding]:
-    if config.launch.hostfile is None:  # otherwise the hosts look for themselves, when they start
+    if config.launch.hostfile is None:  # otherwise each host checks itself at its start
         for key, message in nvme.missing(config):
             yield Finding(key, message, "nvme")
 
@@ -149,7 +149,7 @@ def _tensorboard(config: RunConfig) -> Iterator[Finding]:
 
 
 def _missing_plot(config: RunConfig) -> list[str]:
-    """Return a note where a plot is wanted that cannot be drawn."""
+    """Return a note if a plot is requested that cannot be drawn."""
     if _installed("matplotlib") or "plot" not in vars(config.output) or not config.output.plot:
         return []
     return ["matplotlib is not installed, so there will be no loss.png: pip install 'longctx[plot]'"]
@@ -162,7 +162,7 @@ def _installed(package: str) -> bool:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name that is too long, say
+    except OSError:  # for example, a name that is too long
         return False
 
 

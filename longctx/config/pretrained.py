@@ -1,4 +1,4 @@
-"""What is wrong with a pretrained folder and its tokenizer, found without torch and before anything is built."""
+"""Check a pretrained folder and its tokenizer, without torch and before the model is built."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _KEY = "model.pretrained"
 
 
 def pretrained_findings(config: RunConfig) -> Iterator[Finding]:
-    """Yield what a run's pretrained folder lacks, damaged or unfit: config.json, weights, positions."""
+    """Yield what is missing, damaged or unsuitable in a run's pretrained folder: config.json, weights, positions."""
     if config.model.pretrained is None:
         return
     folder = Path(config.model.pretrained)
@@ -50,7 +50,7 @@ def pretrained_findings(config: RunConfig) -> Iterator[Finding]:
 
 
 def tokenizer_findings(config: RunConfig) -> Iterator[Finding]:
-    """Yield what is wrong with the tokenizer of a run: missing, damaged, or not the pretrained model's."""
+    """Yield what is wrong with a run's tokenizer: missing, damaged, or not the pretrained model's."""
     name, folder = config.data.tokenizer, config.model.pretrained
     size = 257
     content: dict[str, Any] | None = None
@@ -71,7 +71,7 @@ def tokenizer_findings(config: RunConfig) -> Iterator[Finding]:
 
 
 def built_findings(config: RunConfig) -> Iterator[Finding]:
-    """Yield what is wrong if the data is a folder of tokens that another tokenizer than the model's has made."""
+    """Yield a finding if the data are token files that were built with another tokenizer than the model's."""
     folder, sources = config.model.pretrained, config.data.sources
     if folder is None or config.data.foreign_tokenizer or len(sources) != 1:
         return
@@ -81,7 +81,7 @@ def built_findings(config: RunConfig) -> Iterator[Finding]:
     try:
         own, other = read_tokenizer_file(tokenizer_file(folder)), read_tokenizer_file(built)
     except DataError:
-        return  # said of data.tokenizer
+        return  # reported for data.tokenizer
     if _named(own) != _named(other) and not _equal(folder, str(built.parent)):
         message = (
             f"{sources[0]!r} was built with another tokenizer than that of {_KEY}; build the text again with "
@@ -99,7 +99,7 @@ def _unfit(settings: dict[str, Any], weights: dict[str, Weight], folder: Path) -
 
 
 def _too_long(config: RunConfig, settings: dict[str, Any], weights: dict[str, Weight]) -> Iterator[Finding]:
-    """Rows longer than the model's positions, and keys that would not lengthen them."""
+    """Check the row length and `model.max_positions` against the folder's positions."""
     reach, length = reach_of(settings, weights), config.data.sequence_length
     raised, rope = config.model.max_positions, config.model.rope
     ours = rope is not None or "rope_parameters" in config.model.extra
@@ -134,12 +134,12 @@ def _too_long(config: RunConfig, settings: dict[str, Any], weights: dict[str, We
 
 
 def _outside(config: RunConfig, size: int) -> Iterator[Finding]:
-    """Ids that are no rows of the embedding."""
+    """Report a tokenizer with more ids than the embedding has rows."""
     assert config.model.pretrained is not None
     try:
         rows = whole_number(text_settings(read_settings(config.model.pretrained)), "vocab_size")
     except ModelError:
-        return  # said of model.pretrained
+        return  # reported for model.pretrained
     if rows is not None and size > rows:
         message = (
             f"{show(config.data.tokenizer)} has {size:,} ids, but the embedding of {_KEY} has {rows:,} rows; use the "
@@ -149,12 +149,12 @@ def _outside(config: RunConfig, size: int) -> Iterator[Finding]:
 
 
 def _foreign(name: str, content: dict[str, Any] | None, folder: str) -> Iterator[Finding]:
-    """Another tokenizer than the folder's own, told by what decides its ids."""
+    """Report a tokenizer other than the folder's own, compared by what determines its ids."""
     try:
         own = read_tokenizer_file(tokenizer_file(folder))
     except DataError:
         if content is not None:
-            return  # the folder has none: the one that is given is taken for the model's
+            return  # the folder has no tokenizer: assume that the given one is the model's
         same = False
     else:
         same = (_bytes() if content is None else _named(content)) == _named(own) or _equal(name, folder)
@@ -173,7 +173,7 @@ def _named(content: dict[str, Any]) -> str:
 
 
 def _equal(name: str, other: str) -> bool:
-    """Whether two tokenizers whose files differ are one, loaded: some classes of transformers rewrite the file."""
+    """Whether two tokenizers with different files are equal once loaded: some transformers classes rewrite the file."""
     from longctx.data.tokenizers.tokenizer import load_tokenizer
 
     try:

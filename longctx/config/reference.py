@@ -10,7 +10,7 @@ from longctx.config.write import scalar
 
 _HEAD = """# Configurations
 
-A run is one YAML file: `longctx train FILE [section.key=value …]`. File names here say
+A run is one YAML file: `longctx train FILE [section.key=value …]`. Files are named
 model_length_parallelism_hardware. `longctx check FILE` finds every mistake at once, `longctx explain FILE` says what
 each key means and where its value came from, `longctx explain` alone shows all keys with their defaults. `longctx init`
 writes a commented file to start from, `longctx init --full` one with every key.
@@ -19,7 +19,7 @@ This page is generated from the schema (`python -m longctx.config.reference > co
 
 ## Files
 
-| file | what for |
+| file | use |
 |---|---|
 | `quickstart.yaml` | a small model on this Python's own source code, a few minutes on two cores |
 | `smoke.yaml` | the same in under a minute |

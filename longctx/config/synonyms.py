@@ -1,4 +1,4 @@
-"""What other tools call our keys, so that a config written from memory is answered with the right name."""
+"""Other tools' names for our keys, so that the error for an unknown key can suggest the right one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ _NAMES = {
     "data.tokenizer": "tokeniser tokenizer_path tokenizer_name",
     "data.packing": "pack sample_packing",
     "data.folder": "cache cache_dir data_dir",
-    "data.max_bytes": "limit max_size",
     "model.layers": "num_layers num_hidden_layers n_layer n_layers depth",
     "model.heads": "num_attention_heads n_head n_heads num_heads attention_heads",
     "model.kv_heads": "num_key_value_heads n_kv_heads num_kv_heads",

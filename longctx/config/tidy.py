@@ -1,4 +1,4 @@
-"""Between parsing and validation: unknown keys, ``${env:NAME}``, and what must not stand in a raw block.
+"""Prepare a parsed document for validation: unknown keys, ``${env:NAME}``, and checks of raw blocks.
 
 A misspelt key is reported with the nearest valid one, and its value is then read as if it had been spelt right, so
 that one typo gives one message and the rest of the file is still checked.
@@ -12,6 +12,7 @@ from typing import Any
 
 from longctx.config.fields import environment_ok
 from longctx.config.keys import Leaf, inner_key, leaves, nearest, sections
+from longctx.config.mixture import split_sources
 from longctx.config.problems import Location, Problem, show
 from longctx.config.schema import RunConfig
 from longctx.config.strict_yaml import Key, YamlDocument, show_key
@@ -22,9 +23,10 @@ _FORBIDDEN = re.compile("[\x00-\x1f\x7f]")
 
 
 def tidy(document: YamlDocument) -> None:
-    """Bring ``document`` into the shape of the schema, in place, noting problems."""
+    """Bring ``document`` into the shape of the schema, in place, and record problems."""
     tree = document.value
     _rename(document, tree, "")
+    split_sources(document)
     for name, kind in sections().items():
         if name in tree and tree[name] is None:
             tree[name] = {}
@@ -82,7 +84,7 @@ def _rename_block(document: YamlDocument, block: Any, path: Key, leaf: Leaf) -> 
 
 
 def _adopt(document: YamlDocument, value: Any, old: Key, new: Key) -> None:
-    """Read a value under the key it was meant for, if that is free and of the same kind (block or not)."""
+    """Move a value to the key it was meant for, if that key is free and of the same kind (block or not)."""
     target = document.value
     for part in new[:-1]:
         if target.get(part) is None:
@@ -111,7 +113,7 @@ def unread(value: Any) -> bool:
 
 
 def _fill(document: YamlDocument, value: Any, path: Key, allowed: bool) -> Any:
-    """Return ``value`` with environment variables filled in where the schema allows them; check raw blocks."""
+    """Return ``value`` with environment variables expanded where the schema allows them; check raw blocks."""
     if isinstance(value, dict):
         for key in value:
             if isinstance(key, str) and _SECRET.search(key):

@@ -1,4 +1,4 @@
-"""Values and whole configurations as YAML text that the strict reader reads back unchanged."""
+"""Write values and configurations as YAML text that the strict reader reads back unchanged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def scalar(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return ``text`` in double quotes, everything that does not print (line separators, say) escaped."""
+    """Return ``text`` in double quotes, with non-printable characters (such as line separators) escaped."""
     quoted = json.dumps(text, ensure_ascii=False)
     return "".join(
         c if c.isprintable() else f"\\u{ord(c):04x}" if ord(c) < 2**16 else f"\\U{ord(c):08x}" for c in quoted
@@ -53,7 +53,7 @@ def template(values: dict[str, Any], title: str, *, full: bool = False) -> str:
     """Return a commented YAML in which ``values`` (dotted key -> value) are set.
 
     Args:
-        values: at least the required keys, unless a placeholder is to be seen where they are missing.
+        values: the keys to set; a valid file needs at least the required ones.
         title: comment lines for the top.
         full: also show every other key, commented out, at its default.
     """

@@ -109,6 +109,7 @@ def build_corpus(config: RunConfig, say: Say) -> TokenBuild:
         format=data.format,
         exclude=data.exclude,
         special_tokens=data.special_tokens,
+        loss=data.loss,
         continues=continues,
         progress=_Stages(say),
     )
@@ -163,7 +164,17 @@ def _tell(build: TokenBuild, how: str, say: Say) -> None:
         say(f"data: left out, {left['why']}: {left['files']:,} files, {left['bytes']:,} bytes ({first})")
     if said := note(report, build.record["settings"].get("special_tokens", "spell")):
         say(f"data: {said}")
-    for name, what in (("empty", "documents are blank"), ("without_tokens", "documents have no token")):
+    if report.get("conversations"):
+        labels = report["tokens"] + report["held_out_tokens"] - report["ignored_tokens"]
+        say(
+            f"data: {report['conversations']:,} conversations; {labels:,} of all tokens are labels "
+            f"(data.loss: {build.record['settings'].get('loss', 'all')})"
+        )
+    for name, what in (
+        ("empty", "documents are blank"),
+        ("without_tokens", "documents have no token"),
+        ("without_labels", "conversations have no token that data.loss counts"),
+    ):
         if report.get(name):
             say(f"data: left out: {report[name]:,} {what}")
 

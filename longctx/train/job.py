@@ -32,7 +32,7 @@ from longctx.train.corpus import Corpus, Say, prepare_corpus
 from longctx.train.environment import git_commit, versions
 from longctx.train.model import build_model, hash_of_model, memory_of
 from longctx.train.optimizer import make_optimizer
-from longctx.train.stage import TrainingStage, begin_stage, training_stages
+from longctx.train.stage import TrainingStage, begin_stage, training_stages, within_data
 
 
 @dataclass
@@ -82,7 +82,7 @@ def stage_of(stages: tuple[TrainingStage, ...], step: int) -> TrainingStage:
 
 
 def _of_stage(facts: Manifest, stage: TrainingStage) -> Manifest:
-    return replace(facts, run=facts.run | {"data": stage.loader.rows.identity})
+    return replace(facts, run=facts.run | {"data": stage.loader.identity})
 
 
 def find_checkpoint(config: RunConfig, sizes: Derived, say: Say) -> tuple[Checkpoints, Manifest | None]:
@@ -119,12 +119,14 @@ def set_up(
     corpus = _prepare(config, say)
     with together():
         stages = training_stages(config, sizes.world, mesh, corpus)
+        stages = within_data(config, stages, say)
+        config = config.model_copy(update={"train": config.train.model_copy(update={"steps": stages[-1].last})})
         source = read_source(config.model.pretrained)
     say(
         f"mesh: {sizes.world} ranks = data {sizes.data} x ring {sizes.ring} x ulysses {sizes.ulysses}; rows of "
         f"{config.data.sequence_length:,} tokens, {sizes.local_length:,} on each rank"
     )
-    facts = {f"data of stage {one.number + 1}": one.loader.rows.identity for one in stages}
+    facts = {f"data of stage {one.number + 1}": one.loader.identity for one in stages}
     compare_ranks({**facts, **flatten(stages[-1].description.to_dict(), "model")})
     known = checkpoints.facts.run | {"model": hash_of_model(config, stages[-1].description)}
     done = 0 if found is None else found.step

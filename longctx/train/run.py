@@ -47,7 +47,8 @@ def run(
         console: rank 0's output stream for the user; None prints nothing.
         columns: width of the terminal behind ``console``, if that is on another host; else 0.
         stop: catches signals already; None installs the handlers here.
-        give_up: exits this process with a message when another rank is frozen; None writes the message to stderr.
+        give_up: exits this process with a message when another rank is frozen; None writes the message to stderr and
+            exits with code 1.
 
     Returns:
         0 after the last step, 75 when stopped by a signal after saving a checkpoint.
@@ -74,6 +75,7 @@ def run(
         _describe(config, mesh, output)  # only now: a rejected resume leaves the folder unchanged
         stack.enter_context(swap_folder(config))
         job = set_up(config, mesh, sizes, display.say, checkpoints, found)
+        display.total = job.config.train.steps  # fewer if the data is exhausted before
         stack.callback(job.close)
         stack.callback(job.engine.destroy)
         writer = _metrics(job, display.say)
@@ -113,7 +115,7 @@ def _folder(output: Path) -> Iterator[None]:
 
 
 def _describe(config: RunConfig, mesh: Mesh, output: Path) -> None:
-    """Write config.yaml and environment.json before anything else can fail."""
+    """Write config.yaml and environment.json, once it is certain that this run may use the folder."""
     with together():
         if mesh.rank == 0:
             world = {"size": mesh.world_size, "data": mesh.data_size, "ring": mesh.ring_size}
@@ -161,6 +163,7 @@ def _summary(job: Job, outcome: LoopResult, wall: float) -> dict[str, Any]:
         "world": {"size": job.sizes.world, "data": job.sizes.data, "ring": job.sizes.ring},
         "sequence_length": job.config.data.sequence_length,
         "data": job.corpus.report,
+        "mixture": job.loader.mixture(outcome.progress.samples),
         "checkpoint": str(job.checkpoints.root / store.name_of(outcome.progress.step)),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from longctx.config.derived import Derived, derive
@@ -11,6 +11,7 @@ from longctx.config.schema import RunConfig
 from longctx.config.stages import RunStage, model_of, ropes, stages_of, whole
 from longctx.data.loader import EvaluationLoader, ShardedLoader
 from longctx.engine.engine import Engine
+from longctx.errors import DataError
 from longctx.mesh import Mesh
 from longctx.models.hook.rope import change_rope
 from longctx.train.corpus import Corpus
@@ -64,35 +65,64 @@ def begin_stage(engine: Engine, stage: TrainingStage, say: Callable[[str], None]
     say(str(stage))
 
 
+def within_data(
+    config: RunConfig, stages: tuple[TrainingStage, ...], say: Callable[[str], None]
+) -> tuple[TrainingStage, ...]:
+    """Return the stages, a single one with as many steps as the data is enough for; report the shares of sources.
+
+    Raises:
+        DataError: it is not enough for one step, or for a stage.
+    """
+    found = []
+    for stage in stages:
+        loader, steps = stage.loader, stage.last - stage.first + 1
+        windows = loader.windows_in_all
+        if windows == 0:
+            raise DataError(
+                f"data.exhausted: stop: a step reads {loader.samples_per_window:,} rows, but a source is exhausted "
+                "before that; give more text, a smaller train.global_batch, or data.exhausted: repeat"
+            )
+        if windows is not None and windows < steps and len(stages) > 1:
+            raise DataError(
+                f"data.exhausted: stop: a source is exhausted after {windows:,} of the {steps:,} steps of "
+                f"train.stages[{stage.number}]; lower its steps, give more text, or data.exhausted: repeat"
+            )
+        if windows is not None and windows < steps:
+            say(f"data: exhausted after {windows:,} of {steps:,} steps, where the run ends (data.exhausted: stop)")
+            steps = windows
+        samples = steps * loader.samples_per_window
+        where = "the run" if len(stages) == 1 else f"stage {stage.number + 1}"
+        for source in loader.mixture(samples):
+            share = f"{source['samples']:,} rows ({source['samples'] / samples:.1%} of {where})"
+            say(f"data: {share} of {source['source']}, {source['epochs']:.2f} epochs of its {source['rows']:,}")
+        found.append(replace(stage, last=stage.first + steps - 1))
+    return tuple(found)
+
+
 def _loaders(
     stage: RunStage, sizes: Derived, mesh: Mesh, corpus: Corpus
 ) -> tuple[ShardedLoader, EvaluationLoader | None]:
     config, data = stage.config, stage.config.data
-    expected: dict[str, Any] = {
+    common: dict[str, Any] = {
         "tokenizer_hash": corpus.tokenizer_hash,
         "vocabulary_size": config.model.vocab_size or corpus.vocabulary_size,
+        "micro_batch": sizes.micro_batch,
+        "mesh": mesh,
+        "layout": config.attention.layout,
+        "packing": data.packing,
     }
     loader = ShardedLoader(
         corpus.train,
         data.sequence_length,
-        sizes.micro_batch,
-        sizes.accumulation,
-        mesh,
-        config.attention.layout,
-        data.seed,
-        data.packing,
-        **expected,
+        accumulation=sizes.accumulation,
+        seed=data.seed,
+        weights=data.weights or None,
+        repeat=data.exhausted == "repeat",
+        **common,
     )
     if corpus.held_out is None:
         return loader, None
     held_out = EvaluationLoader(
-        corpus.held_out,
-        data.sequence_length,
-        sizes.micro_batch,
-        mesh,
-        config.attention.layout,
-        data.packing,
-        max_rows=config.train.eval_batches * sizes.data,
-        **expected,
+        corpus.held_out, data.sequence_length, max_rows=config.train.eval_batches * sizes.data, **common
     )
     return loader, held_out
