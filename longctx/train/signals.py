@@ -2,8 +2,8 @@
 
 During training the handlers only set a flag. The loop gathers all ranks' flags once per step, so one signalled rank is
 enough and all ranks save the same step. Exit code 75 (EX_TEMPFAIL) means preempted: start again to resume. A SIGINT
-after any of these signals exits at once. Before training there is nothing to save, and the main thread may be inside a library call for
-minutes; so a separate thread receives the signals and ends the process.
+after any of these signals exits at once. Before training there is nothing to save, and the main thread may be inside a
+library call for minutes; so a separate thread receives the signals and ends the process.
 """
 
 from __future__ import annotations
