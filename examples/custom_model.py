@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.norm1(x))  # the only line in which tokens meet
+        x = x + self.attention(self.norm1(x))  # the only operation that mixes tokens
         return x + self.mlp(self.norm2(x))
 
 
@@ -65,10 +65,10 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 text = (Path(__file__).parents[1] / "LICENSE").read_bytes()
 ids = torch.tensor(list(text[:LENGTH]), device=mesh.device)[None]
 labels = longctx.shard(F.pad(ids[:, 1:], (0, 1), value=-100), mesh)  # shift first, then shard
-ids, places = longctx.shard(ids, mesh), longctx.positions(LENGTH, mesh).to(mesh.device)
+ids, positions = longctx.shard(ids, mesh), longctx.positions(LENGTH, mesh).to(mesh.device)
 
 for step in range(10):
-    logits = layers(token(ids) + position(places)) @ token.weight.T  # global positions, tied head
+    logits = layers(token(ids) + position(positions)) @ token.weight.T  # global positions, tied head
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / (LENGTH - 1)
     loss.backward()
     for parameter in model.parameters():

@@ -14,7 +14,7 @@ import longctx
 LENGTH = 1024
 STEPS = 5
 
-mesh = longctx.Mesh(ring=int(os.environ.get("WORLD_SIZE", 1)))
+mesh = longctx.Mesh(ring=int(os.environ.get("WORLD_SIZE", 1)))  # initialize() connects it
 
 torch.manual_seed(0)
 config = LlamaConfig(
@@ -41,7 +41,7 @@ def micro_batch(index: int) -> dict[str, torch.Tensor]:
     """Return one whole row (1, S). The ranks of a ring read the same row, data replicas read different ones."""
     start = (index * mesh.data_size + mesh.data_rank) * LENGTH % (len(text) - LENGTH)
     ids = text[None, start : start + LENGTH]
-    return {"input_ids": ids, "labels": ids}
+    return {"input_ids": ids, "labels": ids}  # labels are not shifted here: engine.shard shifts them
 
 
 for step in range(STEPS):

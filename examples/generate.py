@@ -33,15 +33,15 @@ def show(name: str, tokens: torch.Tensor) -> None:
 
 
 expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-show("keys and values", expected)
+show("KV cache", expected)
 
 # EL-attention caches each layer's input instead of its keys and values: half the bytes, once for all beams, and the
 # same tokens.
 longctx.enable_el(model)
-show("hidden states", model.generate(prompt, attention_mask=torch.ones_like(prompt), **options))
+show("EL cache", model.generate(prompt, attention_mask=torch.ones_like(prompt), **options))
 longctx.disable_el(model)
 
 # On a ring, each rank keeps the keys and values of its part of the prompt. Every rank calls generate() and gets the
 # same tokens. The first call attaches the mesh to the model.
 if mesh.ring_size > 1:
-    show("ring of 2", longctx.generate(model, prompt, mesh=mesh, **options))
+    show(f"KV cache over a ring of {mesh.ring_size}", longctx.generate(model, prompt, mesh=mesh, **options))

@@ -1,5 +1,7 @@
 """A training loop in plain PyTorch, without DeepSpeed: one sequence of 2,048 tokens, sharded over all ranks.
 
+It shows what longctx.windows does for a loop (see the README): shifting, sharding, positions, documents, one loss.
+
 python examples/plain_loop.py                                            # one process
 torchrun --standalone --nproc-per-node 2 examples/plain_loop.py          # the same losses, half the tokens per rank
 """
@@ -16,7 +18,7 @@ import longctx
 
 LENGTH = 2048
 
-# All ranks form one ring. With more ranks than ring x ulysses, the rest are data replicas that read other rows.
+# All ranks form one ring: each holds a part of the same sequence.
 mesh = longctx.Mesh(ring=int(os.environ.get("WORLD_SIZE", 1))).connect()
 
 torch.manual_seed(0)  # every rank holds the whole model and must start with the same weights

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
+from longctx.config.findings import Rule, judge
 from longctx.config.load import Loaded, loads
 from longctx.config.problems import InvalidConfig
+from longctx.config.schema import RunConfig
+from longctx.config.strict_yaml import parse
 from longctx.config.write import scalar
 
 BASE: dict[str, dict[str, Any]] = {
@@ -38,6 +42,11 @@ BASE: dict[str, dict[str, Any]] = {
 }
 
 
+FROM_FOLDER: dict[str, Any] = {f"model__{key}": ... for key in BASE["model"] if key != "dtype"}
+FROM_FOLDER |= {"data__tokenizer": ..., "data__vocab_size": ...}
+"""changes after which `model.pretrained` decides the model and its tokenizer"""
+
+
 def variant(**changes: Any) -> dict[str, Any]:
     """Return BASE with ``section__key=value`` changes; a value of ``...`` removes the key."""
     tree: dict[str, Any] = copy.deepcopy(BASE)
@@ -51,7 +60,7 @@ def variant(**changes: Any) -> dict[str, Any]:
 
 
 def text_of(tree: dict[str, Any]) -> str:
-    """Write a tree as block YAML, one key a line."""
+    """Write a tree as block YAML, one key per line."""
     lines = []
     for section, block in tree.items():
         if isinstance(block, dict):
@@ -73,3 +82,15 @@ def problems_of(text: str | bytes, *overrides: str) -> InvalidConfig:
     except InvalidConfig as error:
         return error
     raise AssertionError(f"accepted: {loaded.config}")
+
+
+def refused_by(rules: Iterable[Rule], changes: dict[str, Any]) -> set[str]:
+    """Return the keys that ``rules`` find wrong in a variant of BASE; loading it names each of them, briefly."""
+    text = text_of(variant(**changes))
+    values = {section: block or {} for section, block in parse(text, "").value.items()}
+    keys = {finding.key for finding in judge(rules, RunConfig.model_validate(values))}
+    if keys:
+        error = problems_of(text)
+        assert keys <= {problem.key for problem in error.problems}, str(error)
+        assert all(len(str(problem)) < 400 for problem in error.problems)
+    return keys

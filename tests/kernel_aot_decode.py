@@ -1,8 +1,8 @@
 """The decode kernels' rows for kernel_aot_others.py: what is launched and with which tiles.
 
-Up to 256 numbers a key, 8 key heads have keys and values of their own, for 16 queries each, or 64 in kind "extras", so
-that both heights of a tile are compiled. Beyond that, 64 queries (heads x beams) share keys that are values too; of
-576, as in DeepSeek's latent, 512 are.
+Up to a width of 256, each of 8 key heads has separate keys and values for 16 queries, or 64 in kind "extras", so that
+both heights of a tile are compiled. Beyond that, 64 queries (heads x beams) share keys that are also the values; of the
+576 columns of DeepSeek's latent, the first 512 are.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def config(case: Any) -> tuple[Any, ...]:
 
 
 def _beams(case: Any) -> int:
-    """Queries of each of the heads that read the same keys."""
+    """Return the number of beams: the queries of each head that reads the same keys."""
     return 1 if case.width <= 256 and case.kind != "extras" else 4
 
 
 def launch(case: Any) -> Any:
-    """The launch of a pass; kind "extras": with everything that may join a logit. On torch's meta device."""
+    """Return the launch of a pass, on torch's meta device; kind "extras": with all terms of a logit."""
     import torch
 
     from longctx.kernels.decode.fused import Call, merge

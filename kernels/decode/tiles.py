@@ -10,21 +10,21 @@ from typing import NamedTuple
 
 KINDS = ("half", "extras", "float")
 """half: bf16 and fp16, all keys visible; extras: the same with further terms or hidden keys; float: fp32 with exact
-products, not on tensor cores, with or without extras."""
+products, without tensor cores, with or without extras."""
 PASSES = ("partial",)
 _ALL = (64, 128, 256, 576, 1024, 2048, 4096)
 WIDTHS = {"half": _ALL, "extras": _ALL, "float": (128, 1024)}
 """Head dimensions compiled ahead of time: separate keys and values up to 256, DeepSeek's latent, models' widths."""
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MERGED = 512
-"""Most columns per program that merges splits."""
+"""Maximum number of columns per program that merges splits."""
 _SHARED = {"sm_90": 224 * 1024, "sm_100": 224 * 1024}
 """Bytes of shared memory per chip; 160 KiB for others."""
 
 
 class Config(NamedTuple):
-    """A program computes `rows` rows and `values` chunks of `width` columns, `step` keys at a time. kept: a tile of
-    keys stays in shared memory to serve as values too; the program then computes all columns."""
+    """A program computes `rows` rows and `values` chunks of `width` columns, `step` keys per tile. kept: a tile of
+    keys stays in shared memory and is also the tile of values; the program then computes all columns."""
 
     rows: int
     step: int
@@ -41,11 +41,11 @@ def choose(rows: int, key_width: int, value_width: int, shared: bool, itemsize: 
     Args:
         rows: the rows that share a key head: beams x heads of its group x new tokens.
         shared: values are the first columns of the keys.
-        itemsize: bytes of an element of q.
+        itemsize: bytes per element of q.
         extras: the logits have further terms, or keys are hidden.
         arch: one of ARCHES, "interpreter", or another chip's name.
     """
-    if arch == "interpreter":  # small and unequal, so that short tests have many tiles of every kind
+    if arch == "interpreter":  # small and unequal, so that short tests have many tiles of each kind
         chunks, kept = -(-value_width // 16), shared and key_width <= 48
         return Config(16, 16, 16, chunks if kept else min(chunks, 2), kept, 1, 1)
     amd = arch.startswith("gfx")
@@ -55,27 +55,29 @@ def choose(rows: int, key_width: int, value_width: int, shared: bool, itemsize: 
     whole = kept or key_width <= 256  # else the chunks of the keys are loaded in a loop
     chunks = -(-value_width // width)
     values = chunks if kept or chunks * width <= 256 else min(chunks, widest // 2 // width)
-    owned = values * width
-    fits = whole and 32 * owned <= 32768 and not amd if itemsize <= 2 else 32 * owned <= 4096
+    columns = values * width
+    # The output accumulator, tile x columns in fp32, must fit in the registers.
+    fits = whole and 32 * columns <= 32768 and not amd if itemsize <= 2 else 32 * columns <= 4096
     tile = 32 if rows > 16 and fits else 16
     if itemsize > 2:
         return Config(tile, 16, width, values, kept, 8, 1)
-    warps = 4 if owned <= 128 or (amd and not kept) else 8
+    warps = 4 if columns <= 128 or (amd and not kept) else 8
     if amd:
         return Config(tile, 16 if kept else 32, width, values, kept, warps, 1)
-    row = 2 * -(-key_width // width) * width if whole else 2 * width
-    walked = row if kept or not whole else row + 2 * owned
+    # The queries and the prefetched tiles of keys and values must fit in shared memory: the largest step that does.
+    query_bytes = 2 * -(-key_width // width) * width if whole else 2 * width
+    bytes_per_key = query_bytes if kept or not whole else query_bytes + 2 * columns
     budget = _SHARED.get(arch, 160 * 1024)
     for step, stages in ((64, 3), (32, 3), (16, 3), (16, 2)):
-        if tile * row + (stages - 1) * step * walked <= budget:
+        if tile * query_bytes + (stages - 1) * step * bytes_per_key <= budget:
             break
-    crowded = extras and (not kept or owned >= 1024)  # further terms need registers and shared memory too
+    crowded = extras and (not kept or columns >= 1024)  # further terms need registers and shared memory too
     return Config(tile, max(16, step // 2) if crowded else step, width, values, kept, warps, stages)
 
 
 def splits(units: int, keys: int, step: int, processors: int) -> int:
     """Return the number of splits of a context of `keys`: units x splits programs fill the processors once, and each
-    has at least four tiles, because a split costs a partial result, written and read again.
+    has at least four tiles, because each split writes a partial result that the merge reads again.
 
     Args:
         units: programs per split: batch x key heads x tiles of rows and columns.

@@ -1,7 +1,7 @@
 """Split a sequence into chunks: blocks of equal chunks, which token reads which, and packed documents as runs of ids.
 
-ABC and Cottention use the same scheme. Within a chunk every pair of tokens meets in a matrix product; between chunks
-only the state is carried. A block is a run of chunks that are computed together, small enough to stay in cache.
+ABC and Cottention use the same scheme. Within a chunk attention is computed pair by pair, as matrix products; between
+chunks only the state is carried. A block is a run of chunks that are computed together, small enough to stay in cache.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def unfold(out: torch.Tensor, block: Block, part: torch.Tensor) -> None:
 
 
 def pieces(length: int, tokens: torch.Tensor | None) -> Iterator[tuple[slice, torch.Tensor | None]]:
-    """Yield slices of up to 2048 tokens, each with the mask (B, 1, n, 1) of its tokens that do not count, or None.
+    """Yield slices of up to 2048 tokens, each with the mask (B, 1, n, 1) of its excluded tokens, or None.
 
     Args:
-        tokens: (B, T) bool, which tokens count; None: all.
+        tokens: (B, T) bool, which tokens are included; None: all.
     """
     for first in range(0, length, _PIECE):
         here = slice(first, first + _PIECE)
@@ -89,7 +89,7 @@ class ChunkMasks:
     valid: torch.Tensor | None = None
 
     def mask_pairs(self, scores: torch.Tensor) -> torch.Tensor:
-        """Set scores (B, G, chunks, n * C, C) to 0 where row t must not read column j; in place."""
+        """Set scores (B, G, chunks, n * C, C) to 0 where row t does not read column j; in place."""
         size = self.visible.shape[-1]
         scores.unflatten(3, (-1, size)).mul_(self.visible if self.before is None else self.visible[:, :, :, None])
         return scores
@@ -130,7 +130,7 @@ def causal_masks(size: int, dtype: torch.dtype, device: torch.device) -> ChunkMa
 
 
 class Runs:
-    """The documents of each row of tokens; each document is a run of one id. Padding (-1) ends no run.
+    """The documents of each row of tokens; each document is a run of one id. Padding (-1) does not end a run.
 
     An id that returns after another id is a new document. So runs are numbered and the numbers are compared:
     `ids` (B, T) is 0 for tokens that continue the state's document, then 1, 2, ...; -1 at padding.

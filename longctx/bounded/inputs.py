@@ -1,4 +1,4 @@
-"""The inputs of one call of ABC or Cottention, and what the forms over a whole sequence ask of either method."""
+"""The inputs of one call of ABC or Cottention, and the methods that both need for whole sequences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from longctx.bounded.ranks.exchange import Value
 class SequenceInputs:
     """q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv); subclasses add their own tensors and settings.
 
-    The state of a stretch is a `Value`: tensors that `combine` joins, and last the document (B,) they belong to.
+    The state of a contiguous stretch of tokens is a `Value`: tensors that `combine` merges, and last its document (B,).
     """
 
     per_token: ClassVar[tuple[str, ...]] = ("q", "k", "v")
@@ -29,7 +29,7 @@ class SequenceInputs:
 
     @abstractmethod
     def write(self, tokens: torch.Tensor | None, document: torch.Tensor) -> Value:
-        """Return the state that these tokens leave: those of `tokens` (B, T) bool, None for all, of `document` (B,)."""
+        """Return the state that `tokens` (B, T) bool, None for all, write; they belong to `document` (B,)."""
 
     @abstractmethod
     def combine(self, first: Value, second: Value) -> Value:

@@ -53,10 +53,10 @@ def _accumulate(
     """Iterate x = decay_c x + added_c over the chunks (from the last, if `reverse`).
 
     Returns:
-        x before each step, and the last x. One operator per chunk: their launches bound the time of short sequences.
+        x before each step, and the last x. One operator per chunk, since launch time dominates on short sequences.
     """
-    met = torch.empty_like(added)
-    slots = [*met.unbind(2), torch.empty_like(start)]
+    before = torch.empty_like(added)
+    slots = [*before.unbind(2), torch.empty_like(start)]
     writes = added.unbind(2)
     decays = None if decay is None else decay.unbind(2)
     if reverse:
@@ -68,7 +68,7 @@ def _accumulate(
             torch.add(slots[step], write, out=slots[step + 1])
         else:
             torch.addcmul(write, slots[step], decays[step], out=slots[step + 1])
-    return met, slots[-1]
+    return before, slots[-1]
 
 
 def _scale(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What calling the Triton kernels of ABC and of Cottention has in common.
+"""Prepare calls of the Triton kernels of ABC and of Cottention.
 
 Importing this file imports triton, so it is imported when that backend is chosen.
 """

@@ -1,4 +1,4 @@
-"""Walk over a local sequence block by block: what the chunked forms of ABC and Cottention have in common."""
+"""Walk over a local sequence block by block, in the chunked forms of ABC and Cottention."""
 
 from __future__ import annotations
 

@@ -1,14 +1,16 @@
-"""From our names to transformers' configuration, architecture by architecture. Plain dictionaries, no import of it."""
+"""Map our model keys to transformers' configuration, per architecture. Plain dictionaries; it is not imported."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from longctx.config.rope import resolve
 from longctx.config.schema import RunConfig
 from longctx.config.sections.model import ModelSection
 from longctx.errors import ModelError
 from longctx.models.load.expected import count_parameters
 from longctx.models.load.headers import read_weights
+from longctx.models.load.rope import rope_changes
 from longctx.models.load.settings import read_settings
 
 WINDOWED = frozenset({"mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"})
@@ -19,7 +21,7 @@ GROUPED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "g
 """architectures with fewer key/value heads than query heads"""
 ROTARY = GROUPED
 CONVERTIBLE = frozenset({"llama", "mistral", "qwen2", "qwen3", "gpt2"})
-"""architectures whose layers can attend in other ways (attention.layers)"""
+"""architectures whose attention layers can be replaced (attention.layers)"""
 UNGATED = frozenset(
     "gpt2 phi apertus arcee bert bert-generation big_bird biogpt bloom camembert codegen data2vec-text electra ernie "
     "falcon gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj jais2 megatron-bert mpt nanochat nemotron opt "
@@ -49,7 +51,7 @@ OWNED_KEYWORDS = {
     **dict.fromkeys(("model_type", "architectures"), "model.architecture"),
     **dict.fromkeys(("sliding_window", "use_sliding_window", "max_window_layers"), "attention.window"),
 }
-"""transformers keywords that have a key of their own here"""
+"""transformers keyword -> the key of ours that owns it"""
 REFUSED_KEYWORDS = frozenset(
     {
         "auto_map",
@@ -61,18 +63,18 @@ REFUSED_KEYWORDS = frozenset(
     }
     | {"is_encoder_decoder", "add_cross_attention"}
 )
-"""transformers keywords that would run foreign code or take attention away from us"""
+"""transformers keywords that would run third-party code or replace our attention"""
 
 
 def head_dim(model: ModelSection) -> int | None:
-    """Return the size of one head; None while sizes are missing."""
+    """Return the size of one head; None if sizes are missing."""
     if model.head_dim is not None:
         return model.head_dim
     return model.hidden_size // model.heads if model.hidden_size and model.heads else None
 
 
 def intermediate_size(model: ModelSection) -> int | None:
-    """Return the width of the MLP; None while sizes are missing."""
+    """Return the width of the MLP; None if sizes are missing."""
     if model.intermediate_size is not None or model.hidden_size is None:
         return model.intermediate_size
     if model.architecture in UNGATED:
@@ -87,7 +89,7 @@ def transformers_keywords(
 
     Args:
         config: with ``model.architecture`` given.
-        vocabulary_size: the tokenizer's; ``model.vocab_size`` wins if it is given.
+        vocabulary_size: the tokenizer's; ``model.vocab_size`` takes precedence.
         end_of_document: the tokenizer's id for it, or None.
         beginning: the tokenizer's ``bos_token_id``, or None.
     """
@@ -117,27 +119,40 @@ def transformers_keywords(
         keywords["sliding_window"] = window
         if model.architecture in ("qwen2", "qwen3"):
             keywords |= {"use_sliding_window": True, "max_window_layers": 0}
+    rope = resolve(config)
+    if rope is not None:
+        keywords |= rope_changes({"model_type": model.architecture}, rope.parameters)
+        keywords["max_position_embeddings"] = rope.positions
     return keywords | model.extra
 
 
 def pretrained_changes(config: RunConfig) -> dict[str, Any]:
-    """Return the keys of a pretrained folder's config.json that the run gives other values, by transformers' names."""
+    """Return the keys of a pretrained folder's config.json that the run gives other values, by transformers' names.
+
+    Raises:
+        ModelError: `model.rope` is given and the folder's config.json cannot be read.
+    """
     model = config.model
     changes: dict[str, Any] = dict(model.extra)
     if model.max_positions is not None:
         changes["max_position_embeddings"] = model.max_positions
+    if model.pretrained is not None and model.rope is not None:
+        settings = read_settings(model.pretrained)
+        rope = resolve(config, settings)
+        assert rope is not None
+        changes |= {"max_position_embeddings": rope.positions, **rope_changes(settings, rope.parameters)}
     return changes
 
 
 def parameter_count(config: RunConfig) -> int | None:
-    """Return how many parameters the model has, or None: of a pretrained folder what its weights have, from scratch
-    about (norms and biases are left out)."""
+    """Return the model's parameter count: exact for a pretrained folder, approximate from scratch (without norms and
+    biases); None if unknown."""
     model = config.model
     if model.pretrained is not None:
         try:
             return count_parameters(read_settings(model.pretrained), read_weights(model.pretrained))
         except ModelError:
-            return None  # `machine.inspect` says what is wrong with the folder
+            return None  # `machine.inspect` reports what is wrong with the folder
     vocabulary = model.vocab_size or vocabulary_size(config)
     inner, size = intermediate_size(model), head_dim(model)
     if not (model.hidden_size and model.layers and model.heads and inner and size and vocabulary):
@@ -150,5 +165,5 @@ def parameter_count(config: RunConfig) -> int | None:
 
 
 def vocabulary_size(config: RunConfig) -> int | None:
-    """Return the tokenizer's size as far as the configuration tells (a trained BPE may stay below it)."""
+    """Return the tokenizer's size if the configuration sets it (a trained BPE may be smaller)."""
     return {"bpe": config.data.vocab_size, "bytes": 257}.get(config.data.tokenizer)

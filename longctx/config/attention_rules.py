@@ -1,4 +1,4 @@
-"""Rules of `attention.window` and of `mesh.ulysses`, which depend on the model's attention."""
+"""Rules of `attention.window` and `mesh.ulysses`, which depend on the model's attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From our sections to DeepSpeed's configuration dictionary, and what the raw `deepspeed:` block may not say."""
+"""Build DeepSpeed's configuration from our sections, and reject what the raw `deepspeed:` block must not set."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ REFUSED = {
     "zero_force_ds_cpu_optimizer": "the optimizer is ours; remove the key",
     "prescale_gradients": "gradients are scaled by the engine, once; remove the key",
     "gradient_predivide_factor": "gradients are scaled by the engine, once; remove the key",
-    "elasticity": "it changes the batch behind train.global_batch; remove the key",
+    "elasticity": "it changes the batch that train.global_batch sets; remove the key",
     "checkpoint": "checkpoints are written by longctx; use the section checkpoint",
     "load_universal_checkpoint": "checkpoints are read by longctx; use the section checkpoint",
     "pipeline": "there is no pipeline axis; remove the key",
     "compression_training": "it is not supported; remove the key",
-    "zero_optimization.mics_shard_size": "DeepSpeed has no MiCS any more; remove the key, or use zero.group",
-    "zero_optimization.mics_hierarchical_params_gather": "DeepSpeed has no MiCS any more; remove the key",
+    "zero_optimization.mics_shard_size": "DeepSpeed no longer has MiCS; remove the key, or use zero.group",
+    "zero_optimization.mics_hierarchical_params_gather": "DeepSpeed no longer has MiCS; remove the key",
     "zero_optimization.zero_quantized_weights": "it is not supported; remove the key",
     "zero_optimization.zero_quantized_nontrainable_weights": "it is not supported; remove the key",
     "zero_optimization.zero_quantized_gradients": "it is not supported; remove the key",
 }
-"""DeepSpeed's key -> why it cannot stand in the raw block"""
+"""DeepSpeed's key -> why the raw block must not set it, and what to do"""
 
 
 def conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield (dotted key below `deepspeed`, message) for everything in the raw block that cannot stand there."""
+    """Yield (dotted key below `deepspeed`, message) for each key that the raw block must not set."""
     for key, value in _walk(config.deepspeed):
         if key in OWNED:
             yield key, f"conflicts with {OWNED[key]}, which owns this setting; remove it here and set {OWNED[key]}"
@@ -80,11 +80,11 @@ def _walk(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def to_deepspeed(config: RunConfig, derived: Derived | None = None) -> dict[str, Any]:
-    """Return the dictionary for ``longctx.initialize(config=…)``; the optimizer object is passed beside it.
+    """Return the dictionary for ``longctx.initialize(config=…)``; the optimizer object is passed separately.
 
     Args:
         config: a valid configuration.
-        derived: its sizes; worked out for the current world when None.
+        derived: its sizes; None: derived for the current world.
     """
     derived = derived or derive(config)
     zero, train = config.zero, config.train
@@ -110,7 +110,7 @@ def to_deepspeed(config: RunConfig, derived: Derived | None = None) -> dict[str,
         "gradient_accumulation_steps": derived.accumulation,
         "gradient_clipping": train.clip or 0.0,
         "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,  # a torch optimizer compiles nothing
+        "zero_allow_untested_optimizer": True,  # a torch optimizer: DeepSpeed compiles none of its own
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": sharding,
     }

@@ -1,4 +1,4 @@
-"""What follows from a configuration: the world, the grid, accumulation, lengths. Arithmetic only."""
+"""Sizes derived from a configuration: world, mesh, accumulation, lengths. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ CPU_RANKS = 2
 
 
 class Derived(Section):
-    """Sizes of a run that no key gives directly."""
+    """Sizes of a run that no key sets directly."""
 
-    world: int = Field(description="ranks in all")
-    ring: int = Field(description="ranks that pass keys and values of one sequence around")
-    ulysses: int = Field(description="ranks that exchange heads of one sequence")
+    world: int = Field(description="ranks in total")
+    ring: int = Field(description="ranks that share one sequence by ring attention")
+    ulysses: int = Field(description="ranks that share one sequence by all-to-all of heads")
     data: int = Field(description="replicas")
-    micro_batch: int = Field(description="rows in one forward of one replica")
-    accumulation: int = Field(description="micro-batches of one optimizer step")
-    global_batch: int = Field(description="rows of one optimizer step")
-    padded_length: int = Field(description="tokens of a row after padding, so that every rank holds as many")
-    local_length: int = Field(description="tokens of a row on one rank")
-    tokens_per_step: int = Field(description="tokens of one optimizer step, without padding")
-    group: int | None = Field(description="ranks among which ZeRO-3's weights are cut once more; None: no such copy")
-    parameters: int | None = Field(
-        description="parameters of the model, about; None where they are not known before loading"
+    micro_batch: int = Field(description="rows in one forward and backward of one replica")
+    accumulation: int = Field(description="micro-batches per optimizer step")
+    global_batch: int = Field(description="rows per optimizer step")
+    padded_length: int = Field(description="tokens per row, padded so that every rank holds equally many")
+    local_length: int = Field(description="tokens per row and rank")
+    tokens_per_step: int = Field(description="tokens per optimizer step, without padding")
+    group: int | None = Field(
+        description="ranks per secondary shard group of ZeRO-3's weights (hpZ); None: no secondary copy"
     )
+    parameters: int | None = Field(description="approximate parameter count; None if unknown before loading")
 
 
 def world_size(config: RunConfig, default: int = CPU_RANKS) -> int:
-    """Return how many ranks the run has: as launched, as `mesh` says, else `default` or what the ring needs.
+    """Return the number of ranks: as launched, as `mesh` sets it, else `default` or what the mesh needs.
 
     Args:
-        default: ranks this machine would start by itself (one per GPU, or 2 on the CPU).
+        default: ranks that this machine starts by default (one per GPU, or 2 on the CPU).
     """
     launched, _ = launched_world()
     if launched is not None:
@@ -69,10 +69,10 @@ def mesh_sizes(config: RunConfig, world: int) -> MeshSizes:
 
 
 def accumulation_of(train: TrainSection, replicas: int) -> int:
-    """Return the micro-batches of one optimizer step: global_batch / (micro_batch x replicas).
+    """Return the micro-batches per optimizer step: global_batch / (micro_batch x replicas).
 
     Raises:
-        ConfigError: that is not a whole number.
+        ConfigError: the result is not a whole number.
     """
     at_once = train.micro_batch * replicas
     rows = at_once if train.global_batch is None else train.global_batch
@@ -87,7 +87,7 @@ def accumulation_of(train: TrainSection, replicas: int) -> int:
 
 
 def derive(config: RunConfig, world: int | None = None) -> Derived:
-    """Return the sizes of a run of ``world`` ranks (found out when None).
+    """Return the sizes of a run of ``world`` ranks (None: see ``world_size``).
 
     Raises:
         ConfigError: the mesh does not fill the world, or the batch cannot be split over it.

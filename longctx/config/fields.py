@@ -1,6 +1,6 @@
-"""The building blocks of the schema: one strict base class, and numbers as people write them.
+"""Building blocks of the schema: a strict base class, and types for numbers as people write them.
 
-Sections are frozen and refuse unknown keys; numbers are finite; ``1_000``, ``10k`` and ``8Ki`` are whole numbers.
+Sections are frozen and reject unknown keys; numbers are finite; ``1_000``, ``10k`` and ``8Ki`` are whole numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ENVIRONMENT_OK = "environment_ok"
 
 
 class UnknownValue(Exception):
-    """A key is read whose value is not known, because the YAML's is wrong or missing (see `partial.without`)."""
+    """Raised on reading a key whose value in the YAML is wrong or missing (see `partial.without`)."""
 
 
 class Section(BaseModel):
@@ -30,7 +30,7 @@ class Section(BaseModel):
         validate_default=True,
     )
 
-    if not TYPE_CHECKING:  # a type checker would take any name for an attribute
+    if not TYPE_CHECKING:  # otherwise type checkers accept any attribute name
 
         def __getattr__(self, name: str) -> Any:
             if name in type(self).model_fields:
@@ -41,7 +41,7 @@ class Section(BaseModel):
 def human_int(value: Any) -> Any:
     """Turn ``"1_000"``, ``"10k"`` (thousand), ``"8Ki"`` (1024) and integral floats such as ``1e4`` into an int.
 
-    Anything else is returned unchanged, for pydantic to refuse.
+    Anything else is returned unchanged, for pydantic to reject.
     """
     if isinstance(value, str):
         match = _HUMAN.fullmatch(value)
@@ -84,17 +84,21 @@ Group = Annotated[
     BeforeValidator(human_tile, json_schema_input_type=int | str),
 ]
 Texts = Annotated[tuple[str, ...], BeforeValidator(listed, json_schema_input_type=str | list[str])]
+Weights = Annotated[
+    tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(listed, json_schema_input_type=list[float])
+]
 Pair = Annotated[tuple[float, float], BeforeValidator(listed, json_schema_input_type=list[float])]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(listed, json_schema_input_type=list[float])]
 Raw = dict[str, Any]
 
 
 def environment_field(default: Any = ..., **keywords: Any) -> Any:
-    """A field in which ``${env:NAME}`` may stand: paths and folders only, never anything secret."""
+    """Return a field whose value may contain ``${env:NAME}``: paths only, never secrets."""
     return Field(default, json_schema_extra={_ENVIRONMENT_OK: True}, **keywords)
 
 
 def environment_ok(field: Any) -> bool:
-    """Say whether ``${env:NAME}`` may stand in this pydantic field."""
+    """Say whether this pydantic field may contain ``${env:NAME}``."""
     extra = field.json_schema_extra
     return isinstance(extra, dict) and bool(extra.get(_ENVIRONMENT_OK))
 

@@ -1,4 +1,4 @@
-"""What a rule finds wrong, and how rules are run over a configuration of which some keys are unknown."""
+"""What rules find wrong, and how they run over a configuration in which some values are unknown."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Rule = Callable[[RunConfig], Iterator[Finding]]
 def judge(rules: Iterable[Rule], config: RunConfig) -> list[Finding]:
     """Return the findings of every rule.
 
-    A rule that reads a key whose value is not known (see `partial.without`) ends there: it would judge a value that
-    the user has not given. So every independent check is a rule of its own.
+    A rule that reads an unknown value (see `partial.without`) stops there: it would judge a value that the user did
+    not give. So each independent check is a separate rule.
     """
     findings: list[Finding] = []
     for rule in rules:

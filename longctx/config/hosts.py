@@ -1,7 +1,6 @@
-"""Names of hosts and of interfaces, and the text of hostfiles. Only text: no file is read, nothing is looked up.
+"""Parse host names, interface names and hostfiles. Text only: no file is read, no name is resolved.
 
-A name that passes here is a word for every program it is handed to: it cannot be an option, nor mean anything to a
-shell, to ssh or to pdsh.
+A valid name is safe as an argument of any program: it is no option, and has no special meaning to a shell, ssh or pdsh.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\*?", re.ASCII)
 _OPTION = re.compile(r"([A-Za-z]{2,40})=([A-Za-z0-9_@%:,./~+-]{1,500})", re.ASCII)
 MOST_HOSTS = 100_000
 
-# Everything else can run a command, open a tunnel, or turn off what we rely on.
+# All other options can run a command, open a tunnel, or turn off what we rely on.
 SSH_OPTIONS = frozenset(
     "addressfamily ciphers compression connectionattempts connecttimeout globalknownhostsfile hostkeyalgorithms "
     "identitiesonly identityfile kexalgorithms loglevel macs preferredauthentications proxyjump stricthostkeychecking "
@@ -29,17 +28,17 @@ SSH_OPTIONS = frozenset(
 
 
 class Host(NamedTuple):
-    """One machine, perhaps with the user to log in as, and how many ranks run there (None: not said)."""
+    """One machine, optionally with a login user, and its number of ranks (None: not given)."""
 
     name: str
     slots: int | None = None
 
 
 def parse_host(text: str) -> Host:
-    """Return the host that ``name``, ``user@name`` or either with ``:ranks`` means.
+    """Parse ``name`` or ``user@name``, either with an optional ``:ranks``.
 
     Raises:
-        LaunchError: it is not a host name, or the number of ranks is none.
+        LaunchError: the host name or the number of ranks is invalid.
     """
     name, colon, slots = text.partition(":")
     user, at, _ = name.rpartition("@")
@@ -49,20 +48,20 @@ def parse_host(text: str) -> Host:
             "user@name:4"
         )
     if colon and not _SLOTS.fullmatch(slots):
-        raise LaunchError(f"{text[:80]!r}: {slots[:20]!r} is not a number of ranks; write {name}:4, say")
+        raise LaunchError(f"{text[:80]!r}: {slots[:20]!r} is not a number of ranks; write for example {name}:4")
     return Host(name, int(slots) if colon else None)
 
 
 def bare(name: str) -> str:
-    """Return a host's name without the user to log in as."""
+    """Return a host's name without its login user."""
     return name.rpartition("@")[2]
 
 
 def parse_hostfile(text: str) -> tuple[Host, ...]:
-    """Return the hosts of a hostfile: ``name`` or ``name slots=4`` a line, ``#`` starts a comment; a BOM is no text.
+    """Parse a hostfile: ``name`` or ``name slots=4`` per line, comments after ``#``, an optional BOM.
 
     Raises:
-        LaunchError: a line says something else; it is named by its number.
+        LaunchError: a line has another form; the message gives its number.
     """
     hosts = []
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
@@ -81,19 +80,19 @@ def parse_hostfile(text: str) -> tuple[Host, ...]:
 
 
 def require_users(hosts: Iterable[Host], launcher: str) -> None:
-    """Raise LaunchError where a host names a user and the launcher has no way to log in as one host by host."""
+    """Raise LaunchError if a host names a login user and the launcher does not support one per host."""
     named = next((host.name for host in hosts if "@" in host.name), None)
     if named is not None and launcher not in ("deepspeed", "local"):
         raise LaunchError(
-            f"{named} names a user, which only launcher deepspeed takes host by host; write {bare(named)}, and "
+            f"{named} names a user, which only launcher deepspeed supports per host; write {bare(named)}, and "
             f"launch.ssh_options: [User={named.rpartition('@')[0]}] for all hosts (openmpi, mpich)"
         )
 
 
 def once_each(hosts: list[Host]) -> tuple[Host, ...]:
-    """Return the hosts; an empty list, too long a one, or a name that comes twice is an error."""
+    """Return the hosts as a tuple; raise LaunchError if there are none, too many, or one twice."""
     if not hosts:
-        raise LaunchError("no host is named; write one a line: `name slots=4`")
+        raise LaunchError("no host is named; write one per line: `name slots=4`")
     if len(hosts) > MOST_HOSTS:
         raise LaunchError(f"{len(hosts):,} hosts are more than {MOST_HOSTS:,}")
     seen: set[str] = set()
@@ -105,12 +104,12 @@ def once_each(hosts: list[Host]) -> tuple[Host, ...]:
 
 
 def is_interface(name: str) -> bool:
-    """Say whether ``name`` can be a network interface's."""
+    """Say whether ``name`` is a valid name of a network interface."""
     return bool(_INTERFACE.fullmatch(name))
 
 
 def is_variable(name: str) -> bool:
-    """Say whether ``name`` is an environment variable's, or the beginning of some (``NCCL_*``)."""
+    """Say whether ``name`` is a valid name of an environment variable, or a prefix of some (``NCCL_*``)."""
     return bool(_VARIABLE.fullmatch(name))
 
 

@@ -1,4 +1,4 @@
-"""Rules of the `launch:` section: names are names, and no key is given that the chosen launcher would not read."""
+"""Rules of the `launch:` section: valid names, and no key that the chosen launcher ignores."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _interface(config: RunConfig) -> Iterator[Finding]:
 def _environment(config: RunConfig) -> Iterator[Finding]:
     for name in config.launch.environment:
         if not is_variable(name):
-            message = f"got {show(name)}; write a variable's name, or a beginning as in NCCL_*"
+            message = f"got {show(name)}; write a variable's name, or a prefix such as NCCL_*"
             yield Finding("launch.environment", message, "name")
 
 

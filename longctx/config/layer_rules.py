@@ -1,4 +1,4 @@
-"""Rules of `attention.layers`: kinds and options, and what they ask of model, length and layout."""
+"""Rules of `attention.layers`: kinds and options, and what they require of model, length and layout."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from longctx.errors import ModelError
 from longctx.nn.kinds import ABC, Cosine, Kind, read_indices, read_kind, read_layers
 
 _KEY = "attention.layers"
-_ANY = 10**6  # layers of a model whose number is not known before it is loaded
+_ANY = 10**6  # stands for a number of layers that is unknown before the model is loaded
 
 
 def _entries(config: RunConfig) -> Iterator[Finding]:
-    """Each entry by itself: layers that can be read, and a kind that exists, with its options."""
+    """Check each entry by itself: valid layer indices, and a known kind with valid options."""
     for layers, kind in config.attention.layers.items():
         for problem in (_problem_of_layers(layers, _ANY), _problem_of_kind(kind, layers)):
             if problem is not None:
@@ -26,7 +26,7 @@ def _entries(config: RunConfig) -> Iterator[Finding]:
 
 
 def _within_the_model(config: RunConfig) -> Iterator[Finding]:
-    """Layers that can be read, but that the model does not have."""
+    """Report valid indices of layers that the model does not have."""
     layers = config.attention.layers
     if not layers:
         return
@@ -44,7 +44,7 @@ def _convertible(config: RunConfig) -> Iterator[Finding]:
     name, _ = _model(config)
     if name is not None and name.removeprefix("longctx_") not in CONVERTIBLE:
         able = ", ".join(sorted(CONVERTIBLE))
-        message = f"{name} keeps its layers; architectures whose layers can be chosen: {able}"
+        message = f"layers of {name} cannot be replaced; architectures whose layers can: {able}"
         yield Finding(_KEY, message, "layers")
 
 
@@ -75,7 +75,7 @@ def _linformer(config: RunConfig) -> Iterator[Finding]:
 
 
 def _kinds(config: RunConfig) -> list[Kind]:
-    """Return each kind that a layer has, once; entries that cannot be read are left out."""
+    """Return the distinct kinds of the layers; invalid entries are skipped."""
     layers = config.attention.layers
     if not layers:
         return []
@@ -105,7 +105,7 @@ def _problem_of_layers(key: str, count: int) -> str | None:
 
 
 def _model(config: RunConfig) -> tuple[str | None, int | None]:
-    """Return the architecture and its number of layers, each None where it is not known before the model is loaded."""
+    """Return the architecture and its number of layers, each None if unknown before the model is loaded."""
     folder = config.model.pretrained
     if folder is None:
         return config.model.architecture, config.model.layers
@@ -113,7 +113,7 @@ def _model(config: RunConfig) -> tuple[str | None, int | None]:
         raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         return str(raw["model_type"]), int(raw.get("num_hidden_layers", raw.get("n_layer")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None, None  # `machine.inspect` says what is wrong with the folder
+        return None, None  # `machine.inspect` reports what is wrong with the folder
 
 
 RULES: tuple[Rule, ...] = (_entries, _within_the_model, _convertible, _striped, _causal, _linformer)

@@ -1,4 +1,4 @@
-"""The door to the configuration: a YAML file and overrides in, one frozen RunConfig or every problem at once out."""
+"""Load a configuration: a YAML file and overrides become one frozen RunConfig, or an error with every problem."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from longctx.config import overrides as command_line
 from longctx.config.derived import CPU_RANKS, world_size
 from longctx.config.fields import UnknownValue
-from longctx.config.findings import Finding, judge
-from longctx.config.keys import expected, leaves, sections
+from longctx.config.findings import Finding
+from longctx.config.keys import Leaf, expected, find, leaves, sections
 from longctx.config.machine import inspect
 from longctx.config.partial import partial_config, without
 from longctx.config.pretrained import FOLDER_RULES
@@ -21,6 +21,7 @@ from longctx.config.problems import InvalidConfig, Location, Problem, show
 from longctx.config.recover import parse_or_recover
 from longctx.config.rules import broken
 from longctx.config.schema import RunConfig
+from longctx.config.stages import fill_in, judge_run
 from longctx.config.strict_yaml import Key, YamlDocument, read, show_key
 from longctx.config.tidy import tidy, unread
 
@@ -28,18 +29,18 @@ World = int | Callable[[RunConfig], int]
 
 
 class Loaded(NamedTuple):
-    """A configuration, and where each given key was written."""
+    """A configuration, and where each key is set."""
 
     config: RunConfig
     sources: dict[str, Location]
-    """dotted key -> location; a key that is missing here has its default"""
+    """dotted key -> location; keys left at their default are not in it"""
     document: YamlDocument
     name: str
 
     def problem(self, finding: Finding) -> Problem:
         """Return a finding about this configuration with its location."""
-        path = tuple(finding.key.split(".")) if finding.key else ()
-        return Problem(_locate(self.document, path, self.name), finding.key, finding.message, finding.code)
+        place = _locate(self.document, _path(finding.key), self.name)
+        return Problem(place, finding.key, finding.message, finding.code)
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS) -> RunConfig:
@@ -48,7 +49,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, default_world: Worl
     Args:
         path: a YAML file.
         overrides: ``section.key=value`` strings, stronger than the file.
-        default_world: ranks where neither a launcher nor `mesh` says how many; or what returns it for a configuration.
+        default_world: ranks if neither a launcher nor `mesh` sets them, or a function from the configuration to it.
 
     Raises:
         InvalidConfig: a ConfigError with every problem, one line each.
@@ -57,7 +58,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, default_world: Worl
 
 
 def load_with_sources(path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS) -> Loaded:
-    """Like ``load``, and say where each value came from."""
+    """Like ``load``, but also return where each value is set."""
     return _valid(*_read(read(path), str(path), overrides, default_world))
 
 
@@ -75,9 +76,9 @@ def _valid(loaded: Loaded, problems: list[Problem]) -> Loaded:
 
 
 def _read(text: str | bytes, name: str, overrides: Iterable[str], default_world: World) -> tuple[Loaded, list[Problem]]:
-    """Return what is right of a configuration, and all that is wrong with it as far as the text itself shows.
+    """Return the valid part of a configuration, and every problem that its text shows.
 
-    Each pass judges what the passes before it have left: syntax, names of keys, types and ranges, rules between keys.
+    Each pass checks what the earlier passes left valid: syntax, names of keys, types and ranges, rules between keys.
     """
     document = parse_or_recover(text, name)
     if not isinstance(document.value, dict):
@@ -86,6 +87,7 @@ def _read(text: str | bytes, name: str, overrides: Iterable[str], default_world:
         raise InvalidConfig([Problem(Location(name, 1, 1), "", f"{what}; {hint}", "empty"), *document.problems])
     command_line.apply(document, overrides)
     tidy(document)
+    fill_in(document.value)
     problems, unknown = list(document.problems), frozenset[str]()
     config: RunConfig | None
     try:
@@ -98,18 +100,18 @@ def _read(text: str | bytes, name: str, overrides: Iterable[str], default_world:
     config = _with_tokenizer(without(config, {*unknown, *(problem.key for problem in problems)}))
     sources = {key: document.values[path] for key in leaves() if (path := tuple(key.split("."))) in document.values}
     loaded = Loaded(config, sources, document, name)
-    told = {problem.key for problem in problems}
+    reported = {problem.key for problem in problems}
     problems += [
         loaded.problem(finding)
         for finding in broken(config, _world(config, default_world))
-        if not any(finding.key == key or finding.key.startswith(f"{key}.") for key in told)
+        if not any(finding.key == key or finding.key.startswith(f"{key}.") for key in reported)
     ]
     addresses = {problem.key for problem in problems if problem.code == "url"} - {"data.sources"}
     return loaded._replace(config=without(config, addresses)), problems
 
 
 def _world(config: RunConfig, default: World) -> int | None:
-    """Return how many ranks the run has; None where a key that decides it has no value."""
+    """Return the number of ranks; None if a key that decides it has no value."""
     try:
         if not isinstance(default, int):
             default = default(config) if config.mesh.world == "auto" else CPU_RANKS
@@ -119,14 +121,14 @@ def _world(config: RunConfig, default: World) -> int | None:
 
 
 def load_for_rank(path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS) -> RunConfig:
-    """Like ``load`` for a rank that another launcher has started, where no command has looked at the model's folder.
+    """Like ``load``, for a rank that another launcher has started: check the model's folder too.
 
     Raises:
         InvalidConfig: as ``load``, and if the pretrained folder or the tokenizer does not fit.
     """
     loaded = load_with_sources(path, overrides, default_world=default_world)
     config = loaded.config
-    findings = judge(FOLDER_RULES, config) if config.model.pretrained is not None else []
+    findings = judge_run(FOLDER_RULES, config) if config.model.pretrained is not None else []
     _valid(loaded, [loaded.problem(finding) for finding in findings])
     return config
 
@@ -134,10 +136,10 @@ def load_for_rank(path: str | Path, overrides: Iterable[str] = (), *, default_wo
 def load_for_machine(
     path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS, starting: bool = True
 ) -> tuple[Loaded, list[str]]:
-    """Like ``load_with_sources`` and ``require_machine`` at once: (the configuration, what is worth knowing).
+    """Load a configuration and check this machine together; return (configuration, notes).
 
     Raises:
-        InvalidConfig: with the mistakes of the file and what this machine lacks, all of them together.
+        InvalidConfig: with every mistake of the file and everything that this machine lacks.
     """
     loaded, problems = _read(read(path), str(path), overrides, default_world)
     report = inspect(loaded.config, starting)
@@ -146,7 +148,7 @@ def load_for_machine(
 
 
 def _with_tokenizer(config: RunConfig) -> RunConfig:
-    """Fill in `data.tokenizer: auto`, so that everything after this reads one name."""
+    """Resolve `data.tokenizer: auto`, so that later code reads a name."""
     try:
         if config.data.tokenizer != "auto":
             return config
@@ -157,7 +159,7 @@ def _with_tokenizer(config: RunConfig) -> RunConfig:
 
 
 def require_machine(loaded: Loaded, starting: bool = True) -> list[str]:
-    """Check that this machine has what a configuration needs, and return what is worth knowing besides.
+    """Check that this machine has what a configuration needs; return notes that do not stop a run.
 
     Args:
         loaded: what ``load_with_sources`` returned.
@@ -171,45 +173,49 @@ def require_machine(loaded: Loaded, starting: bool = True) -> list[str]:
     return report.notes
 
 
+def _path(key: str) -> Key:
+    """Return ``train.stages[1].lr`` as ``("train", "stages", 1, "lr")``."""
+    return tuple(int(part) if part.isdecimal() else part for part in key.replace("[", ".").replace("]", "").split("."))
+
+
 def _locate(document: YamlDocument, path: Key, name: str) -> Location:
-    """Return where ``path`` is written, or the innermost block around it that is."""
+    """Return the location of ``path``, or of the innermost enclosing block that the text has."""
     for length in range(len(path), 0, -1):
-        found = document.values.get(path[:length]) if length == len(path) else document.keys.get(path[:length])
+        inner = document.keys.get(path[:length]) or document.values.get(path[:length])
+        found = document.values.get(path[:length]) if length == len(path) else inner
         if found:
             return found
     return Location(name, 1, 1)
 
 
 def _translate(error: ValidationError, document: YamlDocument, name: str) -> list[Problem]:
-    """Turn pydantic's errors into ours: one per key, in the words of the schema."""
+    """Turn pydantic's errors into Problems: one per key, in the schema's words."""
     found: dict[Key, Problem] = {}
-    told = {problem.key for problem in document.problems}
+    reported = {problem.key for problem in document.problems}
     for item in error.errors(include_url=False, include_context=False):
-        path, key = _schema_key(item["loc"])
-        block_told = item["type"] == "missing" and show_key(path[:-1]) in told
-        if path in found or show_key(path) in told or block_told or unread(item["input"]):
+        path, leaf = _schema_key(item["loc"])
+        block_reported = item["type"] == "missing" and show_key(path[:-1]) in reported
+        if path in found or show_key(path) in reported or block_reported or unread(item["input"]):
             continue
-        message, code = _describe(item, key)
+        message, code = _describe(item, path, leaf)
         found[path] = Problem(_locate(document, path, name), show_key(path), message, code)
     return list(found.values())
 
 
-def _schema_key(loc: tuple[int | str, ...]) -> tuple[Key, str]:
-    """Split pydantic's location into (path as users see it, dotted schema key); union members are dropped."""
-    if loc[0] in sections():
-        known: Key = loc[:2]
-    else:
-        known = loc[:1]
-    key = ".".join(str(part) for part in known)
-    index = tuple(
-        part for part in loc[2:3] if isinstance(part, int) and key == "data.sources" or key == "data.extensions"
-    )
-    return known + index, key
+def _schema_key(loc: tuple[int | str, ...]) -> tuple[Key, Leaf | None]:
+    """Split pydantic's location into (path as users see it, key of the schema); union members are dropped."""
+    length = 2 if loc[0] in sections() else 1
+    while length < len(loc) and (leaf := find(loc[:length])) is not None:
+        within = isinstance(loc[length], int) and (leaf.block is not None or leaf.texts)
+        if not within and str(loc[length]) not in leaf.inner:
+            break
+        length += 1
+    return loc[:length], find(loc[:length])
 
 
-def _describe(item: Any, key: str) -> tuple[str, str]:
-    leaf = leaves().get(key)
+def _describe(item: Any, path: Key, leaf: Leaf | None) -> tuple[str, str]:
     if leaf is None:
+        key = ".".join(map(str, path))
         block = f"a block of keys ({', '.join(sections()[key].model_fields)})" if key in sections() else "a known key"
         if item["type"] == "missing":
             required = [name for name, field in sections()[key].model_fields.items() if field.is_required()]

@@ -1,4 +1,4 @@
-"""What a configuration needs of this machine: files that exist, a folder to write to, room on the disk, packages."""
+"""Check that this machine has what a configuration needs: files, a writable folder, disk space, packages."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from longctx.config.findings import Finding, Rule, judge
 from longctx.config.hosts import parse_hostfile, require_users
 from longctx.config.pretrained import FOLDER_RULES
 from longctx.config.schema import RunConfig
+from longctx.config.stages import judge_run
 from longctx.data.sources.folder import would_read
 from longctx.errors import LaunchError
 
@@ -22,23 +23,23 @@ _SPECIAL_SOURCES = ("python-stdlib",)
 
 
 class Report(NamedTuple):
-    """What is missing (findings stop a run), and what is worth knowing (notes do not)."""
+    """Findings, which stop a run, and notes, which do not."""
 
     findings: list[Finding]
     notes: list[str]
 
 
 def inspect(config: RunConfig, starting: bool) -> Report:
-    """Look at this machine for everything that ``config`` needs. Nothing is created or changed.
+    """Check that this machine has everything that ``config`` needs. Nothing is created or changed.
 
     Args:
-        config: what to look for.
+        config: the configuration to check.
         starting: the run starts here and now; otherwise a disk too small for it is only a note, as the run may be
             meant for another machine.
     """
     notes: list[str] = []
     rules: list[Rule] = [_sources, _own_files, *FOLDER_RULES, _folder, _resume, _hostfile, _nvme, _tensorboard]
-    findings = judge([*rules, _disk] if starting else rules, config)
+    findings = judge_run([*rules, _disk] if starting else rules, config)
     if not starting:
         notes += [finding.message for finding in judge([_disk], config)]
     return Report(findings, [*_missing_plot(config), *notes])
@@ -51,7 +52,7 @@ def token_folder(config: RunConfig) -> Path:
 
 def _sources(config: RunConfig) -> Iterator[Finding]:
     for source in config.data.sources:
-        if source in _SPECIAL_SOURCES or "://" in source or not source.strip():  # of these, a rule has spoken
+        if source in _SPECIAL_SOURCES or "://" in source or not source.strip():  # rules report the last two
             continue
         if source.startswith("hf:"):
             if not _installed("datasets"):
@@ -59,19 +60,19 @@ def _sources(config: RunConfig) -> Iterator[Finding]:
                 yield Finding("data.sources", message, "missing-package")
             continue
         path = Path(source)
-        if not _exists(path):
+        if not _exists(path) and not _exists(Path(f"{source}.idx")):  # NAME of Megatron's NAME.idx
             message = f"{source!r} does not exist; give text files, .jsonl files, folders, or python-stdlib"
             yield Finding("data.sources", message, "no-file")
-        elif not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        elif _exists(path) and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
             yield Finding("data.sources", f"{source!r} cannot be read; change its permissions", "no-access")
         elif path.is_file() and path.stat().st_size == 0:
             yield Finding("data.sources", f"{source!r} is empty; give a file with text", "empty-file")
 
 
 def _own_files(config: RunConfig) -> Iterator[Finding]:
-    """Find what longctx itself writes below a source: it would become text."""
+    """Report folders of the run inside a source: their files would become text."""
     for source in config.data.sources:
-        if _exists(Path(source) / "build.json"):  # token files are taken as they are
+        if _exists(Path(source) / "build.json"):  # token files are used as they are
             continue
         for key, folder in (("output.folder", config.output.folder), ("data.folder", str(token_folder(config)))):
             if _is_dir(Path(source)) and would_read(source, Path(folder), config.data.exclude):
@@ -106,7 +107,7 @@ def _disk(config: RunConfig) -> Iterator[Finding]:
 
 
 def disk_needed(config: RunConfig) -> int | None:
-    """Return about how many bytes the checkpoints of a run take, one being written included; None if not known."""
+    """Return the approximate bytes of a run's checkpoints, including one being written; None if unknown."""
     parameters = parameter_count(config)
     if parameters is None:
         return None
@@ -136,7 +137,7 @@ def _hostfile(config: RunConfig) -> Iterator[Finding]:
 
 
 def _nvme(config: RunConfig) -> Iterator[Finding]:
-    if config.launch.hostfile is None:  # otherwise the hosts look for themselves, when they start
+    if config.launch.hostfile is None:  # otherwise each host checks itself at its start
         for key, message in nvme.missing(config):
             yield Finding(key, message, "nvme")
 
@@ -148,7 +149,7 @@ def _tensorboard(config: RunConfig) -> Iterator[Finding]:
 
 
 def _missing_plot(config: RunConfig) -> list[str]:
-    """Return a note where a plot is wanted that cannot be drawn."""
+    """Return a note if a plot is requested that cannot be drawn."""
     if _installed("matplotlib") or "plot" not in vars(config.output) or not config.output.plot:
         return []
     return ["matplotlib is not installed, so there will be no loss.png: pip install 'longctx[plot]'"]
@@ -161,7 +162,7 @@ def _installed(package: str) -> bool:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name that is too long, say
+    except OSError:  # for example, a name that is too long
         return False
 
 

@@ -1,4 +1,4 @@
-"""Rules that depend on the number of ranks: the mesh, the groups of ZeRO, the length of a row, and the batch."""
+"""Rules that depend on the number of ranks: mesh, ZeRO groups, row length and batch."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def _batch(config: RunConfig, world: int) -> Iterator[Finding]:
 
 
 def _agreed(config: RunConfig, world: int) -> bool:
-    """Whether the YAML leaves the world to the launcher, or gives the size that was started."""
+    """Whether `mesh.world` is auto, or the number of ranks that were started."""
     return config.mesh.world in ("auto", world)
 
 
 def _fills(config: RunConfig, world: int) -> bool:
-    """Whether the mesh fills the world; otherwise no other size follows from it."""
+    """Whether the mesh fills the world; otherwise no other size can be derived."""
     if not _agreed(config, world):
         return False
     try:

@@ -1,4 +1,4 @@
-"""Rules of the `model:` section: a source, sizes that fit together, and keywords that are left to the user."""
+"""Rules of the `model:` section: a source, consistent sizes, and further keywords."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longctx.config.findings import Finding, Rule
 from longctx.config.schema import RunConfig
 
 _SIZES = ("hidden_size", "layers", "heads")
-_BESIDE_A_FOLDER = frozenset({"pretrained", "dtype", "max_positions", "extra"})
+_BESIDE_A_FOLDER = frozenset({"pretrained", "dtype", "max_positions", "rope", "lora", "extra"})
 
 
 def _source(config: RunConfig) -> Iterator[Finding]:
@@ -75,7 +75,7 @@ def _extra(config: RunConfig) -> Iterator[Finding]:
             owner = architecture.OWNED_KEYWORDS[key]
             yield Finding(f"model.extra.{key}", f"belongs to {owner}; remove it here and set {owner}", "conflict")
         elif key in architecture.REFUSED_KEYWORDS or key.startswith("_"):
-            message = "is refused: it would run foreign code or replace attention"
+            message = "is refused: it would run third-party code or replace attention"
             yield Finding(f"model.extra.{key}", message, "refused")
         elif key != "rope_parameters" and config.model.pretrained is not None:
             message = "the pretrained folder decides this; only rope_parameters can be given with model.pretrained"

@@ -1,4 +1,4 @@
-"""`zero.offload_optimizer: nvme`: where a run swaps to, how much goes there, and what a machine must have for it."""
+"""`zero.offload_optimizer: nvme`: the folder to swap to, the space it needs, and what a machine must have."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from pathlib import Path
 from longctx.config.architecture import parameter_count
 from longctx.config.schema import RunConfig
 
-# DeepSpeed's builder asks the same of libaio, but to ask it takes seconds of imports
+# DeepSpeed's builder checks libaio in the same way, but importing it takes seconds
 _PROGRAM = "#include <libaio.h>\nint main(void) { return io_submit(0, 0, 0) == 0; }\n"
-_BYTES = 16  # fp32 weights, gradients and AdamW's two moments, of one parameter
+_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments in fp32
 
-# Numbers that a rank swaps in at once: DeepSpeed's default, ten times as many, would hold most ranks' states whole in
-# host memory, in four buffers
+# Elements that a rank swaps in at once. DeepSpeed's default, ten times as many, would hold most ranks' whole state in
+# host memory, in four buffers.
 SUB_GROUP = 100_000_000
 
 KEY = "zero.nvme_folder"
 LIBRARY = (
-    "got 'nvme', but libaio cannot be compiled against here, which DeepSpeed swaps with: apt install libaio-dev g++, "
+    "got 'nvme', but DeepSpeed needs libaio, and libaio cannot be compiled against here: apt install libaio-dev g++, "
     "or use cpu"
 )
 
 
 def run_folder(config: RunConfig) -> Path:
-    """Return the folder that only this run swaps to: one run at a time holds an output folder, whose name is in it."""
+    """Return the run's own swap folder, named after its output folder, which one run at a time holds."""
     assert config.zero.nvme_folder is not None
     output = str(Path(config.output.folder).absolute())
     return Path(config.zero.nvme_folder) / f"longctx-{hashlib.sha256(output.encode()).hexdigest()[:12]}"
 
 
 def missing(config: RunConfig, share: float = 1.0) -> Iterator[tuple[str, str]]:
-    """Yield (key, message) for everything that swapping to NVMe wants and this machine has not.
+    """Yield (key, message) for everything that swapping to NVMe needs and this machine lacks.
 
     Args:
-        share: the part of the run's ranks that swap on this machine.
+        share: fraction of the run's ranks that swap on this machine.
     """
     if config.zero.offload_optimizer != "nvme" or config.zero.nvme_folder is None:
         return
@@ -48,7 +48,7 @@ def missing(config: RunConfig, share: float = 1.0) -> Iterator[tuple[str, str]]:
         yield "zero.offload_optimizer", LIBRARY
     folder = Path(config.zero.nvme_folder)
     if not folder.is_dir():
-        yield KEY, f"{str(folder)!r} is not a folder here; make it on the NVMe disk, on every host"
+        yield KEY, f"{str(folder)!r} is not a folder here; create it on the NVMe disk of every host"
     elif not os.access(folder, os.W_OK | os.X_OK):
         yield KEY, f"{str(folder)!r} cannot be written to; change its permissions, or give another folder"
     else:
@@ -77,7 +77,7 @@ def has_libaio() -> bool:
 
 
 def writes_directly(folder: Path) -> bool:
-    """Say whether files in ``folder`` can be opened past the page cache, as swapping does; some file systems cannot."""
+    """Say whether files in ``folder`` can be opened with O_DIRECT, as swapping does; some file systems cannot."""
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         try:
             os.close(os.open(file.name, os.O_WRONLY | getattr(os, "O_DIRECT", 0)))

@@ -1,4 +1,4 @@
-"""Overrides from the command line: ``train.lr=1e-3``, typed by the schema like the same text in the file."""
+"""Overrides from the command line: ``train.lr=1e-3``, parsed like the same text in the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}(\.[A-Za-z0-9_-]{1,80}){0,15}", re.ASCII)
 
 
 def apply(document: YamlDocument, overrides: Iterable[str]) -> None:
-    """Write ``overrides`` into ``document`` (in place; the last of several for one key wins), noting problems."""
+    """Write ``overrides`` into ``document`` in place (the last of several for one key wins), and record problems."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not _KEY.fullmatch(key):
@@ -36,7 +36,7 @@ def apply(document: YamlDocument, overrides: Iterable[str]) -> None:
 
 
 def _leaf(key: str) -> Leaf | None:
-    """Return the leaf that ``key`` names, or the raw block that it reaches into."""
+    """Return the leaf that ``key`` names, or the raw block that contains it."""
     parts = key.split(".")
     for length in range(len(parts), 0, -1):
         leaf = leaves().get(".".join(parts[:length]))
@@ -66,7 +66,7 @@ def _value(text: str, leaf: Leaf, place: Location) -> Any:
         raise InvalidConfig(document.problems)
     value = document.value
     if leaf.text_only and not isinstance(value, str | None) or leaf.texts and isinstance(value, int | float):
-        return text.strip()  # ``output.folder=2024`` is the name it looks like
+        return text.strip()  # ``output.folder=2024`` means the text "2024"
     return value
 
 

@@ -1,7 +1,7 @@
-"""A configuration whose wrong and missing keys have no value, so that rules between all other keys can be judged.
+"""Leave wrong and missing keys of a configuration without a value, so that rules between the others still run.
 
-pydantic gives a configuration only where every key is right. So wrong values are first replaced, by their default or
-by a stand-in where there is none; then `without` takes the replaced values away again.
+pydantic builds a configuration only if every key is valid. So wrong values are first replaced, by their default or by a
+stand-in if there is none; then `without` removes the replaced values.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _ROUNDS = 4  # a removed key may be required, and a value under it may be wrong 
 
 
 def partial_config(tree: dict[str, Any]) -> tuple[RunConfig | None, frozenset[str]]:
-    """Return (a valid configuration of what is right in ``tree``, the dotted keys that are not the user's).
+    """Return (a configuration of the valid values in ``tree``, the dotted keys whose values were replaced).
 
     Args:
-        tree: the YAML as nested dictionaries; left as it is.
+        tree: the YAML as nested dictionaries; not modified.
     """
     tree, unknown = copy.copy(tree), set[str]()
     for name, block in tree.items():
@@ -45,7 +45,7 @@ def partial_config(tree: dict[str, Any]) -> tuple[RunConfig | None, frozenset[st
 
 
 def without(config: RunConfig, unknown: Iterable[str]) -> RunConfig:
-    """Return ``config`` with the keys in ``unknown`` left without a value: reading one raises UnknownValue.
+    """Return a copy of ``config`` in which reading a key in ``unknown`` raises UnknownValue.
 
     Args:
         unknown: dotted keys as problems name them: ``train.steps``, ``data.sources[1]``, or a whole section. Keys

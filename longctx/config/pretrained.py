@@ -1,4 +1,4 @@
-"""What is wrong with a pretrained folder and its tokenizer, found without torch and before anything is built."""
+"""Check a pretrained folder and its tokenizer, without torch and before the model is built."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config.findings import Finding, Rule
+from longctx.config.lora_rules import lora_modules, lora_package
 from longctx.config.problems import show
+from longctx.config.rope_rules import of_the_model
 from longctx.config.schema import RunConfig
 from longctx.data.tokenizers.file import NAME, read_tokenizer_file, tokenizer_file, vocabulary_size_in
 from longctx.errors import DataError, LongctxError, ModelError
@@ -16,6 +18,7 @@ from longctx.models.load.classes import require_causal
 from longctx.models.load.expected import mismatches
 from longctx.models.load.headers import Weight, read_weights
 from longctx.models.load.reach import reach_of
+from longctx.models.load.rope import rope_of
 from longctx.models.load.settings import read_settings, text_settings, whole_number
 
 _SHOWN = 4
@@ -23,7 +26,7 @@ _KEY = "model.pretrained"
 
 
 def pretrained_findings(config: RunConfig) -> Iterator[Finding]:
-    """Yield what a run's pretrained folder lacks, damaged or unfit: config.json, weights, positions."""
+    """Yield what is missing, damaged or unsuitable in a run's pretrained folder: config.json, weights, positions."""
     if config.model.pretrained is None:
         return
     folder = Path(config.model.pretrained)
@@ -47,7 +50,7 @@ def pretrained_findings(config: RunConfig) -> Iterator[Finding]:
 
 
 def tokenizer_findings(config: RunConfig) -> Iterator[Finding]:
-    """Yield what is wrong with the tokenizer of a run: missing, damaged, or not the pretrained model's."""
+    """Yield what is wrong with a run's tokenizer: missing, damaged, or not the pretrained model's."""
     name, folder = config.data.tokenizer, config.model.pretrained
     size = 257
     content: dict[str, Any] | None = None
@@ -68,7 +71,7 @@ def tokenizer_findings(config: RunConfig) -> Iterator[Finding]:
 
 
 def built_findings(config: RunConfig) -> Iterator[Finding]:
-    """Yield what is wrong if the data is a folder of tokens that another tokenizer than the model's has made."""
+    """Yield a finding if the data are token files that were built with another tokenizer than the model's."""
     folder, sources = config.model.pretrained, config.data.sources
     if folder is None or config.data.foreign_tokenizer or len(sources) != 1:
         return
@@ -78,7 +81,7 @@ def built_findings(config: RunConfig) -> Iterator[Finding]:
     try:
         own, other = read_tokenizer_file(tokenizer_file(folder)), read_tokenizer_file(built)
     except DataError:
-        return  # said of data.tokenizer
+        return  # reported for data.tokenizer
     if _named(own) != _named(other) and not _equal(folder, str(built.parent)):
         message = (
             f"{sources[0]!r} was built with another tokenizer than that of {_KEY}; build the text again with "
@@ -96,9 +99,14 @@ def _unfit(settings: dict[str, Any], weights: dict[str, Weight], folder: Path) -
 
 
 def _too_long(config: RunConfig, settings: dict[str, Any], weights: dict[str, Weight]) -> Iterator[Finding]:
-    """Rows longer than the model's positions, and keys that would not lengthen them."""
+    """Check the row length and `model.max_positions` against the folder's positions."""
     reach, length = reach_of(settings, weights), config.data.sequence_length
-    raised, ours = config.model.max_positions, "rope_parameters" in config.model.extra
+    raised, rope = config.model.max_positions, config.model.rope
+    ours = rope is not None or "rope_parameters" in config.model.extra
+    if rope is not None and (reach.learned if reach else not rope_of(settings)):
+        yield Finding("model.rope", "the folder's model has no rotary positions; remove the key", "rope")
+    elif rope is not None:
+        yield from of_the_model(config, settings)
     if reach is None:
         return
     if reach.learned:
@@ -114,24 +122,24 @@ def _too_long(config: RunConfig, settings: dict[str, Any], weights: dict[str, We
     elif raised is not None and raised > reach.positions and reach.scaling is not None and not ours:
         message = (
             f"got {raised}, but the folder's {reach.scaling} RoPE is scaled from its own {reach.positions}; give "
-            "all of model.extra.rope_parameters too, original_max_position_embeddings among them"
+            "model.rope too, with original_max_position_embeddings"
         )
         yield Finding("model.max_positions", message, "length")
-    elif raised is None and length > reach.positions:
+    elif raised is None and rope is None and length > reach.positions:
         message = (
-            f"got {length}, above the {reach.positions:,} positions of {_KEY}; lower it, or set model.max_positions to "
-            f"{length} to train it further out (and model.extra.rope_parameters to scale its RoPE)"
+            f"got {length}, above the {reach.positions:,} positions of {_KEY}; lower it, or extend them: set model.rope"
+            f" (rope_type yarn, say), or model.max_positions to {length} to train further out with the same RoPE"
         )
         yield Finding("data.sequence_length", message, "length")
 
 
 def _outside(config: RunConfig, size: int) -> Iterator[Finding]:
-    """Ids that are no rows of the embedding."""
+    """Report a tokenizer with more ids than the embedding has rows."""
     assert config.model.pretrained is not None
     try:
         rows = whole_number(text_settings(read_settings(config.model.pretrained)), "vocab_size")
     except ModelError:
-        return  # said of model.pretrained
+        return  # reported for model.pretrained
     if rows is not None and size > rows:
         message = (
             f"{show(config.data.tokenizer)} has {size:,} ids, but the embedding of {_KEY} has {rows:,} rows; use the "
@@ -141,12 +149,12 @@ def _outside(config: RunConfig, size: int) -> Iterator[Finding]:
 
 
 def _foreign(name: str, content: dict[str, Any] | None, folder: str) -> Iterator[Finding]:
-    """Another tokenizer than the folder's own, told by what decides its ids."""
+    """Report a tokenizer other than the folder's own, compared by what determines its ids."""
     try:
         own = read_tokenizer_file(tokenizer_file(folder))
     except DataError:
         if content is not None:
-            return  # the folder has none: the one that is given is taken for the model's
+            return  # the folder has no tokenizer: assume that the given one is the model's
         same = False
     else:
         same = (_bytes() if content is None else _named(content)) == _named(own) or _equal(name, folder)
@@ -165,7 +173,7 @@ def _named(content: dict[str, Any]) -> str:
 
 
 def _equal(name: str, other: str) -> bool:
-    """Whether two tokenizers whose files differ are one, loaded: some classes of transformers rewrite the file."""
+    """Whether two tokenizers with different files are equal once loaded: some transformers classes rewrite the file."""
     from longctx.data.tokenizers.tokenizer import load_tokenizer
 
     try:
@@ -180,5 +188,5 @@ def _bytes() -> str:
     return _named(ByteTokenizer().json)
 
 
-FOLDER_RULES: tuple[Rule, ...] = (tokenizer_findings, pretrained_findings, built_findings)
+FOLDER_RULES: tuple[Rule, ...] = (tokenizer_findings, pretrained_findings, built_findings, lora_modules, lora_package)
 """What `model.pretrained` and `data.tokenizer` ask of this machine's files"""

@@ -1,4 +1,4 @@
-"""One problem of a configuration, and the error that carries all of them at once."""
+"""A problem of a configuration, and the error that carries all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KEY_SHAPED = re.compile(
 
 
 class Location(NamedTuple):
-    """Where something was written: a file, or an override of the command line (line 0)."""
+    """Where something is written: in a file, or in an override on the command line (line 0)."""
 
     file: str
     line: int = 0
@@ -27,7 +27,7 @@ class Location(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One thing to mend: where, which key, what is wrong and what to write instead, and a code to look it up by."""
+    """One mistake: its location and key, what is wrong and what to write instead, and a code to look up."""
 
     place: Location
     key: str
@@ -64,5 +64,5 @@ def show(value: Any) -> str:
 
 
 def redact(text: str) -> str:
-    """Return ``text`` with user names and passwords of URLs, and whatever looks like an access key, blotted out."""
+    """Return ``text`` with URL credentials, and anything that looks like an access key, replaced by ``***``."""
     return _KEY_SHAPED.sub("***", _CREDENTIALS.sub("***@", text))

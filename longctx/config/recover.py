@@ -1,4 +1,4 @@
-"""Read what is right of a YAML that does not parse, so that one slip of syntax hides no other mistake.
+"""Parse the valid blocks of a YAML with syntax errors, so that one syntax error hides no other mistake.
 
 A section, or a key of one, that does not parse by itself is reported and blanked out; the rest is parsed as usual, at
 the same lines and columns.
@@ -14,12 +14,12 @@ from longctx.config.problems import InvalidConfig, Problem
 from longctx.config.strict_yaml import YamlDocument, parse
 
 _HEAD = re.compile(r"([ \t]*)([A-Za-z_][A-Za-z0-9_-]{0,80})\s*:(?:\s|$)")
-_MARKS = ("---", "...", "%")  # several documents or directives: nothing is known of what follows
+_MARKS = ("---", "...", "%")  # several documents, or directives: not recovered
 _WHOLE = ("too-large", "not-text")  # codes of problems that concern the whole text
 
 
 class _Block(NamedTuple):
-    """Some lines of the text, from that of a key to before the next one."""
+    """The lines of one key, up to the next key."""
 
     key: str
     first: int
@@ -32,7 +32,7 @@ def parse_or_recover(content: bytes | str, name: str) -> YamlDocument:
     The syntax errors are among the result's problems; their keys are the blocks that have no value.
 
     Raises:
-        InvalidConfig: the text is no configuration, or no block alone is to blame.
+        InvalidConfig: the text is not a configuration, or the error cannot be attributed to a block.
     """
     try:
         return parse(content, name)
@@ -47,7 +47,7 @@ def parse_or_recover(content: bytes | str, name: str) -> YamlDocument:
 
 
 def _recover(lines: list[str], first: Problem, name: str) -> YamlDocument | None:
-    """Return the document without the blocks that do not parse; None where that does not help."""
+    """Return the document without the blocks that do not parse; None if it still does not parse."""
     blocks = _blocks(lines, 0, len(lines), top=True)
     if any(line.startswith(_MARKS) for line in lines) or not any(block.key in sections() for block in blocks):
         return None
@@ -58,7 +58,7 @@ def _recover(lines: list[str], first: Problem, name: str) -> YamlDocument | None
             lines = [*lines[: block.first], *[""] * (block.end - block.first), *lines[block.end :]]
     if not problems:
         return None
-    if len(problems) == 1:  # in its place in the whole text it may say more
+    if len(problems) == 1:  # the error of the whole text may be more specific
         problems = [first._replace(key=problems[0].key)]
     try:
         document = parse("\n".join(lines), name)
@@ -69,7 +69,7 @@ def _recover(lines: list[str], first: Problem, name: str) -> YamlDocument | None
 
 
 def _wrong_in(lines: list[str], section: _Block, name: str) -> list[tuple[_Block, Problem]]:
-    """Return the keys of a section that do not parse, or the whole section where no single key is to blame."""
+    """Return the keys of a section that do not parse, or the whole section if no single key fails by itself."""
     problem = _problem(lines, [section], name)
     if problem is None:
         return []
@@ -83,23 +83,24 @@ def _wrong_in(lines: list[str], section: _Block, name: str) -> list[tuple[_Block
 
 
 def _blocks(lines: list[str], first: int, end: int, *, top: bool) -> list[_Block]:
-    """Return the blocks that begin in these lines, at the margin or at the indentation of the first of them."""
+    """Return the blocks that begin in these lines, at column 0 or at the indentation of the first of them."""
     indent: str | None = "" if top else None
     starts: list[tuple[str, int]] = []
     for number in range(first, end):
         match = _HEAD.match(lines[number])
         if match is None:
             continue
-        if indent is None:
+        if indent is None and "\t" not in match[1]:
             indent = match[1]
-        if len(match[1]) <= len(indent) or (not top and "\t" in match[1]):  # a tab, or too little: a slip of this key
+        # a tab or too little indentation is an error of this key
+        if indent is None or len(match[1]) <= len(indent) or (not top and "\t" in match[1]):
             starts.append((match[2], number))
     ends = [*(number for _, number in starts), end][1:]
     return [_Block(key, number, stop) for (key, number), stop in zip(starts, ends, strict=True)]
 
 
 def _problem(lines: list[str], kept: list[_Block], name: str) -> Problem | None:
-    """Return what is wrong when nothing but ``kept`` is there."""
+    """Return the problem of the text reduced to the blocks ``kept``, if any."""
     alone = [""] * len(lines)
     for block in kept:
         alone[block.first : block.end] = lines[block.first : block.end]

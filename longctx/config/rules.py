@@ -1,4 +1,4 @@
-"""Every rule between keys, checked before any process starts; all that are broken are reported."""
+"""All rules between keys. They run before any process starts, and every violation is reported."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from longctx.config import (
     data_rules,
     launch_rules,
     layer_rules,
+    lora_rules,
     mesh_rules,
     model_rules,
+    rope_rules,
+    stages,
     train_rules,
     zero_rules,
 )
-from longctx.config.findings import Finding, Rule, judge
+from longctx.config.findings import Finding, Rule
 from longctx.config.schema import RunConfig
 
 _RULES: tuple[Rule, ...] = (
     *model_rules.RULES,
+    *rope_rules.RULES,
+    *lora_rules.RULES,
+    *stages.RULES,
     *attention_rules.RULES,
     *layer_rules.RULES,
     *data_rules.RULES,
@@ -27,7 +33,6 @@ _RULES: tuple[Rule, ...] = (
 
 
 def broken(config: RunConfig, world: int | None) -> list[Finding]:
-    """Return every rule that ``config`` breaks in a world of ``world`` ranks (None: the keys that decide it are
-    unknown, and rules about sizes are left out)."""
+    """Return the findings of all rules in a world of ``world`` ranks (None: unknown; rules about sizes are skipped)."""
     sizes = [] if world is None else mesh_rules.rules_of(world)
-    return judge([*_RULES, *sizes], config)
+    return stages.judge_run([*_RULES, *sizes], config)

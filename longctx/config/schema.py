@@ -1,4 +1,4 @@
-"""RunConfig: the whole YAML as one frozen value. Every section has a file of its own in `sections/`."""
+"""RunConfig: the whole YAML as one frozen value. Each section has its own file in `sections/`."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ class RunConfig(Section):
     model: ModelSection = Field(description="the model to train")
     mesh: MeshSection = Field(MeshSection(), description="how ranks are arranged")
     attention: AttentionSection = Field(AttentionSection(), description="how attention is computed")
-    data: DataSection = Field(description="text, tokenizer and rows")
-    train: TrainSection = Field(description="the loop")
+    data: DataSection = Field(description="text, tokenizer and packing")
+    train: TrainSection = Field(description="the training loop")
     fp16: Fp16Section = Field(Fp16Section(), description="the loss scale of runs in fp16")
-    memory: MemorySection = Field(MemorySection(), description="how much of logits and activations a step holds")
+    memory: MemorySection = Field(
+        MemorySection(), description="how logits and activations are tiled, recomputed and offloaded"
+    )
     zero: ZeroSection = Field(ZeroSection(), description="what DeepSpeed shards")
     checkpoint: CheckpointSection = Field(CheckpointSection(), description="saving and resuming")
     output: OutputSection = Field(description="the run directory")
     launch: LaunchSection = Field(LaunchSection(), description="how ranks are started, and where")
     deepspeed: Raw = Field(
         default_factory=dict,
-        description="further keys of DeepSpeed's own configuration, merged in; those that a section above owns are "
-        "refused",
+        description="further keys of DeepSpeed's own configuration, merged in; keys that a section above owns are "
+        "errors",
     )

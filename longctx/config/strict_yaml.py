@@ -1,7 +1,7 @@
-"""Strict YAML: what it means is what it looks like, where it stands is remembered, and no text can do harm.
+"""A strict YAML reader: no surprising types, a location for every key and value, bounded resources.
 
 YAML 1.2 numbers and booleans (``1e-4`` is a number; ``on``, ``no`` and ``22:22`` are text), no duplicate keys, no
-tags, bounded size, depth and alias expansion. Problems that do not stop the reading are collected, not raised.
+tags, bounded size, depth and alias expansion. Problems that do not stop the parser are collected, not raised.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class YamlDocument(NamedTuple):
-    """Plain values, and where each key and each value stands."""
+    """Plain values, and the location of each key and each value."""
 
     value: Any
     keys: dict[Key, Location]
@@ -39,7 +39,7 @@ class YamlDocument(NamedTuple):
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """A construct we do not read, at a mark."""
+    """An unsupported construct, at a mark."""
 
     def __init__(self, problem: str, mark: Any, code: str) -> None:
         super().__init__(problem=problem, problem_mark=mark)
@@ -47,7 +47,7 @@ class _Refused(yaml.MarkedYAMLError):
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Composes nodes under limits; never constructs a Python object."""
+    """Compose nodes within limits; never construct Python objects."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -66,7 +66,7 @@ class StrictLoader(yaml.SafeLoader):
         return "float" if _INFINITE.fullmatch(value) else "str"
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose one node, refusing tags and whatever grows beyond the limits."""
+        """Compose one node; reject tags and anything beyond the limits."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             node = self.anchors.get(event.anchor)
@@ -98,7 +98,7 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def read(path: str | Path) -> bytes:
-    """Return the content of a file, of one that is too large only as much as `parse` needs to say so.
+    """Return the content of a file; if it is too large, only as much as `parse` needs to reject it.
 
     Raises:
         InvalidConfig: there is no such file, or it cannot be read.
@@ -151,7 +151,7 @@ def parse(content: bytes | str, name: str) -> YamlDocument:
 
 
 def _stop(location: Location, message: str, code: str) -> InvalidConfig:
-    """Return the error of a text of which nothing can be read."""
+    """Return the error for a text that cannot be read at all."""
     return InvalidConfig([Problem(location, "", message, code)])
 
 
@@ -170,7 +170,7 @@ def _place(node: Any, name: str) -> Location:
 
 
 def _convert(node: Any, path: Key, document: YamlDocument, name: str) -> Any:
-    """Turn a node into plain values, noting places and problems. Depth and size were bounded while composing."""
+    """Turn a node into plain values, recording locations and problems. Composing has bounded depth and size."""
     document.values[path] = _place(node, name)
     if isinstance(node, yaml.SequenceNode):
         return [_convert(item, (*path, index), document, name) for index, item in enumerate(node.value)]

@@ -1,4 +1,4 @@
-"""Between parsing and validation: unknown keys, ``${env:NAME}``, and what must not stand in a raw block.
+"""Prepare a parsed document for validation: unknown keys, ``${env:NAME}``, and checks of raw blocks.
 
 A misspelt key is reported with the nearest valid one, and its value is then read as if it had been spelt right, so
 that one typo gives one message and the rest of the file is still checked.
@@ -11,7 +11,8 @@ import re
 from typing import Any
 
 from longctx.config.fields import environment_ok
-from longctx.config.keys import leaves, nearest, sections
+from longctx.config.keys import Leaf, inner_key, leaves, nearest, sections
+from longctx.config.mixture import split_sources
 from longctx.config.problems import Location, Problem, show
 from longctx.config.schema import RunConfig
 from longctx.config.strict_yaml import Key, YamlDocument, show_key
@@ -22,9 +23,10 @@ _FORBIDDEN = re.compile("[\x00-\x1f\x7f]")
 
 
 def tidy(document: YamlDocument) -> None:
-    """Bring ``document`` into the shape of the schema, in place, noting problems."""
+    """Bring ``document`` into the shape of the schema, in place, and record problems."""
     tree = document.value
     _rename(document, tree, "")
+    split_sources(document)
     for name, kind in sections().items():
         if name in tree and tree[name] is None:
             tree[name] = {}
@@ -32,6 +34,7 @@ def tidy(document: YamlDocument) -> None:
             _rename(document, tree[name], name)
             for key, field in kind.model_fields.items():
                 if key in tree[name]:
+                    _rename_inside(document, tree[name][key], (name, key), leaves()[f"{name}.{key}"])
                     tree[name][key] = _fill(document, tree[name][key], (name, key), environment_ok(field))
     if "deepspeed" in tree:
         tree["deepspeed"] = (
@@ -55,8 +58,33 @@ def _rename(document: YamlDocument, block: dict[str, Any], section: str) -> None
             _adopt(document, value, path, tuple(near[0].split(".")))
 
 
+def _rename_inside(document: YamlDocument, value: Any, path: Key, leaf: Leaf) -> None:
+    """Note unknown keys in the block, or list of blocks, that a key's value is; read a misspelt one as it was meant."""
+    if leaf.listed and isinstance(value, list):
+        for index, item in enumerate(value):
+            _rename_block(document, item, (*path, index), leaf)
+    elif not leaf.listed:
+        _rename_block(document, value, path, leaf)
+
+
+def _rename_block(document: YamlDocument, block: Any, path: Key, leaf: Leaf) -> None:
+    if leaf.block is None or not isinstance(block, dict):
+        return
+    for key in [key for key in block if key not in leaf.inner]:
+        near = inner_key(leaf, key)
+        hint = f"did you mean {near!r}?" if near else f"{show_key(path)} has {', '.join(leaf.inner)}"
+        place = document.keys.get((*path, key), Location("configuration"))
+        document.problems.append(Problem(place, show_key((*path, key)), f"unknown key; {hint}", "unknown-key"))
+        value = block.pop(key)
+        if near and near not in block:
+            block[near] = value
+            document.values[(*path, near)] = place
+    for key, value in block.items():
+        _rename_inside(document, value, (*path, key), leaf.inner[key])
+
+
 def _adopt(document: YamlDocument, value: Any, old: Key, new: Key) -> None:
-    """Read a value under the key it was meant for, if that is free and of the same kind (block or not)."""
+    """Move a value to the key it was meant for, if that key is free and of the same kind (block or not)."""
     target = document.value
     for part in new[:-1]:
         if target.get(part) is None:
@@ -67,7 +95,7 @@ def _adopt(document: YamlDocument, value: Any, old: Key, new: Key) -> None:
     leaf = leaves().get(show_key(new))
     is_block = leaf is None or leaf.raw
     if new[-1] in target or isinstance(value, dict) != is_block:
-        target.setdefault(new[-1], _Unread())
+        target.setdefault(new[-1], Unread())
         return
     target[new[-1]] = value
     for places in (document.keys, document.values):
@@ -75,17 +103,17 @@ def _adopt(document: YamlDocument, value: Any, old: Key, new: Key) -> None:
             places[new + path[len(old) :]] = places[path]
 
 
-class _Unread:
+class Unread:
     """Stands for a required value whose key was misspelt and whose value does not fit: already reported once."""
 
 
 def unread(value: Any) -> bool:
     """Say whether a value is only a stand-in for one already reported."""
-    return isinstance(value, _Unread)
+    return isinstance(value, Unread)
 
 
 def _fill(document: YamlDocument, value: Any, path: Key, allowed: bool) -> Any:
-    """Return ``value`` with environment variables filled in where the schema allows them; check raw blocks."""
+    """Return ``value`` with environment variables expanded where the schema allows them; check raw blocks."""
     if isinstance(value, dict):
         for key in value:
             if isinstance(key, str) and _SECRET.search(key):

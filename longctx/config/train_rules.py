@@ -28,12 +28,12 @@ def _warmup(config: RunConfig) -> Iterator[Finding]:
 def _optimizer(config: RunConfig) -> Iterator[Finding]:
     train = config.train
     for name in sorted(_OF_ANOTHER_OPTIMIZER[train.optimizer] & changed(train)):
-        yield Finding(f"train.{name}", f"means nothing for optimizer {train.optimizer}; remove the key", "idle-key")
+        yield Finding(f"train.{name}", f"has no effect with optimizer {train.optimizer}; remove the key", "idle-key")
 
 
 def _schedule(config: RunConfig) -> Iterator[Finding]:
     if config.train.schedule == "constant" and "min_lr_ratio" in changed(config.train):
-        yield Finding("train.min_lr_ratio", "means nothing for schedule constant; remove the key", "idle-key")
+        yield Finding("train.min_lr_ratio", "has no effect with schedule constant; remove the key", "idle-key")
 
 
 def _z_loss(config: RunConfig) -> Iterator[Finding]:
@@ -44,13 +44,13 @@ def _z_loss(config: RunConfig) -> Iterator[Finding]:
 
 def _loss_backend(config: RunConfig) -> Iterator[Finding]:
     if config.memory.loss_tile == "none" and "loss_backend" in config.memory.model_fields_set:
-        yield Finding("memory.loss_backend", "means nothing without a tiled loss; remove the key", "idle-key")
+        yield Finding("memory.loss_backend", "has no effect without a tiled loss; remove the key", "idle-key")
 
 
 def _offloaded_checkpoints(config: RunConfig) -> Iterator[Finding]:
     memory = config.memory
     if memory.offload_checkpoints and memory.recompute in ("none", "mlp"):
-        message = f"there are no checkpoints with memory.recompute {memory.recompute}; choose layer_keep_attention"
+        message = f"memory.recompute {memory.recompute} saves no checkpoints; choose layer_keep_attention"
         yield Finding("memory.offload_checkpoints", message, "conflict")
 
 
@@ -58,26 +58,26 @@ def _loss_scale_without_fp16(config: RunConfig) -> Iterator[Finding]:
     if config.model.dtype == "fp16":
         return
     for name in sorted(changed(config.fp16)):
-        message = f"means nothing for model.dtype {config.model.dtype}; remove the key, or use fp16"
+        message = f"has no effect with model.dtype {config.model.dtype}; remove the key, or use fp16"
         yield Finding(f"fp16.{name}", message, "idle-key")
 
 
 def _static_loss_scale(config: RunConfig) -> Iterator[Finding]:
     if config.model.dtype == "fp16" and config.fp16.static_scale is not None:
         for name in sorted(changed(config.fp16) - {"static_scale"}):
-            yield Finding(f"fp16.{name}", "means nothing beside fp16.static_scale; remove one of them", "idle-key")
+            yield Finding(f"fp16.{name}", "has no effect with fp16.static_scale; remove one of them", "idle-key")
 
 
 def _smallest_loss_scale(config: RunConfig) -> Iterator[Finding]:
     fp16 = config.fp16
     if config.model.dtype == "fp16" and fp16.static_scale is None and fp16.min_scale > 2**fp16.scale_power:
-        message = f"got {fp16.min_scale}, above the first scale, 2 to the power {fp16.scale_power}; lower it"
+        message = f"got {fp16.min_scale}, above the initial scale 2^{fp16.scale_power}; lower it"
         yield Finding("fp16.min_scale", message, "out-of-range")
 
 
 def _hysteresis(config: RunConfig) -> Iterator[Finding]:
     if config.model.dtype == "fp16" and config.zero.stage == 0 and "hysteresis" in changed(config.fp16):
-        message = "means nothing at zero.stage 0, which lowers the scale at each overflow; remove the key"
+        message = "has no effect at zero.stage 0, which lowers the scale at each overflow; remove the key"
         yield Finding("fp16.hysteresis", message, "zero-stage")
 
 

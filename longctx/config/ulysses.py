@@ -1,9 +1,9 @@
-"""How many of the ranks that share a sequence exchange heads: the rule behind `mesh.ulysses: auto`. Arithmetic only.
+"""Choose the Ulysses group size: the rule behind `mesh.ulysses: auto`. Arithmetic only.
 
-Exchanging heads moves less than a ring and hides nothing, so it belongs where links are fast: inside a host. Within one
-host a ring is nearly as good, and a key/value head is best on one rank: where more ranks exchange than there are such
-heads, copies travel and take memory. Over several hosts the ring's blocks cross the network, and copies of a few heads
-inside the host are by far the smaller price: query heads decide. `longctx plan` agrees within five per cent
+All-to-alls send fewer bytes than a ring but do not overlap with compute, so they belong on fast links: within a host.
+On a single host a ring is nearly as fast, and a group larger than the number of key/value heads would send and store
+copies of them, so key/value heads set the limit. Over several hosts the ring's blocks cross the network, which costs
+far more than copies of a few heads within a host, so query heads set the limit. `longctx plan` agrees within 5 %
 (tests/plan/test_auto.py).
 """
 
@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 
 class UlyssesLimits(NamedTuple):
-    """What an exchange of heads may take."""
+    """Upper bounds of the Ulysses group size."""
 
     kv_heads: int | None
-    """Key/value heads of the model; None: not known, or no layer can exchange heads."""
+    """Key/value heads of the model; None: unknown, or a layer does not support Ulysses."""
     per_host: int | None
-    """Ranks on one host; None: not known."""
+    """Ranks per host; None: unknown."""
     heads: int | None = None
     """Query heads; None: as many as key/value heads."""
 
@@ -26,11 +26,11 @@ class UlyssesLimits(NamedTuple):
 UNKNOWN_LIMITS = UlyssesLimits(None, None)
 
 
-def choose_ulysses(ranks: int, room: UlyssesLimits) -> int:
-    """Return the largest number of members that divides `ranks`, the ranks of a host and the key/value heads, or the
-    query heads where the ranks stand on several hosts; 1 where one of them is not known."""
-    if room.kv_heads is None or room.per_host is None:
+def choose_ulysses(ranks: int, limits: UlyssesLimits) -> int:
+    """Return the largest size that divides ``ranks``, the ranks per host and the key/value heads (the query heads if
+    ``ranks`` span several hosts); 1 if one of them is unknown."""
+    if limits.kv_heads is None or limits.per_host is None:
         return 1
-    heads = room.kv_heads if ranks <= room.per_host else room.heads or room.kv_heads
-    fits = (n for n in range(heads, 0, -1) if not (heads % n or ranks % n or room.per_host % n))
+    heads = limits.kv_heads if ranks <= limits.per_host else limits.heads or limits.kv_heads
+    fits = (n for n in range(heads, 0, -1) if not (heads % n or ranks % n or limits.per_host % n))
     return next(fits, 1)

@@ -1,4 +1,4 @@
-"""Values and whole configurations as YAML text that the strict reader reads back unchanged."""
+"""Write values and configurations as YAML text that the strict reader reads back unchanged."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import textwrap
 from typing import Any
 
+from longctx.config.fields import Section
 from longctx.config.keys import Leaf, leaves, sections
 from longctx.config.schema import RunConfig
 from longctx.config.strict_yaml import parse
@@ -21,6 +22,8 @@ def scalar(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, Section):
+        value = value.model_dump(exclude_none=True)
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, list | tuple):
@@ -31,7 +34,7 @@ def scalar(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return ``text`` in double quotes, everything that does not print (line separators, say) escaped."""
+    """Return ``text`` in double quotes, with non-printable characters (such as line separators) escaped."""
     quoted = json.dumps(text, ensure_ascii=False)
     return "".join(
         c if c.isprintable() else f"\\u{ord(c):04x}" if ord(c) < 2**16 else f"\\U{ord(c):08x}" for c in quoted
@@ -40,18 +43,17 @@ def _quoted(text: str) -> str:
 
 def dump(config: RunConfig) -> str:
     """Return ``config`` with every key written out, as kept in the run directory."""
-    values = config.model_dump()
     blocks = []
     for name in sections():
-        blocks += [f"{name}:"] + [f"  {key}: {scalar(value)}" for key, value in values[name].items()]
-    return "\n".join([*blocks, f"deepspeed: {scalar(values['deepspeed'])}"]) + "\n"
+        blocks += [f"{name}:"] + [f"  {key}: {scalar(value)}" for key, value in getattr(config, name)]
+    return "\n".join([*blocks, f"deepspeed: {scalar(config.deepspeed)}"]) + "\n"
 
 
 def template(values: dict[str, Any], title: str, *, full: bool = False) -> str:
     """Return a commented YAML in which ``values`` (dotted key -> value) are set.
 
     Args:
-        values: at least the required keys, unless a placeholder is to be seen where they are missing.
+        values: the keys to set; a valid file needs at least the required ones.
         title: comment lines for the top.
         full: also show every other key, commented out, at its default.
     """

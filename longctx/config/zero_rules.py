@@ -38,14 +38,14 @@ def _keys_at_stage_0(config: RunConfig) -> Iterator[Finding]:
         return
     for name in ("overlap_comm", "reduce_scatter", "contiguous_gradients"):
         if name in changed(config.zero):
-            message = "means nothing at zero.stage 0; remove the key, or use 1, 2 or 3"
+            message = "has no effect at zero.stage 0; remove the key, or use 1, 2 or 3"
             yield Finding(f"zero.{name}", message, "zero-stage")
 
 
 def _nvme_folder(config: RunConfig) -> Iterator[Finding]:
     zero = config.zero
     if zero.offload_optimizer != "nvme" and zero.nvme_folder is not None:
-        message = "means nothing without zero.offload_optimizer: nvme; remove the key"
+        message = "has no effect without zero.offload_optimizer: nvme; remove the key"
         yield Finding("zero.nvme_folder", message, "idle-key")
     if zero.offload_optimizer == "nvme" and zero.nvme_folder is None:
         message = "is missing; zero.offload_optimizer: nvme needs a folder on every host's NVMe disk"
@@ -55,14 +55,14 @@ def _nvme_folder(config: RunConfig) -> Iterator[Finding]:
 def _nvme_stage(config: RunConfig) -> Iterator[Finding]:
     zero = config.zero
     if zero.offload_optimizer == "nvme" and zero.stage != 3:
-        message = f"got 'nvme', which DeepSpeed reads as cpu at stage {zero.stage}; use zero.stage 3, or cpu"
+        message = f"got 'nvme', which DeepSpeed treats as cpu at stage {zero.stage}; use zero.stage 3, or cpu"
         yield Finding("zero.offload_optimizer", message, "zero-stage")
 
 
 def _nvme_optimizer(config: RunConfig) -> Iterator[Finding]:
     optimizer = config.train.optimizer
     if config.zero.offload_optimizer == "nvme" and optimizer != "adamw":
-        message = f"got 'nvme', which is shown to train the same model with adamw only, not {optimizer}; use cpu"
+        message = f"got 'nvme', which is verified with adamw only, not {optimizer}; use cpu"
         yield Finding("zero.offload_optimizer", message, "conflict")
 
 
@@ -72,9 +72,9 @@ def _conflicts(config: RunConfig) -> Iterator[Finding]:
 
 
 def _features(config: RunConfig) -> Iterator[Finding]:
-    """Misspelt keys, and features that a sharded sequence cannot have: key by key, as the engine will judge them.
+    """Report misspelt keys and features that a sharded sequence does not support, key by key, as the engine would.
 
-    Keys that depend on the mesh belong to a section of ours and are refused by `conflicts`.
+    Keys that depend on the mesh belong to one of our sections; `conflicts` reports them.
     """
     refused = {key.partition(".")[0] for key, _ in conflicts(config)}
     single = Mesh(world_size=1, rank=0)

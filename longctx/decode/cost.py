@@ -1,9 +1,8 @@
-"""How many bytes a generation keeps, by method, and which method to take (docs/methods/el.md "Cost").
+"""Bytes cached by keys and values and by hidden states (EL), and the choice between them (docs/methods/el.md "Cost").
 
-keys and values    2 * layers * rows * tokens * G * D            rows = batch * beams
-the same, prompt once a beam group                               rows = batch for the prompt, batch * beams after it
-hidden states      layers * rows * tokens * width                the prompt once a beam group
-cross attention    2 * layers * rows * source * G * D   against   batch * source * width, once for all
+keys and values    2 * layers * rows * tokens * G * D    rows = batch * beams; the prompt's batch if beams share it
+hidden states      layers * rows * tokens * width        rows = batch for the prompt, batch * beams after it
+cross attention    2 * layers * rows * source * G * D    with EL: batch * source * width, once for all layers
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's attention and one generation with it. `width`: what feeds W_k; `source`: tokens of an encoder."""
+    """Sizes of a decoder's attention and of one generation. width: of W_k's input; source: encoder tokens."""
 
     layers: int
     heads: int
@@ -30,7 +29,7 @@ class Shape:
 
 
 def kv_bytes(shape: Shape, *, shared_prompt: bool = False) -> int:
-    """Cached keys and values, cross attention's included."""
+    """Return the bytes of cached keys and values, including cross attention's."""
     rows = shape.batch * shape.beams
     prompt_rows = shape.batch if shared_prompt else rows
     tokens = prompt_rows * (shape.prompt + shape.source) + rows * shape.generated
@@ -38,13 +37,13 @@ def kv_bytes(shape: Shape, *, shared_prompt: bool = False) -> int:
 
 
 def el_bytes(shape: Shape) -> int:
-    """Cached layer inputs, the prompt once for all beams, and the encoder's output once for everything."""
+    """Return the bytes of layer inputs, the prompt's once for all beams, and of one copy of the encoder's output."""
     own = shape.layers * shape.batch * (shape.prompt + shape.beams * shape.generated)
     return (own + shape.batch * shape.source) * shape.width * shape.element_bytes
 
 
 def read_flops(shape: Shape, *, el: bool) -> int:
-    """Multiply-adds x 2 of one token's attention over everything kept, projections of EL's queries included."""
+    """Return the FLOPs of one token's attention to everything cached, including the expansion of EL's queries."""
     tokens = shape.prompt + shape.generated + shape.source
     if not el:
         return 4 * shape.layers * shape.heads * shape.head_dim * tokens
@@ -53,7 +52,7 @@ def read_flops(shape: Shape, *, el: bool) -> int:
 
 
 class CacheChoice(NamedTuple):
-    """A method, "kv" or "el", and why."""
+    """The chosen method, "kv" or "el", and the reason."""
 
     method: str
     reason: str
@@ -67,13 +66,13 @@ def choose(
     seconds_per_flop: float = 1.0,
     shared_prompt: bool = True,
 ) -> CacheChoice:
-    """Choose the faster of the methods that fit in ``memory`` bytes; EL only where it saves any.
+    """Choose the faster method that fits in ``memory`` bytes; EL only if it saves bytes.
 
-    A step's time is taken as the slower of reading the cache once and of its arithmetic. The defaults are a processor
-    on which arithmetic decides, so EL is chosen there for memory alone.
+    The predicted time of a step is the larger of reading the cache once and of the arithmetic. The default rates are
+    those of a compute-bound processor, where EL is chosen only to save memory.
 
     Args:
-        shared_prompt: keys and values of the prompt are kept once for all beams.
+        shared_prompt: keys and values of the prompt are stored once for all beams.
     """
     keys, hidden = kv_bytes(shape, shared_prompt=shared_prompt), el_bytes(shape)
     held = f"keys and values take {size(keys)}, hidden states {size(hidden)}"
@@ -94,7 +93,7 @@ def choose(
 
 
 def size(count: int) -> str:
-    """Bytes as a person reads them."""
+    """Format a number of bytes with its unit."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale:
             return f"{count / scale:,.1f} {unit}"

@@ -1,8 +1,8 @@
-"""One attention over a context that is spread over ranks: each attends to what it holds, one exchange merges.
+"""Attention to a context that is sharded over ranks: each attends to its own keys; one all-gather merges the results.
 
-A rank's partial result is (out, lse); ranks gather all partials and merge them in rank order, so every rank gets the
-same bits and goes on to the same next token. A query and head sends D + 1 numbers of fp32, whatever the context's
-length.
+A partial result is (out, lse). Ranks gather all partials and merge them in rank order, so every rank gets bitwise equal
+results and generates the same next token. A rank sends D_v + 1 fp32 numbers per query and head, independent of the
+context's length. Equations: docs/methods/el.md "Decode step", docs/methods/blockwise.md "Merge".
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from longctx.mesh import Mesh
 
 
 @dataclass
-class Places:
-    """Which tokens of a context this rank holds: its part of the prompt as it lay, and every ranks-th new token."""
+class ContextShard:
+    """Which tokens of a context this rank holds: its shard of the prompt, and every ranks-th of the new tokens."""
 
     rank: int
     ranks: int
-    prompt: int
-    """Tokens of the prompt, the same on every rank."""
+    prompt_length: int
+    """Tokens of the whole prompt, the same on every rank."""
     positions: torch.Tensor
-    """(S,) int64: global indices of the local part of the prompt, padding included."""
+    """(S,) int64: global indices of the local tokens of the prompt, padding included."""
     documents: torch.Tensor
     """(B, S) int32: 0, or -1 at padding."""
 
     def owned(self, start: int, stop: int) -> list[int]:
-        """Which of the tokens start..stop, all after the prompt, come to this rank: offsets from start."""
-        return [at - start for at in range(start, stop) if (at - self.prompt) % self.ranks == self.rank]
+        """Return which of the new tokens start..stop this rank holds, as offsets from start."""
+        return [at - start for at in range(start, stop) if (at - self.prompt_length) % self.ranks == self.rank]
 
     def visible(self, seen: int, queries: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which of the tokens held here the last ``queries`` of ``seen`` tokens see.
+        """Return which of the tokens of this rank are visible to the last ``queries`` of ``seen`` tokens.
 
         Returns:
-            (B, T, S) bool for the local part of the prompt, and (1, T, n) bool for the new tokens.
+            (B, T, S) bool for the local tokens of the prompt, and (1, T, n) bool for the local new tokens.
         """
-        device = self.positions.device
+        device, start = self.positions.device, self.prompt_length
         rows = torch.arange(seen - queries, seen, device=device)[:, None]
-        new = torch.tensor(self.owned(self.prompt, seen), dtype=torch.int64, device=device) + self.prompt
+        new = torch.tensor(self.owned(start, seen), dtype=torch.int64, device=device) + start
 
-        def near(keys: torch.Tensor) -> torch.Tensor:
+        def in_window(keys: torch.Tensor) -> torch.Tensor:
             return (keys <= rows) & (keys > rows - window if window is not None else keys <= rows)
 
-        return (self.documents >= 0)[:, None] & near(self.positions), near(new)[None]
+        return (self.documents >= 0)[:, None] & in_window(self.positions), in_window(new)[None]
 
 
 @dataclass
@@ -66,13 +66,15 @@ counters = MergeCounters()
 
 
 def merge_over_ranks(partial: Partial, mesh: Mesh) -> Partial:
-    """Merge every rank's attention over its own keys: one all-gather, (ranks - 1) * queries * (D + 1) * 4 bytes here.
+    """Merge every rank's attention over its own keys with one all-gather.
+
+    A rank receives (ranks - 1) * B * H * T * (D + 1) numbers.
 
     Args:
-        partial: out (B, H, T, D) and lse (B, H, T) over this rank's keys, fp32 or fp64; (0, -inf) where it has none.
+        partial: out (B, H, T, D) and lse (B, H, T) over this rank's keys, fp32 or fp64; (0, -inf) if it has none.
 
     Returns:
-        out and lse over all ranks' keys, the same bits on every rank of the sequence group.
+        out and lse over all ranks' keys, bitwise equal on every rank of the sequence group.
     """
     ranks = mesh.sequence_size
     if ranks == 1:
@@ -82,6 +84,7 @@ def merge_over_ranks(partial: Partial, mesh: Mesh) -> Partial:
     dist.all_gather(gathered, mine.contiguous(), group=mesh.sequence_group)
     counters.merges += 1
     counters.bytes += (ranks - 1) * mine.numel() * mine.element_size()
+    # In rank order on every rank: the merge rounds, so another order could select another token.
     out, lse = gathered[0][..., :-1].contiguous(), gathered[0][..., -1].contiguous()
     for other in gathered[1:]:
         merge_(out, lse, other[..., :-1], other[..., -1])
@@ -99,14 +102,14 @@ def attend_part(
     sink: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Partial:
-    """Attention of q to the keys that are here, as a part of a larger one.
+    """Attend q to the keys of this rank; the result is to be merged with those of other keys.
 
     Args:
-        q: (B * beams, H, T, D); beams of a row read its keys in one product.
-        k: (B, G, S, D) and v: (B, G, S, Dv) with any S, 0 included.
+        q: (B * beams, H, T, D); the beams of a row share its keys.
+        k: (B, G, S, D) and v: (B, G, S, Dv) with any S, including 0.
         visible: (B or 1, T, S) bool.
-        sink: (H,), on one rank only.
-        backend: of longctx/decode/attend.py.
+        sink: (H,), to be given on one rank only.
+        backend: as in `decode_attention`.
 
     Returns:
         out (B * beams, H, T, Dv) and lse (B * beams, H, T), fp32 or fp64.
@@ -116,6 +119,8 @@ def attend_part(
         return decode_attention(q, k, v, mask=mask[:, None], scale=scale, softcap=softcap, sink=sink)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads = k.shape[0], q.shape[1]
+    # Without kernels: one block_attention per new token, with the beams as its queries, so that all beams of a row read
+    # its keys in one product. Key document 0 is visible, -1 is not.
     rows = []
     for t in range(q.shape[2]):
         row = q[:, :, t].unflatten(0, (batch, -1)).transpose(1, 2)  # (B, H, beams, D)

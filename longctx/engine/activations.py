@@ -29,8 +29,8 @@ class ActivationSettings:
             whose loss cannot be tiled; None does not tile.
         loss_backend: "triton", "torch" or "auto", see ``longctx.nn.tiled_loss``.
         z_loss: weight of PaLM's auxiliary loss lse² in training; needs a tiled loss.
-        mlp_tile: tokens per tile of an MLP, forward and backward; "auto" is half the hidden size, and skips models
-            whose MLPs cannot be tiled; None does not tile.
+        mlp_tile: tokens per tile of an MLP, forward and backward; "auto" is half the hidden size, at least 128, and
+            skips models whose MLPs cannot be tiled; None does not tile.
         recompute: what to recompute in backward: "none"; "mlp", MLP intermediates; "layer", whole layers from their
             inputs; "layer_keep_attention", layers without attention, so that no ring hop is repeated.
         offload_checkpoints: keep the layer inputs that ``recompute`` saves in pinned host memory until backward; the

@@ -1,9 +1,10 @@
 """Engine: DeepSpeed's engine for sequences that are sharded over ranks.
 
-**The objective is the sum of all ranks' losses divided by data_size.** ``shard`` normalises each rank's loss so that it
-is its share of the mean over all valid tokens of the accumulation window. ``backward`` multiplies by the factor by
-which the ZeRO stage divides gradients too much (measured by ``probe``), so that gradients, norms and clipping are right
-on every stage. The reported loss does not contain that factor.
+**The objective is the sum of all ranks' losses divided by data_size.** ``shard`` adds ``num_items_in_batch`` to every
+micro-batch, by which a model's loss divides its sum: it is then this rank's share of the mean over all valid tokens of
+the accumulation window. ``backward`` multiplies by the factor by which the ZeRO stage divides gradients too much
+(measured by ``probe``), so that gradients, norms and clipping are right on every stage. The reported loss does not
+contain that factor.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from longctx.errors import EngineError, NonFiniteError
 from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
 from longctx.models.hook.binding import binding_of
+from longctx.models.hook.position_probe import position_rule
 from longctx.models.hook.positions import PLAIN, PositionRule
-from longctx.models.hook.probe import position_rule
 from longctx.sharding import unshard
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ class Engine(StockEngine):
             labels: (B, T) int64, ``shift_labels`` of the batch; tokens with −100 are left out.
 
         Returns:
-            () in ``losses``' dtype (fp32 for half precision): the sum over this rank's valid tokens, divided by
+            () fp32: the sum over this rank's valid tokens, divided by
             ``num_items_in_batch``, the number of valid ``shift_labels`` of the whole window over data replicas.
 
         Raises:
@@ -265,7 +266,7 @@ class Engine(StockEngine):
 
     @property
     def position_rule(self) -> PositionRule:
-        """How the model counts positions if a batch has none; see ``models.hook.probe``, which may raise ModelError."""
+        """How the model counts positions if a batch has none; measuring it may raise ModelError."""
         binding = binding_of(self.module)
         return PLAIN if binding is None else position_rule(self.module, binding)
 

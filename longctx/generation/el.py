@@ -178,7 +178,7 @@ def _sharded(
         return result
     weights, heads = spec.projections(module), getattr(module, spec.heads)
     q = torch.nn.functional.linear(x, weights.w_q, weights.b_q).unflatten(-1, (heads, -1)).transpose(1, 2)
-    of_prompt, of_new = cache.places.visible(held.seen, x.shape[1], None)
+    of_prompt, of_new = cache.context.visible(held.seen, x.shape[1], None)
     of_prompt = of_prompt.repeat_interleave(cache.beams, 0)
     partial: Partial | None = None
     for hidden, visible in ((held.prompt[0], of_prompt), (held.keys, of_new)):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.decode.caches.sharded import ReplicatedState, ShardedCache, ShardedHidden, ShardedLayer
-from longctx.decode.sharded import Places
+from longctx.decode.sharded import ContextShard
 from longctx.errors import ModelError
 from longctx.generation.el import el_layers, spread_source
 from longctx.mesh import Mesh
@@ -96,11 +96,11 @@ def _prefill(model: Any, ids: torch.Tensor, mask: torch.Tensor, binding: Binding
     """Run all but the last token of the prompt through the sharded model; each rank caches its shard."""
     length, mesh, layout = ids.shape[1], binding.mesh, binding.layout
     documents = shard(torch.where(mask > 0, 0, -1).to(torch.int32), mesh, layout=layout, pad_value=-1)
-    places = Places(
+    context = ContextShard(
         mesh.sequence_rank, mesh.sequence_size, length, positions(length, mesh, layout).to(ids.device), documents
     )
-    layers = _layers(model, places, mask.sum(-1))
-    cache = binding.cache = ShardedCache(mesh, layers, places)
+    layers = _layers(model, context, mask.sum(-1))
+    cache = binding.cache = ShardedCache(mesh, layers, context)
     model(
         input_ids=shard(ids, mesh, layout=layout),
         position_ids=shard((mask.cumsum(-1) - 1).clamp(min=0), mesh, layout=layout),
@@ -118,15 +118,15 @@ def _prefill(model: Any, ids: torch.Tensor, mask: torch.Tensor, binding: Binding
     return cache
 
 
-def _layers(model: Any, places: Places, tokens: torch.Tensor) -> list[ShardedLayer | ReplicatedState]:
+def _layers(model: Any, context: ContextShard, tokens: torch.Tensor) -> list[ShardedLayer | ReplicatedState]:
     """Return each layer's cache: a bounded state, layer inputs (EL-attention), or keys and values."""
     count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
-    layers: list[ShardedLayer | ReplicatedState] = [ShardedLayer(places) for _ in range(count)]
+    layers: list[ShardedLayer | ReplicatedState] = [ShardedLayer(context) for _ in range(count)]
     for index in el_layers(model):
-        layers[index] = ShardedHidden(places)
+        layers[index] = ShardedHidden(context)
     for module in model.modules():
         if bounded_child(module) is not None:
-            layers[int(module.layer_idx)] = ReplicatedState(places, tokens)
+            layers[int(module.layer_idx)] = ReplicatedState(context, tokens)
     return layers
 
 

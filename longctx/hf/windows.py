@@ -19,8 +19,8 @@ from longctx.hf.host import Host
 from longctx.layout import Layout
 from longctx.mesh import Mesh
 from longctx.models.hook.binding import binding_of
+from longctx.models.hook.position_probe import position_rule
 from longctx.models.hook.positions import PLAIN, PositionRule
-from longctx.models.hook.probe import position_rule
 
 logger = logging.getLogger(__name__)
 AT = "longctx.hf"

@@ -1,6 +1,6 @@
 """Backward of a gated MLP, down(act(gate(x)) · up(x)), written out: at most four inner widths of a tile are allocated.
 
-Autograd holds six at its peak, beside one weight's whole gradient. Here each inner result's buffer is reused for the
+Autograd peaks at six, plus the whole gradient of one weight. Here each inner result's buffer is reused for the
 gradient that replaces it, all tiles share the buffers, and products accumulate directly into the weights' gradients.
 """
 

@@ -1,4 +1,4 @@
-"""The kind of attention of each layer of a model: small frozen values, read from a layer specification.
+"""The kind of attention of each layer of a model: frozen dataclasses, read from a layer specification.
 
 `longctx.convert` and `attention.layers` of a YAML take such a specification:
 
@@ -142,7 +142,9 @@ def read_kind(value: Any, where: str = "layers") -> Kind:
         raise ModelError(f"{where}: got {value!r}; name one kind: {', '.join(KINDS)}, or a block {{kind: options}}")
     kind = KINDS.get(_SYNONYMS.get(name, name))
     if kind is None:
-        raise ModelError(f"{where}: unknown kind {name!r}{_near(name, [*KINDS, *_SYNONYMS])}; it is {', '.join(KINDS)}")
+        raise ModelError(
+            f"{where}: unknown kind {name!r}{_near(name, [*KINDS, *_SYNONYMS])}; use one of {', '.join(KINDS)}"
+        )
     if kind is Window and isinstance(options, int) and not isinstance(options, bool):
         return Window(options)
     if options is None:
@@ -153,7 +155,9 @@ def read_kind(value: Any, where: str = "layers") -> Kind:
     for option in options:
         if option not in known:
             has = ", ".join(known) or "none"
-            raise ModelError(f"{where}: unknown option {option!r} of {name}{_near(str(option), known)}; it has {has}")
+            raise ModelError(
+                f"{where}: unknown option {option!r} of {name}{_near(str(option), known)}; its options are {has}"
+            )
     return kind(**options)
 
 
@@ -177,4 +181,4 @@ def _require_word(kind: Any, field: str, words: tuple[str, ...]) -> None:
     value = getattr(kind, field)
     if value not in words:
         near = _near(value, list(words)) if isinstance(value, str) else ""
-        raise ModelError(f"{kind.name}: {field} is {value!r}{near}; it is {', '.join(words)}")
+        raise ModelError(f"{kind.name}: {field} is {value!r}{near}; use one of {', '.join(words)}")

@@ -142,7 +142,7 @@ def _check(
 ) -> None:
     if hidden.dim() < 2 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ModelError(
-            f"hidden is {tuple(hidden.shape)} and weight {tuple(weight.shape)}: give (..., D) and (V, D) with one D"
+            f"hidden is {tuple(hidden.shape)} and weight {tuple(weight.shape)}: give (..., D) and (V, D) with equal D"
         )
     if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
         raise ModelError(

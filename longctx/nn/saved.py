@@ -1,9 +1,9 @@
 """Save a token-wise function's input once; recompute its output in backward.
 
-A linear saves its input, which is a norm's output, and the norm saves its own input: one tensor too many. Here the
-linear finds the norm that produced its input (`find_source`) and saves a reference to it instead. In backward the norm
-recomputes its output once for all linears that need it. The norm's input in turn may have a source of its own: a
-layer's input is offloaded to the host (`models/activations/host.py`).
+A linear saves its input, which is a norm's output, and the norm saves its own input: one tensor more than backward
+needs. Here the linear finds the norm that produced its input (`find_source`) and saves a reference to it instead. In
+backward the norm recomputes its output once for all linears that need it. The norm's input in turn may have a source of
+its own: a layer's input is offloaded to the host (`models/activations/host.py`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 class TensorSource(Protocol):
     """A provider of a tensor in backward, so that its users need not save it."""
 
-    wanted: bool
-    """Whether a user relies on it."""
+    needed_in_backward: bool
+    """Whether an operator saved the source instead of the tensor: `find_source` sets it, `HostStore.fetch_again` reads
+    it."""
 
     def result(self) -> torch.Tensor:
         """Return the tensor; in backward only."""
@@ -32,14 +33,14 @@ class TensorSource(Protocol):
 class SavedInput:
     """A function's input as saved for backward, and its output if ``recompute`` is given.
 
-    A checkpoint returns a saved tensor only once. This object serves all users, until the function's own backward,
-    which runs last, calls ``release``.
+    Activation checkpointing returns a saved tensor only once. This object serves all users, until the function's own
+    backward, which runs last, calls ``release``.
     """
 
     def __init__(self, recompute: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         self.recompute = recompute
         self.node: Any = None  # the autograd node that saved the input
-        self.wanted = False
+        self.needed_in_backward = False
         self._input: torch.Tensor | None = None
         self._result: torch.Tensor | None = None
 
@@ -58,19 +59,20 @@ class SavedInput:
         return self._result
 
     def release(self) -> None:
-        """Free both."""
+        """Free the input and the recomputed output."""
         self._input = self._result = None
 
 
 def save_input(x: torch.Tensor, saved: SavedInput) -> torch.Tensor:
     """Return x through an autograd node that saves it for ``saved``."""
-    with saved_as(find_source(x)):
+    with saving_source(find_source(x)):
         out: torch.Tensor = _Save.apply(x, saved)
     return out
 
 
-def saved_as(source: TensorSource | None) -> AbstractContextManager[Any]:
-    """Return a context in which an autograd function that saves one tensor saves ``source`` instead, if there is one.
+def saving_source(source: TensorSource | None) -> AbstractContextManager[Any]:
+    """Return a context in which an autograd function that saves one tensor saves ``source`` instead; None changes
+    nothing.
 
     The graph then holds the source as long as it would hold the tensor, with retain_graph as well.
     """
@@ -113,7 +115,7 @@ def register_source(x: torch.Tensor, source: TensorSource) -> None:
 
 
 def find_source(x: torch.Tensor) -> TensorSource | None:
-    """Return the source that provides x in backward, and mark it as wanted.
+    """Return the source that provides x in backward, and mark it as needed.
 
     Returns:
         None if x is not registered, is a part of what is, or was changed since; also under autocast, whose results have
@@ -135,5 +137,5 @@ def find_source(x: torch.Tensor) -> TensorSource | None:
     whole = x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes()
     if source is None or not whole or x._version != version:
         return None
-    source.wanted = True
+    source.needed_in_backward = True
     return source

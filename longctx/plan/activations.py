@@ -1,8 +1,8 @@
-"""Bytes of one layer's results, per token: what autograd keeps of it, and what backward makes on the way.
+"""Bytes per token of one layer: the activations that forward saves for backward, and the temporaries of backward.
 
-Llama's shape: a norm keeps its input and its result (by `memory.recompute_norms` less, else more); attention keeps
-q, k, v, its result (twice: by head and by token) and lse; a gated MLP its gate, activation, up projection and product.
-b is the bytes of a number in the run's dtype.
+For a layer like Llama's: a norm saves its input and its output (less with `memory.recompute_norms`, more under
+autograd); attention saves q, k, v, its output (by head for attention, by token for the output projection) and lse; a
+gated MLP saves its gate, activation, up projection and product.
 """
 
 from __future__ import annotations
@@ -11,87 +11,91 @@ from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
 
 
-def norm_kept(shape: ModelShape, setup: Setup, *, made_anew: bool = False) -> int:
-    """One RMSNorm: its input and its result, which may be made anew for those who come next; left to autograd, the
-    input in fp32 (in an fp32 run the residual stream itself), the normalised input, the result and 1/rms."""
+def norm_saved(shape: ModelShape, setup: Setup, *, recomputed: bool = False) -> int:
+    """Return what one RMSNorm saves: its input and its output, without the output if the next module recomputes it.
+
+    Under autograd: the input in fp32 (in an fp32 run, the residual stream itself), the normalised input, the output,
+    1/rms.
+    """
     if setup.recompute_norms:
-        return (1 if made_anew else 2) * shape.itemsize * shape.hidden
+        return (1 if recomputed else 2) * shape.itemsize * shape.hidden
     return shape.hidden * (4 + 2 * shape.itemsize) + 4
 
 
 def norm_backward(shape: ModelShape) -> int:
-    """What the backward of an RMSNorm left to autograd has at once, beside the input in fp32: five fp32 tensors."""
+    """Return what autograd's backward of an RMSNorm holds besides the fp32 input: five fp32 tensors."""
     return 20 * shape.hidden
 
 
-def norms_kept(shape: ModelShape, setup: Setup) -> tuple[int, int]:
-    """The norms before attention and before the MLP. Projections have the result made anew, and MLPs that recompute."""
-    return norm_kept(shape, setup, made_anew=True), norm_kept(shape, setup, made_anew=recomputed_mlp(setup))
+def norms_saved(shape: ModelShape, setup: Setup) -> tuple[int, int]:
+    """Return what the norms before attention and before the MLP save. Projections, and MLPs that recompute, recompute
+    the norm's output too."""
+    return norm_saved(shape, setup, recomputed=True), norm_saved(shape, setup, recomputed=recomputed_mlp(setup))
 
 
-def attention_result(shape: ModelShape) -> int:
-    """Attention's result and lse: what `layer_keep_attention` saves from being computed again."""
+def attention_output(shape: ModelShape) -> int:
+    """Return the bytes of attention's output and lse, which `layer_keep_attention` saves instead of recomputing."""
     return shape.itemsize * shape.q_width + 4 * shape.heads
 
 
-def attention_kept(shape: ModelShape) -> int:
-    """q, k, v; the result by head with lse; and by token, which the output projection keeps."""
-    return shape.itemsize * (2 * shape.q_width + 2 * shape.kv_width) + attention_result(shape)
+def attention_saved(shape: ModelShape) -> int:
+    """Return what attention saves: q, k, v, output and lse by head, and the output by token for the projection."""
+    return shape.itemsize * (2 * shape.q_width + 2 * shape.kv_width) + attention_output(shape)
 
 
-def mlp_inner(shape: ModelShape) -> int:
-    """Widths of inner results that an MLP keeps: gate, activation, up, product; GELU written out keeps five."""
+def mlp_intermediates(shape: ModelShape) -> int:
+    """Return what an MLP saves: gate, activation, up and product; five tensors where GELU is written out."""
     return shape.itemsize * shape.inner * (4 if shape.gated else 5)
 
 
 def mlp_backward(shape: ModelShape) -> int:
-    """And what its backward adds at its peak: gradients of two factors of the product."""
+    """Return what an MLP's backward adds at its peak: the gradients of the product's two factors."""
     return shape.itemsize * shape.inner * 2
 
 
-def checkpoint_kept(shape: ModelShape, setup: Setup) -> int:
-    """Per token and layer: a layer's input and, by `layer_keep_attention`, its attention's result."""
+def checkpoint_saved(shape: ModelShape, setup: Setup) -> int:
+    """Return the checkpoint of one layer: its input and, with `layer_keep_attention`, attention's output."""
     own = shape.itemsize * shape.hidden
-    return own + attention_result(shape) if setup.recompute == "layer_keep_attention" else own
+    return own + attention_output(shape) if setup.recompute == "layer_keep_attention" else own
 
 
-def layer_kept(shape: ModelShape, setup: Setup) -> int:
-    """Per token and layer between forward and backward, by the policy of `memory.recompute`."""
+def layer_saved(shape: ModelShape, setup: Setup) -> int:
+    """Return what one layer saves from forward to backward on the device, as `memory.recompute` decides."""
     if setup.recompute in ("layer", "layer_keep_attention"):
-        return 0 if setup.offload_checkpoints else checkpoint_kept(shape, setup)
-    kept = sum(norms_kept(shape, setup)) + attention_kept(shape)
-    return kept if recomputed_mlp(setup) else kept + mlp_inner(shape)
+        return 0 if setup.offload_checkpoints else checkpoint_saved(shape, setup)
+    saved = sum(norms_saved(shape, setup)) + attention_saved(shape)
+    return saved if recomputed_mlp(setup) else saved + mlp_intermediates(shape)
 
 
-def fetched(shape: ModelShape, setup: Setup, *, attended: bool = False) -> int:
-    """Per token: offloaded checkpoints on the device while a layer's backward runs (`models/activations/host.py`).
+def checkpoint_fetched(shape: ModelShape, setup: Setup, *, attended: bool = False) -> int:
+    """Return the offloaded checkpoints on the device during a layer's backward (`models/activations/host.py`).
 
-    Until ``attended``, when its attention has its gradients, its own; without its input, if its norms are recomputed
-    and get that once more. Then both, and those of the next layer.
+    Until the layer's attention has its gradients: this layer's checkpoint, without the layer's input if norms are
+    recomputed, since they fetch the input again. Afterwards (``attended``): this layer's and the next one's.
     """
     if not setup.offload_checkpoints or setup.recompute not in ("layer", "layer_keep_attention"):
         return 0
-    kept = checkpoint_kept(shape, setup)
+    saved = checkpoint_saved(shape, setup)
     if attended:
-        return min(2, shape.layers) * kept
-    return kept - shape.itemsize * shape.hidden if setup.recompute_norms else kept
+        return min(2, shape.layers) * saved
+    return saved - shape.itemsize * shape.hidden if setup.recompute_norms else saved
 
 
 def tiled_mlp(setup: Setup) -> bool:
-    """Whether MLPs go through the tokens in tiles (rows no longer than a tile are one tile)."""
+    """Return whether MLPs process the tokens in tiles. Rows no longer than a tile are one tile."""
     return setup.mlp_tile is not None
 
 
 def recomputed_mlp(setup: Setup) -> bool:
-    """Whether an MLP keeps nothing but its input."""
+    """Return whether an MLP saves only its input."""
     return setup.recompute == "mlp" or tiled_mlp(setup)
 
 
-def rotary_kept(shape: ModelShape) -> int:
-    """cos and sin, shared by all layers."""
+def rotary_saved(shape: ModelShape) -> int:
+    """Return the bytes of cos and sin, which all layers share."""
     return 2 * shape.itemsize * shape.head_dim
 
 
-def inputs_kept() -> int:
-    """Token ids, positions, two kinds of labels (int64) and document ids (int32)."""
+def input_bytes() -> int:
+    """Return the bytes of token ids, positions, two kinds of labels (int64) and document ids (int32)."""
     return 4 * 8 + 4

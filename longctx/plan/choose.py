@@ -1,8 +1,8 @@
-"""choose: the fastest settings that fit, for a model, a length and a machine. No device is needed.
+"""Choose the fastest settings that fit, for a model, a row length and a machine.
 
-Only switches that trade memory for time are searched, in an order that makes the search short: for each grid, the
-cheapest policy that fits is the fastest (each keeps less than the one before it and takes longer), so the first that
-fits decides. `enumerate_all` tries everything, and a test says how far the two are apart.
+The search covers only switches that trade memory for time. For each grid and ZeRO stage it tries the recomputation
+policies from the fastest on, and takes the first that fits: each policy saves less than the one before and takes
+longer. `enumerate_all` tries all settings; a test compares the two.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from longctx.plan.shape import ModelShape
 from longctx.plan.speed import speed_of
 
 POLICIES: tuple[Recompute, ...] = ("none", "mlp", "layer_keep_attention", "layer")
-"""of `memory.recompute`, each keeping less than the one before it, and taking longer"""
+"""values of `memory.recompute`; each saves less than the one before, and takes longer"""
 SMALL_BUCKET = 50_000_000
-EQUAL = 0.99  # of the fastest: as fast, as far as a prediction can tell, and then the one that holds least is taken
+EQUAL = 0.99  # of the highest tokens/s: settings above this count as equally fast
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Settings, and the tokens/s they are predicted to reach."""
+    """Settings and their predicted tokens/s."""
 
     setup: Setup
     tokens_per_second: float
 
     @property
     def yaml(self) -> dict[str, str | int | bool]:
-        """The choice as overrides of a YAML."""
+        """The settings as overrides of a YAML file."""
         setup = self.setup
         found: dict[str, str | int | bool] = {
             "mesh.ring": setup.ring,
@@ -65,13 +65,15 @@ def choose(
     offload_checkpoints: bool = False,
     start: Setup | None = None,
 ) -> Choice:
-    """Return the fastest settings that fit rows of ``tokens`` tokens into ``world`` devices; of those that are within
-    a per cent of it, the ones that offload nothing, keep no second copy of the weights and hold least.
+    """Return the fastest settings with which rows of ``tokens`` tokens fit on ``world`` devices.
+
+    Among settings within 1 % of the fastest it prefers those without offload, without a copy of the weights, and with
+    the lowest peak.
 
     Args:
-        ulysses: exchange of heads may be chosen (within a node, where messages are cheapest).
-        offload_checkpoints: so may checkpoints in host memory.
-        start: everything that is not chosen (rows, accumulation, layout); default: one row at a time.
+        ulysses: allow Ulysses, within a node.
+        offload_checkpoints: allow checkpoints in host memory.
+        start: the settings that are not searched (rows, accumulation, layout); default: one row per micro-batch.
 
     Raises:
         ConfigError: nothing fits.
@@ -91,7 +93,7 @@ def choose(
         )
     fastest = max(choice.tokens_per_second for choice in found)
     near = [choice for choice in found if choice.tokens_per_second >= EQUAL * fastest]
-    return min(near, key=lambda choice: (*_burdens(choice.setup), peak_bytes(shape, choice.setup)))
+    return min(near, key=lambda choice: (*_costs(choice.setup), peak_bytes(shape, choice.setup)))
 
 
 def enumerate_all(
@@ -105,8 +107,8 @@ def enumerate_all(
     start: Setup | None = None,
     tiles: tuple[int | None, ...] = (None, 128, 1024, 4096, 32768),
 ) -> Iterator[Choice]:
-    """Yield every setting that fits, every pair of ``tiles`` and every bucket among them. Slow; `choose` is measured
-    by it."""
+    """Yield all settings that fit, with all pairs of ``tiles`` and both bucket sizes. Slow; the reference for
+    `choose`."""
     base = start or Setup(tokens, overlap_comm=True, recompute_norms=True)
     for grid in _grids(shape, tokens, machine, world, base, ulysses):
         sharding = list(_sharding(grid, machine))
@@ -120,27 +122,28 @@ def enumerate_all(
                 yield Choice(setup, speed_of(shape, setup, machine).tokens_per_second)
 
 
-def _burdens(setup: Setup) -> tuple[bool, bool]:
-    """What is not worth having for nothing."""
+def _costs(setup: Setup) -> tuple[bool, bool]:
+    """Return what to avoid among equally fast settings: offload, and a copy of the weights."""
     return setup.offload_optimizer, setup.group is not None
 
 
 def _grids(shape: ModelShape, tokens: int, machine: Machine, world: int, base: Setup, ulysses: bool) -> Iterator[Setup]:
-    """Every ring x ulysses x data that fills the world: members of a Ulysses group stand in one node and have whole
+    """Yield every data x ring x ulysses grid of the world whose Ulysses groups are within a node and have whole
     heads."""
-    multiple = get_layout(base.layout)
+    layout = get_layout(base.layout)
     for sequence in _divisors(world):
         for members in _divisors(sequence) if ulysses else [1]:
             whole = shape.heads % members == 0
-            if members > machine.per_node or not whole or tokens < multiple.multiple(sequence // members, members):
+            if members > machine.per_node or not whole or tokens < layout.multiple(sequence // members, members):
                 continue
-            padded = multiple.padded_length(tokens, sequence // members, members)
+            padded = layout.padded_length(tokens, sequence // members, members)
             ring = sequence // members
             yield replace(base, tokens=padded, ring=ring, ulysses=members, data=world // sequence)
 
 
 def _sharding(grid: Setup, machine: Machine) -> Iterator[tuple[int, int | None, bool]]:
-    """ZeRO stages, with and without a copy of the weights in a node and the optimizer on the host."""
+    """Yield (ZeRO stage, group, offload): with and without a copy of the weights in each node, and the optimizer on the
+    host."""
     nodes, rest = divmod(grid.world, machine.per_node)
     copied = [machine.per_node] if nodes > 1 and rest == 0 and machine.per_node > 1 else []
     for stage, offload in product(range(4), (False, True)):
@@ -150,13 +153,14 @@ def _sharding(grid: Setup, machine: Machine) -> Iterator[tuple[int, int | None, 
 
 
 def _states(grid: Setup, machine: Machine) -> Iterator[Setup]:
-    """Ways of sharding, and small buckets."""
+    """Yield the grid with every way of sharding, and small buckets."""
     for stage, group, offload in _sharding(grid, machine):
         yield replace(grid, stage=stage, group=group, offload_optimizer=offload, bucket=SMALL_BUCKET)
 
 
 def _policies(shape: ModelShape, state: Setup, host: bool) -> Iterator[Setup]:
-    """What backward computes anew, fastest first; MLPs are tiled as soon as that costs no time of its own."""
+    """Yield the recomputation policies, fastest first. MLPs are tiled from the policy on that recomputes them
+    anyway."""
     loss, mlp = resolve_loss_tile("auto", shape, True), resolve_mlp_tile("auto", shape)
     for policy in POLICIES:
         tile = None if policy == "none" else mlp

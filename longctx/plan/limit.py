@@ -1,4 +1,4 @@
-"""The longest sequence that fits, and which switch would make it longer."""
+"""Find the longest sequence that fits, and the switches that would make it longer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from longctx.plan.memory import host_bytes, peak_bytes
 from longctx.plan.setup import Setup, resolve_loss_tile, resolve_mlp_tile
 from longctx.plan.shape import ModelShape
 
-MOST = 2**34  # tokens; nobody looks further
+MOST = 2**34  # tokens; the search ends here
 
 
 @dataclass(frozen=True)
 class Switch:
-    """A switch that is not set, in the words of the YAML, and what it would win."""
+    """A setting to change, as YAML, with the longest row and the peak bytes after the change."""
 
     what: str
     longest: int
@@ -24,7 +24,7 @@ class Switch:
 
 
 def fits(shape: ModelShape, setup: Setup, machine: Machine) -> bool:
-    """Say whether a rank's peak fits the device, and a node's ranks what they offload into its host."""
+    """Return whether a rank's peak fits on the device, and a node's offloaded bytes in its host memory."""
     if peak_bytes(shape, setup) > machine.usable:
         return False
     ranks = min(setup.world, machine.per_node)
@@ -32,7 +32,7 @@ def fits(shape: ModelShape, setup: Setup, machine: Machine) -> bool:
 
 
 def longest(shape: ModelShape, setup: Setup, machine: Machine) -> int:
-    """Return the longest row that fits, a multiple of what the layout needs; 0 where not even the shortest does."""
+    """Return the longest row that fits, a multiple of what the layout needs, or 0 if even the shortest does not fit."""
     multiple = get_layout(setup.layout).multiple(setup.ring, setup.ulysses)
 
     def holds(count: int) -> bool:
@@ -40,6 +40,7 @@ def longest(shape: ModelShape, setup: Setup, machine: Machine) -> int:
 
     if not holds(1):
         return 0
+    # Double the length until it no longer fits, then bisect to a relative error of 1/2048.
     low, high = 1, 2
     while high * multiple < MOST and holds(high):
         low, high = high, 2 * high
@@ -50,7 +51,7 @@ def longest(shape: ModelShape, setup: Setup, machine: Machine) -> int:
 
 
 def further(shape: ModelShape, setup: Setup, machine: Machine) -> list[Switch]:
-    """Return the switches that would make the longest sequence longer, best first."""
+    """Return the switches that would make the longest sequence at least 2 % longer, best first."""
     now = longest(shape, setup, machine)
     found = [
         Switch(what, longest(shape, changed, machine), peak_bytes(shape, changed))
@@ -60,7 +61,7 @@ def further(shape: ModelShape, setup: Setup, machine: Machine) -> list[Switch]:
 
 
 def _switches(shape: ModelShape, setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """Every switch that is not set."""
+    """Yield every switch that this setup does not use yet."""
     if setup.recompute != "layer_keep_attention":
         yield "memory.recompute: layer_keep_attention", replace(setup, recompute="layer_keep_attention")
     if setup.recompute not in ("none", "layer"):

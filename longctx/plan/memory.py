@@ -1,7 +1,7 @@
-"""What one rank holds, part by part, at the moments of a step when it may hold most; the largest of them is the peak.
+"""Predict the bytes that one rank holds, by part, at the moments of a step that can be its peak.
 
-Between its moments a step is linear in the layers done (kept results shrink as gradients grow), so the ends decide:
-the loss, the backward of the last layer and of the first, the optimizer step.
+Between these moments a step is linear in the layers done (saved activations shrink while gradients grow), so the peak
+is at an end: the loss, the backward of the last layer or of the first, or the optimizer step.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
 
 PARTS = {
-    "weights": "as they are stored; ZeRO-3 cuts them; and their copy in a node (zero.group)",
-    "gradients": "made so far, and buffers for them",
-    "optimizer": "fp32 master weights, and the optimizer's own numbers",
-    "gathered parameters": "whole ones under ZeRO-3: in use, prefetched, not yet let go",
-    "kept results": "what forward keeps of its layers for backward (checkpoints: memory.recompute)",
-    "layer at work": "the recomputed results of the layer whose backward runs",
-    "attention buffers": "fp32 accumulators of attention, and its rotated inputs",
-    "ring buffers": "blocks of keys, values and their gradients here and on their way; exchanged heads",
-    "mlp tile": "inner results of an MLP and their gradients (memory.mlp_tile)",
-    "logits tile": "logits and their gradients (memory.loss_tile), and what the loss keeps",
-    "workspace": "inputs, rotary tables, gradient buckets, the optimizer's temporaries",
+    "weights": "as stored between uses: shards under ZeRO-3, and the secondary shards of zero.group",
+    "gradients": "computed so far, and buffers for them",
+    "optimizer": "fp32 master weights and optimizer states",
+    "gathered parameters": "whole parameters under ZeRO-3: in use, prefetched, or not yet released",
+    "saved activations": "what forward saves for backward (checkpoints, with memory.recompute)",
+    "active layer": "recomputed activations and gradients of the layer whose backward runs",
+    "attention buffers": "of attention's backward: dout, dq in fp32, statistics",
+    "ring buffers": "key/value blocks and their gradients, held and in flight; all-to-all buffers",
+    "mlp tile": "intermediates of an MLP and their gradients (memory.mlp_tile)",
+    "logits tile": "logits and their gradients (memory.loss_tile), and gradients that the loss saves",
+    "workspace": "inputs, rotary tables, gradient buckets, temporaries of the optimizer",
 }
-"""name of a part -> what it is; the columns of every table"""
+"""name of a part -> what it is; the rows of every table"""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A point of a step, and the bytes of every part at it."""
+    """A point of a step, and the bytes of every part at that point."""
 
     name: str
     parts: dict[str, int] = field(default_factory=dict)
@@ -43,12 +43,11 @@ class Moment:
 
 @dataclass(frozen=True)
 class StepBytes:
-    """A rank's memory: its moments, and what it keeps on the host."""
+    """Predicted bytes of one rank: on the device by moment, on the host by part, on NVMe."""
 
     moments: tuple[Moment, ...]
     host: dict[str, int]
     disk: int = 0
-    """Bytes of the optimizer on NVMe."""
 
     @property
     def peak(self) -> Moment:
@@ -56,59 +55,73 @@ class StepBytes:
 
 
 def step_bytes(shape: ModelShape, setup: Setup) -> StepBytes:
-    """Return what a rank of this run holds, by moments and parts."""
+    """Predict what one rank of this run holds, by moment and part."""
     return StepBytes(tuple(_moments(shape, setup)), host_bytes(shape, setup), states.swapped_bytes(shape, setup))
 
 
 def peak_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Return the most that a rank holds at once."""
+    """Predict one rank's peak on the device."""
     return step_bytes(shape, setup).peak.total
 
 
 def host_bytes(shape: ModelShape, setup: Setup) -> dict[str, int]:
-    """Return what is offloaded to the host, by part, of one rank."""
+    """Predict what one rank offloads to the host, by part."""
     found = {}
     if setup.offload_optimizer:
         found["optimizer"] = states.host_optimizer_bytes(shape, setup)
     if setup.offload_parameters:
         found["weights"] = shape.itemsize * states.share(shape.parameters, setup, 3) + states.copy_bytes(shape, setup)
     if setup.offload_checkpoints and setup.recompute in ("layer", "layer_keep_attention"):
-        found["kept results"] = activations.checkpoint_kept(shape, setup) * shape.layers * setup.n
+        found["saved activations"] = activations.checkpoint_saved(shape, setup) * shape.layers * setup.n
     return found
 
 
 def _moments(shape: ModelShape, setup: Setup) -> Iterator[Moment]:
-    kept, fetched = setup.n * activations.layer_kept(shape, setup), setup.n * activations.fetched(shape, setup)
-    leaving = setup.n * activations.fetched(shape, setup, attended=True)  # as many as come back: two layers'
+    saved = setup.n * activations.layer_saved(shape, setup)
+    fetched = setup.n * activations.checkpoint_fetched(shape, setup)
     head = 0 if shape.tied else shape.embedding
-    everything = shape.parameters
-    yield Moment(
-        "loss", _sum(_base(shape, setup, 0), _ends(shape, setup, shape.layers * kept + leaving), _loss(shape, setup))
-    )
-    for name, layers, made in (
+
+    # At the loss all layers have saved their activations and no gradient exists. Offloaded checkpoints of the last two
+    # layers are still on their way to the host: as many bytes as backward later fetches at once.
+    leaving = setup.n * activations.checkpoint_fetched(shape, setup, attended=True)
+    norm = setup.n * activations.norm_saved(shape, setup)  # the norm before the head
+    held = {"saved activations": shape.layers * saved + leaving + norm}
+    yield Moment("loss", _sum(_base(shape, setup, 0), held, _loss(shape, setup)))
+
+    # Within a layer's backward the MLP comes first, then the norm before it, attention, and the projections. The last
+    # layer has the most saved activations, the first the most gradients. A tied head's gradient belongs to the
+    # embedding.
+    for name, layers, computed in (
         ("backward of the last layer", shape.layers, head + shape.layer_weights),
-        ("backward of the first layer", 1, everything - head if shape.tied else everything - shape.embedding),
+        ("backward of the first layer", 1, shape.parameters - (head if shape.tied else shape.embedding)),
     ):
-        base = _sum(_base(shape, setup, made), {"kept results": layers * kept + fetched})
+        base = _sum(_base(shape, setup, computed), {"saved activations": layers * saved + fetched})
         yield Moment(f"{name}: MLP", _sum(base, _mlp(shape, setup)))
-        if not setup.recompute_norms:
+        if not setup.recompute_norms:  # only autograd holds five fp32 tensors at once
             yield Moment(f"{name}: norm", _sum(base, _norm(shape, setup)))
         yield Moment(f"{name}: attention", _sum(base, _attention(shape, setup)))
-        if setup.offload_checkpoints:
+        if setup.offload_checkpoints:  # the next layer's checkpoints are fetched meanwhile
             yield Moment(f"{name}: projections", _sum(base, _projections(shape, setup)))
+
+    # The embedding's gradient is whole before stages 1 and 2 reduce it. Stage 3 shards it like any other.
     if setup.stage in (1, 2):
         whole = {"gradients": shape.itemsize * shape.embedding, "workspace": states.large_gradient_bytes(shape, setup)}
-        yield Moment("backward of the embedding", _sum(_base(shape, setup, everything - head), whole))
-    step = {"workspace": states.update_bytes(shape, setup)}
-    yield Moment("optimizer step", _sum(_base(shape, setup, everything, resting=True), step))
+        yield Moment("backward of the embedding", _sum(_base(shape, setup, shape.parameters - head), whole))
+
+    # In the optimizer step all activations are gone, and all gradients are there.
+    update = {"workspace": states.update_bytes(shape, setup)}
+    yield Moment("optimizer step", _sum(_base(shape, setup, shape.parameters, updating=True), update))
 
 
-def _base(shape: ModelShape, setup: Setup, made: int, resting: bool = False) -> dict[str, int]:
-    """What is there all the time, and the gradients of ``made`` parameters."""
-    gathered = states.resting_bytes(shape, setup) if resting else states.gathered_bytes(shape, setup)
-    inputs = 0 if resting else setup.n * (activations.rotary_kept(shape) + activations.inputs_kept())
-    gradients = states.resident_gradient_bytes(shape, setup) + states.made_gradient_bytes(shape, setup, made)
-    fixed = states.bucket_bytes(shape, setup, made) + states.offload_bytes(shape, setup)
+def _base(shape: ModelShape, setup: Setup, computed: int, updating: bool = False) -> dict[str, int]:
+    """Return what is held throughout the step, with the gradients of ``computed`` parameters.
+
+    In the optimizer step (``updating``) the batch and all but the smallest gathered parameters have been freed.
+    """
+    gathered = states.resting_bytes(shape, setup) if updating else states.gathered_bytes(shape, setup)
+    inputs = 0 if updating else setup.n * (activations.rotary_saved(shape) + activations.input_bytes())
+    gradients = states.resident_gradient_bytes(shape, setup) + states.computed_gradient_bytes(shape, setup, computed)
+    fixed = states.bucket_bytes(shape, setup, computed) + states.offload_bytes(shape, setup)
     return {
         "weights": states.weight_bytes(shape, setup),
         "gradients": gradients,
@@ -118,78 +131,74 @@ def _base(shape: ModelShape, setup: Setup, made: int, resting: bool = False) -> 
     }
 
 
-def _ends(shape: ModelShape, setup: Setup, layers: int) -> dict[str, int]:
-    """Kept results of all layers and of the norm before the head."""
-    return {"kept results": layers + setup.n * activations.norm_kept(shape, setup)}
-
-
 def _loss(shape: ModelShape, setup: Setup) -> dict[str, int]:
     tile = buffers.loss_tile_bytes(shape, setup) + buffers.loss_gradient_bytes(shape, setup)
     return {"logits tile": tile}
 
 
 def _mlp(shape: ModelShape, setup: Setup) -> dict[str, int]:
-    """The layer whose MLP's backward runs: recomputed before it, if that is the policy; two gradients of its width."""
+    """Return the parts of the MLP's backward. The recomputed layer is whole; the residual stream and the MLP's input
+    have a gradient each."""
     width = shape.itemsize * shape.hidden * setup.n
-    made_anew = width if setup.recompute_norms and activations.recomputed_mlp(setup) else 0
+    # An MLP that recomputes has its norm's output recomputed as well.
+    norm_output = width if setup.recompute_norms and activations.recomputed_mlp(setup) else 0
     return {
-        "layer at work": _recomputed(shape, setup) + 2 * width + made_anew,
+        "active layer": _recomputed(shape, setup) + 2 * width + norm_output,
         "mlp tile": buffers.mlp_tile_bytes(shape, setup),
         "gradients": buffers.mlp_gradient_bytes(shape, setup),
     }
 
 
 def _norm(shape: ModelShape, setup: Setup) -> dict[str, int]:
-    """The layer whose second norm's backward runs: what that gave the MLP, and the normalised input, are let go."""
+    """Return the parts of the backward of the norm before the MLP, whose output and normalised input are freed by
+    then."""
     width, recomputed = shape.itemsize * shape.hidden * setup.n, _recomputed(shape, setup)
-    gone = 2 * width
+    freed = 2 * width
     if setup.recompute == "none" and not activations.tiled_mlp(setup):
-        gone += setup.n * activations.mlp_inner(shape)
-    chain = width + setup.n * activations.norm_backward(shape)
-    return {
-        "layer at work": recomputed - gone + chain if recomputed else chain,
-        "kept results": 0 if recomputed else -gone,
-    }
+        freed += setup.n * activations.mlp_intermediates(shape)
+    needed = width + setup.n * activations.norm_backward(shape)
+    return _freeing(recomputed, freed, needed)
 
 
 def _attention(shape: ModelShape, setup: Setup) -> dict[str, int]:
-    """The layer whose attention's backward runs: its MLP is done."""
-    width, recomputed = shape.itemsize * shape.hidden * setup.n, _recomputed(shape, setup)
-    gone = _after_attention(shape, setup)
-    return {
-        "layer at work": recomputed - gone + width if recomputed else width,
-        "kept results": 0 if recomputed else -gone,
+    """Return the parts of attention's backward. The MLP, its norm and the output projection are done: what they saved
+    is freed, attention's output by token included."""
+    freed = activations.norms_saved(shape, setup)[1] + shape.itemsize * shape.q_width
+    if setup.recompute == "none" and not activations.tiled_mlp(setup):
+        freed += activations.mlp_intermediates(shape)
+    width = shape.itemsize * shape.hidden * setup.n
+    return _freeing(_recomputed(shape, setup), setup.n * freed, width) | {
         "attention buffers": buffers.attention_backward(shape, setup),
         "ring buffers": buffers.ring_backward(shape, setup) + buffers.ulysses_buffers(shape, setup),
     }
 
 
+def _freeing(recomputed: int, freed: int, needed: int) -> dict[str, int]:
+    """Subtract ``freed`` from where the layer's activations are counted: the active layer if they were recomputed, else
+    the saved activations."""
+    if recomputed:
+        return {"active layer": recomputed - freed + needed, "saved activations": 0}
+    return {"active layer": needed, "saved activations": -freed}
+
+
 def _projections(shape: ModelShape, setup: Setup) -> dict[str, int]:
-    """The layer whose attention's backward is done, while the next one's checkpoints come back: the gradients of q, k,
-    v, the norm's result, two gradients of it, and the residual stream's."""
+    """Return the parts of the backward of the q, k, v projections, while the next layer's checkpoints are fetched: the
+    gradients of q, k and v, the norm's output with two gradients, and the residual stream's gradient."""
     widths = shape.itemsize * (4 * shape.hidden + shape.q_width + 2 * shape.kv_width)
-    coming = activations.fetched(shape, setup, attended=True) - activations.fetched(shape, setup)
-    return {"layer at work": setup.n * widths, "kept results": setup.n * coming}
+    fetched, attended = (activations.checkpoint_fetched(shape, setup, attended=after) for after in (False, True))
+    return {"active layer": setup.n * widths, "saved activations": setup.n * (attended - fetched)}
 
 
 def _recomputed(shape: ModelShape, setup: Setup) -> int:
-    """What backward has to make of a layer again, beside what was kept of it."""
+    """Return the bytes of activations that backward recomputes for one layer, without its checkpoint and its MLP."""
     if setup.recompute not in ("layer", "layer_keep_attention"):
         return 0
-    whole = sum(activations.norms_kept(shape, setup)) + activations.attention_kept(shape)
+    whole = sum(activations.norms_saved(shape, setup)) + activations.attention_saved(shape)
     if setup.recompute == "layer_keep_attention":
-        whole -= activations.attention_result(shape)
+        whole -= activations.attention_output(shape)
     if shape.itemsize == 4 or setup.recompute_norms:
-        whole -= shape.itemsize * shape.hidden  # the first norm's input is the layer's own
+        whole -= shape.itemsize * shape.hidden  # the first norm saves its input as it is: the layer's own checkpoint
     return setup.n * whole
-
-
-def _after_attention(shape: ModelShape, setup: Setup) -> int:
-    """Of the layer, what is let go before attention's backward: the second norm's, its MLP's, the result by token."""
-    gone = activations.norms_kept(shape, setup)[1] + shape.itemsize * shape.q_width
-    if setup.recompute == "none" and not activations.tiled_mlp(setup):
-        gone += activations.mlp_inner(shape)
-    return setup.n * gone
 
 
 def _sum(*parts: dict[str, int]) -> dict[str, int]:

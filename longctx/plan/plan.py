@@ -1,7 +1,8 @@
-"""A plan: one run on one machine, predicted. What `longctx plan` prints and returns as JSON."""
+"""Predict one run on one machine: what `longctx plan` prints, as an object and as JSON."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,17 @@ from longctx.plan.shape import ModelShape
 from longctx.plan.speed import Speed, speed_of
 from longctx.plan.work import Flops, Wire, flops_of, wire_of
 
+_KEYS = {  # label in the tables -> key of the JSON, which keeps its first names for programs that read it
+    "saved activations": "kept results",
+    "active layer": "layer at work",
+    "matrix products": "products",
+    "all-to-all of heads": "heads exchanged",
+}
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is predicted of a run."""
+    """All predictions for one run."""
 
     shape: ModelShape
     setup: Setup
@@ -31,7 +39,7 @@ class Plan:
 
 
 def make_plan(shape: ModelShape, setup: Setup, machine: Machine) -> Plan:
-    """Predict a run: memory, time, traffic, the longest sequence, and what would make it longer."""
+    """Predict a run's memory, time, traffic and longest sequence, and what would make it longer."""
     return Plan(
         shape=shape,
         setup=setup,
@@ -47,7 +55,7 @@ def make_plan(shape: ModelShape, setup: Setup, machine: Machine) -> Plan:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Return a plan as plain dictionaries; bytes, FLOPs and bytes on the wire are of one rank."""
+    """Return a plan as plain dictionaries; bytes, FLOPs and traffic are per rank."""
     setup, speed, wire = plan.setup, plan.speed, plan.wire
     return {
         "machine": plan.machine.name,
@@ -61,12 +69,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "peak_bytes": plan.step_bytes.peak.total,
             "peak_at": plan.step_bytes.peak.name,
             "fits": plan.fits,
-            "moments": {moment.name: moment.parts | {"total": moment.total} for moment in plan.step_bytes.moments},
-            "host_bytes": plan.step_bytes.host,
+            "moments": {
+                moment.name: _keyed(moment.parts) | {"total": moment.total} for moment in plan.step_bytes.moments
+            },
+            "host_bytes": _keyed(plan.step_bytes.host),
         },
         "step": {
             "seconds": speed.total,
-            "seconds_by": speed.seconds,
+            "seconds_by": _keyed(speed.seconds),
             "mfu": speed.mfu,
             "tokens_per_second": speed.tokens_per_second,
             "flops": plan.flops.done * setup.accumulation,
@@ -89,6 +99,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
             {"change": change.what, "longest": change.longest, "peak_bytes": change.peak} for change in plan.further
         ],
     }
+
+
+def _keyed(values: Mapping[str, float]) -> dict[str, float]:
+    return {_KEYS.get(name, name): value for name, value in values.items()}
 
 
 def _tokens(setup: Setup) -> int:

@@ -1,4 +1,4 @@
-"""The choices of a run that decide what it keeps and how long it takes: grid, ZeRO, tiles, recomputation, offload."""
+"""The settings of a run that decide its memory and time: grid, ZeRO, tiles, recomputation, offload."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from longctx.plan.shape import ModelShape
 
 Recompute = Literal["none", "mlp", "layer", "layer_keep_attention"]
 
-# longctx.nn.tiling's: numbers of intermediate results that a tile may have, and the fewest tokens of one.
+# As in longctx.nn.tiling: the most elements of a tile's intermediates, and the fewest tokens of a tile.
 _GPU_TILE, _CPU_TILE, _LEAST_TILE = 2**27, 2**23, 128
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One run's choices. `tokens` is the padded length S of a row; sizes of DeepSpeed's buckets are in numbers."""
+    """One run's settings. `tokens` is the padded length S of a row; DeepSpeed's bucket sizes are in elements."""
 
     tokens: int
     ring: int = 1
@@ -29,10 +29,10 @@ class Setup:
     accumulation: int = 1
     stage: int = 3
     group: int | None = None
-    """Ranks among which ZeRO-3's weights are cut once more."""
+    """Ranks over which ZeRO-3's secondary (hpZ) shards are spread; None: no secondary shards."""
     offload_optimizer: bool = False
     swap_optimizer: bool = False
-    """The offloaded optimizer is on disk, not in the host's memory."""
+    """Whether the offloaded optimizer is on NVMe instead of in host memory."""
     offload_parameters: bool = False
     offload_checkpoints: bool = False
     recompute: Recompute = "none"
@@ -40,7 +40,7 @@ class Setup:
     mlp_tile: int | None = None
     recompute_norms: bool = False
     states: int = 2
-    """Numbers the optimizer keeps a weight: 2 for AdamW, 1 for SGD with momentum, 0 without."""
+    """Optimizer states per weight: 2 for AdamW, 1 for SGD with momentum, 0 for SGD without."""
     on_gpu: bool = True
     overlap_comm: bool = False
     bucket: int = 500_000_000
@@ -59,27 +59,23 @@ class Setup:
 
     @property
     def local(self) -> int:
-        """Tokens of one row on a rank."""
+        """Tokens of one row per rank."""
         return -(-self.tokens // self.sequence)
 
     @property
     def n(self) -> int:
-        """Tokens that a rank has at once: of all rows of a micro-batch."""
+        """Tokens per rank in one micro-batch."""
         return self.rows * self.local
-
-    @property
-    def untiled_loss(self) -> bool:
-        return self.loss_tile is None
 
 
 def setup_of(
     config: RunConfig, derived: Derived, shape: ModelShape, *, on_gpu: bool = True, per_node: int | None = None
 ) -> Setup:
-    """Return the choices of a run, `auto` resolved as the run itself will resolve it.
+    """Return the settings of a run, with `auto` resolved as the run itself resolves it.
 
     Args:
-        on_gpu: automatic tiles are larger there.
-        per_node: ranks of a node, for `zero.group: auto`; by default what the configuration or the launcher says.
+        on_gpu: plan for GPUs, where automatic tiles are larger.
+        per_node: ranks per node, for `zero.group: auto`; default: from the configuration or the launcher.
     """
     memory, zero, train = config.memory, config.zero, config.train
     theirs = config.deepspeed.get("zero_optimization", {})
@@ -109,7 +105,7 @@ def setup_of(
 
 
 def resolve_loss_tile(tile: Any, shape: ModelShape, on_gpu: bool) -> int | None:
-    """Tokens whose logits exist at once; None: all. The rule of longctx.nn.tiling.choose_tile."""
+    """Return the tokens per tile of logits, or None for all tokens, by the rule of longctx.nn.tiling.choose_tile."""
     if tile == "none" or tile is None:
         return None
     if tile == "auto":
@@ -118,14 +114,14 @@ def resolve_loss_tile(tile: Any, shape: ModelShape, on_gpu: bool) -> int | None:
 
 
 def resolve_mlp_tile(tile: Any, shape: ModelShape) -> int | None:
-    """Tokens that an MLP computes at once; None: all. The rule of longctx.models.activations.mlp."""
+    """Return the tokens per MLP tile, or None for all tokens, by the rule of longctx.models.activations.mlp."""
     if tile == "none" or tile is None:
         return None
     return max(_LEAST_TILE, shape.hidden // 2) if tile == "auto" else int(tile)
 
 
 def _buckets(zero: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's bucket sizes where the raw block sets them."""
+    """Return DeepSpeed's bucket sizes, where the configuration's `deepspeed` section sets them."""
     names = {
         "reduce_bucket_size": "bucket",
         "stage3_prefetch_bucket_size": "prefetch",

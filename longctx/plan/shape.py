@@ -1,4 +1,4 @@
-"""The model as far as memory and time depend on it: widths and counts, from a YAML or from a folder's config.json."""
+"""The model's sizes on which memory and time depend, from a YAML file or from a folder's config.json."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from longctx.nn.kinds import ABC, Ring, Window, read_layers
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder's sizes. `full_layers` attend to everything, `window_layers` to `window` keys, the rest keep a memory
-    of `slots` slots a key head."""
+    """A decoder's sizes. `full_layers` attend to all keys, `window_layers` to `window` keys; `bounded_layers` have a
+    state of `slots` slots per key head."""
 
     hidden: int
     layers: int
@@ -35,14 +35,14 @@ class ModelShape:
     bounded_layers: int = 0
     slots: int = 0
     experts: Experts | None = None
-    """the sparse MLPs; `inner` is then what one token passes of them, and `dense_inner` the width of a dense layer"""
+    """the sparse MLPs; `inner` is then the width that one token uses, and `dense_inner` the width of a dense layer"""
     dense_inner: int = 0
     projections: int | None = None
-    """weights of one layer's projections where they are not those of q, k, v and o: latent attention"""
+    """weights per layer of latent attention's projections; None: q, k, v and o"""
     small: int = 0
-    """weights of one layer that are neither matrices nor its two norms: biases, norms of q and k"""
+    """weights per layer besides matrices and the two norms: biases, norms of q and k"""
     counted: int | None = None
-    """parameters as the weights' files have them, where there are such"""
+    """parameters counted from the weight files; None: from the formulas"""
 
     @property
     def full_layers(self) -> int:
@@ -50,49 +50,49 @@ class ModelShape:
 
     @property
     def q_width(self) -> int:
-        """Numbers of a token's queries."""
+        """Elements of the queries per token."""
         return self.heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
-        """Numbers of a token's keys, and of its values."""
+        """Elements of the keys, and of the values, per token."""
         return self.kv_heads * self.head_dim
 
     @property
     def attention_weights(self) -> int:
-        """Of one layer."""
+        """Weights of attention's projections per layer."""
         return 2 * self.hidden * (self.q_width + self.kv_width) if self.projections is None else self.projections
 
     @property
     def mlp_weights(self) -> int:
-        """Of one layer, of a sparse one where there are such."""
+        """Weights of one MLP, a sparse one in a mixture of experts."""
         return self._dense_mlp(self.inner) if self.experts is None else self.experts.weights(self.hidden)
 
     @property
     def largest_mlp_weight(self) -> int:
-        """Numbers of the largest weight of an MLP; the gate and up projections of all experts are one."""
+        """Elements of an MLP's largest weight; the gate and up projections of all experts are one weight."""
         if self.experts is None:
             return self.hidden * self.inner
         return 2 * self.experts.count * self.hidden * self.experts.inner
 
     @property
     def all_mlp_weights(self) -> int:
-        """Of all layers."""
+        """Weights of the MLPs of all layers."""
         return self._over_layers(self.mlp_weights)
 
     @property
     def mlp_products(self) -> int:
-        """MLP weights of all layers that take part in products for one token."""
+        """MLP weights of all layers that one token is multiplied with."""
         return self._over_layers(self.mlp_weights if self.experts is None else self.experts.used(self.hidden))
 
     @property
     def layer_weights(self) -> int:
-        """Of one layer, norms included."""
+        """Weights of one layer, with its norms."""
         return self.attention_weights + self.mlp_weights + 2 * self.hidden + self.small
 
     @property
     def embedding(self) -> int:
-        """Numbers of the embedding, and of the head."""
+        """Weights of the embedding, and of the head."""
         return self.vocab * self.hidden
 
     @property
@@ -104,14 +104,14 @@ class ModelShape:
 
     @property
     def matrix_weights(self) -> int:
-        """Weights that take part in products for every token: all but the embedding's table and the norms."""
+        """Weights that every token is multiplied with: all but the embedding and the norms."""
         return self.layers * self.attention_weights + self.mlp_products + self.embedding
 
     def _dense_mlp(self, inner: int) -> int:
         return (3 if self.gated else 2) * self.hidden * inner
 
     def _over_layers(self, sparse: int) -> int:
-        """Add up ``sparse`` for every layer with experts (all, in a dense model) and a dense MLP for the others."""
+        """Sum over layers: ``sparse`` for a layer with experts (in a dense model, for any layer), else a dense MLP."""
         if self.experts is None:
             return self.layers * sparse
         dense = self.layers - self.experts.layers
@@ -122,7 +122,7 @@ def shape_of(config: RunConfig) -> ModelShape:
     """Return the shape of a run's model, from its `model:` section or its pretrained folder.
 
     Raises:
-        ConfigError: a size is not known before the tokenizer is made, or the folder's config.json lacks one.
+        ConfigError: the vocabulary is unknown until the tokenizer is loaded, or the folder's config.json lacks a size.
     """
     model, itemsize = config.model, 4 if config.model.dtype == "fp32" else 2
     if model.pretrained is not None:
@@ -135,7 +135,8 @@ def shape_of(config: RunConfig) -> ModelShape:
     inner, size = intermediate_size(model), head_dim_of(model)
     if vocab is None:
         raise ConfigError(
-            f"plan: the vocabulary of tokenizer {config.data.tokenizer!r} is not known here; set model.vocab_size"
+            f"plan: the vocabulary of tokenizer {config.data.tokenizer!r} is unknown before it is loaded; set "
+            "model.vocab_size"
         )
     assert model.hidden_size and model.layers and model.heads and inner and size  # rules require them
     shape = ModelShape(
@@ -159,7 +160,7 @@ def shape_of_settings(settings: dict[str, Any], itemsize: int = 2) -> ModelShape
     """Return the shape that a transformers config.json describes.
 
     Raises:
-        ConfigError: it lacks a size.
+        ConfigError: a size is missing.
     """
 
     def size(*names: str, default: int | None = None) -> int:
@@ -199,29 +200,29 @@ def shape_of_settings(settings: dict[str, Any], itemsize: int = 2) -> ModelShape
 
 
 def _counted(shape: ModelShape, parameters: int | None, folder: str) -> ModelShape:
-    """Take the parameters from the weights; refuse a model whose layers are not those that the formulas describe."""
+    """Take the parameters from the weight files; raise ConfigError if the formulas differ by more than 10 %."""
     if parameters is not None and abs(shape.parameters - parameters) > 0.1 * parameters:
         raise ConfigError(
-            f"plan: the weights of {folder} are {parameters:,} numbers, but layers of the kinds that the planner knows "
-            f"would have {shape.parameters:,}; it does not know this kind of model: measure it with `longctx rehearse`"
+            f"plan: the weights of {folder} have {parameters:,} elements, but the planner's formulas give "
+            f"{shape.parameters:,}: it does not know this kind of model; measure it with `longctx rehearse`"
         )
     return replace(shape, counted=parameters)
 
 
 def _latent(settings: dict[str, Any], hidden: int, heads: int) -> tuple[int, int] | None:
-    """Return (size of a query head, weights of one layer's projections) of latent attention; None for another."""
+    """Return (size of a query head, weights of a layer's projections) of latent attention, or None without it."""
     rank, rotary = settings.get("kv_lora_rank"), settings.get("qk_rope_head_dim")
     plain, value = settings.get("qk_nope_head_dim"), settings.get("v_head_dim")
     if not (isinstance(rank, int) and isinstance(rotary, int) and isinstance(plain, int) and isinstance(value, int)):
         return None
     size, query = plain + rotary, settings.get("q_lora_rank")
     queries = hidden * heads * size if not isinstance(query, int) else query * (hidden + 1 + heads * size)
-    keys = hidden * (rank + rotary) + rank + rank * heads * (plain + value)  # with the norm of the latent
+    keys = hidden * (rank + rotary) + rank + rank * heads * (plain + value)  # with the norm of the latent vector
     return size, queries + keys + heads * value * hidden
 
 
 def _small(settings: dict[str, Any], kind: str, heads: int, groups: int, size: int, experts: Experts | None) -> int:
-    """Count a layer's biases and norms of q and k, of the kinds of models that have such."""
+    """Count a layer's biases and norms of q and k, by kind of model."""
     found = 0
     if kind in ("qwen3", "qwen3_moe"):
         found += 2 * size
@@ -235,16 +236,16 @@ def _small(settings: dict[str, Any], kind: str, heads: int, groups: int, size: i
 
 
 def _mixed(shape: ModelShape, config: RunConfig) -> ModelShape:
-    """Count the layers that `attention.layers` gives a window or a memory of their own."""
+    """Count the layers to which `attention.layers` gives a window or a bounded state."""
     if not config.attention.layers:
         return shape
     kinds = read_layers(config.attention.layers, shape.layers)
     windows = [kind.size for kind in kinds if isinstance(kind, Window)]
-    memories = [kind for kind in kinds if not isinstance(kind, Ring | Window)]
+    bounded = [kind for kind in kinds if not isinstance(kind, Ring | Window)]
     return replace(
         shape,
         window=max(windows, default=shape.window),
-        window_layers=len(windows) or min(shape.window_layers, shape.layers - len(memories)),
-        bounded_layers=len(memories),
-        slots=max((kind.slots if isinstance(kind, ABC) else shape.head_dim for kind in memories), default=0),
+        window_layers=len(windows) or min(shape.window_layers, shape.layers - len(bounded)),
+        bounded_layers=len(bounded),
+        slots=max((kind.slots if isinstance(kind, ABC) else shape.head_dim for kind in bounded), default=0),
     )

@@ -1,4 +1,4 @@
-"""A plan as tables for people."""
+"""Print a plan as tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def show(plan: Plan) -> None:
-    """Print a plan: memory by moments and parts, time, traffic, overlap, limit and advice."""
+    """Print a plan: memory by moment and part, time, traffic, overlap, the longest sequence, and what to change."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
@@ -41,19 +41,19 @@ def _head(console: Console, plan: Plan) -> None:
         f"ZeRO-{setup.stage}{f' with a copy of the weights among {setup.group}' if setup.group else ''}, recompute "
         f"{setup.recompute}"
     )
-    console.print(f"rows     {setup.tokens:,} tokens, {setup.local:,} on each rank ({setup.layout})")
+    console.print(f"rows     {setup.tokens:,} tokens, {setup.local:,} per rank ({setup.layout})")
     peak = plan.step_bytes.peak
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     console.print(
-        f"memory   {_size(peak.total)} a rank at the peak ({peak.name}), {_size(plan.machine.usable)} usable of "
+        f"memory   {_size(peak.total)} per rank at the peak ({peak.name}), {_size(plan.machine.usable)} usable of "
         f"{_size(plan.machine.memory)}: {verdict}\n"
     )
 
 
 def _memory(plan: Plan) -> Table:
-    """Parts down, moments across; the peak is marked."""
+    """Return the table of bytes: one row per part, one column per moment, the peak marked."""
     moments = plan.step_bytes.moments
-    table = _table("GiB a rank", *(moment.name for moment in moments))
+    table = _table("GiB per rank", *(moment.name for moment in moments))
     for part in PARTS:
         values = [moment.parts.get(part, 0) for moment in moments]
         if any(values):
@@ -76,22 +76,22 @@ def _time(plan: Plan) -> Table:
 def _traffic(console: Console, plan: Plan) -> None:
     setup, wire, overlap = plan.setup, plan.wire, plan.speed.overlap
     console.print(
-        f"speed    {plan.speed.tokens_per_second:,.0f} tokens/s, {plan.speed.tokens_per_second / setup.world:,.0f} a "
-        f"device; {plan.flops.useful * setup.accumulation:.3g} useful FLOPs a rank and step, "
-        f"{plan.flops.done * setup.accumulation:.3g} done"
+        f"speed    {plan.speed.tokens_per_second:,.0f} tokens/s, {plan.speed.tokens_per_second / setup.world:,.0f} per "
+        f"device; {plan.flops.useful * setup.accumulation:.3g} useful FLOPs per rank and step, "
+        f"{plan.flops.done * setup.accumulation:.3g} executed"
     )
     parts = {
         "ring": wire.ring_forward + wire.ring_backward,
-        "heads": wire.ulysses,
+        "all-to-all": wire.ulysses,
         "states": wire.states,
         "ZeRO": wire.zero,
     }
     sent = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)
-    console.print(f"wire     {sent or 'nothing'} sent by a rank in one micro-batch")
+    console.print(f"traffic  {sent or 'nothing'} sent per rank and micro-batch")
     if setup.ring > 1:
         console.print(
-            f"overlap  a rank's messages {'hide' if overlap.hidden else 'do NOT hide'} behind attention: it has "
-            f"{overlap.tokens:,} tokens, and needs {overlap.least_forward:,.0f} forward, "
+            f"overlap  attention {'hides' if overlap.hidden else 'does NOT hide'} the ring's messages: "
+            f"{overlap.tokens:,} tokens per rank, {overlap.least_forward:,.0f} needed forward, "
             f"{overlap.least_backward:,.0f} backward"
         )
 
@@ -102,9 +102,9 @@ def _limit(console: Console, plan: Plan) -> None:
     else:
         console.print("\nlongest  nothing fits with these settings: weights and optimizer alone are too large")
     if not plan.further:
-        console.print("further  nothing that this plan knows of makes it longer")
+        console.print("further  no setting that this plan knows makes it longer")
         return
-    table = _table("to go further, change", "longest", "peak now")
+    table = _table("for longer sequences, change", "longest", "peak at this length")
     for change in plan.further:
         table.add_row(change.what, f"{change.longest:,}", _size(change.peak))
     console.print(table)

@@ -1,4 +1,4 @@
-"""`longctx plan --sweep FILE.png`: sequence length against memory, and the longest sequence against devices."""
+"""Plot `longctx plan --sweep FILE.png`: memory against sequence length, and the longest sequence against devices."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ DEVICES = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def lengths_to(most: int, setup: Setup, points: int = 24) -> list[int]:
-    """Row lengths from a 16th of ``most`` to a little beyond it, such as the layout can deal out."""
+    """Return row lengths from a sixteenth of ``most`` to a little beyond it, as multiples of what the layout needs."""
     multiple = get_layout(setup.layout).multiple(setup.ring, setup.ulysses)
     return sorted({max(int(most * (i + 1.5) / points) // multiple, 1) * multiple for i in range(points)})
 
 
 def parts_by_length(shape: ModelShape, setup: Setup, lengths: Sequence[int]) -> dict[str, list[float]]:
-    """Return GiB of every part at the peak, for rows of each length."""
+    """Return the GiB of every part at the peak, for each row length."""
     peaks = [step_bytes(shape, replace(setup, tokens=length)).peak.parts for length in lengths]
     found = {part: [peak.get(part, 0) / 2**30 for peak in peaks] for part in PARTS}
     return {part: values for part, values in found.items() if any(values)}
 
 
 def longest_by_devices(shape: ModelShape, setup: Setup, machine: Machine) -> dict[str, list[int]]:
-    """Return the longest row on rings of DEVICES devices, for every policy of recomputation."""
+    """Return the longest row on rings of DEVICES devices, for each recomputation policy."""
     return {
         policy: [
             longest(shape, replace(setup, recompute=policy, ring=max(devices // setup.ulysses, 1)), machine)
@@ -44,7 +44,7 @@ def longest_by_devices(shape: ModelShape, setup: Setup, machine: Machine) -> dic
 
 
 def draw(shape: ModelShape, setup: Setup, machine: Machine, path: Path) -> Path:
-    """Draw both and return the path. No display is needed.
+    """Draw both plots, without a display, and return the path.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -66,7 +66,7 @@ def draw(shape: ModelShape, setup: Setup, machine: Machine, path: Path) -> Path:
 
 
 def _draw_memory(axes: Any, shape: ModelShape, setup: Setup, machine: Machine) -> None:
-    """Parts of the peak, one on another, up to where it no longer fits."""
+    """Stack the parts of the peak over row lengths, up to where they no longer fit."""
     lengths = lengths_to(longest(shape, setup, machine) or setup.tokens, setup)
     parts = parts_by_length(shape, setup, lengths)
     thousands = [length / 1024 for length in lengths]
@@ -74,14 +74,14 @@ def _draw_memory(axes: Any, shape: ModelShape, setup: Setup, machine: Machine) -
     axes.axhline(machine.usable / 2**30, color="black", linestyle="--", linewidth=1, label="usable")
     axes.axvline(setup.tokens / 1024, color="black", linestyle=":", linewidth=1, label="this run")
     axes.set_xlim(thousands[0], max(thousands[-1], setup.tokens / 1024))
-    axes.set_xlabel("tokens of a row (thousands of 1,024)")
-    axes.set_ylabel("GiB a rank at the peak")
+    axes.set_xlabel("tokens per row (multiples of 1,024)")
+    axes.set_ylabel("GiB per rank at the peak")
     axes.set_title(f"ring {setup.ring}, recompute {setup.recompute}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
 
 
 def _draw_devices(axes: Any, shape: ModelShape, setup: Setup, machine: Machine) -> None:
-    """The longest row against devices, a line a policy."""
+    """Plot the longest row over devices, one line per policy."""
     for policy, found in longest_by_devices(shape, setup, machine).items():
         fitting = [(devices, length) for devices, length in zip(DEVICES, found, strict=True) if length]
         if fitting:
@@ -93,7 +93,7 @@ def _draw_devices(axes: Any, shape: ModelShape, setup: Setup, machine: Machine) 
     low, high = axes.get_ylim()
     ticks = [2**power for power in range(10, 36) if low <= 2**power <= high]
     axes.set_yticks(ticks, [_tokens(tick) for tick in ticks])
-    axes.set_xlabel("devices that share one row")
+    axes.set_xlabel("devices per row")
     axes.set_ylabel("longest row that fits, tokens")
     axes.set_title("longest sequence")
     axes.grid(alpha=0.3)

@@ -1,8 +1,9 @@
-"""What one rank sends for one layer, to the byte and message: blocks on the ring, heads exchanged, states of memories.
+"""Count the bytes and messages that one rank sends for one layer: ring blocks, all-to-alls of heads, bounded states.
 
-Integers only, from what decides them in training: who needs whose block (`attention/schedule.py`), who computes which
-heads (`attention/heads.py`), which rank's state is needed where (`bounded/ranks/scan.py`). docs/ring.md and
-docs/hybrid.md have the same formulas; tests/rehearse/test_step.py holds them to what the code really sends.
+Integers only, computed from what decides the traffic in training: the ring's schedule (`attention/schedule.py`), the
+heads of each Ulysses member (`attention/heads.py`) and the scan of states (`bounded/ranks/scan.py`). The formulas are
+in docs/methods/ring.md "Traffic" and docs/hybrid.md; tests/rehearse/test_step.py compares them with what the code
+sends.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ from longctx.attention.band import make_rule
 from longctx.attention.heads import Share, assign_heads
 from longctx.attention.schedule import make_schedule
 
-IDS = 4  # bytes of a token's document id
-_ALIGNMENT = 16  # bytes: where a part of an exchange's message begins
-GATHER_RING, GATHER_BYTES = 8, 64 << 20  # bounded/ranks/scan.py: up to these, states go straight to all who need them
-_LARGEST = 256  # ranks of a ring whose windowed schedule is worked out here; in larger ones blocks count as going round
+IDS = 4  # bytes per document id
+_ALIGNMENT = 16  # bytes: each tensor of an all-to-all message starts at a multiple
+GATHER_RING, GATHER_BYTES = 8, 64 << 20  # bounded/ranks/scan.py: up to these, each state is sent to all that need it
+_LARGEST = 256  # ranks; in larger rings blocks of a windowed layer count as travelling the whole ring
 
 
 class Sent(NamedTuple):
-    """What one rank sends."""
+    """Bytes and messages that one rank sends."""
 
     bytes: int
     messages: int
 
 
 class Hops(NamedTuple):
-    """Blocks of keys and values, and of their gradients, that one rank sends in one pass."""
+    """Key/value blocks, and dK/dV blocks, that one rank sends in one pass."""
 
     kv: int
     gradients: int
@@ -37,7 +38,7 @@ class Hops(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's attention over a causal row of `tokens`; rank = ring index x ulysses + ulysses index."""
+    """One layer's attention over causal rows of `tokens` tokens; rank = ring index × ulysses + ulysses index."""
 
     tokens: int
     heads: int
@@ -50,10 +51,10 @@ class Layer:
     gradient_itemsize: int = 4
     window: int | None = None
     documents: bool = False
-    """Ids of documents travel with the keys, as they do in training."""
+    """Whether document ids are sent with the keys, as in training."""
     rows: int = 1
     member: int | None = None
-    """The Ulysses member whose ring is meant; None: the one that carries most."""
+    """The Ulysses member whose ring is counted; None: the one with the most key heads."""
 
     @property
     def world(self) -> int:
@@ -65,64 +66,68 @@ class Layer:
 
     @property
     def block(self) -> int:
-        """Tokens of a ring member's block: its Ulysses members have all of them, for their own heads."""
+        """Tokens per ring block. Each Ulysses member has all of them, for its own heads."""
         return self.tokens // self.ring
 
     @property
     def shares(self) -> tuple[Share, ...]:
-        """The heads of every Ulysses member."""
+        """The heads of each Ulysses member."""
         return assign_heads(self.heads, self.kv_heads, self.ulysses)
 
     @property
-    def place(self) -> int:
-        """The member that is meant."""
+    def chosen_member(self) -> int:
+        """The Ulysses member that is counted."""
         if self.member is not None:
             return self.member
-        return max(range(self.ulysses), key=lambda member: carried(self.shares[member]))
+        return max(range(self.ulysses), key=lambda member: carried_heads(self.shares[member]))
 
     @property
     def ids_bytes(self) -> int:
-        """Document ids of one block."""
+        """Bytes of one block's document ids."""
         return IDS * self.rows * self.block if self.documents else 0
 
     @property
     def kv_bytes(self) -> int:
-        """One message of keys and values."""
-        return self._pair * self.itemsize + self.ids_bytes
+        """Bytes of one message of keys and values."""
+        return self._kv_elements * self.itemsize + self.ids_bytes
 
     @property
     def gradient_bytes(self) -> int:
-        """One message of dK and dV."""
-        return self._pair * self.gradient_itemsize
+        """Bytes of one message of dK and dV."""
+        return self._kv_elements * self.gradient_itemsize
 
     @property
-    def _pair(self) -> int:
-        return 2 * self.rows * self.block * carried(self.shares[self.place]) * self.head_dim
+    def _kv_elements(self) -> int:
+        return 2 * self.rows * self.block * carried_heads(self.shares[self.chosen_member]) * self.head_dim
 
     def flops(self, backward: bool) -> float:
-        """Useful FLOPs of one pass: causal pairs, two products forward and five backward."""
+        """Return the useful FLOPs of one pass over causal pairs: two matrix products forward, five backward."""
         return (10.0 if backward else 4.0) * self.heads * self.head_dim * self.tokens * (self.tokens + 1) / 2
 
 
-def carried(share: Share) -> int:
-    """Key heads that a member's ring carries: its own, copied where they serve unequal numbers of query heads."""
+def carried_heads(share: Share) -> int:
+    """Count the key heads of one member's ring: its own, with copies where they serve unequal numbers of query
+    heads."""
     return share.key_count if share.expand is None else len(share.expand)
 
 
 def ring_sent(layer: Layer, *, backward: bool, rank: int | None = None) -> Sent:
-    """What a ring rank sends around in one pass (None: the busiest). A block leaves home as k and v (and ids)."""
+    """Count what a ring rank sends in one pass (None: the busiest)."""
     hops = hops_of(layer.layout, layer.ring, layer.block, layer.window, rank)
     gradients = hops.gradients if backward else 0
-    setting_out = min(hops.kv, 1) * (1 + layer.documents)
+    # A rank sends its own block as separate messages, k, v and ids; blocks of other ranks it passes on as one message.
+    extra = min(hops.kv, 1) * (1 + layer.documents)
     if layer.window is not None and layer.layout == "zigzag" and rank is not None:
-        setting_out *= _chains(layer, rank)
-    return Sent(hops.kv * layer.kv_bytes + gradients * layer.gradient_bytes, hops.kv + setting_out + gradients)
+        extra *= _chains(layer, rank)
+    return Sent(hops.kv * layer.kv_bytes + gradients * layer.gradient_bytes, hops.kv + extra + gradients)
 
 
 def hops_of(layout: str, ring: int, block: int, window: int | None, rank: int | None = None) -> Hops:
-    """Blocks of `block` tokens that a rank of a causal ring sends in a pass (None: as many as any rank sends)."""
+    """Count the blocks of `block` tokens that a rank of a causal ring sends in one pass (None: the most of any
+    rank)."""
     if ring == 1:
         return Hops(0, 0)
+    # Ring positions that a contiguous block travels until no rank's queries see it.
     reach = ring - 1 if window is None else min(ring - 1, -(-(window - 1) // block))
     if layout == "contiguous":
         if rank is None:
@@ -130,15 +135,16 @@ def hops_of(layout: str, ring: int, block: int, window: int | None, rank: int | 
         return Hops(min(reach, rank + 1) if rank < ring - 1 else 0, min(reach, rank))
     if window is None or window >= ring * block:
         return Hops(ring - 1, ring)
-    if rank is None and layout == "zigzag":  # who is near whom does not depend on the ring's size
+    if rank is None and layout == "zigzag":  # in a larger ring a rank has as many hops
         ring = min(ring, 8 * reach + 8)
-    if ring > _LARGEST and rank is None:
+    if ring > _LARGEST and rank is None:  # an upper bound: every block travels the whole ring
         return Hops(ring - 1, ring)
     return _windowed(layout, ring, block, window, rank)
 
 
 @lru_cache(maxsize=256)
 def _windowed(layout: str, ring: int, block: int, window: int, rank: int | None) -> Hops:
+    """Count the hops of a windowed layer from its schedule."""
     schedule = make_schedule(layout, ring, ring * block, make_rule(True, window))
     found = [schedule.stages(each) for each in (range(ring) if rank is None else [rank])]
     return Hops(
@@ -148,28 +154,30 @@ def _windowed(layout: str, ring: int, block: int, window: int, rank: int | None)
 
 
 def _chains(layer: Layer, rank: int) -> int:
-    """Times that a rank's own block sets out: once a direction."""
+    """Count the directions in which a rank sends its own block."""
     schedule = make_schedule(layer.layout, layer.ring, layer.tokens, make_rule(True, layer.window))
     stages = schedule.stages(rank)
     return sum(stage.chain_begins and stage.kv_to is not None for stage in stages)
 
 
-def exchange_sent(layer: Layer, *, backward: bool, lean: bool = False) -> Sent:
-    """What a Ulysses member sends in one pass to exchange heads for tokens, and back.
+def all_to_all_sent(layer: Layer, *, backward: bool, lean: bool = False) -> Sent:
+    """Count what a Ulysses member sends in one pass: two all-to-alls, before and after attention.
 
     Args:
-        lean: backward gets q, k, v and out by message again (`recompute: layer_keep_attention`).
+        lean: backward's all-to-all carries q, k, v and out again (`recompute: layer_keep_attention`).
     """
-    size, own = layer.ulysses, layer.shares[layer.place]
-    others = [share for member, share in enumerate(layer.shares) if member != layer.place]
+    size, own = layer.ulysses, layer.shares[layer.chosen_member]
+    others = [share for member, share in enumerate(layer.shares) if member != layer.chosen_member]
 
-    def piece(numbers: int, itemsize: int = layer.itemsize) -> int:
-        return -(-layer.rows * layer.local * numbers * itemsize // _ALIGNMENT) * _ALIGNMENT
+    def piece(width: int, itemsize: int = layer.itemsize) -> int:  # one member's part of a tensor, padded
+        return -(-layer.rows * layer.local * width * itemsize // _ALIGNMENT) * _ALIGNMENT
 
     def inputs(share: Share) -> int:  # q, k, v and ids
         ids = piece(1, IDS) if layer.documents else 0
         return piece(share.query_count * layer.head_dim) + 2 * piece(share.key_count * layer.head_dim) + ids
 
+    # Forward sends q, k, v of the other members' heads, and back the output of its own heads for their tokens. Backward
+    # sends dout of their heads, and back dq, dk, dv of its own.
     queries, keys = piece(own.query_count * layer.head_dim), piece(own.key_count * layer.head_dim)
     if not backward:
         return Sent(sum(map(inputs, others)) + (size - 1) * queries, 2 * (size - 1))
@@ -179,24 +187,27 @@ def exchange_sent(layer: Layer, *, backward: bool, lean: bool = False) -> Sent:
 
 
 def scan_sent(layout: str, ring: int, state: int, *, backward: bool, rank: int | None = None) -> Sent:
-    """What a rank sends so that every chunk of the row gets the states of all before it (None: the busiest rank).
+    """Count what a rank sends so that every chunk of the row gets the states of all earlier chunks (None: the busiest).
 
     Args:
-        state: bytes of one chunk's; a rank has two chunks in zigzag.
+        state: bytes of one chunk's state. In zigzag a rank has two chunks.
     """
     if rank is None:
         return max(scan_sent(layout, ring, state, backward=backward, rank=each) for each in range(ring))
     zigzag, before, after = layout == "zigzag", rank, ring - 1 - rank
     if ring <= GATHER_RING or ring * state * (1 + zigzag) <= GATHER_BYTES:
-        if zigzag:  # the first chunk is needed by all, the second by those whose second chunk comes later
+        # Forward: all ranks need a zigzag rank's first chunk, the ranks before it also its second, which is earlier
+        # than theirs. Backward sends gradients along the reversed routes.
+        if zigzag:
             return Sent((ring - 1 + (after if backward else before)) * state, ring - 1)
         messages = before if backward else after
         return Sent(messages * state, messages)
+    # Large rings and states: one Hillis-Steele scan per chunk, in opposite directions.
     ups, downs = (_steps(distance) for distance in ((before, after) if backward else (after, before)))
     messages = ups + downs if zigzag else ups
     return Sent(messages * state, messages)
 
 
 def _steps(distance: int) -> int:
-    """Messages of a Hillis-Steele leg to ranks that are 1, 2, 4, ... places on, and the last shift by one."""
+    """Count the messages of a Hillis-Steele scan: to ranks at distance 1, 2, 4, …, and a final shift by one."""
     return distance.bit_length() + (distance > 0)

@@ -1,12 +1,12 @@
-"""What a rank computes and sends in one micro-batch: FLOPs, and bytes on the wire, by their formulas.
+"""Count what a rank computes and sends in one micro-batch: FLOPs and bytes of traffic.
 
-Per rank and layer, with n local tokens, R ring members, U Ulysses members and b bytes per element
-(docs/methods/ring.md "Traffic"; to the byte in `traffic.py`):
+Per rank and layer, with n local tokens, R ring members, U Ulysses members, G key heads of size D and b bytes per
+element (docs/methods/ring.md "Traffic"; exact bytes in `traffic.py`):
 
-    ring      forward (R - 1) blocks of 2 n G D b;  backward the same, and R blocks of dK/dV in fp32; fewer in windows
-    Ulysses   (U - 1)/U of q, k, v and the result there, of their gradients back
-    ZeRO-3    weights gathered in forward and backward, gradients reduced and scattered; ZeRO 0 to 2: one all-reduce
-    memories  states to all ranks that come later, or by a logarithmic scan; whatever the length
+    ring       forward (R - 1) blocks of 2 n G D b;  backward the same, and R blocks of dK/dV in fp32; fewer in windows
+    Ulysses    forward (U - 1)/U of q, k, v and the output;  backward the same of their gradients
+    ZeRO       stages 0 to 2: one all-reduce;  stage 3: gathers of weights, reduce-scatter of gradients
+    bounded    states, to all later ranks or by a logarithmic scan; independent of n
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from dataclasses import dataclass
 
 from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
-from longctx.plan.traffic import Layer, exchange_sent, ring_sent, scan_sent
+from longctx.plan.traffic import Layer, all_to_all_sent, ring_sent, scan_sent
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one micro-batch on one rank."""
+    """FLOPs of one micro-batch on one rank."""
 
     products: float
-    """with weights, forward and backward"""
+    """of matrix products with weights, forward and backward"""
     attention_forward: float
     attention_backward: float
     again_products: float
-    """recomputed"""
+    """recomputed in backward"""
     again_attention: float
 
     @property
@@ -36,13 +36,14 @@ class Flops:
 
     @property
     def useful(self) -> float:
-        """What MFU counts: no recomputation, and 8 of the 10 FLOPs that a backward of attention takes a pair."""
+        """FLOPs that MFU counts: without recomputation, and 8 of the 10 that attention's backward takes per pair and
+        element."""
         return self.products + self.attention_forward + self.attention_backward * 0.8
 
 
 @dataclass(frozen=True)
 class Wire:
-    """Bytes that one rank sends in one micro-batch (ZeRO 0 to 2: in one step; ZeRO-3: on average over a step)."""
+    """Bytes that one rank sends in one micro-batch; for ZeRO 0 to 2 in one step, for ZeRO-3 on average over a step."""
 
     ring_forward: int
     ring_backward: int
@@ -56,19 +57,19 @@ class Wire:
 
 
 def exact_pairs(length: int, window: int | None) -> float:
-    """Visible (query, key) pairs of a causal row without documents, in one layer."""
+    """Count the visible (query, key) pairs of a causal row of one document, in one layer."""
     if window is None or window >= length:
         return length * (length + 1) / 2
     return window * (length - (window - 1) / 2)
 
 
 def bounded_pairs(shape: ModelShape, length: int) -> float:
-    """What one layer of bounded memory computes, in pairs."""
+    """Return the compute of one bounded-state layer, in units of pairs."""
     return shape.slots * (1 + shape.kv_heads / shape.heads) * length
 
 
 def pairs(shape: ModelShape, setup: Setup) -> float:
-    """Visible (query, key) pairs of one rank in a causal row without documents, over all layers."""
+    """Count the visible (query, key) pairs of one rank over all layers, for causal rows of one document each."""
     length = setup.tokens
     total = shape.full_layers * exact_pairs(length, None) + shape.bounded_layers * bounded_pairs(shape, length)
     if shape.window_layers:
@@ -77,7 +78,7 @@ def pairs(shape: ModelShape, setup: Setup) -> float:
 
 
 def flops_of(shape: ModelShape, setup: Setup) -> Flops:
-    """Count one micro-batch on one rank, on average over ranks."""
+    """Count the FLOPs of one micro-batch per rank, averaged over ranks."""
     seen = pairs(shape, setup)
     forward = 4.0 * shape.q_width * seen
     layers = shape.layers * shape.attention_weights + shape.mlp_products
@@ -95,7 +96,7 @@ def flops_of(shape: ModelShape, setup: Setup) -> Flops:
 
 
 def layer_of(shape: ModelShape, setup: Setup, window: int | None = None) -> Layer:
-    """Return one layer's attention as it travels in training, with document ids."""
+    """Return one layer's attention as `traffic` counts it, with document ids as in training."""
     return Layer(
         setup.tokens, shape.heads, shape.kv_heads, shape.head_dim, setup.ring, setup.ulysses, setup.layout,
         shape.itemsize, window=window, documents=True, rows=setup.rows,
@@ -103,24 +104,24 @@ def layer_of(shape: ModelShape, setup: Setup, window: int | None = None) -> Laye
 
 
 def state_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Bytes of the memory of one chunk of the row, in one layer: keys, values and mass of every slot, in fp32."""
+    """Return the bytes of one chunk's state in one bounded-state layer: keys, values and mass of each slot, in fp32."""
     return 4 * setup.rows * shape.kv_heads * shape.slots * (2 * shape.head_dim + 1)
 
 
 def wire_of(shape: ModelShape, setup: Setup) -> Wire:
-    """Count what one rank sends in one micro-batch, the busiest where they differ."""
-    passes = 2 if setup.recompute == "layer" else 1  # a recomputed attention goes round, and exchanges heads, again
+    """Count what one rank sends in one micro-batch: the busiest rank, where ranks differ."""
+    passes = 2 if setup.recompute == "layer" else 1  # recomputed attention repeats its hops and all-to-alls
     lean = setup.recompute == "layer_keep_attention"
     forward = backward = heads = 0
     for layers, window in ((shape.full_layers, None), (shape.window_layers, shape.window)):
         layer = layer_of(shape, setup, window)
         forward += layers * passes * ring_sent(layer, backward=False).bytes
         backward += layers * ring_sent(layer, backward=True).bytes
-        heads += layers * passes * exchange_sent(layer, backward=False).bytes
-        heads += layers * exchange_sent(layer, backward=True, lean=lean).bytes
+        heads += layers * passes * all_to_all_sent(layer, backward=False).bytes
+        heads += layers * all_to_all_sent(layer, backward=True, lean=lean).bytes
     states = 0
     if shape.bounded_layers and setup.sequence > 1:
-        own, ids = state_bytes(shape, setup), 8 * setup.rows  # the document that a state is of has no gradient
+        own, ids = state_bytes(shape, setup), 8 * setup.rows  # a state's document id is sent in forward only
         forth = scan_sent(setup.layout, setup.sequence, own + ids, backward=False).bytes
         back = scan_sent(setup.layout, setup.sequence, own, backward=True).bytes
         states = shape.bounded_layers * (passes * forth + back)
@@ -128,17 +129,20 @@ def wire_of(shape: ModelShape, setup: Setup) -> Wire:
 
 
 def zero_bytes(shape: ModelShape, setup: Setup) -> int:
-    """Weights gathered and gradients reduced by one rank, wherever they go."""
+    """Count what one rank sends for ZeRO, over all links."""
     return sum(zero_sent(shape, setup))
 
 
 def zero_sent(shape: ModelShape, setup: Setup) -> tuple[int, int]:
-    """Return what one rank sends for ZeRO: (over the world, among the ranks that hold a copy of the weights together).
-    Gradients are in fp32 where ranks share a sequence.
+    """Return the bytes that one rank sends for ZeRO: (among all ranks, within its `zero.group`).
 
-    DeepSpeed's stages 1 and 2 add gradients up by all-reduce (their multi-rank buckets) and then gather the weights;
-    stage 3 gathers in forward and again in backward, unless the whole model may stay gathered. With a copy, all of a
-    step's gathers but the first stay among its ranks: of a micro-batch, on average over the step.
+    With N parameters, P ranks, g bytes per gradient element (4 if ranks share a sequence, else b) and b per weight:
+
+        stages 0 to 2    (2 g + b) N (P - 1) / P    all-reduce of gradients, gather of weights (not in stage 0)
+        stage 3          (2 b + g) N (P - 1) / P    gathers in forward and backward, reduce-scatter
+
+    A model that may stay gathered is gathered once. With `zero.group`, all gathers of a step except the first stay
+    within the group; the result is the average per micro-batch.
     """
     others = (setup.world - 1) / setup.world
     gradient = 4 if setup.sequence > 1 else shape.itemsize

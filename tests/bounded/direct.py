@@ -1,6 +1,6 @@
-"""ABC and Cottention as their definitions say, every token against every earlier one: T x T, fp64, plain autograd.
+"""ABC and Cottention from their definitions, every token against every earlier one: T x T, fp64, plain autograd.
 
-Slower and plainer than the token-by-token references in kernels/, and without a state, so that the two can disagree.
+Independent of the token-by-token references in kernels/: there is no state here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ EXACT = tolerance("fp64")
 
 
 def visible(length: int, documents: Tensor | None, causal: bool = True) -> Tensor:
-    """(B or 1, T, T): whether token t sees token j; nobody sees padding."""
+    """(B or 1, T, T): whether token t reads token j; padding is not read."""
     seen = torch.ones(1, length, length, dtype=torch.bool)
     if causal:
         seen = seen.tril()
@@ -24,7 +24,7 @@ def visible(length: int, documents: Tensor | None, causal: bool = True) -> Tenso
 
 
 def write_weights(s: Tensor, seen: Tensor, normalizer: str) -> Tensor:
-    """(B, G, T, T, M): with what weight token j stands in slot m when token t reads."""
+    """(B, G, T, T, M): the weight of token j in slot m when token t reads."""
     logits = s[:, :, None].masked_fill(~seen[:, None, :, :, None], -torch.inf)
     if normalizer == "sum":
         return torch.where(seen[:, None, :, :, None], s[:, :, None], 0.0)
@@ -32,7 +32,7 @@ def write_weights(s: Tensor, seen: Tensor, normalizer: str) -> Tensor:
         none = (logits == -torch.inf).all(3, keepdim=True)
         return logits.masked_fill(none, 0.0).softmax(3).masked_fill(none, 0.0)
     none = (logits == -torch.inf).all(3)
-    mass = torch.logsumexp(logits.masked_fill(none[:, :, :, None], 0.0), 3)  # of token j: what it divides by
+    mass = torch.logsumexp(logits.masked_fill(none[:, :, :, None], 0.0), 3)  # that token j divides by
     phi = (s - mass).exp().masked_fill(none, 0.0)
     return torch.where(seen[:, None, :, :, None], phi[:, :, None], 0.0)
 
@@ -55,7 +55,7 @@ def abc(
 
 
 def counts(seen: Tensor) -> Tensor:
-    """(B or 1, T): how many tokens each token sees."""
+    """(B or 1, T): how many tokens each token reads."""
     return seen.sum(-1)
 
 
@@ -83,7 +83,7 @@ def queue(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, extra: tu
 
 
 def differences(ours: list[Tensor | None], theirs: list[Tensor | None]) -> list[float]:
-    """The largest difference of each pair; None is zero."""
+    """Return the largest difference of each pair; None is zero."""
     found = []
     for a, b in zip(ours, theirs, strict=True):
         if a is None and b is None:
@@ -106,12 +106,12 @@ def check(ours: Tensor, expected: Tensor, weight: Tensor, leaves: list[Tensor], 
 
 
 def packed(rows: list[list[tuple[int, int]]]) -> Tensor:
-    """Document ids from (id, tokens) runs a row."""
+    """Return document ids from each row's runs (id, tokens)."""
     return torch.tensor([[name for name, count in row for _ in range(count)] for row in rows])
 
 
 def numbered(ids: Tensor) -> Tensor:
-    """(B, T): every run of an id gets a number of its own, row by row; padding ends no run."""
+    """(B, T): number the runs of one id, row by row; padding does not end a run."""
     found = torch.full_like(ids, -1)
     for row, names in enumerate(ids.tolist()):
         number, last = 0, None
@@ -123,7 +123,7 @@ def numbered(ids: Tensor) -> Tensor:
 
 
 def random_documents(batch: int, length: int, generator: torch.Generator) -> Tensor:
-    """(B, T): a few documents a row, with padding here and there, also at both ends."""
+    """(B, T): a few documents per row, with padding between them and at both ends."""
     rows = []
     for row in range(batch):
         cuts = sorted({0, *torch.randint(0, length, (4,), generator=generator).tolist()})

@@ -1,4 +1,4 @@
-"""The same call on one device and on a ring, simulated or of processes: deal out, run every rank, put back in order."""
+"""The same call on one device and on a ring, simulated or of processes: shard, run every rank, reassemble."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from longctx.layout import get_layout
 
 
 class Case(NamedTuple):
-    """A call by name, so that processes can be told which. tensors: after q, k, v; local: dealt out like them."""
+    """A call by name, which processes can be given. tensors: number after q, k, v; local: sharded like these."""
 
     name: str
     causal: bool = True
@@ -60,7 +60,7 @@ _STRATEGIES = {
 
 
 def inputs(name: str, length: int = 48, seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """([q, k, v, the case's tensors], a weight for the output)."""
+    """Return [q, k, v, the case's tensors] and a weight for the output."""
     g = torch.Generator().manual_seed(seed)
     shapes = [(2, 4, length, 5), (2, 2, length, 5), (2, 2, length, 3)]
     case = CASES[name]
@@ -85,7 +85,7 @@ def call(
     state: Any = None,
     return_state: bool = False,
 ) -> torch.Tensor:
-    """The call itself; with return_state it returns (out, state)."""
+    """Call the operator; with return_state return (out, state)."""
     q, k, v, *others = tensors
     shared = SequenceCall(
         causal=CASES[name].causal, mesh=mesh, layout=layout, document_ids=documents, length=length, state=state,
@@ -104,7 +104,7 @@ def call(
 
 
 def indices(layout: str, ring: int, length: int) -> list[torch.Tensor]:
-    """The global indices of each rank's tokens."""
+    """Return the global indices of each rank's tokens."""
     spans = [get_layout(layout).spans(rank, ring, length) for rank in range(ring)]
     return [torch.cat([torch.arange(span.start, span.last + 1) for span in here]) for here in spans]
 
@@ -119,7 +119,7 @@ def one_device(
     documents: torch.Tensor | None,
     length: int | None = None,
 ) -> Answer:
-    """[out, the gradient of every leaf]."""
+    """Return [out, the gradient of every leaf]."""
     leaves = [x.clone().requires_grad_() for x in leaves]
     out = call(name, leaves, documents, "contiguous", None, length=length)
     return [out.detach(), *direct.gradients(out, weight, leaves)]
@@ -133,16 +133,16 @@ def local_answer(
     here: torch.Tensor,
     run: Callable[[list[torch.Tensor], torch.Tensor | None], torch.Tensor],
 ) -> Answer:
-    """One rank's [out, gradients]; `run(its tensors, its documents)` makes the call."""
-    dealt = [index < 3 or CASES[name].local for index in range(len(leaves))]
-    mine = [x[:, :, here] if cut else x for x, cut in zip(leaves, dealt, strict=True)]
+    """Return one rank's [out, gradients]; `run(tensors, documents)` makes its call."""
+    sharded = [index < 3 or CASES[name].local for index in range(len(leaves))]
+    mine = [x[:, :, here] if split else x for x, split in zip(leaves, sharded, strict=True)]
     mine = [x.clone().requires_grad_() for x in mine]
     out = run(mine, None if documents is None else documents[:, here])
     return [out.detach(), *direct.gradients(out, weight[:, :, here], mine)]
 
 
 def assemble(name: str, answers: list[Answer], order: torch.Tensor) -> Answer:
-    """The ranks' answers as one device would give them: by token, or summed for what every rank has whole."""
+    """Return the ranks' results as one device's: tokens in order; gradients of replicated tensors summed."""
     whole: Answer = []
     for place, parts in enumerate(zip(*answers, strict=True)):
         given = [x for x in parts if x is not None]
@@ -162,7 +162,7 @@ def simulated(
     documents: torch.Tensor | None,
     length: int | None = None,
 ) -> tuple[Answer, list[Counters]]:
-    """One thread a rank."""
+    """Run one thread per rank; return the result and each rank's counters."""
     parts = indices(layout, ring, leaves[0].shape[2])
 
     def worker(link: Link) -> Answer:

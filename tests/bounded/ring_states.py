@@ -1,4 +1,4 @@
-"""A call from a state to a state, with a loss on both results: one device's answer beside that of ranks."""
+"""A call that starts from a state and returns one, with a loss on both results: one device compared with ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DOCUMENTS = {
 
 
 def cut(name: str, leaves: list[torch.Tensor], here: Any) -> list[torch.Tensor]:
-    """Some tokens of what has tokens."""
+    """Return some tokens of the tensors that have them; the others are whole."""
     return [x[:, :, here] if place < 3 or ranks.CASES[name].local else x for place, x in enumerate(leaves)]
 
 
@@ -41,14 +41,14 @@ def vector(
     link: Link | None = None,
     mesh: Any = None,
 ) -> tuple[torch.Tensor, Any, list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """(out, the state after, the gradients of the leaves, those of the state before) of a loss on both results."""
+    """Return out, the state after, and gradients of the leaves and of the state before; the loss is on both results."""
     leaves = [x.clone().requires_grad_() for x in leaves]
     given = {field: x.detach().clone().requires_grad_() for field, x in floating(state).items()}
     out, after = ranks.call(
         name, leaves, ids, layout, link, mesh=mesh, state=replace(state, **given), return_state=True
     )  # type: ignore[misc]
     loss = (out * weight).sum()
-    summed = "sum" in name or name == "linformer"  # there the mass only tells what was written to
+    summed = "sum" in name or name == "linformer"  # there the mass only tells which slots were written
     for seed, (field, x) in enumerate(floating(after).items()):
         if summed and field == "log_mass":
             continue
@@ -59,7 +59,7 @@ def vector(
 
 
 def setting(name: str, documents: str) -> Any:
-    """(the leaves and documents behind a start, the state of that start, the output's weight)."""
+    """Return the leaves and documents after the first tokens, the state of these, and a weight for the output."""
     leaves, weight = ranks.inputs(name, BEFORE + LENGTH)
     ids = DOCUMENTS[documents]
     first = None if ids is None else ids[:, :BEFORE]
@@ -70,14 +70,14 @@ def setting(name: str, documents: str) -> Any:
 
 
 def check(name: str, expected: Any, found: list[Any], order: torch.Tensor) -> None:
-    """Outputs and gradients in order, gradients of what all ranks have summed, states equal on every rank."""
+    """Compare outputs and gradients in order, summed gradients of replicated tensors, and states on every rank."""
     out, after, gradients, first = expected
     outs, afters, all_gradients, firsts = zip(*found, strict=True)
     assert direct.differences([torch.cat(outs, 2)[:, :, order]], [out])[0] <= EXACT
     for place, wanted in enumerate(gradients):
         parts = [here[place] for here in all_gradients]
-        dealt = place < 3 or ranks.CASES[name].local
-        ours = torch.cat(parts, 2)[:, :, order] if dealt else sum(parts)
+        sharded = place < 3 or ranks.CASES[name].local
+        ours = torch.cat(parts, 2)[:, :, order] if sharded else sum(parts)
         assert direct.differences([ours], [wanted])[0] <= EXACT, place
     for place, wanted in enumerate(first):
         given = [here[place] for here in firsts if here[place] is not None]

@@ -1,4 +1,4 @@
-"""ABC on one device: direct = token by token = chunked, forward and every gradient, at any chunk and any split."""
+"""ABC on one device equals its definition, forward and in every gradient, with chunks of any size."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_state_can_be_reordered_and_saved(tmp_path: Any) -> None:
 
 
 def test_identities() -> None:
-    """First output = first value; one slot ignores queries; constant control = mean so far; prefix = a gated memory."""
+    """First output = first value; one slot ignores queries; constant control = mean so far; prefix = a gated state."""
     (q, k, v, s, _), _, _ = of_abc(heads=2)
     out = abc_attention(q, k, v, s)
     assert direct.differences([out[:, :, 0]], [v[:, :, 0]])[0] <= EXACT
@@ -111,10 +111,10 @@ def test_over_all_tokens(queries: int, keys: int, pair: bool, seed: int) -> None
     q = torch.randn(2, 4, queries, 5, generator=g, dtype=torch.float64).requires_grad_()
     weight = torch.randn(2, 4, queries, 3, generator=g, dtype=torch.float64)
     leaves = [q, k, v, key, value]
-    memory_k = key.softmax(2).transpose(-1, -2) @ k
-    memory_v = (value if pair else key).softmax(2).transpose(-1, -2) @ v
-    memory_k, memory_v = (x.repeat_interleave(2, 1) for x in (memory_k, memory_v))
-    expected = (SCALE * q @ memory_k.transpose(-1, -2)).softmax(-1) @ memory_v
+    slots_k = key.softmax(2).transpose(-1, -2) @ k
+    slots_v = (value if pair else key).softmax(2).transpose(-1, -2) @ v
+    slots_k, slots_v = (x.repeat_interleave(2, 1) for x in (slots_k, slots_v))
+    expected = (SCALE * q @ slots_k.transpose(-1, -2)).softmax(-1) @ slots_v
     ours = abc_attention(q, k, v, (key, value) if pair else key, causal=False, normalizer="global", scale=SCALE)
     direct.check(ours, expected, weight, leaves)
 

@@ -21,7 +21,7 @@ SLOTS = 4
 
 @pytest.fixture(autouse=True)
 def centroids_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within sequences as short as these."""
+    """Update centroids within sequences as short as these."""
     monkeypatch.setattr(clusters, "PERIOD", 5)
 
 

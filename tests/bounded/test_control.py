@@ -1,4 +1,4 @@
-"""ABC's control strategies equal their definitions, and the state of each continues its sequence."""
+"""ABC's control strategies equal their definitions and check their arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKED = direct.packed([[(-1, 3), (4, 17), (5, 10), (-1, 7)], [(2, 1), (3, 8), (
 
 
 def places(documents: torch.Tensor | None, length: int = 37) -> torch.Tensor:
-    """(B or 1, T): each token's place in its document."""
+    """(B or 1, T): each token's index in its document."""
     return direct.counts(direct.visible(length, documents)) - 1
 
 
@@ -65,7 +65,7 @@ def test_strategies_check_their_arguments() -> None:
     with pytest.raises(AttentionError, match="made by another control"):
         abc_attention(q, k, v, control.cluster(4), state=state)
     _, state = abc_attention(q, k, v, control.cluster(4), return_state=True)
-    with pytest.raises(AttentionError, match="on a ring or after a state: k-means"):
+    with pytest.raises(AttentionError, match="after a state: every iteration of k-means"):
         abc_attention(q, k, v, control.cluster(4), causal=False, state=state)
     with pytest.raises(AttentionError, match="state of 2 rows, and the batch has 1"):
         abc_attention(q[:1], k[:1], v[:1], control.cluster(4), state=state)

@@ -1,4 +1,4 @@
-"""Cottention on one device: quadratic = token by token = chunked, forward and every gradient, at any split."""
+"""Cottention on one device equals its quadratic definition, forward and in every gradient."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_zero_rows_stay_zero() -> None:
     assert all(x.isfinite().all() for x in direct.gradients(out, weight, leaves))
 
 
-def test_an_exponent_a_key_head_keeps_one_memory_a_key_head() -> None:
+def test_one_exponent_per_key_head_keeps_one_state_per_key_head() -> None:
     (q, k, v, m), _, _ = of_cosine()
     shared = cosine_attention(q, k, v, m[:2], return_state=True)
     same = cosine_attention(q, k, v, m[:2].repeat_interleave(2), return_state=True)

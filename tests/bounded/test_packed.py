@@ -58,7 +58,7 @@ def test_when_documents_are_computed_separately() -> None:
         (one, ring, 24, False, True), (two, ring, 24, True, False), (two, ring, 5, False, False),
     ):  # fmt: skip
         assert separate_documents(local(ids, link), queries, state) == wanted
-    with pytest.raises(AttentionError, match="no single state to start from"):
+    with pytest.raises(AttentionError, match="no single state can be given"):
         separate_documents(local(two, LocalLink()), 24, True)
-    with pytest.raises(AttentionError, match="no telling which one a query belongs to"):
+    with pytest.raises(AttentionError, match="document of a query is unknown"):
         separate_documents(local(two, LocalLink()), 5, False)

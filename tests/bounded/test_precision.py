@@ -1,4 +1,4 @@
-"""Precision of bounded memories: narrow inputs over fp32 states, and a million tokens without drift."""
+"""Precision of bounded states: half-precision inputs with fp32 states, and a million tokens without drift."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def inputs(name: str, dtype: torch.dtype) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["abc", "cosine"])
-def test_narrow_inputs(name: str, dtype: torch.dtype) -> None:
+def test_inputs_in_half_precision(name: str, dtype: torch.dtype) -> None:
     attend = abc_attention if name == "abc" else cosine_attention
     narrow = inputs(name, dtype)
     exact = [x.detach().double().requires_grad_() for x in narrow]
@@ -54,7 +54,7 @@ def test_abc_does_not_drift(length: int) -> None:
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_cosine_does_not_drift(length: int) -> None:
-    """The same of Cottention."""
+    """As above, for Cottention."""
     g = torch.Generator().manual_seed(1)
     errors, state, exact, m = [], None, None, torch.full((1,), 0.5)
     for _ in range(length // 10_000):

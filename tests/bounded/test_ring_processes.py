@@ -1,4 +1,4 @@
-"""Bounded memories over real processes: ranks 1 to 4 give what one device gives, forward and backward."""
+"""Bounded states over real processes: 1 to 4 ranks equal one device, forward and backward."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def on_a_mesh(rank: int, world_size: int, layout: str) -> list[tuple[str, bool, 
     ("ring", "layout"),
     [(2, "zigzag"), (3, "contiguous"), pytest.param(4, "zigzag", marks=pytest.mark.deep)],
 )
-def test_processes_are_one_device(ring: int, layout: str) -> None:
+def test_processes_equal_one_device(ring: int, layout: str) -> None:
     by_rank = run_ranks(ring, on_a_mesh, layout)
     order = torch.cat(ranks.indices(layout, ring, 48)).argsort()
     for case in zip(*by_rank, strict=True):
@@ -51,7 +51,7 @@ def test_processes_are_one_device(ring: int, layout: str) -> None:
         assert max(direct.differences(found, expected)) <= tolerance("fp64"), (name, packed)
 
 
-def test_a_mesh_of_one_is_one_device() -> None:
+def test_a_mesh_of_one_equals_one_device() -> None:
     for name, packed, found in on_a_mesh(0, 1, "zigzag"):
         leaves, weight = ranks.inputs(name)
         expected = ranks.one_device(name, leaves, weight, direct.packed(PACKED) if packed else None)
@@ -74,7 +74,7 @@ def states_on_a_mesh(rank: int, world_size: int, names: list[str], layout: str) 
 
 
 @pytest.mark.parametrize(("ring", "layout"), [(2, "zigzag"), pytest.param(4, "contiguous", marks=pytest.mark.deep)])
-def test_states_of_processes_are_those_of_one_device(ring: int, layout: str) -> None:
+def test_states_of_processes_equal_those_of_one_device(ring: int, layout: str) -> None:
     names = ["prefix", "running pair", "linformer", "cluster", "compressive", "cosine value"]
     by_rank = run_ranks(ring, states_on_a_mesh, names, layout)
     order = torch.cat(ranks.indices(layout, ring, ring_states.LENGTH)).argsort()

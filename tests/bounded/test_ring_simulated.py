@@ -1,4 +1,4 @@
-"""Bounded memories over simulated rings: every form and control equals one device, with bytes as the formulas say."""
+"""Bounded states over simulated rings: every form and control equals one device and sends the predicted bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXACT = tolerance("fp64")
 
 @pytest.fixture(autouse=True)
 def centroids_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within sequences as short as these."""
+    """Update centroids within sequences as short as these."""
     monkeypatch.setattr(clusters, "PERIOD", 5)
 
 
@@ -37,7 +37,7 @@ CROSSING = {
     "short": direct.packed([[(1, 3), (2, 2), (-1, 1), (3, 4), (4, 2), (5, 20), (-1, 16)], [(9, 24), (-1, 2), (9, 22)]]),
     "on borders": direct.packed([[(1, 8), (2, 16), (3, 24)], [(1, 12), (2, 12), (3, 12), (4, 12)]]),
 }
-"""Documents that end, begin, or go on where stretches do; with padding between and within them."""
+"""Documents that end, begin or continue at the borders of stretches; with padding between and within them."""
 RINGS = [(2, "contiguous"), (4, "contiguous"), (2, "zigzag"), (3, "zigzag")]
 MORE_RINGS = [(3, "contiguous"), (6, "contiguous"), (12, "contiguous"), (4, "zigzag"), (6, "zigzag"), (12, "zigzag")]
 
@@ -66,7 +66,7 @@ def test_over_all_tokens(name: str, documents: str) -> None:
 @pytest.mark.parametrize("documents", CROSSING)
 @pytest.mark.parametrize("name", ["bidirectional pair", "bidirectional random sum", "bidirectional cosine"])
 def test_packed_documents_without_causal(name: str, documents: str) -> None:
-    """Each document has a memory of its own, whichever stretches hold its tokens."""
+    """Each document has its own state, whichever stretches hold its tokens."""
     check(name, documents, [(3, "contiguous"), (4, "zigzag"), (8, "contiguous")])
 
 
@@ -75,13 +75,13 @@ REPEATED = {
     "on borders": [[(1, 12), (2, 12), (1, 24)], [(1, 8), (2, 8), (1, 8), (2, 8), (1, 8), (2, 8)]],
     "behind a whole stretch": [[(1, 6), (2, 36), (1, 6)], [(3, 2), (1, 4), (3, 2), (3, 16), (1, 22), (3, 2)]],
 }
-"""Ids that come back behind another one, in one stretch, in several, and on both sides of a border."""
+"""Ids that return after another id, in one stretch, in several, and on both sides of a border."""
 
 
 @pytest.mark.parametrize("documents", REPEATED)
 @pytest.mark.parametrize("name", ranks.CASES)
-def test_an_id_that_comes_back_is_a_new_document(name: str, documents: str) -> None:
-    """A document is a run of one id: the same result as with an id of its own for each run, on any ring."""
+def test_an_id_that_returns_is_a_new_document(name: str, documents: str) -> None:
+    """A document is a run of one id: the result equals that of a unique id per run, on any ring."""
     leaves, weight = ranks.inputs(name)
     ids = direct.packed(REPEATED[documents])
     expected = ranks.one_device(name, leaves, weight, direct.numbered(ids))
@@ -127,7 +127,7 @@ def test_tokens_beyond_the_length_are_padding(name: str) -> None:
 
 
 def stages(name: str, ring: int, layout: str, length: int, documents: torch.Tensor | None = None) -> list[list[int]]:
-    """(messages, bytes) of every rank, forward and backward together."""
+    """Return (messages, bytes) of every rank, forward and backward together."""
     leaves, weight = ranks.inputs(name, length)
     _, counters = ranks.simulated(ring, layout, name, leaves, weight, documents)
     assert all(c.bytes == c.state_bytes for c in counters)
@@ -136,11 +136,11 @@ def stages(name: str, ring: int, layout: str, length: int, documents: torch.Tens
 
 def test_bytes_are_those_of_the_formulas_at_any_length() -> None:
     """One exchange each way: b h n (d_k + d_v + 1) numbers of ABC, b h d_k d_v of Cottention, to every later rank and
-    back; and 8 bytes a row, forward, to say which document a state belongs to."""
+    back; and 8 bytes per row, forward, for the document that a state belongs to."""
     batch, groups, heads, slots, width, out, size, ring = 2, 2, 4, ranks.SLOTS, 5, 3, 8, 4
     states = {
         "prefix": batch * groups * slots * (width + out + 1) * size,
-        "cosine value": batch * heads * width * out * size,  # an exponent a query head: a memory a query head
+        "cosine value": batch * heads * width * out * size,  # one exponent, so one state, per query head
         "cosine query": batch * groups * width * out * size,
     }
     for name, state in states.items():
@@ -152,7 +152,7 @@ def test_bytes_are_those_of_the_formulas_at_any_length() -> None:
     running = batch * groups * slots
     for rank, (messages, sent) in enumerate(stages("running", ring, "contiguous", 48)):
         later, earlier = ring - 1 - rank, rank
-        assert messages == 2 * (ring - 1)  # first the masses, then the memories
+        assert messages == 2 * (ring - 1)  # first the masses, then the states
         assert sent == (running + running * (width + out)) * size * (ring - 1) + later * 2 * 8 * batch
     for length in (48, 480):
         for _, (messages, sent) in enumerate(stages("bidirectional", ring, "zigzag", length)):
@@ -160,7 +160,7 @@ def test_bytes_are_those_of_the_formulas_at_any_length() -> None:
             assert sent == (2 * states["prefix"] + 8 * batch) * (ring - 1)
             documents = direct.random_documents(batch, length, torch.Generator().manual_seed(length))
             for messages, sent in stages("bidirectional", ring, "contiguous", length, documents):
-                # the last document to the ranks behind, the first to those before; the count of tokens is no part of it
+                # the last document goes to later ranks, the first to earlier ones, whatever the length
                 assert messages == 2 * (ring - 1)
                 assert sent == (2 * states["prefix"] + 8 * batch) * (ring - 1)
 
@@ -173,7 +173,7 @@ def test_bytes_do_not_grow(name: str, layout: str) -> None:
 
 @pytest.mark.parametrize("frozen", range(4))
 def test_every_rank_reaches_every_exchange(frozen: int) -> None:
-    """Freeze each input in turn: no rank waits for another."""
+    """Freeze each input in turn: backward still reaches every exchange, so no rank hangs."""
     parts = ranks.indices("zigzag", 3, 48)
     for name in ("prefix", "running", "cosine value", "bidirectional"):
         leaves, weight = ranks.inputs(name)

@@ -1,4 +1,4 @@
-"""States on a ring: one goes in, one comes out on every rank, with the gradients of one device; any ring goes on."""
+"""States on a ring: given and returned on every rank, with the gradients of one device; any ring can continue."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXACT = tolerance("fp64")
 
 @pytest.fixture(autouse=True)
 def centroids_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within sequences as short as these."""
+    """Update centroids within sequences as short as these."""
     monkeypatch.setattr(clusters, "PERIOD", 5)
 
 
@@ -64,7 +64,7 @@ def test_more_rings(name: str, documents: str) -> None:
 
 @pytest.mark.parametrize("name", ["prefix pair", "running", "linformer", "compressive", "cosine value"])
 def test_a_sequence_moves_from_ring_to_ring(name: str, tmp_path: Path) -> None:
-    """Three tokens here, the next on a ring of 3, saved there, loaded, its rows swapped, the rest on a ring of 2."""
+    """Compute 3 tokens on one device, 24 on a ring of 3, save and load, swap the rows, and the rest on a ring of 2."""
     leaves, _ = ranks.inputs(name, 3 + 24 + 12)
     ids = direct.packed([[(-1, 1), (4, 20), (5, 18)], [(2, 5), (3, 22), (7, 12)]])
     expected = ranks.call(name, leaves, ids, "zigzag", None)
@@ -94,7 +94,7 @@ def test_a_sequence_moves_from_ring_to_ring(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [48, 96])
 def test_bytes_are_those_of_the_formulas(length: int) -> None:
-    """A state that is asked for goes from every rank to every other; that of clusters from each rank to the next."""
+    """A returned state is sent from every rank to every other; that of clusters from each rank to the next."""
     ring, batch, groups, width, out = 4, 2, 2, 5, 3
     state = 8 * batch * groups * ranks.SLOTS * (width + out + 1)
     seen = 8 * 2 * batch * groups * ranks.SLOTS * (width + 1)

@@ -29,7 +29,7 @@ MONOIDS: dict[str, tuple[Callable[[Value, Value], Value], list[float]]] = {  # t
 
 
 def states(name: str, chunks: int, seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """(a tensor (chunks, B, G, M[, D]) for each member of the state, the documents (chunks, B))."""
+    """Return a tensor (chunks, B, G, M[, D]) for each member of the state, and the documents (chunks, B)."""
     g = torch.Generator().manual_seed(seed)
     _, fills = MONOIDS[name]
     members = []
@@ -38,7 +38,7 @@ def states(name: str, chunks: int, seed: int) -> tuple[list[torch.Tensor], torch
     for fill in fills:
         shape = (chunks, 2, 1, 3) if fill else (chunks, 2, 1, 3, 4)
         x = torch.randn(shape, generator=g, dtype=torch.float64)
-        x[ids < 0] = fill  # a chunk of padding leaves nothing
+        x[ids < 0] = fill  # a chunk of padding writes nothing
         members.append(x)
     return members, ids
 
@@ -55,7 +55,7 @@ def loss(state: Value, weights: list[torch.Tensor], chunk: int) -> torch.Tensor:
 
 
 def by_a_loop(name: str, members: list[torch.Tensor], ids: torch.Tensor, reverse: bool) -> list[Value]:
-    """What every chunk receives, and what all make together."""
+    """Return what every chunk receives, and the combination of all chunks."""
     op, running = MONOIDS[name][0], identity(name, members)
     found = {}
     for chunk in reversed(range(len(ids))) if reverse else range(len(ids)):
@@ -120,7 +120,7 @@ def test_scan_is_a_loop(name: str, layout: str, ring: int, form: str, reverse: b
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_messages_of_both_forms(layout: str) -> None:
-    """One stage to all later ranks, or a logarithm of stages."""
+    """One stage with a message to every later rank, or logarithmically many stages."""
     ring, chunk_map = 16, map_chunks(layout, 16)
     members, ids = states("add", chunk_map.total, 0)
 

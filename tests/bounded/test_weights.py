@@ -32,7 +32,7 @@ def answer(run: Callable[..., torch.Tensor], leaves: list[torch.Tensor], weight:
 @pytest.mark.parametrize("normalizer", ["prefix", "running"])
 @pytest.mark.parametrize("docs", [False, True])
 def test_neighbours_of_very_different_mass(normalizer: str, docs: bool) -> None:
-    """Nothing written, almost nothing, and e^150 side by side: fp32 equals the definition in fp64."""
+    """Slots with no mass, almost none, and e^150 in adjacent tokens: fp32 equals the definition in fp64."""
     for seed in range(12):
         leaves, weight = make(seed)
         ids = direct.random_documents(2, 37, torch.Generator().manual_seed(seed)) if docs else None
@@ -49,8 +49,8 @@ def test_neighbours_of_very_different_mass(normalizer: str, docs: bool) -> None:
             assert float((a - b).abs().max()) <= tolerance("fp32") * float(b.abs().max()), seed
 
 
-def test_a_prefix_is_what_it_is_alone() -> None:
-    """An almost empty slot is read as it stands, whatever the next token writes into it."""
+def test_later_tokens_do_not_change_earlier_outputs() -> None:
+    """An almost empty slot is read exactly, whatever the next token writes into it."""
     (q, k, v, _), _ = make(0, 8)
     for place in range(1, 7):
         s = torch.zeros(2, 2, 8, 4)

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import pytest
 from config_samples import BASE, problems_of, text_of, variant
 
 from longctx.config.keys import leaves, sections
@@ -172,26 +171,3 @@ def test_parameters_on_nvme_are_refused_with_the_reason_and_what_to_write() -> N
     (problem,) = problems_of(text_of(variant(zero__stage=3, zero__offload_parameters="nvme"))).problems
     assert problem.key == "zero.offload_parameters" and "NVMe are not supported" in problem.message
     assert problem.message.endswith("use cpu") and "did you mean" not in problem.message
-
-
-@pytest.mark.parametrize(
-    ("section", "name", "meant"),
-    [
-        ("train", "learning_rate", "train.lr"),
-        ("train", "batch_size", "train.micro_batch"),
-        ("train", "gradient_clipping", "train.clip"),
-        ("", "seq_len", "data.sequence_length"),
-        ("model", "num_hidden_layers", "model.layers"),
-        ("model", "num_key_value_heads", "model.kv_heads"),
-        ("model", "gradient_checkpointing", "memory.recompute"),
-        ("mesh", "context_parallel_size", "mesh.ring"),
-        ("", "output_dir", "output.folder"),
-        ("", "zero_stage", "zero.stage"),
-        ("checkpoint", "save_steps", "checkpoint.every"),
-        ("train", "stage", "zero.stage"),
-    ],
-)
-def test_names_from_other_tools_are_understood(section: str, name: str, meant: str):
-    tree: dict[str, Any] = copy.deepcopy(BASE)
-    (tree[section] if section else tree)[name] = 1
-    assert f"{meant!r}" in str(problems_of(text_of(tree)))

@@ -80,7 +80,7 @@ def test_a_tokenizer_that_transformers_has_written_again_is_no_other(tmp_path: P
 
 
 def test_a_foreign_tokenizer_means_nothing_from_scratch() -> None:
-    with pytest.raises(InvalidConfig, match=r"data.foreign_tokenizer: means nothing without model.pretrained"):
+    with pytest.raises(InvalidConfig, match=r"data.foreign_tokenizer: has no effect without model.pretrained"):
         loads(text_of(variant(data__foreign_tokenizer=True)))
 
 

@@ -67,15 +67,9 @@ def test_parts_of_all_ranks_are_the_row(
     for rank in range(ring * ulysses * data):
         mesh = grid(rank, ring, ulysses, data)
         loader = ShardedLoader(
-            file,
-            sequence_length,
-            *batch,
-            mesh=mesh,
-            layout=layout,
-            packing=packing,
-            samples_consumed=consumed,
-            prefetch=0,
-        )
+            file, sequence_length, micro_batch=batch[0], accumulation=batch[1], mesh=mesh, layout=layout,
+            packing=packing, samples_consumed=consumed, prefetch=0,
+        )  # fmt: skip
         where = torch.from_numpy(local_positions(sequence_length, mesh, layout))
         window = next(loader)
         assert len(window) == batch[1] and loader.samples_consumed == consumed + loader.samples_per_window
@@ -139,8 +133,8 @@ def worker(rank: int, world_size: int, path: str, layout: str) -> bool:
     import longctx
 
     mesh = longctx.Mesh(ring=2, ulysses=2)
-    loader = ShardedLoader(path, 61, 2, 1, mesh=mesh, layout=layout, prefetch=1)
-    full = ShardedLoader(path, 61, 2, 1, mesh=None, layout=layout, prefetch=0)
+    loader = ShardedLoader(path, 61, micro_batch=2, mesh=mesh, layout=layout, prefetch=1)
+    full = ShardedLoader(path, 61, micro_batch=2, mesh=None, layout=layout, prefetch=0)
     same = True
     for _ in range(3):
         local, rows = next(loader)[0], next(full)[0]
@@ -162,7 +156,16 @@ def test_real_ranks(make_tokens: Make, layout: str) -> None:
 def sample_log(file: TokenFile, data: int, prefetch: int, begin: int, end: int) -> list[int]:
     """Rows read from sample ``begin`` to ``end``, in order, recognised by their first token."""
     loaders = [
-        ShardedLoader(file, 4, 40 // data // 2, 2, grid(rank, data=data), seed=5, packing="concat", prefetch=prefetch)
+        ShardedLoader(
+            file,
+            4,
+            micro_batch=40 // data // 2,
+            accumulation=2,
+            mesh=grid(rank, data=data),
+            seed=5,
+            packing="concat",
+            prefetch=prefetch,
+        )  # fmt: skip
         for rank in range(data)
     ]
     log: list[int] = []
@@ -193,29 +196,30 @@ def test_eight_replicas_have_the_same_order(make_tokens: Make) -> None:
     file = make_tokens([4] * 3000)
     orders = []
     for data in (1, 2, 4, 8):
-        loader = ShardedLoader(file, 4, 16 // data, 1, grid(0, data=data), packing="concat", prefetch=0)
+        mesh = grid(0, data=data)
+        loader = ShardedLoader(file, 4, micro_batch=16 // data, mesh=mesh, packing="concat", prefetch=0)
         orders.append([row for at in range(0, 10_000, 16) for row in loader.sample_ids(at).flatten().tolist()])
     assert orders[1:] == orders[:1] * 3
 
 
 def test_state_is_one_integer_and_fits_only_its_data(make_tokens: Make) -> None:
     file = make_tokens([4] * 100)
-    with ShardedLoader(file, 4, 3, prefetch=2) as loader:
+    with ShardedLoader(file, 4, micro_batch=3, prefetch=2) as loader:
         for _ in range(5):
             next(loader)
         state = loader.state_dict()
         expected = next(loader)
     assert state == {"samples_consumed": 15, "seed": 0, "data": loader.rows.identity}
     for prefetch in (0, 2):
-        with ShardedLoader(file, 4, 3, prefetch=prefetch) as again:
+        with ShardedLoader(file, 4, micro_batch=3, prefetch=prefetch) as again:
             next(again)
             again.load_state_dict(state)
             assert torch.equal(next(again)[0]["input_ids"], expected[0]["input_ids"]) and again.samples_consumed == 18
     for other in (
-        ShardedLoader(make_tokens([4] * 101), 4, 3),
-        ShardedLoader(file, 5, 3),
-        ShardedLoader(file, 4, 3, seed=1),
-        ShardedLoader(file, 4, 3, packing="concat"),
+        ShardedLoader(make_tokens([4] * 101), 4, micro_batch=3),
+        ShardedLoader(file, 5, micro_batch=3),
+        ShardedLoader(file, 4, micro_batch=3, seed=1),
+        ShardedLoader(file, 4, micro_batch=3, packing="concat"),
     ):
         with pytest.raises(DataError, match="cannot continue"):
             other.load_state_dict(state)
@@ -244,7 +248,7 @@ def test_file_changed_under_the_loader(make_tokens: Make) -> None:
 def test_bad_token_is_named_with_its_place(make_tokens: Make) -> None:
     file = make_tokens([4] * 100)
     file.vocabulary_size = 250
-    loader = ShardedLoader(file, 4, 100, packing="concat", shuffle=False)
+    loader = ShardedLoader(file, 4, micro_batch=100, packing="concat", shuffle=False)
     with pytest.raises(DataError, match=r"token 250 .* is 250, outside the vocabulary of 250"):
         next(loader)
     loader.close()
@@ -270,7 +274,9 @@ def test_evaluation_reads_each_row_once_in_equal_numbers(
 ) -> None:
     file = make_tokens([4] * rows)
     loaders = [
-        EvaluationLoader(file, 4, micro_batch, grid(rank, data=data), packing="concat", max_rows=max_rows)
+        EvaluationLoader(
+            file, 4, micro_batch=micro_batch, mesh=grid(rank, data=data), packing="concat", max_rows=max_rows
+        )
         for rank in range(data)
     ]
     seen: list[int] = []

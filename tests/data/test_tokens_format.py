@@ -38,14 +38,14 @@ def test_foreign_files_are_named(tmp_path: Path, content: bytes) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_version_two_asks_for_an_update(tmp_path: Path) -> None:
+def test_a_newer_version_asks_for_an_update(tmp_path: Path) -> None:
     import hashlib
 
     raw = bytearray(write(tmp_path / "x").read_bytes())
-    raw[8:12] = struct.pack("<I", 2)
+    raw[8:12] = struct.pack("<I", 3)
     raw[224:256] = hashlib.sha256(raw[:224]).digest()
     (tmp_path / "x").write_bytes(raw)
-    with pytest.raises(DataError, match="version 2, this longctx reads version 1"):
+    with pytest.raises(DataError, match="version 3, this longctx reads versions 1 to 2"):
         TokenFile(tmp_path / "x")
 
 

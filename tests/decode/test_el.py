@@ -1,4 +1,4 @@
-"""EL-attention beside the attention it replaces: keys and values made in full, dense softmax, fp64."""
+"""EL-attention against the attention it replaces: keys and values computed in full, dense softmax, fp64."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Case:
         return el_attention(self.x, self.hidden, heads=self.heads, **w, **(self.options | changes))
 
     def dense(self) -> torch.Tensor:
-        """The attention as models write it."""
+        """Compute the attention as models do."""
         w, o, heads = self.weights, self.options, self.heads
         beams = self.x.shape[0] // self.hidden.shape[0]
         hidden = self.hidden.repeat_interleave(beams, 0)
@@ -90,7 +90,7 @@ def assert_equal(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def padding(batch: int, keys: int) -> torch.Tensor:
-    """(B, 1, 1, S): a row without its first two keys, one without any."""
+    """Return a mask (B, 1, 1, S): one row without its first two keys, one without any key."""
     visible = torch.ones(batch, 1, 1, keys, dtype=torch.bool)
     visible[0, ..., :2] = False
     visible[-1] = False
@@ -193,7 +193,7 @@ def test_cached_scales_give_the_same_norm() -> None:
 @pytest.mark.parametrize("groups", [4, 1])
 @pytest.mark.parametrize("name", ["plain", "sink", "softcap", "alibi", "buckets", "rms", "layer"])
 def test_step_by_step_equals_at_once(name: str, groups: int) -> None:
-    """A decoder that keeps its inputs, and of normalised keys one number a head, gives its full forward."""
+    """A decoder that caches its inputs, and one number per normalised key and head, repeats its full forward."""
     made = case(tokens=9, keys=9, groups=groups, **(OPTIONS[name] | {"causal": True}))
     made.x, norm, w = made.hidden, OPTIONS[name].get("k_norm"), made.weights
     steps, scales = [], None
@@ -207,7 +207,7 @@ def test_step_by_step_equals_at_once(name: str, groups: int) -> None:
 
 
 def test_a_latent_with_a_decoupled_rotary_part_is_mla() -> None:
-    """DeepSeek's attention, its keys and values made in full."""
+    """DeepSeek's attention, with keys and values computed in full."""
     make = torch.Generator().manual_seed(3)
     q, latent = (torch.randn(*s, generator=make, dtype=F64) for s in ((2, 4, 3, 5), (2, 7, 6)))
     w_k, w_v = (torch.randn(*s, generator=make, dtype=F64) for s in ((20, 6), (12, 6)))
@@ -222,7 +222,7 @@ def test_a_latent_with_a_decoupled_rotary_part_is_mla() -> None:
 
 @pytest.mark.parametrize("name", ["plain", "sink", "softcap"])
 def test_parts_of_the_keys_merge_to_the_whole(name: str) -> None:
-    """Contexts spread over ranks: each part gives D + 1 numbers a query and head."""
+    """As for sharded contexts: each part contributes D + 1 numbers per query and head."""
     made = case(groups=2, keys=12)
     w, q = made.weights, torch.randn(2, 4, 3, 4, dtype=F64)
     options = {"b_k": w["b_k"], "b_v": w["b_v"]} | {k: v for k, v in OPTIONS[name].items() if k != "sink"}
@@ -233,15 +233,6 @@ def test_parts_of_the_keys_merge_to_the_whole(name: str) -> None:
     assert_equal(lse, whole[1])
     assert isinstance(merged, torch.Tensor)
     assert_equal(merged, whole[0])
-
-
-def test_buckets_are_those_of_t5() -> None:
-    from transformers.models.t5.modeling_t5 import T5Attention
-
-    right = torch.arange(-300, 300)
-    for bidirectional in (True, False):
-        ours = RelativeBias(torch.zeros(32, 1), 128, bidirectional).buckets(right)
-        assert torch.equal(ours, T5Attention._relative_position_bucket(right, bidirectional, 32, 128))
 
 
 def test_half_precision_keeps_its_sums_in_fp32() -> None:

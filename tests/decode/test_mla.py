@@ -1,4 +1,4 @@
-"""DeepSeek's attention (MLA) as an instance of EL: its latent is the hidden state, its rotary columns lie beside it."""
+"""DeepSeek's attention (MLA) as an instance of EL: the latent is the hidden state, with rotary columns beside it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def angles(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def absorbed(module: Any, x: torch.Tensor, start: int, latents: list[torch.Tensor]) -> torch.Tensor:
-    """The attention of x, the tokens from ``start`` on, with nothing kept but latents and rotated columns."""
+    """Attend x, the tokens from ``start`` on, with a cache of only latents and rotated columns."""
     made = module.q_proj(x) if module.q_proj is not None else module.q_b_proj(module.q_a_layernorm(module.q_a_proj(x)))
     q, q_turned = made.unflatten(-1, (HEADS, -1)).transpose(1, 2).split((NOPE, ROTARY), -1)
     latent, k_turned = module.kv_a_proj_with_mqa(x).split((LATENT, ROTARY), -1)

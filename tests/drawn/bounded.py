@@ -30,9 +30,9 @@ SCALE = 0.6
 
 @dataclass(frozen=True)
 class BoundedCase:
-    """One sequence. rings: (tokens per rank, ranks) of each part; each part continues from the state of the one before.
+    """One sequence. rings: (tokens per rank, ranks) of each part, which starts from the state after the part before.
 
-    ids: a row each, or None. logits: how control logits are drawn. slots, rate: of the control. chunk: of the chunked
+    ids: per row, or None. logits: how control logits are drawn. slots, rate: of the control. chunk: of the chunked
     form. holes: what padding holds.
     """
 
@@ -75,7 +75,7 @@ def draw(seed: int) -> BoundedCase:
 
 
 def inputs(case: BoundedCase) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """([q, k, v, what the control needs...], a weight for the output)."""
+    """Return [q, k, v, inputs of the control...] and a weight for the output."""
     (h, g), (d, dv), t = case.heads, case.widths, case.length
     shapes: list[tuple[int, ...]] = [(2, h, t, d), (2, g, t, d), (2, g, t, dv)]
     if "cosine" in case.name:
@@ -90,7 +90,7 @@ def inputs(case: BoundedCase) -> tuple[list[torch.Tensor], torch.Tensor]:
             chosen = normal(1000 * case.seed + 50 + place, *made[place].shape)
             made[place] = made[place].masked_fill(chosen > 0.5, -torch.inf)
             if case.logits == "nothing or much":
-                # In fp64 more than e^-745 leaves of anything beside it; an error of fp32 grows with the logits.
+                # Other weights underflow beside e^800, in fp64 as well; the error of fp32 grows with the logits.
                 made[place] = made[place] + (800.0 if case.dtype == torch.float64 else 20.0) * (chosen < -1.0)
     if case.ids is not None:
         absent = (torch.tensor(case.ids) < 0)[:, None, :, None]
@@ -113,7 +113,7 @@ def expected(case: BoundedCase) -> list[torch.Tensor]:
 
 
 def _by_token(case: BoundedCase, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors that have tokens; linformer's columns are looked up by the definition."""
+    """Return the tensors with a token dimension; the definition looks up linformer's columns."""
     return [x for x in leaves if x.dim() == 4]
 
 
@@ -149,13 +149,13 @@ def _definition(case: BoundedCase, leaves: list[torch.Tensor]) -> Any:
 
 def _gradients(out: torch.Tensor, weight: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
     found: Any = [None] * len(leaves)
-    if out.requires_grad:  # else there is nothing but padding
+    if out.requires_grad:  # else all tokens are padding
         found = torch.autograd.grad((out * weight.to(out.dtype)).sum(), leaves, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
 
 
 def found(case: BoundedCase) -> list[torch.Tensor]:
-    """The same from the library: part after part, each on its own simulated ring."""
+    """Return the same from the library: part after part, each on its own simulated ring."""
     made, weight = inputs(case)
     leaves = [x.to(case.dtype).requires_grad_() for x in made]
     if len(case.rings) == 1 and case.rings[0][1] > 1:
@@ -164,7 +164,7 @@ def found(case: BoundedCase) -> list[torch.Tensor]:
 
 
 def _chunked(case: BoundedCase, run: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
-    """Run with chunks of the case's length."""
+    """Run with chunks of the case's size."""
     size = walk.CHUNK
     walk.CHUNK = case.chunk
     try:
@@ -174,7 +174,7 @@ def _chunked(case: BoundedCase, run: Callable[[], list[torch.Tensor]]) -> list[t
 
 
 def _in_parts(case: BoundedCase, leaves: list[torch.Tensor], weight: torch.Tensor) -> list[torch.Tensor]:
-    """Part after part from state to state; gradients where no part is on a ring."""
+    """Compute part after part, passing the state; gradients only if no part is on a ring."""
     state, start, outs = None, 0, []
     differentiated = all(ring == 1 for _, ring in case.rings)
     leaves = leaves if differentiated else [x.detach() for x in leaves]
@@ -188,7 +188,7 @@ def _in_parts(case: BoundedCase, leaves: list[torch.Tensor], weight: torch.Tenso
 
 
 def _on_ring(case: BoundedCase, leaves: list[torch.Tensor], weight: torch.Tensor) -> list[torch.Tensor]:
-    """One ring: each rank goes backward from its own tokens, for backward is a collective as well."""
+    """Run one ring; each rank runs backward from its own tokens, since backward is a collective as well."""
     index = [torch.tensor(own) for own in places(case.layout, case.rings[0][1], case.length)]
 
     def worker(link: Link) -> list[torch.Tensor]:
@@ -208,14 +208,18 @@ def _of_rank(
 
 
 def of_rank(case: BoundedCase, mesh: Any) -> list[torch.Tensor]:
-    """One real rank's answer to a case of one part."""
+    """Return one process's result for a case of one part."""
     made, weight = inputs(case)
     here = places(case.layout, case.rings[0][1], case.length)[mesh.ring_rank]
     return _chunked(case, lambda: _of_rank(case, here, [x.to(case.dtype) for x in made], weight, None, mesh))
 
 
+def has_two_ranks(case: BoundedCase) -> bool:
+    return len(case.rings) == 1 and case.rings[0][1] == 2
+
+
 def assembled(case: BoundedCase, answers: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-    """The ranks' answers in the order of the sequence; gradients of weights that every rank has are summed."""
+    """Return the ranks' results in the order of the sequence; gradients of replicated weights are summed."""
     index = places(case.layout, case.rings[0][1], case.length)
     order = torch.tensor([place for here in index for place in here]).argsort()
     return [
@@ -225,14 +229,14 @@ def assembled(case: BoundedCase, answers: Sequence[Sequence[torch.Tensor]]) -> l
 
 
 def _has_tokens(case: BoundedCase, place: int) -> bool:
-    """Whether an input (of -1: the output) is sharded over the ranks; the others are weights, whole on each."""
+    """Return whether an input (-1: the output) is sharded over the ranks; the others are replicated weights."""
     return place < 3 or learned(case)
 
 
 def _part(
     case: BoundedCase, leaves: list[torch.Tensor], here: slice, ring: int, state: Any, wanted: bool
 ) -> tuple[torch.Tensor, Any]:
-    """(out of some tokens, the state after them), by one rank or several."""
+    """Return out of some tokens and the state after them, by one rank or several."""
     local = [x[:, :, here] if x.dim() == 4 else x for x in leaves]
     ids = None if case.ids is None else torch.tensor(case.ids)[:, here]
     if ring == 1:
@@ -279,11 +283,11 @@ def _call(
 
 
 def check(case: BoundedCase) -> tuple[float, float]:
-    """(the largest error, what is allowed)."""
+    """Return the largest error and the tolerance."""
     return compared(case, found(case))
 
 
 def compared(case: BoundedCase, answer: list[torch.Tensor]) -> tuple[float, float]:
-    """As `check`, of an answer; without its gradients where there are none."""
+    """Compare a result, which may lack the gradients; return the largest error and the tolerance."""
     allowed = tolerance("fp64" if case.dtype == torch.float64 else "fp32")
     return worst(answer, expected(case)[: len(answer)]), allowed

@@ -1,6 +1,6 @@
 """What ring attention, ABC, its queues and Cottention compute, from their definitions: dense, in fp64, by autograd.
 
-No code of the library is used. Memories are computed document by document, on the tokens that are no padding.
+No code of the library is used. Bounded states are computed document by document, without padding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None, sink: Tensor | None,
     slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out (B, H, T, Dv), lse (B, H, T)); seen (B, T, T) says who sees whom. A row that sees nothing gets 0."""
+    """(out (B, H, T, Dv), lse (B, H, T)); seen (B, T, T): i attends to j. A row that attends to nothing gets 0."""
     group, length = q.shape[1] // k.shape[1], q.shape[2]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     logits = torch.einsum("bhid,bhjd->bhij", q, k) * scale
@@ -37,12 +37,12 @@ def attention(
 
 
 def same_document(ids: Tensor) -> Tensor:
-    """(B, T, T): equal ids are one document for ring attention, wherever they stand; padding is alone."""
+    """(B, T, T): equal ids are one document for ring attention, adjacent or not; padding belongs to none."""
     return (ids[:, :, None] == ids[:, None]) & (ids >= 0)[:, None] & (ids >= 0)[:, :, None]
 
 
 def documents(row: tuple[int, ...]) -> list[list[int]]:
-    """The tokens of each run of one id; padding ends no run."""
+    """Return the tokens of each run of one id; padding does not end a run."""
     found: list[list[int]] = []
     last = None
     for place, name in enumerate(row):
@@ -58,7 +58,7 @@ def documents(row: tuple[int, ...]) -> list[list[int]]:
 def by_document(
     rows: list[tuple[int, ...]], tensors: list[Tensor], alone: Callable[..., Tensor], like: Tensor
 ) -> Tensor:
-    """`alone(*tensors of one document)` in the places of its tokens, 0 at padding; like (B, H, T, Dv)."""
+    """Call `alone` with the tensors of each document and scatter the results; 0 at padding; like (B, H, T, Dv)."""
     out = torch.zeros_like(like)
     for row, ids in enumerate(rows):
         for tokens in documents(ids):
@@ -69,7 +69,7 @@ def by_document(
 
 
 def weights(s: Tensor, normalizer: str, causal: bool) -> Tensor:
-    """(B, G, T, T, M): what token t finds of token j in a slot."""
+    """(B, G, T, T, M): the weight of token j in a slot that token t reads."""
     length = s.shape[2]
     seen = torch.ones(length, length, dtype=torch.bool)
     seen = (seen.tril() if causal else seen)[None, None, :, :, None]
@@ -88,7 +88,7 @@ def weights(s: Tensor, normalizer: str, causal: bool) -> Tensor:
 def abc(
     q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor, normalizer: str, scale: float, causal: bool
 ) -> Tensor:
-    """One document: every slot is a weighted sum of keys, and of values; queries read slots by softmax."""
+    """ABC of one document: a slot is a weighted sum of keys, and of values; queries read slots by softmax."""
     group = q.shape[1] // k.shape[1]
     of_keys, of_values = (weights(s, normalizer, causal) for s in (key, value))
     slots = torch.einsum("bgtjm,bgjd->bgtmd", of_keys, k).repeat_interleave(group, 1)
@@ -103,7 +103,7 @@ def abc(
 
 
 def queue(q: Tensor, k: Tensor, v: Tensor, entries: Callable[[int], list[list[int]]], scale: float) -> Tensor:
-    """One document: token t attends to `entries(t)`, each the mean of some tokens."""
+    """ABC's queues, of one document: token t attends to `entries(t)`, each the mean of some tokens."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     outs = []
@@ -119,7 +119,7 @@ def window(slots: int) -> Callable[[int], list[list[int]]]:
 
 
 def dilated(slots: int, rate: int) -> Callable[[int], list[list[int]]]:
-    """The queue moves on at every rate-th token; in between its newest slot is overwritten."""
+    """The queue shifts at every rate-th token; in between its newest slot is overwritten."""
 
     def entries(t: int) -> list[list[int]]:
         held: list[int] = []
@@ -131,7 +131,7 @@ def dilated(slots: int, rate: int) -> Callable[[int], list[list[int]]]:
 
 
 def compressive(slots: int, ratio: int) -> Callable[[int], list[list[int]]]:
-    """Half of the slots hold the last tokens, the others means of `ratio` tokens that have all left these."""
+    """Half of the slots hold the last tokens, the others means of `ratio` tokens older than these."""
     recent = slots - slots // 2
 
     def entries(t: int) -> list[list[int]]:
@@ -143,7 +143,7 @@ def compressive(slots: int, ratio: int) -> Callable[[int], list[list[int]]]:
 
 
 def cosine(q: Tensor, k: Tensor, v: Tensor, m: Tensor, scale_on: str, causal: bool) -> Tensor:
-    """One document; m (H,)."""
+    """Cottention of one document; m (H,)."""
     group, length = q.shape[1] // k.shape[1], q.shape[2]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
@@ -157,7 +157,7 @@ def cosine(q: Tensor, k: Tensor, v: Tensor, m: Tensor, scale_on: str, causal: bo
 
 
 def random_slot(head: int, index: int, seed: int, slots: int) -> int:
-    """The slot that `random` draws for a token."""
+    """Return the slot that `random` draws for a token."""
 
     def mixed(x: int) -> int:
         x = (x + 0x9E3779B97F4A7C15) % 2**64

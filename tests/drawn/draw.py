@@ -1,6 +1,6 @@
 """Draws from one integer seed, and the rows, layouts and tensors that all random cases share.
 
-Nothing here uses the library: where tokens lie and who belongs to whom is written down a second time.
+Nothing here uses the library: layouts and documents are implemented a second time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LAYOUTS = ("contiguous", "zigzag", "striped")
 
 
 class Draw:
-    """Random choices that a seed decides."""
+    """Random choices determined by a seed."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -27,19 +27,19 @@ class Draw:
         return self._random.choice(choices)
 
     def whole(self, low: int, high: int) -> int:
-        """An integer from low to high, both included."""
+        """Return an integer from low to high, both included."""
         return self._random.randint(low, high)
 
     def chance(self, share: float) -> bool:
         return self._random.random() < share
 
     def sizes(self, total: int, parts: int) -> tuple[int, ...]:
-        """`total` cut into up to `parts` pieces, none empty."""
+        """Split `total` into up to `parts` pieces, none empty."""
         cuts = sorted({0, total, *(self.whole(0, total) for _ in range(parts - 1))})
         return tuple(b - a for a, b in zip(cuts, cuts[1:], strict=False))
 
     def row(self, length: int) -> tuple[int, ...]:
-        """Document ids of one row: runs, of which some come back, with padding between, within, before and behind."""
+        """Return document ids of one row: runs, some of a repeated id, with padding between, within and around them."""
         found: list[int] = []
         for size in self.sizes(length, self.whole(1, 7)):
             found += [self.whole(0, 3)] * size
@@ -51,7 +51,7 @@ class Draw:
 
 
 def seeds(default: int, deep: int) -> list[int]:
-    """Which seeds a test runs: LONGCTX_TEST_SEED alone; with LONGCTX_TEST_RANDOM `deep` new ones; else the same few."""
+    """Return the seeds to run: LONGCTX_TEST_SEED only; with LONGCTX_TEST_RANDOM `deep` new ones; else the same few."""
     if "LONGCTX_TEST_SEED" in os.environ:
         return [int(os.environ["LONGCTX_TEST_SEED"])]
     if "LONGCTX_TEST_RANDOM" in os.environ:
@@ -78,7 +78,7 @@ def compare(
 
 
 def places(layout: str, ring: int, length: int) -> list[list[int]]:
-    """The global indices of every rank's tokens, in its local order; `length` fits."""
+    """Return the global indices of every rank's tokens, in local order; `length` must be divisible."""
     if layout == "striped":
         return [list(range(rank, length, ring)) for rank in range(ring)]
     if layout == "contiguous" or ring == 1:
@@ -97,7 +97,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 
 def worst(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """The largest difference, relative to a tensor's largest value where that is above one; infinities must agree."""
+    """Return the largest difference, relative to a tensor's largest value if above 1; infinities must agree."""
     error = 0.0
     for a, b in zip(found, expected, strict=True):
         a, b = a.detach().double(), b.detach()

@@ -1,4 +1,4 @@
-"""Random training steps: rows of unequal lengths with documents and padding, every stage and memory switch, on ranks.
+"""Random training steps on ranks: unequal rows, documents, padding, every ZeRO stage and memory setting.
 
 One SGD step of a tiny Llama is compared with the same model in one process, under a dense mask written out here.
 """
@@ -16,13 +16,13 @@ from engine_tiny import VOCABULARY, tiny_llama
 from tolerances import tolerance
 
 RATE = 100.0
-"""So large that a step's change, and an error in it, is far above the rounding of weights."""
+"""Learning rate, so large that the change of a step, and an error in it, is far above the rounding of weights."""
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as a user gives it: ids (-1: padding) or None, and which of its tokens have labels."""
+    """One row. ids: its documents, -1 at padding; labelled: the share of tokens that have labels."""
 
     length: int
     ids: tuple[int, ...]
@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class EngineCase:
-    """One window. rows[replica][micro_batch]: two rows of one length; form: how documents and padding are told."""
+    """One window. rows[replica][micro_batch]: two rows of one length; form: how documents and padding are given."""
 
     seed: int
     world: int
@@ -74,7 +74,7 @@ def _pair(d: Draw, form: str, length: int) -> tuple[Row, Row]:
     for _ in range(2):
         ids = d.row(length) if form in ("documents", "positions") else (0,) * length
         if form == "positions":
-            ids = tuple(max(name, 0) for name in ids)  # positions say nothing of padding
+            ids = tuple(max(name, 0) for name in ids)  # positions do not mark padding
         if form == "mask":
             hidden = d.row(length)
             ids = tuple(-1 if name < 0 else 0 for name in hidden)
@@ -83,13 +83,13 @@ def _pair(d: Draw, form: str, length: int) -> tuple[Row, Row]:
 
 
 def tensors(case: EngineCase, replica: int, micro: int) -> dict[str, torch.Tensor]:
-    """(2, S) input_ids, labels and the ids of the two rows."""
+    """Return (2, S) input_ids, labels and document ids."""
     g = torch.Generator().manual_seed(case.seed * 100 + replica * 10 + micro)
     pair = case.rows[replica][micro]
     tokens = torch.randint(0, VOCABULARY, (2, pair[0].length), generator=g)
     keep = torch.rand(tokens.shape, generator=g) < torch.tensor([[row.labelled] for row in pair])
     if replica == micro == 0:
-        keep[0] = True  # some label there must be
+        keep[0] = True  # at least one label
     return {
         "input_ids": tokens,
         "labels": tokens.masked_fill(~keep, IGNORED),
@@ -98,7 +98,7 @@ def tensors(case: EngineCase, replica: int, micro: int) -> dict[str, torch.Tenso
 
 
 def batch(case: EngineCase, replica: int, micro: int) -> dict[str, torch.Tensor]:
-    """What a user gives to `engine.shard`."""
+    """Return the batch that a user passes to `engine.shard`."""
     made = tensors(case, replica, micro)
     ids = made.pop("ids")
     if case.form == "documents":
@@ -114,7 +114,7 @@ def batch(case: EngineCase, replica: int, micro: int) -> dict[str, torch.Tensor]
 
 
 def expected(case: EngineCase) -> tuple[float, dict[str, torch.Tensor]]:
-    """(the loss of the window, every weight's change), by one process in fp64."""
+    """Return the loss of the window and every weight's change, by one process in fp64."""
     model = tiny_llama().double()
     total: Any = 0.0
     count = 0
@@ -139,7 +139,7 @@ def _sum_of_losses(model: torch.nn.Module, rows: dict[str, torch.Tensor]) -> tup
                 if t + 1 in own:
                     targets[row, t] = labels[row, t + 1]
     mask = torch.zeros(2, 1, length, length, dtype=torch.float64).masked_fill(~seen[:, None], -1e300)
-    positions = torch.arange(length).expand(2, -1)  # rotary angles know differences alone
+    positions = torch.arange(length).expand(2, -1)  # rotary embeddings depend on differences only
     logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -148,7 +148,7 @@ def _sum_of_losses(model: torch.nn.Module, rows: dict[str, torch.Tensor]) -> tup
 
 
 def found(case: EngineCase) -> tuple[float, dict[str, torch.Tensor]]:
-    """The same from this rank's engine."""
+    """Return the same from this rank's engine."""
     import deepspeed
 
     import longctx
@@ -182,10 +182,10 @@ def found(case: EngineCase) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def check(case: EngineCase) -> tuple[float, float]:
-    """(the largest error of the loss and of a weight's change, relative to its norm; what is allowed), on one rank."""
+    """Return the largest error of the loss and of a weight's change, relative to its norm, and the tolerance."""
     (loss, changes), (true_loss, true) = found(case), expected(case)
     assert changes.keys() == true.keys()
-    error = abs(loss - true_loss) / (abs(true_loss) or 1.0)  # 0 where no token has anything to predict
+    error = abs(loss - true_loss) / (abs(true_loss) or 1.0)  # the loss is 0 where no token has a target
     for name, change in changes.items():
         apart, norm = float((change - true[name]).norm()), float(true[name].norm())
         error = max(error, apart / (norm or 1.0) if apart == apart else float("inf"))

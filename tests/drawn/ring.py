@@ -16,7 +16,7 @@ from longctx import ring_attention
 from longctx.attention import simulate
 from longctx.attention import sink as sinks
 from longctx.attention.backends import aten
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import BackwardQueries
 from longctx.attention.backends.choose import choose_backend
 from longctx.attention.band import make_rule
 from longctx.attention.comm import Link
@@ -28,7 +28,7 @@ from tolerances import tolerance
 
 @dataclass(frozen=True)
 class RingCase:
-    """One call. tokens: of a rank; ids: a row each, or None; sink and alibi by head; at_once: see `aten.PAIRS`."""
+    """One call. tokens: per rank; ids: per row, or None; sink and alibi: per head; at_once: see `aten.MIN_WORK`."""
 
     seed: int
     ring: int
@@ -75,7 +75,7 @@ def draw(seed: int) -> RingCase:
 
 
 def visible(case: RingCase) -> torch.Tensor:
-    """(2, T, T) bool, written out pair by pair."""
+    """Return the mask (2, T, T) bool, pair by pair."""
     length = case.tokens * case.ring
     left = right = None
     if isinstance(case.window, tuple):
@@ -98,7 +98,7 @@ def visible(case: RingCase) -> torch.Tensor:
 
 
 def inputs(case: RingCase) -> list[torch.Tensor]:
-    """[q, k, v, dout, dlse]."""
+    """Return [q, k, v, dout, dlse]."""
     (h, g), (dk, dv), t = case.heads, case.widths, case.tokens * case.ring
     shapes = (2, h, t, dk), (2, g, t, dk), (2, g, t, dv), (2, h, t, dv), (2, h, t)
     return [normal(1000 * case.seed + place, *shape) for place, shape in enumerate(shapes)]
@@ -119,7 +119,7 @@ def expected(case: RingCase) -> list[torch.Tensor]:
 
 
 def _dropped(case: RingCase, out: torch.Tensor, lse: torch.Tensor, leaves: Any, seen: Any, *more: Any) -> torch.Tensor:
-    """The output with probabilities dropped: those of the undropped softmax, found by attending to unit vectors."""
+    """Return the output with dropout, from the undropped probabilities; attending to unit vectors gives these."""
     q, k, v = leaves
     unit = torch.eye(k.shape[2]).double().expand(2, k.shape[1], -1, -1)
     p = definitions.attention(q, k, unit, seen, *more)[0]
@@ -133,7 +133,7 @@ def seeds(case: RingCase) -> torch.Tensor:
 
 
 def found(case: RingCase) -> list[torch.Tensor]:
-    """The same from the library's passes, a thread a rank."""
+    """Return the same from the library's passes, one thread per rank."""
     tensors = [x.to(case.dtype) for x in inputs(case)]
     rule = make_rule(case.causal, case.window, case.length)
     sink, alibi = (None if x is None else torch.tensor(x).to(case.dtype) for x in (case.sink, case.alibi))
@@ -147,7 +147,7 @@ def found(case: RingCase) -> list[torch.Tensor]:
         ids = None if case.ids is None else torch.tensor(case.ids)[:, here]
         passes = Passes(link, case.layout, rule, scores, choose_backend(case.backend, q, v, scores))
         out, lse = passes.forward(q, k, v, ids, sink)
-        rows = Rows(q, out, lse, dout, dlse.masked_fill(lse == -torch.inf, 0.0))
+        rows = BackwardQueries(q, out, lse, dout, dlse.masked_fill(lse == -torch.inf, 0.0))
         dq, dkv, dalibi = passes.backward(rows, k, v, ids)
         per_head = [x for x in (None if sink is None else sinks.gradient(rows, sink), dalibi) if x is not None]
         return out, lse, dq, *split(dkv, k, v), *per_head
@@ -158,16 +158,20 @@ def found(case: RingCase) -> list[torch.Tensor]:
 
 @contextmanager
 def at_once(case: RingCase) -> Iterator[None]:
-    """Let the fused operator take as many heads in a call as the case says."""
-    pairs, aten.PAIRS = aten.PAIRS, case.at_once
+    """Let the fused operator compute as many heads per call as the case says."""
+    least, aten.MIN_WORK = aten.MIN_WORK, case.at_once
     try:
         yield
     finally:
-        aten.PAIRS = pairs
+        aten.MIN_WORK = least
+
+
+def has_two_ranks(case: RingCase) -> bool:
+    return case.ring == 2
 
 
 def assembled(case: RingCase, answers: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-    """The ranks' answers in the order of the sequence; what belongs to heads is summed."""
+    """Return the ranks' results in the order of the sequence; gradients per head are summed."""
     index = places(case.layout, case.ring, case.tokens * case.ring)
     order, parts = torch.tensor([place for here in index for place in here]).argsort(), list(zip(*answers, strict=True))
     whole = [torch.cat(pieces, 2)[:, :, order] for pieces in parts[:5]]
@@ -175,7 +179,7 @@ def assembled(case: RingCase, answers: Sequence[Sequence[torch.Tensor]]) -> list
 
 
 def of_rank(case: RingCase, mesh: Any) -> list[torch.Tensor]:
-    """One real rank's answer, by the public function and autograd."""
+    """Return one process's result, by the public function and autograd."""
     here = places(case.layout, case.ring, case.tokens * case.ring)[mesh.ring_rank]
     q, k, v, dout, dlse = (x.to(case.dtype)[:, :, here] for x in inputs(case))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -196,7 +200,7 @@ def of_rank(case: RingCase, mesh: Any) -> list[torch.Tensor]:
 
 
 def check(case: RingCase) -> tuple[float, float]:
-    """(the largest error, what is allowed)."""
+    """Return the largest error and the tolerance."""
     return compared(case, found(case))
 
 

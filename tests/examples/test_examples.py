@@ -104,7 +104,7 @@ def test_every_way_to_generate_gives_the_same_tokens(checkout: Path) -> None:
     alone, together = commands("generate.py")
     whole, sharded = in_this_process(alone, checkout), in_a_shell(together, checkout)
     assert len({line.split(": ")[1] for line in sharded}) == 1
-    assert [line.split(": ")[0] for line in sharded] == ["keys and values", "hidden states", "ring of 2"]
+    assert [line.split(": ")[0] for line in sharded] == ["KV cache", "EL cache", "KV cache over a ring of 2"]
     assert whole == sharded[:2] and sharded == stated("generate.py")
 
 

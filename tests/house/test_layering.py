@@ -23,7 +23,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models", "data"),
     ("engine",),
     ("config",),
-    ("train", "eval", "plan", "generation"),
+    ("train", "plan", "generation"),
     ("rehearse", "hf"),
     ("launch",),
     ("cli",),

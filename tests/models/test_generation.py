@@ -138,7 +138,7 @@ def test_what_a_state_cannot_do_is_refused() -> None:
 
     model, tokens = mixed_model("llama", MIXED), random_tokens(1, 6)
     out = model(tokens, use_cache=True)
-    with pytest.raises(ModelError, match="cannot forget"):
+    with pytest.raises(ModelError, match="cannot be removed"):
         out.past_key_values.crop(-2)
     static = StaticCache(config=model.config, max_cache_len=32)
     with pytest.raises(ModelError, match="StaticCache|cache that grows"):

@@ -128,7 +128,7 @@ def test_cosine(batch: int, tokens: int, scale_on: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ABCAttention", "CosineAttention"])
-def test_a_state_goes_on_where_it_stopped(name: str) -> None:
+def test_a_state_continues_its_sequence(name: str) -> None:
     torch.manual_seed(0)
     layer = getattr(longctx.nn, name)(WIDTH, HEADS, GROUPS, 4).double()
     x = torch.randn(2, 11, WIDTH, dtype=torch.float64)

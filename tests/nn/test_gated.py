@@ -1,4 +1,4 @@
-"""The written-out backward of a gated MLP equals autograd's, and holds four inner widths of a tile."""
+"""The written-out backward of a gated MLP equals autograd's, and allocates at most four inner widths of a tile."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models.zoo import tiny_config, tiny_model
+from nn.inputs import check_bf16_gradients
 
 from benchmarks.measure import peak_bytes
 from longctx.models.activations import mlp as tiling
@@ -58,15 +59,10 @@ def test_equals_autograd(
 
 
 def test_bf16_weights_get_sums_in_fp32() -> None:
-    torch.manual_seed(0)
-    mlp, exact = make(8, 16, dtype=torch.bfloat16), make(8, 16)
-    exact.load_state_dict(mlp.state_dict())
-    x, dout = (torch.randn(1, 4096, 8, dtype=torch.bfloat16) for _ in range(2))
-    out = tiled(mlp, x, list(mlp.parameters()), 8, gated=written_out(mlp))
-    wanted = torch.autograd.grad(exact(x.double()), list(exact.parameters()), dout.double())
-    for ours, truth in zip(torch.autograd.grad(out, list(mlp.parameters()), dout), wanted, strict=True):
-        assert ours.dtype == torch.bfloat16
-        assert (ours.double() - truth).norm() <= tolerance("bf16 result") * truth.norm()
+    check_bf16_gradients(
+        lambda dtype: make(8, 16, dtype=dtype),
+        lambda mlp, x: tiled(mlp, x, list(mlp.parameters()), 8, gated=written_out(mlp)),
+    )
 
 
 def test_a_tile_holds_four_inner_widths_beside_the_gradients() -> None:
@@ -82,12 +78,12 @@ def test_a_tile_holds_four_inner_widths_beside_the_gradients() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2"])
-def test_models_with_gated_mlps_are_known(kind: str) -> None:
+def test_gated_mlps_of_models_are_recognised(kind: str) -> None:
     for layer in tiny_model(tiny_config(kind), "longctx").model.layers:
         written_out(layer.mlp)
 
 
-def test_a_linear_that_does_more_is_left_to_autograd() -> None:
+def test_modified_linears_fall_back_to_autograd() -> None:
     for change in ("hook", "forward", "adapter", "activation"):
         mlp = make(4, 6)
         if change == "hook":
@@ -101,7 +97,7 @@ def test_a_linear_that_does_more_is_left_to_autograd() -> None:
         assert tiling._gated(mlp) is None, change
 
 
-def test_under_autocast_autograd_has_it() -> None:
+def test_autocast_falls_back_to_autograd() -> None:
     mlp, x = make(4, 6, dtype=torch.float32), torch.randn(1, 20, 4, requires_grad=True)
     results = []
     for gated in (None, written_out(mlp)):

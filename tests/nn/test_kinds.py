@@ -1,4 +1,4 @@
-"""Layer specifications: what is written is what is meant, and reading back what was written changes nothing."""
+"""Layer specifications: parsing, precedence, round trips and errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_later_entries_win_and_lists_of_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, says",
+    "kind, message",
     [
         ({"abc": {"seed": -1}}, "seed is -1"),
         ({"abc": {"tied": 1}}, "tied is 1"),
@@ -59,7 +59,7 @@ def test_later_entries_win_and_lists_of_layers() -> None:
         (None, "name one kind"),
     ],
 )
-def test_errors(kind: object, says: str) -> None:
+def test_errors(kind: object, message: str) -> None:
     with pytest.raises(ModelError) as error:
         read_kind(kind)
-    assert says in str(error.value)
+    assert message in str(error.value)

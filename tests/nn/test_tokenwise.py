@@ -1,4 +1,4 @@
-"""tiled() equals the function in one piece, forward and backward, and keeps nothing but its input."""
+"""tiled() equals the function without tiles, forward and backward, and saves only its input."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from nn.inputs import check_bf16_gradients
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import peak_bytes
@@ -18,7 +19,7 @@ from tolerances import tolerance
 
 
 class Gated(torch.nn.Module):
-    """A gated MLP that counts the tokens it has seen and remembers how many it saw at once."""
+    """A gated MLP that counts its tokens, in total and in the largest call."""
 
     def __init__(self, width: int, inner: int, dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -43,7 +44,7 @@ def gradients(out: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tens
     shape=st.lists(st.integers(1, 7), min_size=1, max_size=3), width=st.integers(1, 6), inner=st.integers(1, 9),
     tile=st.integers(1, 40), seed=st.integers(0, 2**16), frozen=st.sampled_from(["", "x", "up", "all weights"]),
 )  # fmt: skip
-def test_equals_the_function_in_one_piece(
+def test_equals_the_function_without_tiles(
     shape: list[int], width: int, inner: int, tile: int, seed: int, frozen: str
 ) -> None:
     torch.manual_seed(seed)
@@ -70,7 +71,7 @@ def test_no_more_than_a_tile_at_once_and_each_token_twice() -> None:
     assert (mlp.seen, mlp.largest) == (2 * 150, 16)
 
 
-def test_one_weights_gradient_at_a_time_stands_beside_the_sums() -> None:
+def test_only_one_weights_gradient_exists_beside_the_sums() -> None:
     mlp, x = Gated(64, 256, dtype=torch.float32), torch.randn(1, 512, 64, requires_grad=True)
     dout, weight = torch.randn(1, 512, 65), 64 * 256 * 4
     kept = dout.nbytes + x.nbytes + sum(p.nbytes for p in mlp.parameters())  # the result and all gradients
@@ -81,7 +82,7 @@ def test_one_weights_gradient_at_a_time_stands_beside_the_sums() -> None:
     assert kept + weight <= peak_bytes(both) < kept + 2 * weight
 
 
-def test_gradients_that_share_memory_are_summed_apart() -> None:
+def test_gradients_that_share_storage_are_summed_separately() -> None:
     class Shared(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -112,11 +113,11 @@ def test_a_checkpoint_does_not_run_it_a_third_time() -> None:
 
 
 @pytest.mark.parametrize("random", [True, False])
-def test_dropout_is_drawn_alike_in_backward(random: bool) -> None:
+def test_backward_repeats_dropout(random: bool) -> None:
     mlp, x = Gated(4, 6, dropout=0.5), torch.ones(1, 40, 4, dtype=torch.float64, requires_grad=True)
     out = tiled(mlp, x, list(mlp.parameters()), 7, random=random)
     dropped = (out == 0)[0]
-    torch.rand(5)  # the generator has gone on by the time of backward
+    torch.rand(5)  # advance the generator before backward
     state = torch.get_rng_state()
     out.sum().backward()
     expected = ((~dropped).sum(0) * 2.0).to(torch.float64)
@@ -124,7 +125,7 @@ def test_dropout_is_drawn_alike_in_backward(random: bool) -> None:
     assert torch.equal(torch.get_rng_state(), state) == random
 
 
-def test_without_gradients_nothing_is_kept() -> None:
+def test_without_gradients_nothing_is_saved() -> None:
     mlp, x = Gated(4, 6), torch.randn(2, 9, 4, dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
         assert not tiled(mlp, x, list(mlp.parameters()), 4).requires_grad
@@ -133,18 +134,12 @@ def test_without_gradients_nothing_is_kept() -> None:
 
 
 def test_bf16_weights_get_sums_in_fp32() -> None:
-    torch.manual_seed(0)
-    mlp, x = Gated(8, 16, dtype=torch.bfloat16), torch.randn(1, 4096, 8, dtype=torch.bfloat16)
-    exact = Gated(8, 16)
-    exact.load_state_dict(mlp.state_dict())
-    got = gradients(tiled(mlp, x, list(mlp.parameters()), 8), list(mlp.parameters()))
-    wanted = gradients(exact(x.double()), list(exact.parameters()))
-    for ours, truth in zip(got, wanted, strict=True):
-        assert ours.dtype == torch.bfloat16
-        assert (ours.double() - truth).norm() <= tolerance("bf16 result") * truth.norm()
+    check_bf16_gradients(
+        lambda dtype: Gated(8, 16, dtype=dtype), lambda mlp, x: tiled(mlp, x, list(mlp.parameters()), 8)
+    )
 
 
-def test_autocast_is_that_of_the_forward() -> None:
+def test_backward_uses_the_autocast_of_forward() -> None:
     mlp, x = Gated(4, 6, dtype=torch.float32), torch.randn(1, 20, 4, requires_grad=True)
     results: list[Any] = []
     for compute in (mlp, lambda x: tiled(mlp, x, list(mlp.parameters()), 6)):

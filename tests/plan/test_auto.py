@@ -1,4 +1,4 @@
-"""What `mesh: {ring: auto, ulysses: auto}` takes by its plain rule: the planner's best grid is hardly ever faster."""
+"""The grid of `mesh: {ring: auto, ulysses: auto}`: the planner's best grid is hardly ever faster."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def spread(shape: ModelShape) -> Iterator[tuple[str, int, int, float]]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_auto_is_within_five_per_cent_of_the_planners_best(name: str) -> None:
-    """From 2,048 tokens a rank on; of models with uneven heads one choice in fifty may lose up to eight per cent."""
+    """From 2,048 tokens per rank on. With uneven heads one choice in fifty may lose up to 8 %."""
     shape = MODELS[name]
     found = list(spread(shape))
     missed = [each for each in found if each[-1] < 0.95]

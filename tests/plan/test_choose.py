@@ -1,4 +1,4 @@
-"""The automatic choice: within five per cent of the best of everything there is, in under a second."""
+"""The automatic choice: within 5 % of the best of all settings, in under a second."""
 
 from __future__ import annotations
 
@@ -61,6 +61,6 @@ def test_what_is_chosen_says_how_to_write_it() -> None:
     chosen = choose(LLAMA_8B, 2**20, MACHINES["h100"], 64, ulysses=False)
     assert chosen.setup.ulysses == 1 and chosen.yaml["mesh.ring"] == chosen.setup.ring
     hybrid = choose(LLAMA_8B, 2**20, MACHINES["h100"], 512)
-    assert 1 < hybrid.setup.ulysses <= 8, "few tokens a rank: heads within the node, blocks between nodes"
+    assert 1 < hybrid.setup.ulysses <= 8, "few tokens per rank: Ulysses within the node, a ring between nodes"
     with pytest.raises(ConfigError, match="no settings fit"):
         choose(LLAMA_8B, 2**24, MACHINES["h100"], 1)

@@ -1,4 +1,4 @@
-"""The simulated cluster: bytes and messages are those of formulas and of the code that sends; times obey physics."""
+"""The simulated cluster: bytes and messages equal the formulas and what the code sends; times are plausible."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import published
 from longctx.attention import comm
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import BackwardQueries
 from longctx.attention.backends.choose import choose_backend
 from longctx.attention.band import make_rule
 from longctx.attention.comm import LoopbackLink
@@ -21,7 +21,7 @@ from longctx.plan.machines import MACHINES
 from longctx.plan.setup import Setup
 from longctx.plan.shape import ModelShape
 from longctx.plan.speed import ring_pass
-from longctx.plan.traffic import Layer, exchange_sent
+from longctx.plan.traffic import Layer, all_to_all_sent
 from longctx.plan.work import wire_of
 
 H100 = MACHINES["h100"]
@@ -39,7 +39,7 @@ def test_bytes_are_those_of_the_formulas(devices: int, ulysses: int) -> None:
     setup = Setup(layer.tokens, ring=layer.ring, ulysses=ulysses, recompute="none")
     wire = wire_of(ONE_LAYER, setup)
     forward, backward = (attention_pass(layer, H100, KERNEL, backward=b) for b in (False, True))
-    exchanged = [exchange_sent(layer, backward=back).bytes for back in (False, True)]
+    exchanged = [all_to_all_sent(layer, backward=back).bytes for back in (False, True)]
     assert sum(exchanged) == wire.ulysses
     assert set(forward.sent) == {wire.ring_forward + exchanged[0]}
     assert set(backward.sent) == {wire.ring_backward + exchanged[1]}
@@ -59,7 +59,7 @@ def test_bytes_and_messages_are_those_that_the_ring_sends(layout: str, ring: int
     played = attention_pass(layer, H100, KERNEL)
     assert (comm.counters.bytes, comm.counters.messages) == (played.sent[0], played.messages[0])
     comm.counters.reset()
-    passes.backward(Rows(q, out, lse, dout, None), k, v, None)
+    passes.backward(BackwardQueries(q, out, lse, dout, None), k, v, None)
     played = attention_pass(layer, H100, KERNEL, backward=True)
     assert (comm.counters.bytes, comm.counters.messages) == (played.sent[0], played.messages[0])
 

@@ -1,4 +1,4 @@
-"""`longctx plan` as a user meets it: answers without torch, tables, JSON, errors with a fix; presets that fit."""
+"""The command `longctx plan`: no torch needed, tables, JSON, errors with a fix, and presets that fit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,16 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_a_plan_is_printed() -> None:
     done = run("plan", BIG, "--machine", "h200")
     assert done.returncode == 0, done.stderr
-    words = ("64 x h200", "16,384 on each rank", "fits", "kept results", "MFU", "longest", "to go further", "overlap")
+    words = (
+        "64 x h200",
+        "16,384 per rank",
+        "fits",
+        "saved activations",
+        "MFU",
+        "longest",
+        "for longer sequences",
+        "overlap",
+    )
     for word in words:
         assert word in done.stdout, word
 
@@ -49,6 +58,8 @@ def test_json_and_overrides() -> None:
     moments = found["memory"]["moments"]
     assert max(moment["total"] for moment in moments.values()) == found["memory"]["peak_bytes"]
     assert found["further"][0]["longest"] > found["longest"]
+    assert {"kept results", "layer at work"} <= {part for moment in moments.values() for part in moment}
+    assert {"products", "attention", "optimizer"} <= set(found["step"]["seconds_by"])  # keys do not follow the tables
 
 
 @pytest.mark.parametrize(

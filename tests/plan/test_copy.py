@@ -1,4 +1,4 @@
-"""A copy of the weights in every node (`zero.group`), planned: what it holds, sends and wins."""
+"""A copy of the weights in every node (`zero.group`): its predicted bytes, traffic and gain."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LLAMA_70B = ModelShape(8192, 80, 64, 8, 128, 28672, 128256)
 def test_all_gathers_of_a_step_but_the_first_stay_in_the_node(
     accumulation: int, group: int | None, stays: bool, data: int
 ) -> None:
-    """Beside a walk through a step: whoever gathers first after an update has no copy yet."""
+    """Beside a walk through a step: the first gather after an update finds no copy yet."""
     shape = replace(LLAMA_8B, layers=2)
     live = shape.parameters if stays else shape.parameters - 1  # does the model stay gathered from forward to backward?
     setup = Setup(2**18, ring=32, data=data, accumulation=accumulation, group=group, live=live)

@@ -1,4 +1,4 @@
-"""The planner's peak against what ranks really hold during a training step, to the byte (the profiler's events)."""
+"""The planner's peak against what ranks really hold during a training step (the profiler's bytes)."""
 
 from __future__ import annotations
 

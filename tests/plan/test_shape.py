@@ -11,7 +11,7 @@ import pytest
 import torch
 from config_samples import BASE, load_variant
 from pretrained_folders import llama_weights, pretrained_folder
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from longctx.errors import ConfigError
 from longctx.plan.setup import Setup
@@ -121,3 +121,33 @@ def test_a_folder_is_counted_by_its_weights(tmp_path: Path) -> None:
     shape = shape_of(load_variant(**from_folder(folder)).config)
     assert shape.parameters == sum(weight.size for weight in llama_weights().values())
     assert shape.parameters == shape_of_settings(json.loads((folder / "config.json").read_text())).parameters
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_those_of_the_model(tied: bool) -> None:
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    shape = shape_of_settings(config.to_dict(), 4)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    llama_8b = ModelShape(4096, 32, 32, 8, 128, 14336, 128256)
+    assert llama_8b.parameters == 8_030_261_248  # Llama 3.1 8B
+
+
+def test_a_yaml_has_the_shape_of_its_model() -> None:
+    shape = shape_of(load_variant(model__kv_heads=2, model__dtype="bf16").config)
+    assert (shape.heads, shape.kv_heads, shape.head_dim, shape.inner, shape.itemsize) == (4, 2, 16, 192, 2)
+    layers: dict[str, Any] = {"0": {"window": 64}, "1": {"abc": {"slots": 32}}}
+    mixed = shape_of(load_variant(attention__layers=layers).config)
+    assert (mixed.full_layers, mixed.window_layers, mixed.window, mixed.bounded_layers, mixed.slots) == (
+        0,
+        1,
+        64,
+        1,
+        32,
+    )
+    with pytest.raises(ConfigError, match="no num_attention_heads"):
+        shape_of_settings({"hidden_size": 64})

@@ -1,4 +1,4 @@
-"""The drawing of `longctx plan --sweep`: it shows what the planner says, and is drawn without a display."""
+"""The plot of `longctx plan --sweep` shows the planner's figures, without a display."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from longctx.errors import MeshError
 from longctx.plan import traffic
 from longctx.plan.cluster import Kernel, attention_pass
 from longctx.plan.machines import MACHINES
-from longctx.plan.traffic import Layer, Sent, exchange_sent, ring_sent, scan_sent
+from longctx.plan.traffic import Layer, Sent, all_to_all_sent, ring_sent, scan_sent
 from longctx.rehearse.step import Rehearsed, as_rank, rehearse_attention
 
 H100, KERNEL = MACHINES["h100"], Kernel(600e12, 500e12)
@@ -21,7 +21,7 @@ def expected(layer: Layer, rank: int, backward: bool) -> Sent:
     """The planner's formulas for one rank."""
     layer = replace(layer, member=rank % layer.ulysses)
     ring = ring_sent(layer, backward=backward, rank=rank // layer.ulysses)
-    heads = exchange_sent(layer, backward=backward) if layer.ulysses > 1 else Sent(0, 0)
+    heads = all_to_all_sent(layer, backward=backward) if layer.ulysses > 1 else Sent(0, 0)
     return Sent(ring.bytes + heads.bytes, ring.messages + heads.messages)
 
 
@@ -57,7 +57,7 @@ def test_every_byte_and_message_is_foretold(
         forward, backward = rehearse_attention(layer, rank)
         assert sent(forward) == expected(layer, rank, backward=False), rank
         assert sent(backward) == expected(layer, rank, backward=True), rank
-        if layer.place == rank % ulysses or heads[1] % ulysses == 0:
+        if layer.chosen_member == rank % ulysses or heads[1] % ulysses == 0:
             for seen, pass_ in zip((forward, backward), played, strict=True):
                 place = rank // ulysses
                 assert sent(seen) == (pass_.sent[place], pass_.messages[place]), rank

@@ -19,7 +19,7 @@ from longctx.train.run import run
 from distributed import run_ranks
 
 MODEL = "model: {architecture: llama, hidden_size: 32, layers: 2, heads: 2, intermediate_size: 64}"
-FAR = ("model.max_positions=96", "model.extra.rope_parameters={rope_type: linear, factor: 2.0}")
+FAR = ("model.rope={rope_type: linear}",)
 
 
 def folder_and_yaml(tmp_path: Path) -> tuple[Path, Path]:
@@ -59,7 +59,7 @@ def test_a_pretrained_folder_is_trained_with_its_own_tokenizer(tmp_path: Path) -
     [
         ([], "data.sequence_length: got 96, above the 48 positions"),
         ([*FAR, "data.tokenizer=bytes"], "data.tokenizer: got 'bytes', whose ids are not those"),
-        ([*FAR, "data.tokenizer=bpe"], "data.tokenizer: got 'bpe', which makes new ids"),
+        ([*FAR, "data.tokenizer=bpe"], "data.tokenizer: got 'bpe', which assigns new ids"),
     ],
 )
 def test_a_rank_of_another_launcher_refuses_before_it_meets_others(

@@ -1,8 +1,8 @@
 """ABC over the chunks of one block: forward, and backward from the same weights (docs/methods/abc.md "Backward").
 
 Rows are the queries of a group times the scale, n = H / G per token, so keys and weights are never expanded. `visible`
-keeps the pairs that may meet; w are the write weights (w_k of keys, w_v of values; see weights.py); K and V are the
-state before a chunk times `carry`. Forward:
+sets pairs to 0 where token t does not read token j; w are the write weights (w_k of keys, w_v of values; see
+weights.py); K and V are the state before a chunk times `carry`. Forward:
 
     a = visible(q k^T)        logits = read (a w_k + q K^T)        p = softmax(logits)        r = read p
     b = visible(r w_v^T)      out = b v + r V
@@ -73,8 +73,8 @@ class BlockPass:
         kv = torch.cat([k, v], -1)
         self.q, (self.k, self.v) = q, kv.split(sizes, -1)
         if weights.tied:  # one product for keys and values together
-            met, after = self._advance(torch.cat([before.keys, before.values], -1), kv, self.w_k)
-            self._K, self._V = met.split(sizes, -1)
+            both, after = self._advance(torch.cat([before.keys, before.values], -1), kv, self.w_k)
+            self._K, self._V = both.split(sizes, -1)
             self.after = BlockState(*after.split(sizes, -1))
         else:
             self._K, keys = self._advance(before.keys, self.k, self.w_k)
@@ -94,7 +94,7 @@ class BlockPass:
         self.logits = w.times_read_(self.masks.add_read(self.a @ w.write, self.q, self._K.transpose(-1, -2)))
         if w.seen is None:
             self.p = self.logits.softmax(-1)
-        else:  # empty slots take no part; a row without any slot reads 0
+        else:  # empty slots are masked; a row without any slot reads 0
             seen = w.seen[:, :, :, None].expand(*w.seen.shape[:3], self.q.shape[3] // w.seen.shape[3], -1, -1)
             masked = self.logits.masked_fill(~seen.flatten(3, 4), -torch.inf)
             self.p = masked.softmax(-1).nan_to_num_(0.0)
@@ -161,7 +161,7 @@ class BlockPass:
         assert w.e is not None and w.inv_total is not None and w.d is not None
         running = w.normalizer == Normalizer.RUNNING
         # prefix: token t divides by total_t when it reads, which c measures. running: token j divides by total_j when
-        # it writes w_j = e_j / total_j, so the same role falls to dw_j w_j.
+        # it writes w_j = e_j / total_j, so dw_j w_j takes the place of c.
         own = dw * w.write if running else dw
         c = (own if running else c) * w.inv_total
         # s_j is part of every total_t with t >= j: in this chunk by the masks, in later ones by the log mass.

@@ -70,7 +70,7 @@ class Chunked(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.settings = settings
         ctx.save_for_backward(*tensors, *state[2:])
-        # An output must not be an input: a state that nothing was added to is a copy.
+        # Clone: autograd does not allow an output that is an input, as a state is to which nothing was written.
         return (out, *(None if part is None else part.clone() for part in state))
 
     @staticmethod
@@ -105,25 +105,25 @@ class _ABCWalk(ChunkWalk):
         self.controls = [x.s_k] if x.s_v is None else [x.s_k, x.s_v]
 
     def forward(self, block: Block, state: State, out: torch.Tensor, steps: list[Any]) -> State:
-        """Compute one block, in halves where its logits rise too steeply; append (block, state before) to `steps` and
+        """Compute one block, in halves if a chunk's logits grow too much; append (block, state before) to `steps` and
         return the state after it."""
-        made = self._pass(block, state)
-        if made is None:
+        block_pass = self._pass(block, state)
+        if block_pass is None:
             for half in block.halves():
                 state = self.forward(half, state, out, steps)
             return state
         steps.append((block, state))
-        unfold(out, block, made.forward())
-        mass_v = None if made.weights.tied else made.w_v.mass
-        return made.w_k.mass, mass_v, made.after.keys, made.after.values
+        unfold(out, block, block_pass.forward())
+        mass_v = None if block_pass.weights.tied else block_pass.w_v.mass
+        return block_pass.w_k.mass, mass_v, block_pass.after.keys, block_pass.after.values
 
     def backward(
         self, block: Block, state: State, dout: torch.Tensor, gradient: BlockState, grads: list[torch.Tensor]
     ) -> BlockState:
         """Write one block's gradients into `grads` and return the gradient of the state before it."""
-        made = self._pass(block, state)
-        assert made is not None
-        parts, gradient = made.backward(self.fold(dout, block).contiguous(), gradient)
+        block_pass = self._pass(block, state)
+        assert block_pass is not None
+        parts, gradient = block_pass.backward(self.fold(dout, block).contiguous(), gradient)
         parts[0].mul_(self.settings.scale)
         for whole, part in zip(grads, parts, strict=True):
             unfold(whole, block, part)
@@ -132,15 +132,15 @@ class _ABCWalk(ChunkWalk):
     def _pass(self, block: Block, state: State) -> BlockPass | None:
         """Return the pass over one block, None if it must be split."""
         z_k, z_v, keys, values = state
-        masks, made = self.masks(block), []
+        masks, found = self.masks(block), []
         for control, mass in zip(self.controls, (z_k, z_v), strict=False):
             assert mass is not None
-            found = weights.make(self.fold(control, block), mass, masks, self.settings.normalizer)
-            if found is None:
+            one = weights.make(self.fold(control, block), mass, masks, self.settings.normalizer)
+            if one is None:
                 return None
-            made.append(found)
+            found.append(one)
         q, k, v = self.inputs(block, masks)
-        return BlockPass(q * self.settings.scale, k, v, BlockWeights(*made), masks, BlockState(keys, values))
+        return BlockPass(q * self.settings.scale, k, v, BlockWeights(*found), masks, BlockState(keys, values))
 
     def mass_gains(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
         """Return, per control, how much the loss falls as the mass that a state is divided by grows: (B, G, M, 1).

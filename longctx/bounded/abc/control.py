@@ -1,4 +1,4 @@
-"""ABC's control strategies, which decide the slots that each token is written to. Each is a small frozen value.
+"""ABC's control strategies, which decide the slots that each token is written to. Each is a frozen dataclass.
 
 A strategy gives one of three things per token and slot:
 

@@ -4,8 +4,8 @@ A queue is not a sum, so no scan can combine it. What a token reads lies within 
 holds those tokens, and a rank receives them from the ranks before it (the halo); their number does not depend on the
 length.
 
-Padding takes no place in a queue. Where padding follows a token, tokens are compacted (padding first) before the queue
-is read, and the halo extends back until it holds `reach` tokens.
+Padding does not occupy a place in a queue. Where padding follows a token, tokens are compacted (padding first) before
+the queue is read, and the halo extends back until it holds `reach` tokens.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _halos(
     filled = _filled(local)
 
     def needed(source: int, chunk: int) -> bool:
-        """Whether the stretches between the two leave some row of the chunk's halo short of tokens."""
+        """Whether in some row the stretches between source and chunk hold fewer than `count` tokens."""
         return source < chunk and bool((filled[source + 1 : chunk].sum(0) < count).any())
 
     known, token = collect(
@@ -187,22 +187,22 @@ def _stretch(q: torch.Tensor, own: QueueTokens, halo: QueueTokens | None, contro
         return _queue(q, seen.last(q.shape[2]), seen, control, scale)
     # Compact the keys, padding first. Queries are compacted within the stretch; their outputs go back to their places.
     seen = seen.reordered(_order(seen.document)).numbered()
-    order, asking = _order(own.document), seen.last(q.shape[2])
+    order, queries = _order(own.document), seen.last(q.shape[2])
     missing = _reordered(own.document, order) < 0  # at this stretch's padding `seen` has tokens of the halo
-    asking = asking._replace(document=asking.document.masked_fill(missing, -1))
-    out = _queue(_reordered(q, order), asking, seen, control, scale)
+    queries = queries._replace(document=queries.document.masked_fill(missing, -1))
+    out = _queue(_reordered(q, order), queries, seen, control, scale)
     return _reordered(out, order.argsort(1))
 
 
-def _queue(q: torch.Tensor, asking: QueueTokens, seen: QueueTokens, control: Fifo, scale: float) -> torch.Tensor:
-    """Attend with queries (B, H, T, D) of `asking`, the last T tokens of `seen`.
+def _queue(q: torch.Tensor, queries: QueueTokens, seen: QueueTokens, control: Fifo, scale: float) -> torch.Tensor:
+    """Attend with q (B, H, T, D) of the tokens `queries`, the last T of `seen`.
 
     Documents are numbered and padding comes first.
     """
     if not control.strided:
         return block_attention(
             q, seen.keys, seen.values, window=control.recent, scale=scale,
-            document_ids=asking.document, key_document_ids=seen.document,
+            document_ids=queries.document, key_document_ids=seen.document,
         )[0]  # fmt: skip
     outs = []
     offset, far = seen.keys.shape[2] - q.shape[2], reach(control)
@@ -211,14 +211,14 @@ def _queue(q: torch.Tensor, asking: QueueTokens, seen: QueueTokens, control: Fif
         rows = slice(start, min(start + step, q.shape[2]))
         first = max(rows.start + offset - far, 0)
         window = seen.cut(slice(first, rows.stop + offset))
-        outs.append(_strided(q[:, :, rows], asking.cut(rows), window, control, scale))
+        outs.append(_strided(q[:, :, rows], queries.cut(rows), window, control, scale))
     return torch.cat(outs, 2)
 
 
-def _strided(q: torch.Tensor, asking: QueueTokens, seen: QueueTokens, control: Fifo, scale: float) -> torch.Tensor:
+def _strided(q: torch.Tensor, queries: QueueTokens, seen: QueueTokens, control: Fifo, scale: float) -> torch.Tensor:
     """Attend to the recent tokens and to the entries of the strides in one softmax."""
-    age = asking.index[:, :, None] - seen.index[:, None]
-    same = (asking.document[:, :, None] == seen.document[:, None]) & (asking.document >= 0)[:, :, None] & (age >= 0)
+    age = queries.index[:, :, None] - seen.index[:, None]
+    same = (queries.document[:, :, None] == seen.document[:, None]) & (queries.document >= 0)[:, :, None] & (age >= 0)
     ends = ((seen.index + 1) % control.stride == 0)[:, None]
     if control.pooled:
         youngest, oldest = control.recent, control.recent + control.strided * control.stride - 1

@@ -95,7 +95,7 @@ def attend(
     check_backend(call.backend)
     check_ids(call.document_ids, q, k, call.causal)
     if isinstance(control, Fifo):
-        choose_backend(call.backend, q, v, "a queue of tokens is not a state that sums up")
+        choose_backend(call.backend, q, v, "the kernels do not compute queues of tokens")
         found = fifo.attend(q, k, v, control, call, resolve_scale(scale, q))
         return found if call.return_state else found[0]  # type: ignore[return-value]  # then there is a state
     local = call.locate(k)
@@ -124,7 +124,7 @@ def _controls(
         (state.count is not None) != getattr(control, "positional", False)
         or (state.clusters is not None) != isinstance(control, Cluster)
     ):
-        raise AttentionError("this state was made by another control: the two differ in counting tokens or clusters")
+        raise AttentionError("this state was made by another control: only one of the two counts tokens or clusters")
     kind, s_v = "logits", None
     if isinstance(control, Control):
         kind = control.kind
@@ -136,8 +136,8 @@ def _controls(
             s_k, carried["clusters"] = control.online(k, counted - 1, local, state, call.return_state)
         elif isinstance(control, Cluster) and (state is not None or local.link.ring > 1):
             raise AttentionError(
-                "control cluster without causal, on a ring or after a state: k-means looks at all keys of a document "
-                "again in every round, which no state holds; use it on one device and whole sequences, or with causal"
+                "control cluster without causal, on a ring or after a state: every iteration of k-means needs all keys "
+                "of a document, which no state holds; use it on one device and whole sequences, or with causal"
             )
         else:
             s_k = control.control(k, counted - 1, local.valid, call.causal)
@@ -171,10 +171,10 @@ def _normalizer(normalizer: str, kind: str, causal: bool) -> Normalizer:
 def _unsupported(x: abc_forms.ABCInputs, causal: bool) -> str:
     """Say what of a call the Triton kernels do not support; empty if they support it."""
     if not causal:
-        return "without causal there is one state, a few matrix products, and no kernel for it"
+        return "the kernels are for causal attention; without causal it is a few matrix products"
     if x.normalizer != Normalizer.PREFIX:
-        return f"its kernels do not have normalizer {x.normalizer.value!r} of this control or call, only 'prefix'"
+        return f"its kernels support normalizer 'prefix', not {x.normalizer.value!r} of this control or call"
     if x.s_v is not None:
-        return "its kernels have one control for keys and values, not a pair"
+        return "its kernels support one control for keys and values, not a pair"
     widest = max(x.q.shape[3], x.v.shape[3], x.s_k.shape[3])
-    return "" if widest <= 128 else f"its kernels take head dimensions and slots up to 128, not {widest}"
+    return "" if widest <= 128 else f"its kernels support head dimensions and slots up to 128, not {widest}"

@@ -21,12 +21,12 @@ from longctx.derivative import first_only
 def write_slots(
     xs: tuple[torch.Tensor, ...], s: torch.Tensor, *, normalized: bool = True, tokens: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """Return what tokens leave in M slots under one control.
+    """Return what tokens write into M slots under one control.
 
     Args:
         xs: each (B, G, T, Di); may be empty. s: (B, G, T, M).
         normalized: s are logits and a state is a weighted mean; else s are weights and it is a sum.
-        tokens: (B, T) bool, which tokens count; the others leave nothing, whatever they hold. None: all.
+        tokens: (B, T) bool, which tokens are written; the others may hold any value, NaN included. None: all.
 
     Returns:
         (log mass (B, G, M), states (B, G, M, Di)...) in fp32, fp64 for fp64; differentiable.
@@ -75,7 +75,7 @@ class _Write(torch.autograd.Function):
 def _weighted(
     s: torch.Tensor, normalized: bool, tokens: torch.Tensor | None, mass: torch.Tensor, xs: Any
 ) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
-    """Yield (slice, weights, part of each x) in the accumulator's dtype, with 0 for tokens that do not count."""
+    """Yield (slice, weights, part of each x) in the accumulator's dtype, with 0 for tokens that are not written."""
     safe = mass.masked_fill(mass == -torch.inf, 0.0)[:, :, None]
     for here, absent in pieces(s.shape[2], tokens):
         weights = s[:, :, here].to(mass.dtype)

@@ -129,25 +129,25 @@ class _CosineWalk(ChunkWalk):
 
     def forward(self, block: Block, state: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write the block's outputs and return the state after it."""
-        made = _Block(self, block, state)
-        part = made.read()
-        unfold(out, block, part.mul_(made.size) if self.on_query else part)
-        return made.after
+        folded = _Block(self, block, state)
+        part = folded.read()
+        unfold(out, block, part.mul_(folded.size) if self.on_query else part)
+        return folded.after
 
     def backward(
         self, block: Block, state: torch.Tensor, dout: torch.Tensor, gradient: torch.Tensor, grads: list[torch.Tensor]
     ) -> torch.Tensor:
         """Write the block's gradients into `grads` and return the gradient of the state before it."""
-        made = _Block(self, block, state)
-        masks, q, k, size, scaled = made.masks, made.q, made.k, made.size, made.scaled
+        folded = _Block(self, block, state)
+        masks, q, k, size, scaled = folded.masks, folded.q, folded.k, folded.size, folded.scaled
         dout = self.fold(dout, block).contiguous()
         dsize = None
         if self.on_query:
-            dsize = (dout * made.read()).sum(-1, keepdim=True)
+            dsize = (dout * folded.read()).sum(-1, keepdim=True)
             dout = dout * size
         # The gradient of the scores, and through it and S that of N(q).
         dscores = masks.mask_pairs(dout @ scaled.transpose(-1, -2))
-        dq = masks.add_read(dscores @ k, dout, made.before.transpose(-1, -2))
+        dq = masks.add_read(dscores @ k, dout, folded.before.transpose(-1, -2))
         # The gradient of S as each chunk wrote it: from later chunks of this block, and from later blocks.
         local = masks.mask_rows(q).transpose(-1, -2) @ dout
         written, gradient = recurrence.backwards(gradient, local, None, None, masks.kept)
@@ -155,9 +155,9 @@ class _CosineWalk(ChunkWalk):
         scores = masks.mask_pairs(q @ k.transpose(-1, -2))
         dscaled = masks.add_written(scores.transpose(-1, -2) @ dout, k, written)
         if dsize is None:
-            dsize = (dscaled * made.v).sum(-1, keepdim=True)
+            dsize = (dscaled * folded.v).sum(-1, keepdim=True)
             dscaled.mul_(size)
-        parts = (through_unit(dq, q, made.q_norm), through_unit(dk, k, made.k_norm), dscaled, dsize)
+        parts = (through_unit(dq, q, folded.q_norm), through_unit(dk, k, folded.k_norm), dscaled, dsize)
         for whole, part in zip(grads, parts, strict=True):
             unfold(whole[..., None] if whole.dim() == 3 else whole, block, part)
         return gradient

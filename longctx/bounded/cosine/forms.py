@@ -1,7 +1,7 @@
 """Cosine attention over a sequence on one or several ranks: causal, and over all tokens (bidirectional, cross).
 
 The state is a sum, so ranks exchange one matrix per head in forward and one in backward. Packed or padded sequences
-first exchange how many tokens their documents have had, one number per row: the scale of a value depends on it.
+first exchange the token count of the document that crosses a border, one number per row: values are scaled by it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from longctx.bounded.state import CosineState
 from longctx.kernels.cosine.reference import unit
 
 AHEAD = 1024
-"""Tokens (at most a quarter of a stretch) whose outputs a rank computes while states are in flight. What was before
-them is added on arrival, one more product for these tokens; the other tokens start from it."""
+"""Tokens (at most a quarter of a stretch) whose outputs a rank computes while states are in flight. When the state
+before them arrives, one more product adds what they read of it; the other tokens start from it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class CosineInputs(SequenceInputs):
         return _by_pairs(self, None) if _pairs_are_cheaper(self) else super().attend_all()
 
     def key_count(self, valid: torch.Tensor | None) -> torch.Tensor:
-        """Return how many keys count, (B,)."""
+        """Return the number of valid keys, (B,)."""
         if valid is not None:
             return valid.sum(1)
         return torch.full((self.k.shape[0],), self.k.shape[2], device=self.k.device)
@@ -135,7 +135,7 @@ def _after(state: CosineState, local: LocalTokens, start: Value) -> Value:
 def _ahead(
     x: CosineInputs, size: torch.Tensor, ids: torch.Tensor | None, here: slice
 ) -> Callable[[Value], tuple[torch.Tensor, Value]] | None:
-    """Compute the outputs of some tokens as if nothing came before them; None for no tokens.
+    """Compute the outputs of some tokens as if the sequence began with them; None for no tokens.
 
     Returns:
         A function from the state before to (out, state after), which adds Q S. The sum is in the accumulator's dtype

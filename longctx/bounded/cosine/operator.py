@@ -67,7 +67,7 @@ def attend(
     """`cosine_attention` with the arguments that both operators share in one value, and over any link."""
     check_tensors(q, k, v)
     causal, state = call.causal, call.state
-    unsupported = "" if causal else "without causal there is one state, two matrix products, and no kernel for it"
+    unsupported = "" if causal else "the kernels are for causal attention; without causal it is two matrix products"
     backend = choose_backend(call.backend, q, v, unsupported)
     check_ids(call.document_ids, q, k, causal)
     if scale_on not in ("value", "query"):

@@ -1,4 +1,4 @@
-"""The state that a stretch of tokens leaves in cosine attention, S = sum_j N(k_j) (size_j v_j)^T; N(x) = x / ||x||.
+"""The state that a stretch of tokens writes in cosine attention, S = sum_j N(k_j) (size_j v_j)^T; N(x) = x / ||x||.
 
 This is what a rank sends to others, and all that non-causal attention needs. Only the inputs are saved for backward.
 """
@@ -23,7 +23,7 @@ def write_state(
 
     Args:
         k: (B, G, T, D). v: (B, G, T, Dv). size: (B, G, T) multiplies the values; None is 1.
-        tokens: (B, T) bool, which tokens count; the others leave nothing, whatever they hold. None: all.
+        tokens: (B, T) bool, which tokens are written; the others may hold any value, NaN included. None: all.
     """
     return _Write.apply(k, v, size, tokens)
 
@@ -69,7 +69,7 @@ class _Part(NamedTuple):
 def _normalized(
     k: torch.Tensor, v: torch.Tensor, size: torch.Tensor | None, tokens: torch.Tensor | None
 ) -> Iterator[_Part]:
-    """Yield the tokens in parts, in the accumulator's dtype, with 0 for those that do not count."""
+    """Yield the tokens in parts, in the accumulator's dtype, with 0 for those that are not written."""
     dtype = accumulator_dtype(k.dtype)
     for here, absent in pieces(k.shape[2], tokens):
         keys, values = (x[:, :, here].to(dtype) for x in (k, v))

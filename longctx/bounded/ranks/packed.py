@@ -2,8 +2,8 @@
 
 Documents that lie within one stretch of one rank are computed one by one. A document that crosses the border of a
 stretch is the first or the last one of every stretch it touches, so ranks exchange two states per stretch however many
-documents there are: a forward scan brings what the tokens before the stretch wrote of its first document, a reverse
-scan what the tokens after it wrote of its last.
+documents there are: a forward scan delivers the state of its first document from the tokens before the stretch, a
+reverse scan that of its last document from the tokens after it.
 """
 
 from __future__ import annotations
@@ -48,11 +48,10 @@ def separate_documents(local: LocalTokens, queries: int, state: bool) -> bool:
         return False
     if state:
         raise AttentionError(
-            "packed documents without causal have one state per document: there is no single state to start from or "
-            "to return"
+            "packed documents without causal have one state per document: no single state can be given or returned"
         )
     if queries != local.ids.shape[1]:
-        raise AttentionError("cross attention to packed documents: there is no telling which one a query belongs to")
+        raise AttentionError("cross attention to packed documents: the document of a query is unknown")
     return True
 
 

@@ -110,8 +110,8 @@ def check_one_document(documents: list[torch.Tensor]) -> None:
     top = found.amax(0)
     if bool(((found == _SEVERAL) | ((found >= 0) & (found != top))).any()):
         raise AttentionError(
-            "packed documents without causal have one state per document: there is no state to return, and cross "
-            "attention cannot tell which document a query belongs to"
+            "packed documents without causal have one state per document: no single state can be returned, and in "
+            "cross attention the document of a query is unknown"
         )
 
 

@@ -14,8 +14,8 @@ class AttentionSection(Section):
 
     layout: Literal["zigzag", "contiguous", "striped"] = Field(
         "zigzag",
-        description="which tokens a rank holds; zigzag and striped balance causal work over the ranks, contiguous does "
-        "not",
+        description="how tokens are assigned to ranks; zigzag and striped balance causal work over the ranks, "
+        "contiguous does not",
     )
     backend: Literal["auto", "aten", "reference", "triton", "triton-tma", "cudnn", "flash"] = Field(
         "auto",
@@ -26,8 +26,8 @@ class AttentionSection(Section):
         None,
         ge=1,
         le=2**40,
-        description="keys each token attends to, itself included, in architectures with a sliding window; default: "
-        "their own",
+        description="keys that each token attends to, including its own (architectures with a sliding window only); "
+        "default: the architecture's",
     )
     layers: Raw = Field(
         default_factory=dict,

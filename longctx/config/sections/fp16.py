@@ -18,11 +18,11 @@ class Fp16Section(Section):
         2,
         ge=1,
         le=2**20,
-        description="the loss scale is halved at this overflow and at each one after it (at every one with zero.stage "
-        "0); every overflow skips its step on all ranks",
+        description="the loss scale is halved from this overflow on (from the first with zero.stage 0); every "
+        "overflow skips its step on all ranks",
     )
     min_scale: HumanInt = Field(
-        1, ge=1, le=2**32, description="smallest loss scale; an overflow there stops the run before the update"
+        1, ge=1, le=2**32, description="smallest loss scale; an overflow at this scale stops the run before the update"
     )
     static_scale: float | None = Field(
         None, gt=0, le=2**32, description="fixed loss scale for the whole run, which no overflow changes; null: dynamic"

@@ -25,7 +25,7 @@ PASSED_VARIABLES = (
 
 
 class LaunchSection(Section):
-    """One machine or many. All hosts share output.folder; they read the values from a private file there."""
+    """One machine or many. All hosts share output.folder; agents read their settings from a job spec there."""
 
     launcher: Literal["local", "deepspeed", "openmpi", "mpich", "slurm"] = Field(
         "local",
@@ -71,7 +71,7 @@ class LaunchSection(Section):
         120,
         ge=0,
         le=86_400,
-        description="seconds without a sign of life after which a rank counts as frozen, is named, and the job ends; "
+        description="seconds without a heartbeat after which a rank counts as frozen, is reported, and the job ends; "
         "0: never",
     )
     restarts: HumanInt = Field(

@@ -1,4 +1,4 @@
-"""`memory:` how much of logits and activations a training step holds at once."""
+"""`memory:` tiling, recomputation and offload of logits and activations."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class MemorySection(Section):
 
     loss_tile: Tile = Field(
         "auto",
-        description="tokens whose logits exist at once; auto chooses (and does not tile a loss that it cannot), none "
-        "computes the logits of all of a rank's tokens at once",
+        description="tokens per tile of logits; auto: chosen by size, or untiled where the loss cannot be tiled; none: "
+        "all tokens of a rank at once",
     )
     loss_backend: Literal["auto", "torch", "triton"] = Field(
         "auto",
@@ -27,18 +27,18 @@ class MemorySection(Section):
     )
     mlp_tile: Tile = Field(
         "none",
-        description="tokens that an MLP computes at once, recomputed in backward; auto: half of hidden_size",
+        description="tokens per tile of an MLP, recomputed in backward; auto: hidden_size / 2, at least 128",
     )
     recompute: Literal["none", "mlp", "layer", "layer_keep_attention"] = Field(
         "none",
         description="what to recompute in backward: mlp: the intermediates of MLPs; layer: whole layers from their "
-        "input, needed for long sequences; layer_keep_attention: layers without attention, so that no hop "
-        "of the ring is repeated",
+        "input, needed for long sequences; layer_keep_attention: layers except attention, so that no ring "
+        "communication is repeated",
     )
     offload_checkpoints: bool = Field(
         False,
-        description="keep what recompute: layer and layer_keep_attention save of each layer in host memory until its "
-        "backward; copies overlap with compute. Without a GPU it has no effect",
+        description="keep each layer's checkpoint (recompute: layer or layer_keep_attention) in host memory until its "
+        "backward; copies overlap with compute; no effect without a GPU",
     )
     recompute_norms: bool = Field(
         False,

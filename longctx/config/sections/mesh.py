@@ -28,12 +28,13 @@ class MeshSection(Section):
     """The grid of ranks. One sequence is sharded over ring x ulysses ranks; data is the number of replicas."""
 
     ring: AutoInt = Field(
-        "auto", description="ranks that share one sequence by ring attention; auto: what `data` and `ulysses` leave"
+        "auto",
+        description="ranks that share one sequence by ring attention; auto: the ranks that `data` and `ulysses` leave",
     )
     ulysses: AutoInt = Field(
         1,
         description="ranks that share one sequence by all-to-all of heads (Ulysses), at most as many as query heads; "
-        "auto: as many as fit in one host and divide the heads (docs/hybrid.md), and `ring` the rest",
+        "auto: as many as fit in one host and divide the heads (docs/hybrid.md); `ring` takes the rest",
     )
     data: AutoInt = Field(
         "auto",
@@ -47,7 +48,7 @@ class MeshSection(Section):
         """Fill in `auto` for a world of `world` ranks.
 
         Args:
-            limits: what bounds `ulysses: auto`.
+            limits: upper bounds of `ulysses: auto`.
 
         Raises:
             ConfigError: ring x ulysses x data cannot be `world`.

@@ -1,18 +1,26 @@
-"""`train:` the loop: steps, batch, optimizer, schedule, evaluation."""
+"""`train:` the training loop: steps, batch, optimizer, schedule, evaluation."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from longctx.config.fields import HumanInt, Pair, Section
+from longctx.config.fields import HumanInt, Pair, Section, listed
+from longctx.config.sections.stage import StageSection
+
+Stages = Annotated[tuple[StageSection, ...], BeforeValidator(listed, json_schema_input_type=list[StageSection])]
 
 
 class TrainSection(Section):
     """One optimizer step trains on `global_batch` rows = micro_batch x accumulation x data replicas."""
 
-    steps: HumanInt = Field(ge=1, le=2**40, description="optimizer steps in total")
+    steps: HumanInt = Field(ge=1, le=2**40, description="optimizer steps in total; default with `stages`: theirs")
+    stages: Stages = Field(
+        (),
+        max_length=64,
+        description="stages of the run, each with rows of its own length: [{sequence_length: 8Ki, steps: 1000}, …]",
+    )
     global_batch: HumanInt | None = Field(
         None,
         ge=1,
@@ -30,13 +38,13 @@ class TrainSection(Section):
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD's momentum")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="shape of the learning rate after warm-up, down to min_lr_ratio at the last step"
+        "cosine", description="learning-rate schedule after warm-up; it ends at min_lr_ratio x lr"
     )
     warmup_steps: HumanInt = Field(0, ge=0, le=2**40, description="steps of linear warm-up from 0")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate / lr")
     clip: float | None = Field(1.0, gt=0, le=1e9, description="maximum norm of the whole gradient; null: no clipping")
     seed: HumanInt = Field(0, ge=0, lt=2**63, description="seed of initial weights and dropout")
-    deterministic: bool = Field(False, description="refuse operations whose result varies from run to run")
+    deterministic: bool = Field(False, description="raise an error for nondeterministic operations")
     eval_every: HumanInt = Field(
         0,
         ge=0,
@@ -49,6 +57,6 @@ class TrainSection(Section):
     )
     non_finite: Literal["stop"] = Field(
         "stop",
-        description="what a nan or inf in loss or gradient does: stop before the update (in fp16, a gradient out of "
-        "range skips the step and lowers the loss scale instead)",
+        description="what to do on nan or inf in loss or gradient: stop before the update (in fp16, an overflowing "
+        "gradient skips the step and lowers the loss scale instead)",
     )

@@ -20,6 +20,7 @@ from longctx.data.tokens.format import HEADER_BYTES, Header, parse
 from longctx.errors import DataError
 
 _BLOCK = 2**22
+_NONE = np.zeros(0, np.int64)
 
 
 class TokenStore:
@@ -34,6 +35,7 @@ class TokenStore:
         end_of_document: id of the token that ends each document, or None.
         identity: short text that changes with the content; saved in checkpoints.
         metadata: JSON object from the writer.
+        ignored: (2 · runs,) int64, rising: tokens ``ignored[0]`` to ``ignored[1] - 1``, … are never labels.
     """
 
     def __init__(
@@ -48,11 +50,12 @@ class TokenStore:
         tokenizer_hash: str | None = None,
         end_of_document: int | None = None,
         metadata: dict[str, Any] | None = None,
+        ignored: npt.NDArray[np.int64] = _NONE,
     ) -> None:
         self.path, self.tokens, self.offsets = path, tokens, offsets
         self.vocabulary_size, self.identity = vocabulary_size, identity
         self.tokenizer_hash, self.end_of_document = tokenizer_hash, end_of_document
-        self.metadata = metadata or {}
+        self.metadata, self.ignored = metadata or {}, ignored
         self._stream = stream
         self._stamp = _stamp(stream)
 
@@ -73,6 +76,15 @@ class TokenStore:
     def name(self, index: int) -> str:
         """Return the name of a document's source."""
         return f"document {index}"
+
+    def is_ignored(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return for each token index whether that token is never a label (same shape, bool)."""
+        return np.searchsorted(self.ignored, places, side="right") % 2 == 1
+
+    @property
+    def ignored_tokens(self) -> int:
+        """Number of tokens that are never labels."""
+        return int((self.ignored[1::2] - self.ignored[::2]).sum())
 
     def check_unchanged(self) -> None:
         """Raise DataError if the file was truncated or written to since it was opened.
@@ -108,6 +120,8 @@ class TokenStore:
             DataError: with the file, the document and the offset in tokens.
         """
         check_offsets(self.offsets, self.token_count, self.path)
+        if bool((np.diff(self.ignored, prepend=-1, append=self.token_count + 1) <= 0).any()):
+            raise DataError(f"{self.path}: the borders of ignored tokens are damaged; build it again")
         begin = 0
         for block in self._blocks():
             if int(block.max()) >= self.vocabulary_size or int(block.min()) < 0:
@@ -158,7 +172,7 @@ class TokenFile(TokenStore):
             size = os.fstat(stream.fileno()).st_size
             header = self.header = parse(stream.read(HEADER_BYTES), size, path)
             raw = np.asarray(np.memmap(stream, dtype=np.uint8, mode="r"))
-            metadata = self._metadata(raw[header.metadata_at :], path)
+            metadata = self._metadata(raw[header.metadata_at :][: header.metadata_bytes], path)
             tokens = raw[HEADER_BYTES : HEADER_BYTES + header.token_count * header.token_bytes]
             offsets = raw[header.offsets_at : header.name_offsets_at].view("<i8")
             if offsets[0] != 0 or offsets[-1] != header.token_count:
@@ -176,6 +190,7 @@ class TokenFile(TokenStore):
                 tokenizer_hash=header.tokenizer_hash.hex(),
                 end_of_document=None if header.end_of_document < 0 else header.end_of_document,
                 metadata=metadata,
+                ignored=raw[header.ignored_at :].view("<i8") if header.ignored_count else _NONE,
             )
             self._raw = raw
             if tokenizer_hash is not None:

@@ -2,22 +2,25 @@
 
     offset  size  field
          0     8  magic ``\\x89LCTOK\\r\\n`` (a text-mode copy or a 7-bit channel breaks it, as with PNG)
-         8     4  version, 1
+         8     4  version: 2 if any token is ignored by the loss, else 1
         12     4  bytes per token: 2 (uint16) or 4 (uint32)
         16     8  vocabulary size; every token is below it
         24     8  tokens
         32     8  documents
-        40     8  id of the token that ends a document, or -1
+        40     8  id of the token that ends a document of text, or -1
         48     8  bytes of document names
         56     8  bytes of metadata (JSON)
         64    32  hash of the tokenizer (sha256)
         96    32  sha256 of everything after the header
-       128    96  zero
+       128     8  borders of ignored tokens (version 2), else zero
+       136    88  zero
        224    32  sha256 of bytes 0 to 223
 
 Sections follow in this order, each aligned to 8 bytes and little-endian: tokens, document offsets (documents + 1,
-uint64, in tokens), name offsets (documents + 1, uint64, in bytes), names (UTF-8), metadata. Their offsets follow from
-the counts, and the resulting file size is checked before anything is mapped.
+uint64, in tokens), name offsets (documents + 1, uint64, in bytes), names (UTF-8), metadata, and in version 2 the
+borders of ignored tokens (uint64, rising): tokens ``borders[0]`` to ``borders[1] - 1``, ``borders[2]`` to
+``borders[3] - 1``, … are never labels. Their offsets follow from the counts, and the resulting file size is checked
+before anything is mapped.
 """
 
 from __future__ import annotations
@@ -30,12 +33,12 @@ from pathlib import Path
 from longctx.errors import DataError
 
 MAGIC = b"\x89LCTOK\r\n"
-VERSION = 1
+VERSIONS = (1, 2)
 HEADER_BYTES = 256
 MAX_METADATA_BYTES = 16 * 2**20
 MAX_VOCABULARY = 2**32
 
-_FIELDS = struct.Struct("<8sIIQQQqQQ32s32s")
+_FIELDS = struct.Struct("<8sIIQQQqQQ32s32sQ")
 _CHECKED_BYTES = HEADER_BYTES - 32
 _REBUILD = "build it again with `longctx data build`"
 
@@ -53,6 +56,7 @@ class Header:
     metadata_bytes: int
     tokenizer_hash: bytes
     payload_hash: bytes
+    ignored_count: int = 0  # borders of ignored tokens, two per run
 
     # Where each section begins. Python integers: no overflow, whatever a damaged file claims.
 
@@ -73,14 +77,19 @@ class Header:
         return aligned(self.names_at + self.names_bytes)
 
     @property
+    def ignored_at(self) -> int:
+        end = self.metadata_at + self.metadata_bytes
+        return aligned(end) if self.ignored_count else end
+
+    @property
     def file_bytes(self) -> int:
-        return self.metadata_at + self.metadata_bytes
+        return self.ignored_at + 8 * self.ignored_count
 
     def pack(self) -> bytes:
         """Return the 256 bytes of this header."""
         fields = _FIELDS.pack(
             MAGIC,
-            VERSION,
+            2 if self.ignored_count else 1,
             self.token_bytes,
             self.vocabulary_size,
             self.token_count,
@@ -90,6 +99,7 @@ class Header:
             self.metadata_bytes,
             self.tokenizer_hash,
             self.payload_hash,
+            self.ignored_count,
         ).ljust(_CHECKED_BYTES, b"\0")
         return fields + hashlib.sha256(fields).digest()
 
@@ -120,13 +130,14 @@ def parse(raw: bytes, file_bytes: int, path: Path) -> Header:
     version = struct.unpack_from("<I", raw, 8)[0]
     if hashlib.sha256(raw[:_CHECKED_BYTES]).digest() != raw[_CHECKED_BYTES:HEADER_BYTES]:
         raise DataError(f"{path}: offset 0: the header's checksum is wrong, the file is damaged; {_REBUILD}")
-    if version != VERSION:
+    if version not in VERSIONS:
         raise DataError(
-            f"{path}: offset 8: token file version {version}, this longctx reads version {VERSION}; "
+            f"{path}: offset 8: token file version {version}, this longctx reads versions {VERSIONS[0]} to "
+            f"{VERSIONS[-1]}; "
             f"update longctx or {_REBUILD}"
         )
     header = Header(*_FIELDS.unpack_from(raw)[2:])
-    _check_fields(header, path)
+    _check_fields(header, version, path)
     if header.file_bytes > file_bytes:
         raise DataError(
             f"{path}: offset {file_bytes}: truncated, its header states {header.file_bytes} bytes "
@@ -140,7 +151,7 @@ def parse(raw: bytes, file_bytes: int, path: Path) -> Header:
     return header
 
 
-def _check_fields(header: Header, path: Path) -> None:
+def _check_fields(header: Header, version: int, path: Path) -> None:
     if header.token_bytes not in (2, 4):
         raise DataError(f"{path}: offset 12: {header.token_bytes} bytes per token; 2 and 4 are known; {_REBUILD}")
     if not 0 < header.vocabulary_size <= MAX_VOCABULARY:
@@ -155,6 +166,10 @@ def _check_fields(header: Header, path: Path) -> None:
         raise DataError(
             f"{path}: offset 24: {header.token_count} tokens in {header.document_count} documents: a token file needs "
             f"at least one document, and a token in each; give more text"
+        )
+    if header.ignored_count % 2 or (header.ignored_count > 0) != (version > 1):
+        raise DataError(
+            f"{path}: offset 128: {header.ignored_count} borders of ignored tokens in version {version}; {_REBUILD}"
         )
 
 

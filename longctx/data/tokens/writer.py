@@ -27,7 +27,7 @@ class TokenWriter:
     """Appends documents to a new token file; use as a context manager.
 
     Leaving the block normally publishes the file (fsync, rename, fsync of the folder); leaving it by an exception
-    removes what was written. Memory: eight bytes per document plus its name.
+    removes what was written. Memory: eight bytes per document plus its name, 16 bytes per run of ignored tokens.
 
     Args:
         path: final name; replaced atomically if it exists.
@@ -57,11 +57,18 @@ class TokenWriter:
         self._tokenizer_hash = bytes.fromhex(tokenizer_hash)
         self._dtype = np.dtype("<u2" if vocabulary_size <= 2**16 else "<u4")
         self._offsets, self._name_offsets, self._names = array("Q", [0]), array("Q", [0]), bytearray()
+        self._ignored = array("Q")
         self._digest = hashlib.sha256()
 
     @property
     def document_count(self) -> int:
         return len(self._offsets) - 1
+
+    @property
+    def ignored_tokens(self) -> int:
+        """Number of tokens that are never labels."""
+        borders = np.asarray(self._ignored, np.int64)
+        return int((borders[1::2] - borders[::2]).sum())
 
     def __enter__(self) -> TokenWriter:
         with disk_errors(self.path):
@@ -78,8 +85,16 @@ class TokenWriter:
         self.append(tokens, name)
         self.end_document(name)
 
-    def append(self, tokens: npt.ArrayLike, name: str = "") -> None:
-        """Append tokens (1-D integers) to the current document, which ``end_document`` ends. Raises: DataError."""
+    def append(self, tokens: npt.ArrayLike, name: str = "", labels: npt.NDArray[np.bool_] | None = None) -> None:
+        """Append tokens to the current document, which ``end_document`` ends.
+
+        Args:
+            tokens: 1-D integers.
+            labels: for each token whether the loss counts its prediction; None: all.
+
+        Raises:
+            DataError: not such tokens, or one outside the vocabulary.
+        """
         ids = np.asarray(tokens)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(f"{self._where(name)}: tokens are a row of integers, not {ids.dtype} of shape {ids.shape}")
@@ -90,14 +105,28 @@ class TokenWriter:
                 f"{self.vocabulary_size}: state the vocabulary size of the tokenizer that made it"
             )
         self._write(ids.astype(self._dtype).tobytes())
+        if labels is not None:
+            self._ignore(labels)
         self.token_count += ids.size
         self._last = int(ids[-1]) if ids.size else self._last
 
-    def end_document(self, name: str = "") -> bool:
-        """End the document whose tokens were appended; return False, and do nothing, if there were none."""
+    def _ignore(self, labels: npt.NDArray[np.bool_]) -> None:
+        """Note the runs of tokens without a label among those that are about to be counted."""
+        edges = np.flatnonzero(np.diff(~labels, prepend=False, append=False)) + self.token_count
+        if edges.size and self._ignored and self._ignored[-1] == edges[0]:  # the run continues
+            self._ignored.pop()
+            edges = edges[1:]
+        self._ignored.frombytes(edges.astype(np.uint64).tobytes())
+
+    def end_document(self, name: str = "", *, complete: bool = False) -> bool:
+        """End the document whose tokens were appended; return False, and do nothing, if there were none.
+
+        Args:
+            complete: the tokens are the whole document: ``end_of_document`` is not appended.
+        """
         if not self._open_tokens:
             return False
-        if self.end_of_document is not None and self._last != self.end_of_document:
+        if not complete and self.end_of_document is not None and self._last != self.end_of_document:
             self.append([self.end_of_document], name)
         self._offsets.append(self.token_count)
         self._names += name.encode(errors="replace")
@@ -154,12 +183,14 @@ class TokenWriter:
             metadata_bytes=len(metadata),
             tokenizer_hash=self._tokenizer_hash,
             payload_hash=b"",
+            ignored_count=len(self._ignored),
         )
         for place, section in (
             (header.offsets_at, _little_endian(self._offsets)),
             (header.name_offsets_at, _little_endian(self._name_offsets)),
             (header.names_at, bytes(self._names)),
             (header.metadata_at, metadata),
+            (header.ignored_at, _little_endian(self._ignored)),
         ):
             self._write(bytes(place - self._stream.tell()) + section)
         header = Header(**{**header.__dict__, "payload_hash": self._digest.digest()})

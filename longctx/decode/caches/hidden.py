@@ -1,4 +1,4 @@
-"""A cache of layer inputs instead of keys and values, with transformers' interface."""
+"""A cache of layer inputs (EL-attention) instead of keys and values, with transformers' interface."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from longctx.errors import ModelError
 
 
 class HiddenLayer(PromptLayer):
-    """The layer inputs (rows, S, C) that feed W_k and W_v; half of what keys and values of full width take.
+    """One layer's inputs of W_k and W_v: half the bytes of keys and values if G * D = C.
 
-    They sit where keys do, (rows, 1, S, C), with values of width 0.
+    They are stored as keys, (rows, 1, S, C), with values of width 0.
     """
 
     def parts(self) -> list[torch.Tensor]:
-        """What there is, in order: tensors (rows or rows / beams, S, C)."""
+        """Return the cached inputs in order: tensors (rows / beams, S, C) of a shared prompt, (rows, S, C) else."""
         shared = [] if self.prompt is None else [self.prompt[0][:, 0]]
         return shared + ([self.keys[:, 0]] if self.keys.shape[-2] or not shared else [])
 
 
 def append_hidden(cache: Cache, hidden: torch.Tensor, layer: int) -> tuple[int, list[torch.Tensor]]:
-    """Put (rows, T, C) into a cache that generate() made or a user gave; return what it holds.
+    """Append layer inputs (rows, T, C) to one layer of a cache.
 
-    Growing and static caches of transformers take the inputs in the place of keys, with values of width 0.
+    Transformers' growing and static caches store them as keys, with values of width 0.
 
     Returns:
-        how many tokens were there before, and the parts in order, (rows or rows / beams, S, C).
+        the number of tokens cached before, and all inputs in order, as tensors (rows or rows / beams, S, C).
 
     Raises:
-        ModelError: the cache rewrites what it is given (quantised, sliding).
+        ModelError: the cache changes what it stores (quantised, sliding).
     """
     past = int(cache.get_seq_length(layer))
     states = hidden[:, None]

@@ -1,4 +1,4 @@
-"""How many bytes a transformers cache holds, whatever its layers are."""
+"""The bytes of a transformers cache, with any kind of layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors of a cache; of an encoder-decoder's, both halves. Layers of ours say it themselves."""
+    """Return the bytes of all tensors of a cache, of both halves of an encoder-decoder's; our layers have nbytes."""
     halves = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
     if any(half is not None for half in halves):
         return sum(cache_bytes(half) for half in halves if half is not None)

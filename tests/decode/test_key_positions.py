@@ -1,4 +1,4 @@
-"""EL-attention over any part of a context, told where its keys stand: what goes by places is that of the whole."""
+"""EL-attention over any part of a context with `key_positions`, against attention over the whole context."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ CASES = [("causal",), ("alibi",), ("buckets",), ("dropout",), ("sink", "buckets"
 SEVERAL = {"beams": 2, "groups": 2, "keys": 21, "value_dim": 5}
 
 
-def made_of(names: tuple[str, ...], **shape: Any) -> Case:
+def case_with(names: tuple[str, ...], **shape: Any) -> Case:
     options = {key: value for name in names for key, value in OPTIONS[name].items()}
-    if "buckets" in names:  # its own stops where its exact buckets end, which only distances of less than that survive
+    if "buckets" in names:  # that option has a table for shorter distances
         options["bias"] = RelativeBias(options["bias"].table, 40)
     if "dropout_seed" in options:
         options["dropout_seed"] = torch.arange(shape.get("batch", 2) * shape.get("beams", 1)) * 77
@@ -33,7 +33,7 @@ def made_of(names: tuple[str, ...], **shape: Any) -> Case:
 
 
 def merged(made: Case, parts: list[torch.Tensor], **changes: Any) -> torch.Tensor:
-    """What ranks that hold these keys make of them: partial results, merged by their lse."""
+    """Return the partial results over each part of the keys, merged by their lse."""
     options = made.options | changes
     w, heads, sink = made.weights, made.heads, options.pop("sink", None)
     q = torch.nn.functional.linear(made.x, w["w_q"], w["b_q"]).unflatten(-1, (heads, -1))
@@ -57,20 +57,20 @@ def merged(made: Case, parts: list[torch.Tensor], **changes: Any) -> torch.Tenso
 @pytest.mark.parametrize("names", CASES, ids="+".join)
 @given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(0, 21), max_size=3), tile=st.sampled_from([2, 5, 1000]))
 @settings(max_examples=8, deadline=None)
-def test_keys_dealt_out_in_any_order(names: tuple[str, ...], seed: int, cuts: list[int], tile: int) -> None:
-    """Empty parts and parts behind the query included."""
-    made = made_of(names, **SEVERAL, seed=seed)
+def test_keys_split_in_any_order(names: tuple[str, ...], seed: int, cuts: list[int], tile: int) -> None:
+    """Including empty parts and parts after the query."""
+    made = case_with(names, **SEVERAL, seed=seed)
     order = torch.randperm(21, generator=torch.Generator().manual_seed(seed))
     assert_equal(merged(made, list(order.tensor_split(sorted(cuts))), tile=tile), made.dense())
 
 
 def errors(rank: int, world: int, layouts: list[str]) -> list[float]:
-    """Largest differences of el_attention over this rank's part of a context from the whole, in one process."""
+    """Return the largest differences of el_attention over the ranks' parts of a context from one process."""
     mesh, found = longctx.Mesh(ring=world), []
     for layout in layouts:
         places = positions(24, mesh, layout)
         for names in CASES:
-            made = made_of(names, **(SEVERAL | {"keys": 24}))
+            made = case_with(names, **(SEVERAL | {"keys": 24}))
             here = el_attention(
                 made.x, made.hidden[:, places], **made.weights, heads=4, **made.options, key_positions=places,
                 q_offset=21, mesh=mesh, tile=4,
@@ -81,27 +81,27 @@ def errors(rank: int, world: int, layouts: list[str]) -> list[float]:
 
 @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.deep)])
 def test_parts_on_a_ring(world: int) -> None:
-    """As ring attention leaves them."""
+    """In the layouts of ring attention."""
     results = run_ranks(world, errors, ["zigzag", "contiguous", "striped"], timeout=120)
     assert max(max(result) for result in results) <= tolerance("fp64")
     assert len(results[0]) == 3 * len(CASES)
 
 
-def test_tables_are_looked_up_a_tile_at_a_time() -> None:
-    asked: list[int] = []
+def test_biases_are_computed_tile_by_tile() -> None:
+    pairs: list[int] = []
 
     def bias(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        asked.append(len(queries) * len(keys))
+        pairs.append(len(queries) * len(keys))
         return -0.1 * (queries[:, None] - keys[None, :]).abs().to(torch.float64)
 
     made = case(keys=21, bias=bias, causal=True)
     order = torch.randperm(21, generator=torch.Generator().manual_seed(1))
     found = merged(made, list(order.tensor_split(3)), tile=4)
-    assert max(asked) == 3 * 4 and sum(asked) == 3 * 21
+    assert max(pairs) == 3 * 4 and sum(pairs) == 3 * 21
     assert_equal(found, made.dense())
 
 
-def test_places_that_do_not_fit_are_refused() -> None:
+def test_positions_that_do_not_fit_are_rejected() -> None:
     made, two = case(), longctx.Mesh(ring=2, world_size=2)
     with pytest.raises(AttentionError, match=r"expected one integer per row of hidden, \(11,\)"):
         made.el(key_positions=torch.arange(10), q_offset=3)
