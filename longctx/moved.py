@@ -16,7 +16,8 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {  # old name -> new name, both within longctx
-    "attention.call": "attention.operator",
+    "attention.call": "attention.operator_common",
+    "attention.operator": "attention.operator_common",
     "attention.hybrid_passes": "attention.hybrid.passes",
     "attention.ulysses": "attention.hybrid.ulysses",
     "bounded.memory": "bounded.recurrence",
@@ -45,7 +46,8 @@ MOVED = {  # old name -> new name, both within longctx
     "models.documents": "models.hook.documents",
     "models.rope": "models.hook.rope",
     "models.verify": "models.hook.verify",
-    "models.probe": "models.hook.probe",
+    "models.probe": "models.hook.position_probe",
+    "models.hook.probe": "models.hook.position_probe",
     "models.binding": "models.hook.binding",
     "models.families": "models.hook.families",
     "models.dropout": "models.hook.dropout",

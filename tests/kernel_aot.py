@@ -131,7 +131,7 @@ def launch(case: Case) -> Any:
     if case.kind != "extras":
         return made
     ids = empty(2, length, dtype=torch.int64)
-    documents = {"q_documents": ids, "k_documents": ids, "DOCUMENTS": True, "entry_batch": 1024}
+    documents = {"q_documents": ids, "k_documents": ids, "DOCUMENTS": True, "range_batch": 1024}
     return replace(made, arguments={**made.arguments, **documents})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.rows import Row
-from longctx.attention.backends.base import KeyBlock, Rows, StepGradients
+from longctx.attention.backends.base import BackwardQueries, KeyBlock, StepGradients
 from longctx.attention.backends.triton import TritonBackend
 from longctx.attention.band import make_rule, sees
 from longctx.attention.mask import BlockMask
@@ -51,7 +51,7 @@ class _Ring(torch.autograd.Function):
         dq = torch.empty(q.shape, dtype=torch.float32, device=q.device)
         dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (k, v))
         for own, visits in _steps(ctx.row):
-            rows = Rows(q[:, :, own], out[:, :, own], lse[:, :, own], dout[:, :, own], None)
+            rows = BackwardQueries(q[:, :, own], out[:, :, own], lse[:, :, own], dout[:, :, own], None)
             prepared = _BACKEND.prepare_backward(rows)
             for turn, (there, mask) in enumerate(visits):
                 block = KeyBlock(k[:, :, there], v[:, :, there], mask, _scores(q))

@@ -74,8 +74,8 @@ def _timed(width: int, name: str, kind: str, described: bool) -> Iterator[tuple[
     for config in candidates(width, described):
         try:
             launch = launches(width, name, kind, config)
-            launch()
-            yield seconds_of(launch, torch.device("cuda")), config
+            launch.run()
+            yield seconds_of(launch.run, torch.device("cuda")), config
         except Exception as error:  # too much shared memory, or a shape the compiler refuses
             print(f"#   {kind} {name} {width} {tuple(config)}: {type(error).__name__}")
 

@@ -5,7 +5,7 @@ context. Rows are wide (EL: the model's width; MLA: 576), so they are loaded in 
 of the keys and a tile of keys fits in shared memory (KEPT), the tile is loaded once and used for both products: the
 context is read from memory once. Otherwise values are loaded separately, or the keys' tile again, from L2. Row tiles of
 one split are adjacent in the grid, so that they share tiles in L2. Formulas: docs/methods/blockwise.md "Forward"
-(top, total and acc are its m, w and unnormalised out), terms.py for the logit.
+(m_i, l_i, alpha and acc are its m, l, α and unnormalised out), terms.py for the logit.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def partial_kernel(
     if CAUSAL:
         stop = tl.minimum(stop, offset + tokens)
 
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    m_i = tl.full([ROWS], float("-inf"), tl.float32)
+    l_i = tl.zeros([ROWS], tl.float32)
     acc = ()
     for _ in tl.static_range(VALUE_CHUNKS):
         acc = acc + (tl.zeros([ROWS, WIDTH], tl.float32),)
@@ -136,12 +136,12 @@ def partial_kernel(
         scores = tl.where(visible, scores, float("-inf"))
 
         # Online softmax: rescale the running sum and output to the new maximum.
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key keeps (0, -inf)
-        p = tl.exp2(scores - base[:, None])
-        fade = tl.exp2(top - base)
-        total = total * fade + tl.sum(p, 1)
-        top = new_top
+        m_new = tl.maximum(m_i, tl.max(scores, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key keeps (0, -inf)
+        p = tl.exp2(scores - m_safe[:, None])
+        alpha = tl.exp2(m_i - m_safe)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = m_new
 
         # Add the product with the values, of which this program computes VALUE_CHUNKS chunks of columns.
         weights = p.to(k.dtype.element_ty)
@@ -154,19 +154,19 @@ def partial_kernel(
                 value = _columns(
                     v + key.to(tl.int64) * vs, key_valid, column, DV, WIDTH, DV % (WIDTH * VALUE_CHUNKS) == 0
                 )
-            new_acc = new_acc + (tl.dot(weights, value, acc[i] * fade[:, None], input_precision="ieee"),)
+            new_acc = new_acc + (tl.dot(weights, value, acc[i] * alpha[:, None], input_precision="ieee"),)
         acc = new_acc
 
     # Normalise and store; a row that has seen no key in this split stores (0, -inf).
-    seen = total > 0.0
-    share = tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)
+    seen = l_i > 0.0
+    inverse_l = tl.where(seen, 1.0 / tl.where(seen, l_i, 1.0), 0.0)
     at_result = (unit * tl.num_programs(1) + split) * rows + row
     for i in tl.static_range(VALUE_CHUNKS):
         column = (column_tile * VALUE_CHUNKS + i) * WIDTH + tl.arange(0, WIDTH)
         tl.store(
-            out + at_result[:, None] * DV + column[None, :], acc[i] * share[:, None],
+            out + at_result[:, None] * DV + column[None, :], acc[i] * inverse_l[:, None],
             mask=row_valid[:, None] & (column < DV)[None, :],
         )  # fmt: skip
-    split_lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    split_lse = tl.where(seen, (m_i + tl.log2(tl.where(seen, l_i, 1.0))) * 0.6931471805599453, float("-inf"))
     if column_tile == 0:  # all column tiles compute the same lse
         tl.store(lse + at_result, split_lse, mask=row_valid)

@@ -11,11 +11,11 @@ import torch
 
 from .document_kernels import extents_kernel, narrow_kernel
 from .launch import Launch
-from .tables import ENTRY, Geometry, Table
+from .tables import RANGE, Geometry, Table
 
 
 def narrow(table: Table, geometry: Geometry, rows: torch.Tensor, cols: torch.Tensor, tile: int, step: int) -> Table:
-    """Return the table with entries per batch row, (B, tiles, column spans, ENTRY).
+    """Return the table with ranges per batch row, (B, row tiles, column spans, RANGE).
 
     Args:
         rows (B, T), cols (B, T'): document ids of the table's rows and columns, any integer dtype, dense.
@@ -25,10 +25,12 @@ def narrow(table: Table, geometry: Geometry, rows: torch.Tensor, cols: torch.Ten
     if not table.tiles or not tiles:
         return table
     extents = torch.empty((batch, spans, tiles, 3), dtype=torch.int64, device=rows.device)
-    counts = {"spans": spans, "tiles": tiles, "extents": extents, "entries": table.entries}
-    measure = {"ids": cols, "length": cols.shape[1], "STEP": step, **counts}
-    Launch(extents_kernel, (tiles, spans, batch), measure)()
-    narrowed = torch.empty((batch, table.tiles, spans, ENTRY), dtype=torch.int32, device=rows.device)
-    choose = {"ids": rows, "length": rows.shape[1], "heads": table.heads, "row_tiles": table.tiles, **counts}
-    Launch(narrow_kernel, (table.tiles, spans, batch), {**choose, "narrowed": narrowed, "TILE": tile, "SCAN": 128})()
-    return Table(table.heads, narrowed)
+    counts = {"spans": spans, "tiles": tiles, "extents": extents, "ranges": table.ranges}
+    measure = {"ids": cols, "length": cols.shape[1], "COLS": step, **counts}
+    Launch(extents_kernel, (tiles, spans, batch), measure).run()
+    narrowed = torch.empty((batch, table.tiles, spans, RANGE), dtype=torch.int32, device=rows.device)
+    choose = {"ids": rows, "length": rows.shape[1], "headers": table.headers, "row_tiles": table.tiles, **counts}
+    Launch(
+        narrow_kernel, (table.tiles, spans, batch), {**choose, "narrowed": narrowed, "ROWS": tile, "SCAN": 128}
+    ).run()
+    return Table(table.headers, narrowed)

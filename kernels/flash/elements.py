@@ -9,6 +9,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import tables
+
+HEADER = tl.constexpr(tables.HEADER)
+RANGE = tl.constexpr(tables.RANGE)
+
+
+@triton.jit
+def load_header(headers, tile):
+    """Return a row tile's (first local row, rows, rows without padding, global index of the first row)."""
+    at = headers + tile * HEADER
+    return tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def load_range(at):
+    """Return the column tiles of one span that a row tile sees, the nine integers of tables.RANGE: (first_tile,
+    first_full, end_full, end_tile, low, high, offset, valid, start)."""
+    return (
+        tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3),
+        tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8),
+    )  # fmt: skip
+
 
 @triton.jit
 def load_rows(base, stride, inside, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
@@ -53,16 +75,16 @@ def tanh(x):
 
 @triton.jit
 def logits(qk, distance, scale, cap, slope, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
-    """Return (logits, tanh's value). cap and slope are times log2(e); scale, the factor of q.k, is divided by the cap
-    if there is one, else times log2(e)."""
+    """Return (logits, tanh(x / softcap)), x as in docs/methods/blockwise.md "Logits". cap and slope are times log2(e);
+    `scale`, the factor of q.k, is divided by the cap if there is one, else times log2(e)."""
     scaled = qk * scale
-    bent = scaled
+    tanh_x = scaled
     if SOFTCAP:
-        bent = tanh(scaled)
-        scaled = bent * cap
+        tanh_x = tanh(scaled)
+        scaled = tanh_x * cap
     if ALIBI:
         scaled -= slope * tl.abs(distance).to(tl.float32)
-    return scaled, bent
+    return scaled, tanh_x
 
 
 @triton.jit

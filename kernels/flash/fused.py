@@ -66,7 +66,7 @@ class Step:
             "out": out, "lse": lse, **self._data(table),
             **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v), **_strides("o", out),
             "lb": lse.stride(0), "lh": lse.stride(1), "head_count": self.q.shape[1], **self._numbers(table, self.k),
-            **self._shape(config), "FIRST": first, "POSITIVE": self.scores.scale > 0,
+            **self._shape(config), "FIRST": first, "POSITIVE_SCALE": self.scores.scale > 0,
         }  # fmt: skip
         return self._launch(forward_kernel, table, self.q.shape[1], arguments, config)
 
@@ -82,9 +82,9 @@ class Step:
             "q": self.q, "k": self.k, "v": self.v, "k_tiles": _tiles(self.k, config), "v_tiles": _tiles(self.v, config),
             "dout": rows.dout, "lse2": rows.lse2, "delta": rows.delta,
             "dq": dq, "dslopes": dslopes, **self._data(table),
-            **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v), **_strides("g", rows.dout),
-            **_strides("o", dq), "head_count": self.q.shape[1], **self._numbers(table, self.k),
-            "outer": float(self.scores.scale), **self._shape(config), "FIRST": first,
+            **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v), **_strides("do", rows.dout),
+            **_strides("dq", dq), "head_count": self.q.shape[1], **self._numbers(table, self.k),
+            "grad_scale": float(self.scores.scale), **self._shape(config), "FIRST": first,
         }  # fmt: skip
         return self._launch(queries_kernel, table, self.q.shape[1], arguments, config), dslopes
 
@@ -95,11 +95,11 @@ class Step:
         table = self._table(self.geometry.swapped(), swapped, config, idle=True)
         arguments = {
             "q": self.q, "k": self.k, "v": self.v, "dout": rows.dout, "q_tiles": _tiles(self.q, config),
-            "g_tiles": _tiles(rows.dout, config), "lse2": rows.lse2, "delta": rows.delta,
+            "dout_tiles": _tiles(rows.dout, config), "lse2": rows.lse2, "delta": rows.delta,
             "dk": dk, "dv": dv, **self._data(table),
-            **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v), **_strides("g", rows.dout),
-            **_strides("a", dk), **_strides("b", dv), "kv_head_count": self.k.shape[1],
-            **self._numbers(table, self.k), "outer": float(self.scores.scale), **self._shape(config),
+            **_strides("q", self.q), **_strides("k", self.k), **_strides("v", self.v), **_strides("do", rows.dout),
+            **_strides("dk", dk), **_strides("dv", dv), "kv_head_count": self.k.shape[1],
+            **self._numbers(table, self.k), "grad_scale": float(self.scores.scale), **self._shape(config),
         }  # fmt: skip
         return self._launch(keys_kernel, table, self.k.shape[1], arguments, config)
 
@@ -122,7 +122,7 @@ class Step:
     def _data(self, table: Table) -> dict[str, Any]:
         q_ids, k_ids = self.documents or (None, None)
         return {
-            "heads": table.heads, "entries": table.entries, "q_documents": q_ids, "k_documents": k_ids,
+            "headers": table.headers, "ranges": table.ranges, "q_documents": q_ids, "k_documents": k_ids,
             "slopes": self.scores.alibi, "seeds": self.scores.seeds if self.scores.dropout_p else None,
         }  # fmt: skip
 
@@ -131,18 +131,18 @@ class Step:
         cap = scores.softcap or 0.0
         threshold = min(round(scores.dropout_p * 2**32), 2**32 - 1)
         return {
-            "entry_batch": table.entries.stride(0) if table.entries.dim() == 4 else 0,
+            "range_batch": table.ranges.stride(0) if table.ranges.dim() == 4 else 0,
             "q_length": self.q.shape[2], "k_length": k.shape[2], "group": self.q.shape[1] // k.shape[1],
-            "spans": table.entries.shape[-2], "stride": self.geometry.stride,
+            "spans": table.ranges.shape[-2], "stride": self.geometry.stride,
             "scale": scores.scale / cap if cap else scores.scale * LOG2E, "cap": cap * LOG2E,
             "threshold": threshold - 2**32 if threshold >= 2**31 else threshold,  # its bits, as a signed number
-            "boost": 1.0 / (1.0 - scores.dropout_p),
+            "keep_scale": 1.0 / (1.0 - scores.dropout_p),
         }  # fmt: skip
 
     def _shape(self, config: tiles.Config) -> dict[str, Any]:
         d_k, d_v = self.q.shape[-1], self.v.shape[-1]
         return {
-            "TILE": config.tile, "STEP": config.step, "DK": d_k, "DV": d_v, "WK": padded(d_k), "WV": padded(d_v),
+            "ROWS": config.tile, "COLS": config.step, "DK": d_k, "DV": d_v, "WK": padded(d_k), "WV": padded(d_v),
             "DOCUMENTS": self.documents is not None, "SOFTCAP": self.scores.softcap is not None,
             "ALIBI": self.scores.alibi is not None, "DROPOUT": self.scores.dropout_p > 0,
             "DESCRIBED": config.described,
@@ -161,9 +161,9 @@ def prepare(
     tile = 64
     arguments = {
         "out": out, "dout": dout, "lse": lse, "dlse": dlse, "delta": delta, "lse2": lse2,
-        **_strides("o", out), **_strides("g", dout), "lb": lse.stride(0), "lh": lse.stride(1),
-        "db": 0 if dlse is None else dlse.stride(0), "dh": 0 if dlse is None else dlse.stride(1),
-        "head_count": heads, "length": length, "TILE": tile, "DV": d_v, "WV": padded(d_v), "DLSE": dlse is not None,
+        **_strides("o", out), **_strides("do", dout), "lb": lse.stride(0), "lh": lse.stride(1),
+        "dlb": 0 if dlse is None else dlse.stride(0), "dlh": 0 if dlse is None else dlse.stride(1),
+        "head_count": heads, "length": length, "ROWS": tile, "DV": d_v, "WV": padded(d_v), "DLSE": dlse is not None,
     }  # fmt: skip
     return Launch(preprocess_kernel, (-(-length // tile), batch * heads), arguments), Prepared(q, dout, lse2, delta)
 

@@ -22,14 +22,15 @@ class Launch:
     warps: int = 4
     stages: int = 1
 
-    def __call__(self) -> None:
+    def run(self) -> None:
+        """Launch the kernel; nothing if the grid is empty."""
         if 0 in self.grid:
             return
         if isinstance(self.kernel, InterpretedFunction):
             with _INTERPRETING:
-                self._run()
+                self._start()
         else:
-            self._run()
+            self._start()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -37,5 +38,5 @@ class Launch:
         3.10."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
-    def _run(self) -> None:
+    def _start(self) -> None:
         self.kernel[self.grid](**self.arguments, **self.options)

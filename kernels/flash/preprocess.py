@@ -12,20 +12,20 @@ from .elements import load_rows
 @triton.jit
 def preprocess_kernel(
     out, dout, lse, dlse, delta, lse2,
-    ob, oh, ot, gb, gh, gt, lb, lh, db, dh, head_count, length,
-    TILE: tl.constexpr, DV: tl.constexpr, WV: tl.constexpr, DLSE: tl.constexpr,
+    ob, oh, ot, dob, doh, dot, lb, lh, dlb, dlh, head_count, length,
+    ROWS: tl.constexpr, DV: tl.constexpr, WV: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of rows, B * H). delta and lse2 (B, H, T) are dense; lse, dlse have a dense last dimension."""
-    begin = (tl.program_id(0) * TILE).to(tl.int64)
+    begin = (tl.program_id(0) * ROWS).to(tl.int64)
     batch = (tl.program_id(1) // head_count).to(tl.int64)
     head = (tl.program_id(1) % head_count).to(tl.int64)
-    row = begin + tl.arange(0, TILE)
+    row = begin + tl.arange(0, ROWS)
     inside = row < length
-    o = load_rows(out + batch * ob + head * oh + begin * ot, ot, inside, TILE, DV, WV, True).to(tl.float32)
-    do = load_rows(dout + batch * gb + head * gh + begin * gt, gt, inside, TILE, DV, WV, True).to(tl.float32)
+    o = load_rows(out + batch * ob + head * oh + begin * ot, ot, inside, ROWS, DV, WV, True).to(tl.float32)
+    do = load_rows(dout + batch * dob + head * doh + begin * dot, dot, inside, ROWS, DV, WV, True).to(tl.float32)
     total = tl.sum(o * do, 1)
     if DLSE:
-        total -= tl.load(dlse + batch * db + head * dh + row, mask=inside, other=0.0)
+        total -= tl.load(dlse + batch * dlb + head * dlh + row, mask=inside, other=0.0)
     own = tl.load(lse + batch * lb + head * lh + row, mask=inside, other=float("-inf"))
     own = tl.where(own == float("-inf"), float("inf"), own * 1.4426950408889634)
     at = tl.program_id(1).to(tl.int64) * length + row

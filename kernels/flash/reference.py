@@ -65,15 +65,15 @@ def forward(
     """Merge these keys into the running (out, lse), which is (0, -inf) before the first block."""
     for at in _tiles(q, k, mask, tile):
         logits, _ = at.logits(q[:, :, at.rows], k[:, :, at.cols], scores, out.dtype)
-        old, top = lse[:, :, at.rows], logits.amax(-1)
-        new_top = torch.maximum(old, top)
-        safe = new_top.masked_fill(new_top == -torch.inf, 0.0)  # a row that has seen no key keeps (0, -inf)
-        p = torch.exp(logits - safe[..., None])
-        carried, total = torch.exp(old - safe), p.sum(-1)
-        weight = (carried + total).masked_fill_(new_top == -torch.inf, 1.0)
+        old = lse[:, :, at.rows]
+        m = torch.maximum(old, logits.amax(-1))
+        m_safe = m.masked_fill(m == -torch.inf, 0.0)  # a row that has seen no key keeps (0, -inf)
+        p = torch.exp(logits - m_safe[..., None])
+        alpha = torch.exp(old - m_safe)
+        l = (alpha + p.sum(-1)).masked_fill_(m == -torch.inf, 1.0)  # noqa: E741  # docs/methods/blockwise.md "Forward"
         block = _ungroup(_group(_drop(p, at.keep(p, scores)), k) @ v[:, :, None, at.cols].to(out.dtype))
-        out[:, :, at.rows] = (out[:, :, at.rows] * carried[..., None] + block) / weight[..., None]
-        lse[:, :, at.rows] = torch.where(new_top == -torch.inf, -torch.inf, safe + weight.log())
+        out[:, :, at.rows] = (out[:, :, at.rows] * alpha[..., None] + block) / l[..., None]
+        lse[:, :, at.rows] = torch.where(m == -torch.inf, -torch.inf, m_safe + l.log())
 
 
 def backward(
@@ -121,8 +121,8 @@ class _Tile:
         logits = _ungroup(_group(q.to(dtype), k) @ k[:, :, None].to(dtype).mT) * scores.scale
         slope: float | torch.Tensor = scores.scale
         if scores.softcap is not None:
-            bent = torch.tanh(logits / scores.softcap)
-            logits, slope = bent * scores.softcap, (1 - bent.square()) * scores.scale
+            tanh_x = torch.tanh(logits / scores.softcap)
+            logits, slope = tanh_x * scores.softcap, (1 - tanh_x.square()) * scores.scale
         if scores.alibi is not None:
             logits = logits - scores.alibi.to(dtype)[:, None, None] * self.distance
         if isinstance(self._allowed, torch.Tensor):

@@ -4,7 +4,8 @@ A kernel's program computes one tile of one side (its rows) and loops over tiles
 second pass uses the table with the sides swapped. A table is built once per geometry, from integers alone, and cached
 on the device, so a ring step builds and copies nothing; documents narrow it on the device (documents.py).
 
-With row a and column b counted within their spans, b is visible to a iff low <= a - b <= high (attention/band.py).
+With row a and column b counted within their spans, b is visible to a iff low <= a - b <= high (attention/band.py; the
+same bands as tiles for the CPU: attention/tiles.py).
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import NamedTuple
 import torch
 
 Band = tuple[int, int] | None
-HEAD = 4
+HEADER = 4
 """Integers per row tile: first local row, rows, rows without padding, global index of the first."""
-ENTRY = 9
-"""Integers per (row tile, column span): lo, full_lo, full_hi, hi (tiles of columns), near, far (visible iff near <= row
-of the tile - column <= far), first local column of the span, columns without padding, global index of the first."""
+RANGE = 9
+"""Integers per (row tile, column span): first_tile, first_full, end_full, end_tile (tiles of columns: the row tile sees
+[first_tile, end_tile), and all of [first_full, end_full)); low, high (row a of the tile sees column b of the span iff
+low <= a - b <= high); offset, valid, start of the column span, as in Side."""
 
 
 class Side(NamedTuple):
@@ -52,14 +54,14 @@ class Geometry(NamedTuple):
 
 
 class Table(NamedTuple):
-    """heads (tiles, HEAD) and entries ([B,] tiles, column spans, ENTRY), int32."""
+    """headers (row tiles, HEADER) and ranges ([B,] row tiles, column spans, RANGE), int32."""
 
-    heads: torch.Tensor
-    entries: torch.Tensor
+    headers: torch.Tensor
+    ranges: torch.Tensor
 
     @property
     def tiles(self) -> int:
-        return self.heads.shape[0]
+        return self.headers.shape[0]
 
 
 @lru_cache(maxsize=1024)
@@ -75,20 +77,23 @@ def index_table(geometry: Geometry, tile: int, step: int, device: torch.device, 
     for side, bands in zip(geometry.rows, geometry.bands, strict=True):
         for first in range(0, side.count, tile):
             count, valid = (max(0, min(tile, limit - first)) for limit in (side.count, side.valid))
-            head = (side.offset + first, count, valid, side.start + first * geometry.stride)
-            entries = [
-                _entry(first, valid, step, column, band) for column, band in zip(geometry.cols, bands, strict=True)
+            header = (side.offset + first, count, valid, side.start + first * geometry.stride)
+            ranges = [
+                _range(first, valid, step, column, band) for column, band in zip(geometry.cols, bands, strict=True)
             ]
-            rows.append((sum(entry[3] - entry[0] for entry in entries), head, entries))
+            rows.append((sum(found[3] - found[0] for found in ranges), header, ranges))
     rows = sorted((row for row in rows if idle or row[0]), key=lambda row: -row[0])
-    heads = torch.tensor([row[1] for row in rows], dtype=torch.int32).reshape(-1, HEAD)
-    table = torch.tensor([row[2] for row in rows], dtype=torch.int32).reshape(-1, len(geometry.cols), ENTRY)
-    return Table(heads.to(device), table.to(device))
+    headers = torch.tensor([row[1] for row in rows], dtype=torch.int32).reshape(-1, HEADER)
+    column_ranges = torch.tensor([row[2] for row in rows], dtype=torch.int32).reshape(-1, len(geometry.cols), RANGE)
+    return Table(headers.to(device), column_ranges.to(device))
 
 
-def _entry(first: int, rows: int, step: int, side: Side, band: Band) -> tuple[int, ...]:
-    """Return the entry of one span of columns for rows [first, first + rows) of another span. A tile is full if it is
-    complete and every row sees all of it."""
+def _range(first: int, rows: int, step: int, side: Side, band: Band) -> tuple[int, ...]:
+    """Return the RANGE integers of one span of columns for rows [first, first + rows) of a span of rows.
+
+    Row a sees columns a - high to a - low, so any row of the tile sees columns from `first - high` to `last - low`, and
+    every row those from `last - high` to `first - low`.
+    """
     nothing = (0, 0, 0, 0, 0, 0, side.offset, side.valid, side.start)
     if band is None or not rows:
         return nothing
@@ -96,8 +101,9 @@ def _entry(first: int, rows: int, step: int, side: Side, band: Band) -> tuple[in
     begin, end = max(0, first - high), min(side.valid, last - low + 1)
     if begin >= end:
         return nothing
+    first_tile, end_tile = begin // step, -(-end // step)  # rounded outwards: tiles with any visible column
     full_begin, full_end = max(0, last - high), min(side.valid, first - low + 1)
-    lo, hi = begin // step, -(-end // step)
-    full_lo = min(max(lo, -(-full_begin // step)), hi)
-    full_hi = max(full_lo, full_end // step)
-    return (lo, full_lo, full_hi, hi, low - first, high - first, side.offset, side.valid, side.start)
+    first_full = min(max(first_tile, -(-full_begin // step)), end_tile)  # rounded inwards: whole tiles only
+    end_full = max(first_full, full_end // step)
+    limits = (low - first, high - first)  # with rows counted from the tile's first
+    return (first_tile, first_full, end_full, end_tile, *limits, side.offset, side.valid, side.start)

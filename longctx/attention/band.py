@@ -52,7 +52,9 @@ def make_rule(causal: bool, window: int | tuple[int | None, int | None] | None, 
 
     window: None; or w, the number of keys that a query sees to its left **including itself** (as in transformers;
     `causal` alone limits the right side); or (left, right), the numbers strictly left and strictly right of it (as in
-    flash-attention; None or -1: no limit). `window=w` equals `(w - 1, None)`.
+    flash-attention; None or -1: no limit). `window=w` equals `(w - 1, None)`. The convention everywhere: a plain number
+    counts the token itself, a pair and a Rule do not. transformers' bidirectional overlay is the one exception: its
+    number is a distance, and models/hook/masks.py adds 1.
     """
     left: int | None = None
     right: int | None = None

@@ -12,11 +12,11 @@ import torch
 
 from longctx.attention import sink as sinks
 from longctx.attention.arguments import check_documents, check_scores, check_tensors, resolve_scale, resolve_seeds
-from longctx.attention.backends.base import Backend, KeyBlock, Rows, StepGradients
+from longctx.attention.backends.base import Backend, BackwardQueries, KeyBlock, StepGradients
 from longctx.attention.backends.choose import choose_backend, pattern_of
 from longctx.attention.band import Rule, make_rule
 from longctx.attention.mask import BlockMask
-from longctx.attention.operator import (
+from longctx.attention.operator_common import (
     AttentionInputs,
     BlockSettings,
     fake_backward,
@@ -54,8 +54,11 @@ def block_attention(
     Args:
         q: (B, H, Tq, Dk). k: (B, G, Tk, Dk), v: (B, G, Tk, Dv) with G dividing H; one floating dtype.
         causal: hide later keys.
-        window: how many keys each query sees to its left including itself, or (strictly left, strictly right).
-        document_ids: (B, Tq) integers; a query sees only keys of its own document; negative ids are padding.
+        window: w: the query at position i sees keys i - w + 1 to i, and all later ones unless causal. (l, r): keys
+            i - l to i + r; None for no limit on that side. causal hides later keys in any case.
+        document_ids: (B, Tq) integers; a query sees only keys with its own id. Equal ids are one document even with
+            other ids between them (in abc_attention and cosine_attention a returning id is a new document). Negative
+            ids are padding.
         key_document_ids: (B, Tk); default document_ids if Tq = Tk.
         q_offset: position of the first query among the keys; default Tk - Tq (bottom-right aligned: the queries are the
             last tokens), 0 is scaled_dot_product_attention's top-left.
@@ -108,6 +111,9 @@ def block_attention(
 _SCHEMA = schema_of(AttentionInputs, BlockSettings)
 
 
+# An operator's arguments are flat: AttentionInputs, then BlockSettings, in the order of their fields.
+
+
 @torch.library.custom_op("longctx::block_attention", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
 def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     (q, k, v, sink, alibi), settings = unflatten(arguments, BlockSettings)
@@ -128,11 +134,11 @@ def _backward(
 ) -> tuple[torch.Tensor, ...]:
     (q, k, v, sink, alibi), settings = unflatten(arguments, BlockSettings)
     backend, block = _block(q, k, v, alibi, settings)
-    rows = Rows(q, out, lse, dout, dlse)
+    queries = BackwardQueries(q, out, lse, dout, dlse)
     dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
     dalibi = None if alibi is None else lse.new_zeros(alibi.shape)
-    backend.backward_step(backend.prepare_backward(rows), block, StepGradients(dq, dk, dv, dalibi), first=True)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *per_head(rows, sink, alibi, dalibi)
+    backend.backward_step(backend.prepare_backward(queries), block, StepGradients(dq, dk, dv, dalibi), first=True)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *per_head(queries, sink, alibi, dalibi)
 
 
 def _block(

@@ -1,9 +1,10 @@
 """Send blocks between ranks: messages are posted before the computation that hides them, and waited for after it.
 
-A `Packet` holds several tensors (keys, values, document ids; or dK and dV), in one buffer after its first hop, so that
-a hop is one message. A `Link` posts the messages of one stage and returns what to wait for. On CUDA, messages run on a
-side stream, ordered with the compute stream by events alone (no host synchronisation), and every tensor is recorded on
-the streams that use it; this path has run in one process (`LoopbackLink`) only, not on several GPUs.
+A `Packet` holds several tensors (keys, values, document ids; or dK and dV). A block's first hop sends the caller's own
+tensors, one message each; every later hop is one message from one buffer. A `Link` posts the messages of one stage and
+returns what to wait for. On CUDA, messages run on a side stream, ordered with the compute stream by events alone (no
+host synchronisation), and every tensor is recorded on the streams that use it; this path has run in one process
+(`LoopbackLink`) only, not on several GPUs.
 """
 
 from __future__ import annotations
@@ -51,31 +52,27 @@ KV, GRADIENT, HOME, STATE = 0, 1, 2, 3
 
 
 class Packet:
-    """Tensors that travel together, as views of one buffer, so that a hop is one message.
+    """Tensors that travel together: views of one buffer, sent as one message; or, when a block leaves its home, the
+    caller's own tensors (`lend`), sent as 2 or 3 messages, which costs less than copying them into one buffer.
 
-    Only a block that leaves its home is several tensors, the caller's (`lend`): it is sent in as many messages, which
-    costs less than copying it into one buffer.
+    parts: k (B, G, T, Dk), v (B, G, T, Dv), document ids (B, T) or None; or dK, dV in the accumulator's dtype.
     """
 
     def __init__(self, like: Iterable[torch.Tensor | None], dtype: torch.dtype | None = None) -> None:
         """Allocate uninitialised tensors with the shapes, dtypes (unless `dtype` is given) and device of `like`. None
         stays None."""
         like = list(like)
-        given = [
-            place for place, x in enumerate(like) if x is not None
-        ]  # by index, not by tensor: k and v may be one tensor
-        kinds = {place: dtype or like[place].dtype for place in given}  # type: ignore[union-attr]
-        sizes = {place: like[place].numel() * kinds[place].itemsize for place in given}  # type: ignore[union-attr]
+        given = [index for index, x in enumerate(like) if x is not None]  # not by tensor: k and v may be one
+        dtypes = {index: dtype or like[index].dtype for index in given}  # type: ignore[union-attr]
+        sizes = {index: like[index].numel() * dtypes[index].itemsize for index in given}  # type: ignore[union-attr]
         device = like[given[0]].device  # type: ignore[union-attr]
         self.buffer = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
         views, offset = {}, 0
-        for place in sorted(
-            given, key=lambda place: -kinds[place].itemsize
-        ):  # widest dtype first: all views are aligned
-            view = self.buffer[offset : offset + sizes[place]].view(kinds[place])
-            views[place] = view.view(like[place].shape)  # type: ignore[union-attr]
-            offset += sizes[place]
-        self.parts: tuple[torch.Tensor | None, ...] = tuple(views.get(place) for place in range(len(like)))
+        for index in sorted(given, key=lambda index: -dtypes[index].itemsize):  # widest first: all views are aligned
+            view = self.buffer[offset : offset + sizes[index]].view(dtypes[index])
+            views[index] = view.view(like[index].shape)  # type: ignore[union-attr]
+            offset += sizes[index]
+        self.parts: tuple[torch.Tensor | None, ...] = tuple(views.get(index) for index in range(len(like)))
 
     @classmethod
     def lend(cls, tensors: Iterable[torch.Tensor | None]) -> Packet:
@@ -174,6 +171,7 @@ class ProcessLink:
             return _Done()
         count(sends)
         # NCCL matches the messages between two ranks by order: every rank posts receives first, then sends, by kind.
+        sends, receives = (sorted(messages, key=lambda message: message.kind) for messages in (sends, receives))
         with _side_stream(sends, receives) as done:
             operations = [self._operations(dist.irecv, m) for m in receives]
             operations += [self._operations(dist.isend, m) for m in sends]
@@ -212,7 +210,7 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class _side_stream:
-    """Run the body on the device's communication stream, after what the compute stream has been given so far."""
+    """Run the body on the device's communication stream, after the work queued on the compute stream."""
 
     def __init__(self, sends: list[Message], receives: list[Message]) -> None:
         self._buffers = [x for m in (*sends, *receives) for x in m.tensors]

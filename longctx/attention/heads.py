@@ -63,5 +63,5 @@ def _share(first: int, stop: int, group: int) -> Share:
     keys = range(first // group, (stop - 1) // group + 1)
     runs = [min(stop, (key + 1) * group) - max(first, key * group) for key in keys]
     block = gcd(*runs)  # the largest block size that divides every key head's run of query heads
-    expand = tuple(place for place, run in enumerate(runs) for _ in range(run // block))
+    expand = tuple(key for key, run in enumerate(runs) for _ in range(run // block))
     return Share(slice(first, stop), slice(keys.start, keys.stop), expand if len(expand) > len(keys) else None)

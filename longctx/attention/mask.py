@@ -1,7 +1,8 @@
 """`BlockMask`: which keys of one block each query of another sees, as plain data that any kernel can read.
 
 It holds the global indices of both blocks (spans), the index rule (causal, window, length) and, for packed batches,
-the document id of every token. For a tile, it returns that nothing is visible, that everything is, or a boolean mask.
+the document id of every token. For a tile, it returns that nothing is visible, that everything is, or a boolean mask:
+the definition that tiles.py (CPU) and kernels/flash/tables.py (GPU) must agree with.
 """
 
 from __future__ import annotations

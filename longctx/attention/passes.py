@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from longctx.attention import sink as sinks
-from longctx.attention.backends.base import Backend, KeyBlock, Rows, StepGradients
+from longctx.attention.backends.base import Backend, BackwardQueries, KeyBlock, StepGradients
 from longctx.attention.band import Rule
 from longctx.attention.comm import GRADIENT, HOME, KV, Link, Message, Packet
 from longctx.attention.mask import BlockMask
@@ -22,8 +22,11 @@ from longctx.layout import Span, get_layout
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-class Visitor:
-    """The block of keys and values that this rank computes with, and the one it is receiving (double buffering)."""
+class KeyValueBuffer:
+    """The block of keys and values that this rank computes with, and the one it is receiving (double buffering).
+
+    k (B, G, T, Dk), v (B, G, T, Dv), documents (B, T) or None; every block of a ring has these shapes and dtypes.
+    """
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None) -> None:
         self._own = (k, v, documents)
@@ -59,6 +62,8 @@ class Gradients:
     A block's gradient follows the block one stage behind: while this rank computes its part, the sum of the earlier
     ranks' parts arrives. The two are added, and the sum leaves in the next stage, to the next rank or to the block's
     home. This rank's part of its own block waits here for the others' sum; in a closed ring it travels round instead.
+
+    Each is a pair (dk (B, G, T, Dk), dv (B, G, T, Dv)) in `dtype`, the accumulator's.
     """
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> None:
@@ -82,7 +87,7 @@ class Gradients:
             arriving.append(packet)
         return arriving[0], arriving[1]
 
-    def open(self, stage: Stage) -> Pair:
+    def allocate(self, stage: Stage) -> Pair:
         """Allocate (dk, dv) for this rank's part of the stage's block."""
         if stage.source is None:
             return self._like
@@ -93,8 +98,8 @@ class Gradients:
             self._part = part
         return part.gradients()
 
-    def close(self, partial: Packet | None, finished: Packet | None) -> None:
-        """Add what has arrived to this rank's parts."""
+    def accumulate(self, partial: Packet | None, finished: Packet | None) -> None:
+        """Add what has arrived, the two packets that `messages` returned, to this rank's parts; the stage is over."""
         if partial is not None:
             assert self._part is not None
             self._part.add_(partial)
@@ -105,7 +110,7 @@ class Gradients:
                 self._home.add_(finished)
         self._leaving, self._part = self._part, None
 
-    def home(self) -> torch.Tensor:
+    def finished(self) -> torch.Tensor:
         """Return dk and dv of this rank's own block, complete after the last stage, as one flat tensor: one buffer
         received them."""
         assert self._home is not None
@@ -132,17 +137,19 @@ class Passes:
         sink: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (out in q's dtype, lse) of this rank's queries over the whole ring."""
-        visitor = Visitor(k, v, documents)
+        buffer = KeyValueBuffer(k, v, documents)
         out, lse, first = sinks.begin(q, v, sink)
 
-        def run(stage: Stage) -> None:  # a function, so that its locals free a stage's buffers
+        # A function, so that its locals free a stage's buffers. engine/heartbeat.py reads the local `stage` of this and
+        # of backward's, to name the block that a rank waits for.
+        def run(stage: Stage) -> None:
             nonlocal first
-            pending = self.link.exchange(*visitor.messages(stage))  # posted before the computation that hides it
+            pending = self.link.exchange(*buffer.messages(stage))  # posted before the computation that hides it
             if stage.compute:
-                self.backend.forward_step(q, self._block(visitor, stage, q, documents), out, lse, first)
+                self.backend.forward_step(q, self._block(buffer, stage, q, documents), out, lse, first)
                 first = False
             pending.wait()
-            visitor.arrive()
+            buffer.arrive()
 
         for stage in self._schedule(q).stages(self.link.rank)[:-1]:  # the last stage moves gradients only
             run(stage)
@@ -152,47 +159,47 @@ class Passes:
         return out.to(q.dtype), lse
 
     def backward(
-        self, rows: Rows, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None
+        self, queries: BackwardQueries, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return (dq, dkv, dalibi) of this rank's tokens: dkv is flat, dk's elements and then dv's; dalibi (H,) is its
         queries' part, None without slopes. All are always computed, so that no rank skips a message."""
-        dtype = rows.lse.dtype
-        dq = torch.empty(rows.q.shape, dtype=dtype, device=rows.q.device)
+        dtype = queries.lse.dtype
+        dq = torch.empty(queries.q.shape, dtype=dtype, device=queries.q.device)
         dalibi = None if self.scores.alibi is None else torch.zeros_like(self.scores.alibi, dtype=dtype)
-        prepared = self.backend.prepare_backward(rows)
-        visitor, book, first = Visitor(k, v, documents), Gradients(k, v, dtype), True
+        prepared = self.backend.prepare_backward(queries)
+        buffer, gradients, first = KeyValueBuffer(k, v, documents), Gradients(k, v, dtype), True
 
-        def run(stage: Stage) -> None:  # the heartbeat reads `stage` to name the block that a rank waits for
+        def run(stage: Stage) -> None:  # a function, and its local `stage`: as in forward
             nonlocal first
-            sends, receives = visitor.messages(stage)
-            partial, finished = book.messages(stage, sends, receives)
+            sends, receives = buffer.messages(stage)
+            partial, finished = gradients.messages(stage, sends, receives)
             pending = self.link.exchange(sends, receives)
-            part = book.open(stage)
+            part = gradients.allocate(stage)
             if stage.compute:
-                block = self._block(visitor, stage, rows.q, documents)
+                block = self._block(buffer, stage, queries.q, documents)
                 self.backend.backward_step(prepared, block, StepGradients(dq, *part, dalibi), first)
                 first = False
             elif stage.source is not None:  # the block only passes through: this rank adds nothing
-                for gradient in part:
-                    gradient.zero_()
+                for x in part:
+                    x.zero_()
             pending.wait()
-            book.close(partial, finished)
-            visitor.arrive()
+            gradients.accumulate(partial, finished)
+            buffer.arrive()
 
-        for stage in self._schedule(rows.q).stages(self.link.rank):
+        for stage in self._schedule(queries.q).stages(self.link.rank):
             run(stage)
         if first:
             dq.zero_()
-        return dq.to(rows.q.dtype), book.home(), dalibi
+        return dq.to(queries.q.dtype), gradients.finished(), dalibi
 
     def _schedule(self, q: torch.Tensor) -> Schedule:
         return make_schedule(self.layout, self.link.ring, q.shape[2] * self.link.ring, self.rule)
 
-    def _block(self, visitor: Visitor, stage: Stage, q: torch.Tensor, documents: torch.Tensor | None) -> KeyBlock:
+    def _block(self, buffer: KeyValueBuffer, stage: Stage, q: torch.Tensor, documents: torch.Tensor | None) -> KeyBlock:
         """Return the stage's block as this rank's queries see it."""
         rank, source = self.link.rank, stage.source
         assert source is not None
-        key, value, ids = visitor.tensors(own=source == rank)
+        key, value, ids = buffer.tensors(own=source == rank)
         spans = _spans(self.layout, self.link.ring, q.shape[2])
         return KeyBlock(key, value, BlockMask(spans[rank], spans[source], self.rule, documents, ids), self.scores)
 

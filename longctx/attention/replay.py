@@ -24,7 +24,7 @@ class Store(Protocol):
     def take(self, kept: Any) -> torch.Tensor: ...
 
 
-class Here:
+class DeviceStore:
     """Hold results on their device."""
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -39,9 +39,9 @@ class Here:
 class _Active(threading.local):
     """The tape of the region that this thread is in. Per thread: backward on a GPU runs in a thread of its own."""
 
-    store: Store = Here()
-    tape: list[tuple[Any, ...]] | None = None
-    place: int | None = None  # index of the next result to reuse; None in forward, which records
+    store: Store = DeviceStore()
+    tape: list[tuple[Any, ...]] | None = None  # per attention call, in order: what the store returned for each result
+    position: int | None = None  # of the next result to reuse; None in forward, which records
 
 
 _active = _Active()
@@ -57,22 +57,22 @@ def keep_attention(store: Store | None = None) -> tuple[_Region, _Region]:
         store: where results are held; on their device if None.
     """
     tape: list[tuple[Any, ...]] = []
-    return _Region(store or Here(), tape, None), _Region(store or Here(), tape, 0)
+    return _Region(store or DeviceStore(), tape, None), _Region(store or DeviceStore(), tape, 0)
 
 
 class _Region:
     """A context that can be entered repeatedly: once per backward of the same graph."""
 
-    def __init__(self, store: Store, tape: list[tuple[Any, ...]], place: int | None) -> None:
-        self.inside = store, tape, place
+    def __init__(self, store: Store, tape: list[tuple[Any, ...]], position: int | None) -> None:
+        self.inside = store, tape, position
         self.before: list[Any] = []  # a second backward of the same graph may start within the first
 
     def __enter__(self) -> None:
-        self.before.append((_active.store, _active.tape, _active.place))
-        _active.store, _active.tape, _active.place = self.inside
+        self.before.append((_active.store, _active.tape, _active.position))
+        _active.store, _active.tape, _active.position = self.inside
 
     def __exit__(self, *error: object) -> None:
-        _active.store, _active.tape, _active.place = self.before.pop()
+        _active.store, _active.tape, _active.position = self.before.pop()
 
 
 def keeping() -> bool:
@@ -82,12 +82,14 @@ def keeping() -> bool:
 
 def replayed(compute: Callable[[], Result]) -> Result:
     """Return ``compute()``; in ``keep_attention``'s contexts, save its result or return the saved one instead."""
-    tape, place = _active.tape, _active.place
+    tape, position = _active.tape, _active.position
     if tape is None:
         return compute()
-    if place is None:
+    if position is None:
         result = compute()
         tape.append(tuple(_active.store.put(x) for x in result))
         return result
-    _active.place = place + 1
-    return tuple(_active.store.take(x).detach() for x in tape[place])  # new objects: autograd writes its node onto them
+    _active.position = position + 1
+    return tuple(
+        _active.store.take(x).detach() for x in tape[position]
+    )  # new objects: autograd writes its node onto them

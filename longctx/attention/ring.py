@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from longctx.attention.arguments import check_documents, check_scores, check_tensors, resolve_scale, resolve_seeds
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import BackwardQueries
 from longctx.attention.band import make_rule
 from longctx.attention.heads import check_members
-from longctx.attention.hybrid.operator import attention as hybrid_attention
-from longctx.attention.operator import (
+from longctx.attention.hybrid.operator import hybrid_attention
+from longctx.attention.operator_common import (
     AttentionInputs,
     RingSettings,
     fake_backward,
@@ -67,10 +67,12 @@ def ring_attention(
             need not divide H or G.
         causal: hide later tokens, by global index.
         layout: how the sequence is sharded; must be the layout that `shard` was given.
-        window: how many tokens each token sees to its left including itself, or (strictly left, strictly right).
-        document_ids: (B, T) integers of this rank's tokens; a token sees only tokens of its own document; negative ids
-            are padding. Documents may cross ranks anywhere. All ranks give ids, or none does.
-        length: the true global length if it is less than T times ring and ulysses: the rest is padding.
+        window: w: token i sees tokens i - w + 1 to i, and all later ones unless causal. (l, r): tokens i - l to i + r;
+            None for no limit on that side. causal hides later tokens in any case.
+        document_ids: (B, T) integers of this rank's tokens; a token sees only tokens with its own id. Equal ids are one
+            document even with other ids between them (in abc_attention and cosine_attention a returning id is a new
+            document). Negative ids are padding. Documents may cross ranks anywhere. All ranks give ids, or none does.
+        length: number of real tokens in the whole sequence, if it was padded to ring * ulysses * T.
         scale: factor of q.k, any finite number; default 1 / sqrt(Dk).
         softcap: caps the scaled logits at softcap * tanh(x / softcap).
         sink: (H,) an additional logit per head in every softmax, without a value.
@@ -133,7 +135,8 @@ def ring_attention(
     return (out, lse) if return_lse else out
 
 
-# The operator of the ring; hybrid/operator.py has that of the ring with ulysses > 1.
+# The operator of the ring; hybrid/operator.py has that of the ring with ulysses > 1. Its arguments are flat, as a
+# schema demands: q, k, v, sink, alibi, then the fields of RingSettings in order; `unflatten` restores the names.
 
 _SCHEMA = schema_of(AttentionInputs, RingSettings)
 
@@ -157,9 +160,9 @@ def _backward(
     """Return dq, dk and dv as one flat tensor, dsink and dalibi. (An operator's results must not share memory, and dk
     and dv arrive in one buffer.)"""
     (q, k, v, sink, alibi), settings = unflatten(arguments, RingSettings)
-    rows = Rows(q, out, lse, dout, dlse)
-    dq, dkv, dalibi = make_passes(q, v, alibi, settings).backward(rows, k, v, settings.documents)
-    return dq, dkv, *per_head(rows, sink, alibi, dalibi)
+    queries = BackwardQueries(q, out, lse, dout, dlse)
+    dq, dkv, dalibi = make_passes(q, v, alibi, settings).backward(queries, k, v, settings.documents)
+    return dq, dkv, *per_head(queries, sink, alibi, dalibi)
 
 
 _forward.register_fake(fake_forward)

@@ -67,7 +67,9 @@ class SimulatedUlyssesGroup:
     def __init__(self, mailbox: Mailbox, size: int, rank: int, counters: Counters) -> None:
         self.size, self.rank, self._mailbox, self._counters = size, rank, mailbox, counters
 
-    def swap(self, sent: torch.Tensor, send_sizes: list[int], received: torch.Tensor, receive_sizes: list[int]) -> None:
+    def all_to_all(
+        self, sent: torch.Tensor, send_sizes: list[int], received: torch.Tensor, receive_sizes: list[int]
+    ) -> None:
         count_exchange(self.rank, send_sizes, self._counters)
         for peer, piece in enumerate(sent.split(send_sizes)):
             self._mailbox.box(self.rank, peer, 0).put([piece.clone()])

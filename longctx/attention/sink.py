@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from longctx.attention.backends.base import Rows, accumulator_dtype, delta_of
+from longctx.attention.backends.base import BackwardQueries, accumulator_dtype, delta_of
 
 
 def begin(q: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -21,12 +21,12 @@ def begin(q: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None) -> tuple[
     return out.zero_(), lse, False
 
 
-def gradient(rows: Rows, sink: torch.Tensor) -> torch.Tensor:
+def gradient(queries: BackwardQueries, sink: torch.Tensor) -> torch.Tensor:
     """Return this rank's queries' part of the sink's gradient, (H,) in the accumulator's dtype.
 
-    The sink's probability is P = exp(sink - lse) and its value 0, so dS = P * (0 - delta), summed over rows. A row with
-    lse -inf (it sees no key, and the sink is -inf) contributes 0.
+    The sink's probability is P = exp(sink - lse) and its value 0, so dS = P * (0 - delta), summed over queries. A query
+    with lse -inf (it sees no key, and the sink is -inf) contributes 0.
     """
-    logits = sink[:, None].to(rows.lse.dtype)
-    p = torch.exp(logits - rows.lse.masked_fill(rows.lse == -torch.inf, torch.inf))
-    return -(p * delta_of(rows)).sum((0, 2))
+    logits = sink[:, None].to(queries.lse.dtype)
+    p = torch.exp(logits - queries.lse.masked_fill(queries.lse == -torch.inf, torch.inf))
+    return -(p * delta_of(queries)).sum((0, 2))

@@ -3,6 +3,8 @@
 Without documents the tiles follow from the indices and are cached: a zigzag step is one rectangle, a rank's own block
 one triangle. With documents, each batch row's tokens are split into runs of one document. A long run is planned as a
 sequence of its own; neighbouring short runs are computed together under a mask of at most 512 x 512.
+
+For the CPU. The GPU kernels read the same bands as block tables (kernels/flash/tables.py, documents.py).
 """
 
 from __future__ import annotations
@@ -145,28 +147,39 @@ def _merged(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
     by_kind: dict[int, list[Tile]] = {Kind.FULL: [], Kind.TRIANGLE: [], Kind.DENSE: []}
     for tile in tiles:
         by_kind[tile.kind].append(tile)
-    full: list[Tile] = []
-    for tile in sorted(by_kind[Kind.FULL], key=lambda t: (t.k0, t.k1, t.q0)):  # with the same columns, vertically
-        if full and full[-1][3:] == tile[3:] and full[-1].q1 == tile.q0:
-            full[-1] = full[-1]._replace(q1=tile.q1)
+    rectangles, triangles = _with_corners(_joined(by_kind[Kind.FULL]), by_kind[Kind.TRIANGLE])
+    # In order of rows, as Written in backends/aten.py expects.
+    return tuple(sorted(by_kind[Kind.DENSE] + rectangles + triangles, key=lambda t: (t.q0, t.k0)))
+
+
+def _joined(rectangles: list[Tile]) -> list[Tile]:
+    """Join rectangles with the same columns vertically, then those with the same rows horizontally."""
+    tall: list[Tile] = []
+    for tile in sorted(rectangles, key=lambda t: (t.k0, t.k1, t.q0)):
+        if tall and (tall[-1].k0, tall[-1].k1, tall[-1].q1) == (tile.k0, tile.k1, tile.q0):
+            tall[-1] = tall[-1]._replace(q1=tile.q1)
         else:
-            full.append(tile)
+            tall.append(tile)
     wide: list[Tile] = []
-    for tile in sorted(full, key=lambda t: (t.q0, t.q1, t.k0)):  # with the same rows, horizontally
-        if wide and wide[-1][1:3] == tile[1:3] and wide[-1].k1 == tile.k0:
+    for tile in sorted(tall, key=lambda t: (t.q0, t.q1, t.k0)):
+        if wide and (wide[-1].q0, wide[-1].q1, wide[-1].k1) == (tile.q0, tile.q1, tile.k0):
             wide[-1] = wide[-1]._replace(k1=tile.k1)
         else:
             wide.append(tile)
-    triangles: list[Tile] = []
-    # Two triangles and the rectangle in their corner are one triangle: a zigzag rank's own block.
-    for tile in sorted(by_kind[Kind.TRIANGLE]):
-        last = triangles[-1] if triangles else tile
-        corner = Tile(Kind.FULL, last.q1, tile.q1, last.k0, last.k1)
+    return wide
+
+
+def _with_corners(rectangles: list[Tile], triangles: list[Tile]) -> tuple[list[Tile], list[Tile]]:
+    """Join two triangles along the diagonal and the rectangle in their corner into one triangle: a zigzag rank's own
+    block. Return (the other rectangles, triangles)."""
+    rectangles, joined = list(rectangles), list[Tile]()
+    for tile in sorted(triangles):
+        last = joined[-1] if joined else tile
+        corner = Tile(Kind.FULL, last.q1, tile.q1, last.k0, last.k1)  # below the first, left of the second
         square = last.q1 - last.q0 == last.k1 - last.k0
-        if square and (last.q1, last.k1) == (tile.q0, tile.k0) and corner in wide:
-            wide.remove(corner)
-            triangles[-1] = Tile(Kind.TRIANGLE, last.q0, tile.q1, last.k0, tile.k1)
+        if square and (last.q1, last.k1) == (tile.q0, tile.k0) and corner in rectangles:
+            rectangles.remove(corner)
+            joined[-1] = Tile(Kind.TRIANGLE, last.q0, tile.q1, last.k0, tile.k1)
         else:
-            triangles.append(tile)
-    # In order of rows, as Written in backends/aten.py expects.
-    return tuple(sorted(by_kind[Kind.DENSE] + wide + triangles, key=lambda t: (t.q0, t.k0)))
+            joined.append(tile)
+    return rectangles, joined

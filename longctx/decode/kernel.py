@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longctx.attention.operator import schema_of
+from longctx.attention.operator_common import schema_of
 from longctx.kernels.decode.terms import Operands, Terms
 
 
@@ -39,7 +39,7 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = _results(operands)
     with on_device(q.device):
         for launch in Call(operands, terms, arch(q.device), splits).launches(out, lse):
-            launch()
+            launch.run()
     return out, lse
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from longctx.engine.initialize import attach_attention
+from longctx.engine.initialize import attach_transformers_model
 from longctx.errors import EngineError
 from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
@@ -29,7 +29,7 @@ def attach(model_or_engine: Any, mesh: Mesh, layout: str | Layout = "zigzag", *,
     """
     layout = get_layout(layout)
     if not _is_engine(model_or_engine):
-        attach_attention(model_or_engine, mesh, layout)
+        attach_transformers_model(model_or_engine, mesh, layout)
         return model_or_engine
 
     from longctx.engine.description import describe
@@ -68,7 +68,7 @@ def _prepare(engine: Any, mesh: Mesh, layout: Layout) -> dict[str, Any]:
         raise EngineError(
             f"this engine splits sequences over {sequence} ranks, the mesh over {mesh.sequence_size}: make them equal"
         )
-    attach_attention(engine.module, mesh, layout)
+    attach_transformers_model(engine.module, mesh, layout)
     settings = load_settings(_own_settings(engine, mesh), mesh)
     announce_clipping(settings, mesh)
     if engine.mpu is None:

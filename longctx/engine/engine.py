@@ -32,8 +32,8 @@ from longctx.errors import EngineError, NonFiniteError
 from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
 from longctx.models.hook.binding import binding_of
+from longctx.models.hook.position_probe import position_rule
 from longctx.models.hook.positions import PLAIN, PositionRule
-from longctx.models.hook.probe import position_rule
 from longctx.sharding import unshard
 
 logger = logging.getLogger(__name__)
@@ -269,7 +269,7 @@ class Engine(EngineOverrides):
 
     @property
     def position_rule(self) -> PositionRule:
-        """How the model counts positions if a batch has none; see ``models.hook.probe``, which may raise ModelError."""
+        """How the model counts positions if a batch has none; measuring it may raise ModelError."""
         binding = binding_of(self.module)
         return PLAIN if binding is None else position_rule(self.module, binding)
 

@@ -114,7 +114,7 @@ def _prepare(
     settings = load_settings(config, mesh)
     require_supported(settings)
     announce_clipping(settings, mesh)
-    attach_attention(model, mesh, layout)
+    attach_transformers_model(model, mesh, layout)
     apply_settings(model, read_settings(memory), announce=mesh.rank == 0)
     check_model(model, settings)
     if mesh.device.type == "cpu":
@@ -139,12 +139,12 @@ def default_clipping() -> float:
     return float(GRADIENT_CLIPPING_DEFAULT)
 
 
-def attach_attention(model: Any, mesh: Mesh, layout: Layout) -> None:
+def attach_transformers_model(model: Any, mesh: Mesh, layout: Layout) -> None:
     """Shard the attention of transformers models, wrapped ones too, over ``mesh``; leave other modules unchanged."""
     parts = model.modules() if isinstance(model, torch.nn.Module) else (model,)
     if any(hasattr(getattr(part, "config", None), "_attn_implementation") for part in parts):
         from longctx.engine.step.rowcheck import watch_rows
-        from longctx.models.attach import attach_attention as attach
+        from longctx.models.attach import attach_attention
 
-        attach(model, mesh, layout.name)
+        attach_attention(model, mesh, layout.name)
         watch_rows(model, mesh)

@@ -17,8 +17,8 @@ from longctx.errors import EngineError
 from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
 from longctx.models.hook.binding import Binding, binding_of
+from longctx.models.hook.position_probe import position_rule
 from longctx.models.hook.positions import PLAIN
-from longctx.models.hook.probe import position_rule
 
 
 class Windows:

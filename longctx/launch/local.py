@@ -43,7 +43,7 @@ def train(config: RunConfig, config_path: Path, overrides: Sequence[str], *, wor
         world: number of ranks.
 
     Returns:
-        0 when done, 75 when stopped on request after saving, 1 after a failure, 130 when Ctrl-C killed it while
+        0 when done, 75 when stopped on request after saving, 1 after a failure, 130 when killed by Ctrl-C while
         stopping; 130, 143 or 75 when stopped by a signal before the first step.
 
     Raises:

@@ -31,8 +31,8 @@ def register() -> None:
 
     from longctx.models.hook.attention import longctx_attention
     from longctx.models.hook.families import register_families
-    from longctx.models.hook.masks import document_mask
+    from longctx.models.hook.masks import document_ids_as_mask
 
     AttentionInterface.register(NAME, longctx_attention)
-    AttentionMaskInterface.register(NAME, document_mask)
+    AttentionMaskInterface.register(NAME, document_ids_as_mask)
     register_families()

@@ -111,7 +111,7 @@ def _tile(
         launch(
             logits, labels.contiguous(), loss, softcap=softcap, z_loss=z_loss, ignore_index=ignore_index,
             gradient=gradient, arch=arch(logits.device),
-        )()  # fmt: skip
+        ).run()  # fmt: skip
     return loss
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from longctx.derivative import first_only
-from longctx.nn.saved import find_source, save_instead
+from longctx.nn.saved import find_source, saving_source
 
 _ROWS = 4096  # rows of a sum added to at a time where its dtype differs from the factors'
 
@@ -26,7 +26,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     source = find_source(x)
     if source is None:
         return F.linear(x, weight, bias)
-    with save_instead(source):
+    with saving_source(source):
         out: torch.Tensor = _Linear.apply(x, weight, bias)
     return out
 

@@ -22,8 +22,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 class TensorSource(Protocol):
     """A provider of a tensor in backward, so that its users need not save it."""
 
-    wanted: bool
-    """Whether a function has saved this source instead of the tensor, and will ask for the tensor in backward."""
+    needed_in_backward: bool
+    """Whether an operator saved the source instead of the tensor: `find_source` sets it, `HostStore.fetch_again` reads
+    it."""
 
     def result(self) -> torch.Tensor:
         """Return the tensor; in backward only."""
@@ -32,14 +33,14 @@ class TensorSource(Protocol):
 class SavedInput:
     """A function's input as saved for backward, and its output if ``recompute`` is given.
 
-    Under activation checkpointing a saved tensor can be read only once. This object serves all users, until the
-    function's own backward, which runs last, calls ``release``.
+    Activation checkpointing returns a saved tensor only once. This object serves all users, until the function's own
+    backward, which runs last, calls ``release``.
     """
 
     def __init__(self, recompute: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         self.recompute = recompute
         self.node: Any = None  # the autograd node that saved the input
-        self.wanted = False
+        self.needed_in_backward = False
         self._input: torch.Tensor | None = None
         self._result: torch.Tensor | None = None
 
@@ -64,13 +65,14 @@ class SavedInput:
 
 def save_input(x: torch.Tensor, saved: SavedInput) -> torch.Tensor:
     """Return x through an autograd node that saves it for ``saved``."""
-    with save_instead(find_source(x)):
+    with saving_source(find_source(x)):
         out: torch.Tensor = _Save.apply(x, saved)
     return out
 
 
-def save_instead(source: TensorSource | None) -> AbstractContextManager[Any]:
-    """Return a context in which an autograd function that saves one tensor saves ``source`` instead, if there is one.
+def saving_source(source: TensorSource | None) -> AbstractContextManager[Any]:
+    """Return a context in which an autograd function that saves one tensor saves ``source`` instead; None changes
+    nothing.
 
     The graph then holds the source as long as it would hold the tensor, with retain_graph as well.
     """
@@ -113,7 +115,7 @@ def register_source(x: torch.Tensor, source: TensorSource) -> None:
 
 
 def find_source(x: torch.Tensor) -> TensorSource | None:
-    """Return the source that provides x in backward, and mark it as wanted.
+    """Return the source that provides x in backward, and mark it as needed.
 
     Returns:
         None if x is not registered, is a part of what is, or was changed since; also under autocast, whose results have
@@ -135,5 +137,5 @@ def find_source(x: torch.Tensor) -> TensorSource | None:
     whole = x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes()
     if source is None or not whole or x._version != version:
         return None
-    source.wanted = True
+    source.needed_in_backward = True
     return source

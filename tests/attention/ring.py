@@ -7,7 +7,7 @@ from attention import dense
 
 from longctx.attention import simulate
 from longctx.attention import sink as sinks
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import BackwardQueries
 from longctx.attention.backends.choose import choose_backend
 from longctx.attention.band import Rule
 from longctx.attention.comm import Counters, Link
@@ -36,7 +36,7 @@ def simulated(
         ids = None if documents is None else documents[:, here]
         passes = Passes(link, layout, rule, scores, choose_backend(backend, q, v, scores))
         out, lse = passes.forward(q, k, v, ids, extras.sink)
-        rows = Rows(q, out, lse, dout, dlse[0] if dlse else None)
+        rows = BackwardQueries(q, out, lse, dout, dlse[0] if dlse else None)
         dq, dkv, dalibi = passes.backward(rows, k, v, ids)
         dsink = dense.NONE if extras.sink is None else sinks.gradient(rows, extras.sink)
         return out, lse, dq, *split(dkv, k, v), dsink, dense.NONE if dalibi is None else dalibi

@@ -7,7 +7,7 @@ import torch
 from attention import dense
 
 from longctx.attention.backends.aten import AtenBackend, Written
-from longctx.attention.backends.base import KeyBlock, Rows, StepGradients
+from longctx.attention.backends.base import BackwardQueries, KeyBlock, StepGradients
 from longctx.attention.band import make_rule
 from longctx.attention.mask import BlockMask
 from longctx.attention.scores import Scores
@@ -19,15 +19,15 @@ from tolerances import tolerance
 def test_rows_are_overwritten_once_and_skipped_rows_are_filled() -> None:
     target = torch.full((2, 1, 6), torch.nan)
     written = Written(2, 6, (target, 0.0))
-    assert written.claim(slice(0, 2), 1, 3)  # row 0 is skipped, so filled; rows 1 and 2 are the caller's
+    assert written.first_write(slice(0, 2), 1, 3)  # row 0 is skipped, so filled; rows 1 and 2 are the caller's
     target[:, :, 1:3] = 7.0
-    assert not written.claim(slice(0, 1), 2, 4), "row 2 holds something, so all are added to"
+    assert not written.first_write(slice(0, 1), 2, 4), "row 2 holds something, so all are added to"
     assert target[0, 0, :4].tolist() == [0.0, 7.0, 7.0, 0.0]
     written.finish()
     assert not bool(target.isnan().any()) and target[1, 0, 3:].tolist() == [0.0] * 3
     again = Written(2, 6, (target, -1.0))
     again.all()
-    assert not again.claim(slice(0, 2), 0, 6)
+    assert not again.first_write(slice(0, 2), 0, 6)
     again.finish()
     assert bool((target >= 0).all())
 
@@ -48,7 +48,7 @@ def test_a_step_starts_or_continues_a_result(first: bool) -> None:
         backend.forward_step(q, block, out, lse, turn == 0)
     torch.testing.assert_close(lse, truth.lse)
     assert (out - truth.out).abs().max() <= tolerance("fp64")
-    prepared = backend.prepare_backward(Rows(q, out, lse, dout, None))
+    prepared = backend.prepare_backward(BackwardQueries(q, out, lse, dout, None))
     dq = torch.full_like(q, torch.nan)
     for turn, (block, (at, _)) in enumerate(zip(blocks, halves, strict=True)):
         dk, dv = (torch.full_like(x, torch.nan) for x in (block.k, block.v))

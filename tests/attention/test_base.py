@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longctx.attention.backends.base import Rows, accumulator_dtype, delta_of
+from longctx.attention.backends.base import BackwardQueries, accumulator_dtype, delta_of
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -24,5 +24,5 @@ def test_delta_is_the_row_sum_of_the_softmax_gradient(with_dlse: bool) -> None:
     out = p @ v
     objective = (out * dout).sum() + (0 if dlse is None else (lse * dlse).sum())
     (ds,) = torch.autograd.grad(objective, s)
-    delta = delta_of(Rows(s, out.detach(), lse.detach(), dout, dlse))
+    delta = delta_of(BackwardQueries(s, out.detach(), lse.detach(), dout, dlse))
     torch.testing.assert_close(p * (dout @ v.mT - delta[..., None]), ds)

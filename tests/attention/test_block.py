@@ -147,7 +147,7 @@ def test_logits_of_ten_thousand(backend: str) -> None:
 @pytest.mark.parametrize("heads", [(4, 2), (6, 2), (5, 1)])
 def test_some_heads_of_a_group_at_a_time(heads: tuple[int, int], at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long sequences are computed: each call takes some query heads, and the one key head that they share."""
-    monkeypatch.setattr(aten, "PAIRS", at_once * 40 * 40)
+    monkeypatch.setattr(aten, "MIN_WORK", at_once * 40 * 40)
     monkeypatch.setattr(aten, "TILE", 16)
     inputs = tuple(x[:1] for x in tensors(40, 40, heads=heads, dims=(6, 5)))
     groups = list(aten._head_groups(inputs[0], inputs[1], Tile(Kind.FULL, 0, 40, 0, 40)))

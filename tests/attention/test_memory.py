@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import BackwardQueries
 from longctx.attention.backends.choose import choose_backend
 from longctx.attention.band import make_rule
 from longctx.attention.comm import LocalLink, LoopbackLink
@@ -54,7 +54,7 @@ def measured(
     scores = Scores(0.2)
     passes = Passes(link, "zigzag", make_rule(True, window), scores, choose_backend(backend, q, v, scores))
     forward, first, (out, lse) = peak(lambda: passes.forward(q, k, v, ids))
-    backward, second, _ = peak(lambda: passes.backward(Rows(q, out, lse, dout, None), k, v, ids))
+    backward, second, _ = peak(lambda: passes.backward(BackwardQueries(q, out, lse, dout, None), k, v, ids))
     return forward, backward, max(first, second)
 
 

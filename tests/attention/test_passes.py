@@ -12,7 +12,7 @@ from attention.ring import simulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import BackwardQueries
 from longctx.attention.backends.choose import choose_backend
 from longctx.attention.band import Rule, make_rule
 from longctx.attention.comm import LoopbackLink
@@ -170,7 +170,7 @@ def test_loopback_is_a_ring_of_equal_members(ring: int) -> None:
     q, k, v, dout, dlse = inputs
     passes = Passes(LoopbackLink(ring), "contiguous", Rule(), scores, choose_backend("auto", q, v, scores))
     out, lse = passes.forward(q, k, v, None)
-    dq, dkv, _ = passes.backward(Rows(q, out, lse, dout, dlse), k, v, None)
+    dq, dkv, _ = passes.backward(BackwardQueries(q, out, lse, dout, dlse), k, v, None)
     dk, dv = split(dkv, k, v)
     copies = (q, k.repeat(1, 1, ring, 1), v.repeat(1, 1, ring, 1), dout, dlse)
     truth = dense.attention(*copies[:3], torch.ones(1, 1, 24, 24 * ring, dtype=torch.bool), 0.5, dout, dlse)

@@ -36,7 +36,7 @@ def test_a_grid_is_rings_of_equal_ulysses_rank_and_groups_of_equal_ring_rank() -
     def worker(link: Link, group: UlyssesGroup) -> tuple[float, list[int]]:
         sent = torch.full((group.size,), link.rank * group.size + group.rank, dtype=torch.uint8)
         received, ones = torch.empty_like(sent), [1] * group.size
-        group.swap(sent, ones, received, ones)
+        group.all_to_all(sent, ones, received, ones)
         return pass_on(link), received.tolist()
 
     results, _ = simulate.run_grid(2, 3, worker)

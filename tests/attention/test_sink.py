@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from longctx.attention import sink as sinks
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import BackwardQueries
 
 
 def test_the_running_result_starts_with_the_sink() -> None:
@@ -25,10 +25,10 @@ def test_the_gradient_is_that_of_a_key_of_value_0() -> None:
     joined = torch.cat([logits, sink[:, None, None].expand(1, 2, 3, 1)], -1)
     out, lse = joined.softmax(-1)[..., :4] @ v, joined.logsumexp(-1)
     (expected,) = torch.autograd.grad((out * dout).sum() + (lse * dlse).sum(), sink)
-    rows = Rows(logits, out.detach(), lse.detach(), dout, dlse)
+    rows = BackwardQueries(logits, out.detach(), lse.detach(), dout, dlse)
     torch.testing.assert_close(sinks.gradient(rows, sink.detach()), expected)
 
 
 def test_a_row_that_sees_nothing_contributes_0() -> None:
     zero, nothing = torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1), -torch.inf)
-    assert sinks.gradient(Rows(zero, zero, nothing, zero + 1, None), torch.tensor([-torch.inf])) == 0
+    assert sinks.gradient(BackwardQueries(zero, zero, nothing, zero + 1, None), torch.tensor([-torch.inf])) == 0

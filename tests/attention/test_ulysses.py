@@ -10,7 +10,7 @@ from attention.hybrid import parts
 from longctx.attention import simulate
 from longctx.attention.comm import Counters, Link
 from longctx.attention.heads import assign_heads
-from longctx.attention.hybrid.ulysses import KEYS, QUERIES, ROWS, HeadExchange, UlyssesGroup, count_exchange
+from longctx.attention.hybrid.ulysses import KEYS, PER_TOKEN, QUERIES, HeadExchange, UlyssesGroup, count_exchange
 from longctx.layout import get_layout
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
@@ -38,7 +38,7 @@ def test_there_and_back(heads: int, kv_heads: int, size: int) -> None:
     def worker(link: Link, group: UlyssesGroup) -> list[torch.Tensor]:
         here = slice(group.rank * tokens, (group.rank + 1) * tokens)
         exchange, share = HeadExchange(group, shares), shares[group.rank]
-        sent = [(QUERIES, q[:, :, here]), (ROWS, ids[:, here]), (KEYS, k[:, :, here])]
+        sent = [(QUERIES, q[:, :, here]), (PER_TOKEN, ids[:, here]), (KEYS, k[:, :, here])]
         own_q, every_id, own_k = exchange.to_heads(sent)
         assert torch.equal(own_q, q[:, share.queries]) and torch.equal(own_k, k[:, share.keys])
         assert torch.equal(every_id, ids)

@@ -16,7 +16,7 @@ from longctx import ring_attention
 from longctx.attention import simulate
 from longctx.attention import sink as sinks
 from longctx.attention.backends import aten
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import BackwardQueries
 from longctx.attention.backends.choose import choose_backend
 from longctx.attention.band import make_rule
 from longctx.attention.comm import Link
@@ -28,7 +28,7 @@ from tolerances import tolerance
 
 @dataclass(frozen=True)
 class RingCase:
-    """One call. tokens: per rank; ids: per row, or None; sink and alibi: per head; at_once: see `aten.PAIRS`."""
+    """One call. tokens: per rank; ids: per row, or None; sink and alibi: per head; at_once: see `aten.MIN_WORK`."""
 
     seed: int
     ring: int
@@ -147,7 +147,7 @@ def found(case: RingCase) -> list[torch.Tensor]:
         ids = None if case.ids is None else torch.tensor(case.ids)[:, here]
         passes = Passes(link, case.layout, rule, scores, choose_backend(case.backend, q, v, scores))
         out, lse = passes.forward(q, k, v, ids, sink)
-        rows = Rows(q, out, lse, dout, dlse.masked_fill(lse == -torch.inf, 0.0))
+        rows = BackwardQueries(q, out, lse, dout, dlse.masked_fill(lse == -torch.inf, 0.0))
         dq, dkv, dalibi = passes.backward(rows, k, v, ids)
         per_head = [x for x in (None if sink is None else sinks.gradient(rows, sink), dalibi) if x is not None]
         return out, lse, dq, *split(dkv, k, v), *per_head
@@ -159,11 +159,11 @@ def found(case: RingCase) -> list[torch.Tensor]:
 @contextmanager
 def at_once(case: RingCase) -> Iterator[None]:
     """Let the fused operator compute as many heads per call as the case says."""
-    pairs, aten.PAIRS = aten.PAIRS, case.at_once
+    least, aten.MIN_WORK = aten.MIN_WORK, case.at_once
     try:
         yield
     finally:
-        aten.PAIRS = pairs
+        aten.MIN_WORK = least
 
 
 def has_two_ranks(case: RingCase) -> bool:

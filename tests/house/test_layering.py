@@ -24,7 +24,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("config",),
     ("train", "plan", "generation"),
-    ("rehearse",),
+    ("rehearse", "hf"),
     ("launch",),
     ("cli",),
 )
@@ -42,6 +42,7 @@ OWNERS = {
         "longctx/decode/caches/",
         "longctx/data/tokenizers/tokenizer.py",
         "longctx/generation/",
+        "longctx/hf/",
     ),
 }
 # These answer `check`, `explain` and `--help` in half a second, so torch waits until something runs.

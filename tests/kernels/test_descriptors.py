@@ -32,13 +32,13 @@ def results(backend: str, inputs: list[torch.Tensor], **options: Any) -> tuple[t
 def described(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For every launch, whether it read through descriptors."""
     seen: list[bool] = []
-    run = Launch._run
+    run = Launch._start
 
     def look(self: Launch) -> None:
         seen.append(bool(self.arguments.get("DESCRIBED")))
         run(self)
 
-    monkeypatch.setattr(Launch, "_run", look)
+    monkeypatch.setattr(Launch, "_start", look)
     return seen
 
 

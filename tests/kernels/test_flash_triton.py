@@ -16,7 +16,7 @@ from attention.ring import simulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import BackwardQueries
 from longctx.attention.backends.triton import TritonBackend
 from longctx.attention.band import Rule
 from longctx.attention.comm import LocalLink
@@ -114,7 +114,7 @@ def local(
     backend = TritonBackend() if choose is None else TritonBackend(choose)
     passes = Passes(LocalLink(), "contiguous", rule, scores, backend)
     out, lse = passes.forward(q, k, v, None)
-    dq, dkv, dalibi = passes.backward(Rows(q, out, lse, dout, dlse), k, v, None)
+    dq, dkv, dalibi = passes.backward(BackwardQueries(q, out, lse, dout, dlse), k, v, None)
     return dense.Results(out, lse, dq, *split(dkv, k, v), dalibi=dense.NONE if dalibi is None else dalibi)
 
 

@@ -11,7 +11,7 @@ from attention import dense
 from attention.ring import simulated
 
 from longctx.attention.backends import choose, fused_torch
-from longctx.attention.backends.base import KeyBlock, Rows, StepGradients
+from longctx.attention.backends.base import BackwardQueries, KeyBlock, StepGradients
 from longctx.attention.backends.fused_torch import FusedTorchBackend
 from longctx.attention.band import Rule
 from longctx.attention.mask import BlockMask
@@ -30,7 +30,7 @@ def forward(name: str, q: Any, k: Any, v: Any, causal: bool, scale: float) -> tu
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, scale=scale)
 
 
-def backward(name: str, rows: Rows, k: Any, v: Any, causal: bool, scale: float) -> tuple[torch.Tensor, ...]:
+def backward(name: str, rows: BackwardQueries, k: Any, v: Any, causal: bool, scale: float) -> tuple[torch.Tensor, ...]:
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     return operator(rows.dout, rows.q, k, v, rows.out, rows.lse, 0.0, causal, scale=scale)
 
@@ -62,7 +62,7 @@ def test_the_operators_are_called_as_they_want(name: str, lengths: tuple[int, in
     block = KeyBlock(k, v, mask, scores)
     backend.forward_step(q, block, out, lse, True)
     dq, dk, dv = (x.new_empty(x.shape, dtype=torch.float32) for x in (q, k, v))
-    rows = Rows(q, out.to(q.dtype), lse, q, None)
+    rows = BackwardQueries(q, out.to(q.dtype), lse, q, None)
     backend.backward_step(backend.prepare_backward(rows), block, StepGradients(dq, dk, dv, None), True)
 
 
@@ -76,7 +76,7 @@ def test_the_gradient_of_the_lse_is_left_to_our_kernels() -> None:
     )
     index = torch.arange(16)
     truth = dense.attention(q, k, v, dense.visible(index, index, mask.rule), 0.3, dout, dlse)
-    rows = Rows(q, truth.out.float(), truth.lse.float(), dout, dlse)
+    rows = BackwardQueries(q, truth.out.float(), truth.lse.float(), dout, dlse)
     backend, grads = FusedTorchBackend("flash"), [torch.empty_like(x) for x in (q, k, v)]
     block = KeyBlock(k, v, mask, scores)
     backend.backward_step(backend.prepare_backward(rows), block, StepGradients(*grads, None), True)

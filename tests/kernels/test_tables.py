@@ -38,23 +38,25 @@ def blocks(draw: st.DrawFn) -> tuple[tuple[Span, ...], tuple[Span, ...], Rule]:
 
 
 def tiles_of(shape: Geometry, table: Table, row: int, allowed: torch.Tensor, step: int) -> None:
-    """Check every entry of one batch row's table against `allowed` (Tq, Tk); padding rows may be anything."""
+    """Check every range of one batch row's table against `allowed` (Tq, Tk); padding rows may be anything."""
     covered = torch.zeros_like(allowed)
-    entries = table.entries if table.entries.dim() == 3 else table.entries[row]
-    for head, spans in zip(table.heads.tolist(), entries.tolist(), strict=True):
-        first, _, valid, _ = head
-        for lo, full_lo, full_hi, hi, near, far, offset, count, _ in spans:
-            assert lo <= hi and (lo <= full_lo <= full_hi <= hi or full_lo == full_hi)
-            for j in range(lo, hi):
+    ranges = table.ranges if table.ranges.dim() == 3 else table.ranges[row]
+    for header, spans in zip(table.headers.tolist(), ranges.tolist(), strict=True):
+        first, _, valid, _ = header
+        for first_tile, first_full, end_full, end_tile, low, high, offset, count, _ in spans:
+            assert first_tile <= end_tile and (
+                first_tile <= first_full <= end_full <= end_tile or first_full == end_full
+            )
+            for j in range(first_tile, end_tile):
                 rows = slice(first, first + valid)
                 cols = slice(offset + j * step, offset + min((j + 1) * step, count))
                 assert not covered[rows, cols].any(), "a tile met twice"
                 covered[rows, cols] = True
-                if full_lo <= j < full_hi:
+                if first_full <= j < end_full:
                     assert (j + 1) * step <= count and allowed[rows, cols].all()
-                elif allowed.dim() == 2 and table.entries.dim() == 3:
-                    across = torch.arange(valid)[:, None] - torch.arange(j * step, min((j + 1) * step, count))
-                    assert torch.equal((across >= near) & (across <= far), allowed[rows, cols])
+                elif allowed.dim() == 2 and table.ranges.dim() == 3:
+                    row_minus_col = torch.arange(valid)[:, None] - torch.arange(j * step, min((j + 1) * step, count))
+                    assert torch.equal((row_minus_col >= low) & (row_minus_col <= high), allowed[rows, cols])
     assert not (allowed & ~covered).any(), "a visible pair in no tile"
 
 
@@ -67,11 +69,11 @@ def test_by_index(given: tuple[tuple[Span, ...], tuple[Span, ...], Rule], tile: 
         shape, allowed = shape.swapped(), allowed.T
     table = index_table(shape, tile, step, CPU, True)
     tiles_of(shape, table, 0, allowed, step)
-    assert int(table.heads[:, 1].sum()) == len(allowed), "with idle tiles every row is somebody's"
+    assert int(table.headers[:, 1].sum()) == len(allowed), "with idle tiles every row is somebody's"
     busy = index_table(shape, tile, step, CPU, False)
     tiles_of(shape, busy, 0, allowed, step)
-    assert busy.tiles == 0 or bool((busy.entries[..., 3] > busy.entries[..., 0]).any(1).all())
-    work = (busy.entries[..., 3] - busy.entries[..., 0]).sum(1)
+    assert busy.tiles == 0 or bool((busy.ranges[..., 3] > busy.ranges[..., 0]).any(1).all())
+    work = (busy.ranges[..., 3] - busy.ranges[..., 0]).sum(1)
     assert torch.equal(work, work.sort(descending=True).values), "most work first"
 
 
@@ -91,7 +93,7 @@ def test_by_document(given: tuple[tuple[Span, ...], tuple[Span, ...], Rule], see
     table = narrow(plain, shape, q_ids.contiguous(), k_ids.contiguous(), 8, 4)
     for row in range(2):
         tiles_of(shape, table, row, allowed[row], 4)
-    assert table is plain or bool((table.entries[..., 0] >= plain.entries[..., 0]).all())
+    assert table is plain or bool((table.ranges[..., 0] >= plain.ranges[..., 0]).all())
 
 
 def test_a_document_of_its_own_needs_no_mask_and_meets_no_other() -> None:
@@ -99,9 +101,9 @@ def test_a_document_of_its_own_needs_no_mask_and_meets_no_other() -> None:
     shape = geometry((Span(0, 256),), (Span(0, 256),), Rule(None, 0))
     ids = (torch.arange(256) // 64)[None]
     table = narrow(index_table(shape, 16, 16, CPU, True), shape, ids, ids, 16, 16)
-    for (first, *_), ((lo, full_lo, full_hi, hi, *_),) in zip(
-        table.heads.tolist(), table.entries[0].tolist(), strict=True
+    for (first, *_), ((first_tile, first_full, end_full, end_tile, *_),) in zip(
+        table.headers.tolist(), table.ranges[0].tolist(), strict=True
     ):
         own = first // 64 * 4
-        assert (lo, hi) == (own, first // 16 + 1)
-        assert full_hi - full_lo == first // 16 - own and (full_lo == lo or full_lo == full_hi)
+        assert (first_tile, end_tile) == (own, first // 16 + 1)
+        assert end_full - first_full == first // 16 - own and (first_full == first_tile or first_full == end_full)

@@ -7,16 +7,16 @@ import copy
 import torch
 
 from longctx.mesh import Mesh
-from longctx.models.hook.binding import Binding, binding_of, place_of
+from longctx.models.hook.binding import Binding, binding_of, module_index
 
 
 def test_every_module_knows_its_binding_and_its_place() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2)))
-    assert binding_of(model[0]) is None and place_of(model[0]) == 0
+    assert binding_of(model[0]) is None and module_index(model[0]) == 0
     binding = Binding(Mesh(ring=2, world_size=2), "zigzag")
     binding.bind(model)
     assert all(binding_of(module) is binding for module in model.modules())
-    assert [place_of(module) for module in model.modules()] == [0, 1, 2, 3]
+    assert [module_index(module) for module in model.modules()] == [0, 1, 2, 3]
 
 
 def test_a_copied_model_keeps_the_same_binding() -> None:
@@ -34,4 +34,4 @@ def test_only_several_ranks_of_a_sequence_are_a_shard() -> None:
 def test_an_unbound_layer_is_known_by_its_index() -> None:
     layer = torch.nn.Linear(2, 2)
     layer.layer_idx = 3  # type: ignore[assignment]
-    assert place_of(layer) == 3
+    assert module_index(layer) == 3

@@ -38,7 +38,11 @@ def test_a_layer_that_attends_without_its_state_is_refused() -> None:
         model(input_ids=random_tokens(1, 8))
 
 
-def test_options_of_a_softmax_are_refused() -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+def test_options_of_a_softmax_are_refused_unless_the_layer_has_one(rows: int) -> None:
+    """Seeds of dropout are a tensor with one element per row."""
     model = mixed_model("llama", {"0": {"abc": {"slots": 4}}}, attention_dropout=0.1).train()
     with pytest.raises(ModelError, match="asks for dropout_p, dropout_seed, which a layer of kind abc"):
-        model(input_ids=random_tokens(1, 8))
+        model(input_ids=random_tokens(rows, 8))
+    convert(model, {"0": {"window": 4}})
+    assert model(input_ids=random_tokens(rows, 8)).logits.isfinite().all()

@@ -49,7 +49,7 @@ def test_only_what_a_checkpoint_keeps_is_stored(monkeypatch: pytest.MonkeyPatch)
 
 
 def here(offloaded: list[Any]) -> list[int]:
-    return [place for place, one in enumerate(offloaded) if one.coming is not None]
+    return [place for place, one in enumerate(offloaded) if one.on_device is not None]
 
 
 def test_what_a_layer_has_kept_comes_together_and_is_handed_over() -> None:
@@ -74,7 +74,7 @@ def test_a_layer_comes_when_attention_of_the_next_is_done(policy: Any, monkeypat
         return take(self, kept)
 
     def fetched(self: HostStore, offloaded: Offloaded) -> None:
-        if offloaded.coming is None:
+        if offloaded.on_device is None:
             events.append(f"fetch {offloaded.layer}")
         fetch(self, offloaded)
 
@@ -121,7 +121,7 @@ def test_a_layers_input_is_gone_while_its_attention_has_its_backward(
 
     def fetched(self: HostStore, layer: int) -> None:
         fetch_again(self, layer)
-        taken.extend(one.layer for one in (ref() for ref in self.order) if one and one.coming is not None)
+        taken.extend(one.layer for one in (ref() for ref in self.order) if one and one.on_device is not None)
 
     model = tiny_model(tiny_config(kind), "longctx").train()
     wanted = step(model)

@@ -9,7 +9,7 @@ import torch
 from transformers import masking_utils as hf
 
 from longctx.errors import ModelError
-from longctx.models.hook.masks import document_mask, documents_from_positions, read_rule
+from longctx.models.hook.masks import document_ids_as_mask, documents_from_positions, read_rule
 
 LENGTH = 14
 POSITIONS = torch.tensor([[*range(5), *range(9)], [*range(8), *range(6)]])
@@ -41,7 +41,9 @@ def test_the_rule_read_is_the_rule_evaluated(name: str, padded: bool) -> None:
     truth = hf.sdpa_mask(
         2, LENGTH, LENGTH, mask_function=RULES[name], attention_mask=padding, allow_is_causal_skip=False
     )
-    mask = document_mask(2, LENGTH, LENGTH, mask_function=RULES[name], attention_mask=padding if padded else None)
+    mask = document_ids_as_mask(
+        2, LENGTH, LENGTH, mask_function=RULES[name], attention_mask=padding if padded else None
+    )
     rule = read_rule(RULES[name])
     distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
     allowed = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
@@ -59,10 +61,10 @@ def test_nothing_quadratic_is_built() -> None:
     length = 1_000_000  # a T x T mask of booleans would be a terabyte
     positions = torch.arange(length)[None] % 1000
     rule = packed(hf.causal_mask_function, positions)
-    mask = document_mask(1, length, length, mask_function=rule)
+    mask = document_ids_as_mask(1, length, length, mask_function=rule)
     assert mask.shape == (1, 1, 1, length) and mask.dtype == torch.int32
     assert int(mask.max()) == 999
-    assert document_mask(1, length, length, mask_function=hf.causal_mask_function).shape == (1, 1, 1, 1)
+    assert document_ids_as_mask(1, length, length, mask_function=hf.causal_mask_function).shape == (1, 1, 1, 1)
 
 
 def test_documents_start_where_positions_do() -> None:
@@ -81,9 +83,9 @@ def test_documents_start_where_positions_do() -> None:
 )
 def test_other_rules_are_refused_by_name(rule: Any, name: str) -> None:
     with pytest.raises(ModelError, match=name):
-        document_mask(2, LENGTH, LENGTH, mask_function=rule)
+        document_ids_as_mask(2, LENGTH, LENGTH, mask_function=rule)
 
 
 def test_a_mask_of_the_models_own_is_refused() -> None:
     with pytest.raises(ModelError, match="or_mask_function"):
-        document_mask(2, LENGTH, LENGTH, mask_function=hf.causal_mask_function, use_vmap=True)
+        document_ids_as_mask(2, LENGTH, LENGTH, mask_function=hf.causal_mask_function, use_vmap=True)

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from longctx.errors import MissingPackageError
 from longctx.models.hook.attention import longctx_attention
-from longctx.models.hook.masks import document_mask
+from longctx.models.hook.masks import document_ids_as_mask
 from longctx.models.names import NAME
 from longctx.models.register import OLDEST, register
 
@@ -18,7 +18,7 @@ def test_attention_and_mask_are_found_under_one_name() -> None:
     register()
     register()
     assert AttentionInterface()[NAME] is longctx_attention
-    assert AttentionMaskInterface()[NAME] is document_mask
+    assert AttentionMaskInterface()[NAME] is document_ids_as_mask
 
 
 def test_an_old_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from longctx.engine.step.window import shard_window
 from longctx.errors import EngineError, ModelError
 from longctx.models.attach import attach_attention
 from longctx.models.hook.binding import binding_of
-from longctx.models.hook.probe import position_rule
+from longctx.models.hook.position_probe import position_rule
 
 from tolerances import tolerance
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import published
 from longctx.attention import comm
-from longctx.attention.backends.base import Rows
+from longctx.attention.backends.base import BackwardQueries
 from longctx.attention.backends.choose import choose_backend
 from longctx.attention.band import make_rule
 from longctx.attention.comm import LoopbackLink
@@ -59,7 +59,7 @@ def test_bytes_and_messages_are_those_that_the_ring_sends(layout: str, ring: int
     played = attention_pass(layer, H100, KERNEL)
     assert (comm.counters.bytes, comm.counters.messages) == (played.sent[0], played.messages[0])
     comm.counters.reset()
-    passes.backward(Rows(q, out, lse, dout, None), k, v, None)
+    passes.backward(BackwardQueries(q, out, lse, dout, None), k, v, None)
     played = attention_pass(layer, H100, KERNEL, backward=True)
     assert (comm.counters.bytes, comm.counters.messages) == (played.sent[0], played.messages[0])
 

@@ -25,15 +25,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from longctx.attention.backends.base import KeyBlock, Rows, StepGradients, accumulator_dtype
+from longctx.attention.backends.base import BackwardQueries, KeyBlock, StepGradients, accumulator_dtype
 from longctx.attention.band import TILE, Kind, Tile
 from longctx.attention.mask import BlockMask
 from longctx.attention.merge import merge_
 from longctx.attention.tiles import plan
 
-PAIRS = 1 << 22
+MIN_WORK = 1 << 22
 """The (query, key, head) triples that a call should have at least, so that its overhead (some 50 us) is below 1 %."""
-FINE = 512
+FP32_BACKWARD_SIDE = 512
 """Half-precision tiles with a side up to this run backward in fp32: in half precision it is many times slower."""
 
 
@@ -61,7 +61,7 @@ class AtenBackend:
             written.all()
         for batch, tile, bias, blind in _calls(block.mask, q):
             rows, cols = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-            new = written.claim(batch, tile.q0, tile.q1)
+            new = written.first_write(batch, tile.q0, tile.q1)
             for heads in _head_groups(q[batch], k, tile):
                 part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                     _pad(q[batch, heads.q, rows], width),
@@ -81,52 +81,72 @@ class AtenBackend:
                 del part, part_lse  # before the next call allocates its own
         written.finish()
 
-    def prepare_backward(self, rows: Rows) -> Rows:
-        lse = rows.lse.masked_fill(rows.lse == -torch.inf, torch.inf)
-        return replace(rows, q=_dense(rows.q), out=_dense(rows.out), dout=_dense(rows.dout), lse=lse)
+    def prepare_backward(self, queries: BackwardQueries) -> BackwardQueries:
+        lse = queries.lse.masked_fill(queries.lse == -torch.inf, torch.inf)
+        return replace(queries, q=_dense(queries.q), out=_dense(queries.out), dout=_dense(queries.dout), lse=lse)
 
-    def backward_step(self, prepared: Rows, block: KeyBlock, gradients: StepGradients, first: bool) -> None:
-        k, v, (dq, dk, dv, _) = block.k, block.v, gradients
-        q, dlse, (d_k, d_v) = prepared.q, prepared.dlse, (k.shape[-1], v.shape[-1])
-        queries = Written(q.shape[0], q.shape[2], (dq, 0.0))
-        keys_written = Written(q.shape[0], k.shape[2], (dk, 0.0), (dv, 0.0))
+    def backward_step(self, prepared: BackwardQueries, block: KeyBlock, gradients: StepGradients, first: bool) -> None:
+        (batches, _, q_len, d_k), k, v, (dq, dk, dv, _) = prepared.q.shape, block.k, block.v, gradients
+        queries_written = Written(batches, q_len, (dq, 0.0))
+        keys_written = Written(batches, k.shape[2], (dk, 0.0), (dv, 0.0))
         if not first:
-            queries.all()
-        width = max(d_k, d_v if dlse is None else d_v + 1)
+            queries_written.all()
         scale, sign = _positive(block.scores.scale)
-        q = q if sign == 1 else q * sign
-        for batch, tile, bias, _ in _calls(block.mask, q):
-            rows, cols = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-            fine = min(tile.q1 - tile.q0, tile.k1 - tile.k0) <= FINE or dlse is not None
-            dtype = torch.float32 if fine and q.dtype.itemsize == 2 else q.dtype
-            new_q, new_k = queries.claim(batch, tile.q0, tile.q1), keys_written.claim(batch, tile.k0, tile.k1)
-            for heads in _head_groups(q[batch], k, tile):
-                at, keys = (batch, heads.q, rows), (batch, heads.k, cols)
-                values, dout = v[keys].to(dtype), prepared.dout[at].to(dtype)
-                if dlse is not None:  # an additional column: dO V^T gains dlse * 1
-                    values, dout = (
-                        F.pad(values, (0, 1), value=1.0),
-                        torch.cat([dout, dlse[at][..., None].to(dtype)], -1),
-                    )
-                part_dq, part_dk, part_dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    _pad(dout, width),
-                    _pad(q[at].to(dtype), width),
-                    _pad(_shared(k[keys].to(dtype), heads), width),
-                    _pad(_shared(values, heads), width),
-                    _pad(prepared.out[at].to(dtype), width),
-                    prepared.lse[at],
-                    0.0,
-                    tile.kind == Kind.TRIANGLE,
-                    attn_mask=None if bias is None else bias.to(dtype),
-                    scale=scale,
-                )
-                new_head = new_k and heads.first
+        signed = prepared if sign == 1 else replace(prepared, q=prepared.q * sign)
+        for batch, tile, bias, _ in _calls(block.mask, prepared.q):
+            new_q = queries_written.first_write(batch, tile.q0, tile.q1)
+            new_k = keys_written.first_write(batch, tile.k0, tile.k1)
+            for heads in _head_groups(prepared.q[batch], k, tile):
+                at, keys = (batch, heads.q, slice(tile.q0, tile.q1)), (batch, heads.k, slice(tile.k0, tile.k1))
+                part_dq, part_dk, part_dv = _backward(signed, k[keys], v[keys], at, heads, tile, bias, scale)
                 _put(dq[at], part_dq[..., :d_k] if sign == 1 else part_dq[..., :d_k] * sign, new_q)
+                new_head = new_k and heads.first
                 _put(dk[keys], _summed(part_dk[..., :d_k], heads, dk.dtype), new_head)
-                _put(dv[keys], _summed(part_dv[..., :d_v], heads, dv.dtype), new_head)
-                del part_dq, part_dk, part_dv, values, dout  # before the next call allocates its own
-        queries.finish()
+                _put(dv[keys], _summed(part_dv[..., : v.shape[-1]], heads, dv.dtype), new_head)
+                del part_dq, part_dk, part_dv  # before the next call allocates its own
+        queries_written.finish()
         keys_written.finish()
+
+
+def _backward(
+    queries: BackwardQueries,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    at: tuple[slice, slice, slice],
+    heads: Heads,
+    tile: Tile,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (dq, dk, dv) of one call, padded to one width, dk and dv per query head.
+
+    Args:
+        k, v: the tile's keys and values of the call's key heads.
+        at: the call's (batch rows, query heads, queries), an index into the tensors of `queries`.
+        bias: additive mask of the tile, or None.
+    """
+    q, dlse, values, dout = queries.q, queries.dlse, v, queries.dout[at]
+    # With dlse always in fp32: half precision would round the column that holds it.
+    fine = dlse is not None or min(tile.q1 - tile.q0, tile.k1 - tile.k0) <= FP32_BACKWARD_SIDE
+    dtype = torch.float32 if fine and q.dtype.itemsize == 2 else q.dtype
+    values, dout = values.to(dtype), dout.to(dtype)
+    if dlse is not None:  # an additional column: dO V^T gains dlse * 1
+        values = F.pad(values, (0, 1), value=1.0)
+        dout = torch.cat([dout, dlse[at][..., None].to(dtype)], -1)
+    width = max(k.shape[-1], values.shape[-1])
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _pad(dout, width),
+        _pad(q[at].to(dtype), width),
+        _pad(_shared(k.to(dtype), heads), width),
+        _pad(_shared(values, heads), width),
+        _pad(queries.out[at].to(dtype), width),
+        queries.lse[at],
+        0.0,
+        tile.kind == Kind.TRIANGLE,
+        attn_mask=None if bias is None else bias.to(dtype),
+        scale=scale,
+    )
+    return dq, dk, dv
 
 
 def _positive(scale: float) -> tuple[float, float]:
@@ -157,7 +177,7 @@ def _head_groups(q: torch.Tensor, k: torch.Tensor, tile: Tile) -> Iterator[Heads
     """Split the heads of a tile into calls that have enough work each and results much smaller than the tensor."""
     rows, cols, heads, kv_heads = tile.q1 - tile.q0, tile.k1 - tile.k0, q.shape[1], k.shape[1]
     batch, shared = q.shape[0], heads // kv_heads
-    want = max(-(-PAIRS // (batch * rows * cols)), -(-torch.get_num_threads() // batch))
+    want = max(-(-MIN_WORK // (batch * rows * cols)), -(-torch.get_num_threads() // batch))
     if shared == 1 or (want >= heads and cols <= 2 * TILE):  # the second: small enough to repeat keys in memory
         step = min(want, heads)
         for first in range(0, heads, step):
@@ -184,7 +204,7 @@ class Written:
         """Mark every row as initialised."""
         self._marks = [self._size] * len(self._marks)
 
-    def claim(self, batch: slice, begin: int, end: int) -> bool:
+    def first_write(self, batch: slice, begin: int, end: int) -> bool:
         """Return whether rows [begin, end) are new; the caller then overwrites all of them."""
         mark = self._marks[batch.start]
         new = begin >= mark

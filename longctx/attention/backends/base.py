@@ -16,7 +16,7 @@ from longctx.attention.scores import Scores
 
 
 @dataclass(frozen=True)
-class Rows:
+class BackwardQueries:
     """What backward needs of this rank's queries, for all steps.
 
     q (B, H, Tq, Dk); out, dout (B, H, Tq, Dv) in q's dtype; lse (B, H, Tq) over all keys, -inf for a row that saw none;
@@ -52,7 +52,10 @@ class StepGradients(NamedTuple):
 
 
 class Backend(Protocol):
-    """The arithmetic of one step. kernels/flash/reference.py has the formulas."""
+    """The arithmetic of one step; kernels/flash/reference.py has the formulas.
+
+    Implementations: triton.py, aten.py, fused_torch.py and reference.py beside this file, chosen by choose.py.
+    """
 
     @property
     def name(self) -> str: ...
@@ -63,7 +66,7 @@ class Backend(Protocol):
         first: out and lse are uninitialised, and every row is written.
         """
 
-    def prepare_backward(self, rows: Rows) -> Any:
+    def prepare_backward(self, queries: BackwardQueries) -> Any:
         """Return what all steps of one backward share, computed once (delta, for instance)."""
 
     def backward_step(self, prepared: Any, block: KeyBlock, gradients: StepGradients, first: bool) -> None:
@@ -78,7 +81,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def delta_of(rows: Rows) -> torch.Tensor:
+def delta_of(queries: BackwardQueries) -> torch.Tensor:
     """Return delta (B, H, Tq) = rowsum(dO * O) - dLSE: all that the gradients of the softmax and of the lse need."""
-    delta = (rows.out.to(rows.lse.dtype) * rows.dout).sum(-1)
-    return delta if rows.dlse is None else delta - rows.dlse
+    delta = (queries.out.to(queries.lse.dtype) * queries.dout).sum(-1)
+    return delta if queries.dlse is None else delta - queries.dlse

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from longctx.attention.backends.aten import Written
-from longctx.attention.backends.base import KeyBlock, Rows, StepGradients
+from longctx.attention.backends.base import BackwardQueries, KeyBlock, StepGradients
 from longctx.attention.band import Kind, Tile
 from longctx.attention.mask import BlockMask
 from longctx.attention.merge import merge_
@@ -39,16 +39,16 @@ class FusedTorchBackend:
             key, value = (_repeated(x[:, :, cols], q) for x in (block.k, block.v))
             causal = tile.kind == Kind.TRIANGLE
             part, part_lse = _forward(self.name, q[:, :, rows], key, value, causal, block.scores.scale)
-            if written.claim(slice(0, q.shape[0]), tile.q0, tile.q1):
+            if written.first_write(slice(0, q.shape[0]), tile.q0, tile.q1):
                 out[:, :, rows], lse[:, :, rows] = part, part_lse
             else:
                 merge_(out[:, :, rows], lse[:, :, rows], part, part_lse)
         written.finish()
 
-    def prepare_backward(self, rows: Rows) -> Rows:
-        return replace(rows, lse=rows.lse.masked_fill(rows.lse == -torch.inf, torch.inf))
+    def prepare_backward(self, queries: BackwardQueries) -> BackwardQueries:
+        return replace(queries, lse=queries.lse.masked_fill(queries.lse == -torch.inf, torch.inf))
 
-    def backward_step(self, prepared: Rows, block: KeyBlock, gradients: StepGradients, first: bool) -> None:
+    def backward_step(self, prepared: BackwardQueries, block: KeyBlock, gradients: StepGradients, first: bool) -> None:
         if (
             prepared.dlse is not None
         ):  # the operators have no gradient of the lse; our kernels do, from the same (out, lse)
@@ -68,7 +68,7 @@ class FusedTorchBackend:
             query, out, dout, lse = (x[:, :, rows] for x in (prepared.q, prepared.out, prepared.dout, prepared.lse))
             key, value = (_repeated(x[:, :, cols], query) for x in (block.k, block.v))
             causal = tile.kind == Kind.TRIANGLE
-            saved = Rows(query, out, lse, dout, None)
+            saved = BackwardQueries(query, out, lse, dout, None)
             parts = _backward(self.name, saved, key, value, causal, block.scores.scale)
             dq[:, :, rows] += parts[0]
             dk[:, :, cols] += _summed(parts[1], dk)
@@ -115,13 +115,13 @@ def _forward(
 
 
 def _backward(
-    name: str, rows: Rows, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    name: str, queries: BackwardQueries, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, ...]:
     """Return (dq, dk, dv) of one tile, from the final (out, lse). Without dropout the seed and offset are unused."""
-    q, device = rows.q, rows.q.device
+    q, device = queries.q, queries.q.device
     # The operators read out and lse as their own forward lays them out: dense.
-    saved = rows.dout.contiguous(), q, k, v, rows.out.contiguous()
-    lse, lengths = rows.lse.contiguous(), (q.shape[2], k.shape[2])
+    saved = queries.dout.contiguous(), q, k, v, queries.out.contiguous()
+    lse, lengths = queries.lse.contiguous(), (q.shape[2], k.shape[2])
     if name == "flash":
         seed = torch.zeros(2, dtype=torch.uint64, device=device)
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(

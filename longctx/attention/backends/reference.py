@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from longctx.attention.backends.base import KeyBlock, Rows, StepGradients, delta_of
+from longctx.attention.backends.base import BackwardQueries, KeyBlock, StepGradients, delta_of
 from longctx.kernels.flash import reference
 
 
@@ -20,14 +20,16 @@ class ReferenceBackend:
             lse.fill_(-torch.inf)
         reference.forward(q, block.k, block.v, block.mask, block.scores, out, lse)
 
-    def prepare_backward(self, rows: Rows) -> tuple[Rows, torch.Tensor]:
-        return rows, delta_of(rows)
+    def prepare_backward(self, queries: BackwardQueries) -> tuple[BackwardQueries, torch.Tensor]:
+        return queries, delta_of(queries)
 
     def backward_step(
-        self, prepared: tuple[Rows, torch.Tensor], block: KeyBlock, gradients: StepGradients, first: bool
+        self, prepared: tuple[BackwardQueries, torch.Tensor], block: KeyBlock, gradients: StepGradients, first: bool
     ) -> None:
         dq, dk, dv, dalibi = gradients
         for gradient in (dq, dk, dv) if first else (dk, dv):
             gradient.zero_()
-        (rows, delta), k, v = prepared, block.k, block.v
-        reference.backward(rows.dout, rows.q, k, v, rows.lse, delta, block.mask, block.scores, dq, dk, dv, dalibi)
+        (queries, delta), k, v = prepared, block.k, block.v
+        reference.backward(
+            queries.dout, queries.q, k, v, queries.lse, delta, block.mask, block.scores, dq, dk, dv, dalibi
+        )

@@ -1,7 +1,8 @@
 """The Triton backend: kernels/flash as a Backend, on any GPU that Triton supports or in its interpreter.
 
 It turns a BlockMask into the integers from which the kernels' block tables are built. Importing this file imports
-triton, so `choose.py` imports it only when the backend is used.
+triton, so `choose.py` imports it only when the backend is used. `longctx/kernels/flash` is a link to `kernels/flash`,
+where the kernels are (grep and find do not follow it); `fused.Step`'s methods return launches, and `run()` starts them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cache, lru_cache
 
 import torch
 
-from longctx.attention.backends.base import KeyBlock, Rows, StepGradients
+from longctx.attention.backends.base import BackwardQueries, KeyBlock, StepGradients
 from longctx.attention.band import Rule, band, trim
 from longctx.kernels.flash import fused
 from longctx.kernels.flash.tables import Geometry, Side
@@ -29,23 +30,24 @@ class TritonBackend:
 
     def forward_step(self, q: torch.Tensor, block: KeyBlock, out: torch.Tensor, lse: torch.Tensor, first: bool) -> None:
         with on_device(q.device):
-            self._step(q, block).forward(out, lse, first)()
+            self._step(q, block).forward(out, lse, first).run()
 
-    def prepare_backward(self, rows: Rows) -> fused.Prepared:
-        with on_device(rows.q.device):
-            dlse = None if rows.dlse is None else dense(rows.dlse)
-            launch, prepared = fused.prepare(dense(rows.q), dense(rows.out), dense(rows.lse), dense(rows.dout), dlse)
-            launch()
+    def prepare_backward(self, queries: BackwardQueries) -> fused.Prepared:
+        with on_device(queries.q.device):
+            dlse = None if queries.dlse is None else dense(queries.dlse)
+            q, out, lse, dout = (dense(x) for x in (queries.q, queries.out, queries.lse, queries.dout))
+            launch, prepared = fused.prepare(q, out, lse, dout, dlse)
+            launch.run()
         return prepared
 
     def backward_step(self, prepared: fused.Prepared, block: KeyBlock, gradients: StepGradients, first: bool) -> None:
         with on_device(prepared.q.device):
             step = self._step(prepared.q, block)
             launch, dslopes = step.queries(prepared, gradients.dq, first)
-            launch()
+            launch.run()
             if gradients.dalibi is not None and dslopes is not None:
                 gradients.dalibi.sub_(dslopes.sum((0, 2)))
-            step.keys(prepared, gradients.dk, gradients.dv)()
+            step.keys(prepared, gradients.dk, gradients.dv).run()
 
     def _step(self, q: torch.Tensor, block: KeyBlock) -> fused.Step:
         mask, scores, documents = block.mask, block.scores, None

@@ -3,8 +3,9 @@
 `passes.py` has the computation; masks, layouts and backends are the ring's. Forward sends q, k, v in one all-to-all and
 out in another; backward sends dout in one and the gradients in another.
 
-Forward saves for backward what the all-to-all delivered. Within `keep_attention` only out and lse outlive forward
-("lean"), so backward's all-to-all carries q, k, v and out again with dout, and neither it nor a hop is ever repeated.
+Forward saves for backward what the all-to-all delivered. Within `keep_attention` it is "lean": the checkpoint keeps
+only out and lse (and the layer's input, from which q, k and v are recomputed). Backward's all-to-all then carries q, k,
+v and out again with dout, so neither it nor a hop is repeated.
 """
 
 from __future__ import annotations
@@ -18,23 +19,41 @@ from longctx.attention.backends.base import accumulator_dtype
 from longctx.attention.heads import assign_heads
 from longctx.attention.hybrid.passes import HybridPasses, Optional, Saved
 from longctx.attention.hybrid.ulysses import ProcessUlyssesGroup
-from longctx.attention.operator import AttentionInputs, RingSettings, make_passes, schema_of, unflatten
+from longctx.attention.operator_common import AttentionInputs, RingSettings, make_passes, schema_of, unflatten
 from longctx.attention.replay import keeping, replayed
 from longctx.mesh import from_key
 
 
 class HybridSettings(NamedTuple):
-    """The ring's settings; with_lse: the caller wants lse (else it is empty); lean: save neither q, k, v nor out."""
+    """The ring's settings. with_lse: return the lse (else it is empty). lean: save this rank's own q, k, v and out
+    instead of what the all-to-all delivered; backward repeats that all-to-all."""
 
     ring: RingSettings
     with_lse: bool
     lean: bool
 
 
+class Results(NamedTuple):
+    """The operator's results: out and lse of this rank's tokens, (B, H, T, Dv) and (B, H, T), lse empty unless
+    with_lse; then what backward needs, of the group's tokens and this rank's heads: lse and, empty if lean, q, k, v,
+    out and documents (as `Saved` in passes.py)."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    saved_lse: torch.Tensor
+    saved_q: torch.Tensor
+    saved_k: torch.Tensor
+    saved_v: torch.Tensor
+    saved_out: torch.Tensor
+    saved_documents: torch.Tensor
+
+
 _SCHEMA = f"{schema_of(AttentionInputs, RingSettings)}, bool with_lse, bool lean"
 
 
-def attention(inputs: AttentionInputs, settings: RingSettings, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def hybrid_attention(
+    inputs: AttentionInputs, settings: RingSettings, with_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out, lse) of `ring_attention`'s checked arguments; lse is empty unless with_lse."""
     out, lse, *_ = _forward(*inputs, *settings, with_lse, keeping())
     return out, lse
@@ -52,15 +71,14 @@ def _unflatten(arguments: Sequence[Any]) -> tuple[AttentionInputs, HybridSetting
     schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    """Return out and lse of this rank's tokens, then what backward needs: lse, q, k, v, out and documents after the
-    all-to-all, all but the first empty if lean."""
+    """Return Results."""
     (q, k, v, sink, alibi), settings = _unflatten(arguments)
 
     def compute() -> tuple[torch.Tensor, ...]:
         passes = _passes(q, v, alibi, settings, q.shape[1], k.shape[1])
         out, lse, saved = passes.forward(q, k, v, settings.ring.documents, sink, settings.with_lse)
         kept = (None,) * 5 if settings.lean else (saved.q, saved.k, saved.v, saved.out, saved.documents)
-        return out, *(q.new_empty(0) if x is None else x for x in (lse, saved.lse, *kept))
+        return tuple(Results(out, *(q.new_empty(0) if x is None else x for x in (lse, saved.lse, *kept))))
 
     return replayed(compute)
 
@@ -81,7 +99,7 @@ def _(*arguments: Any) -> tuple[torch.Tensor, ...]:
         dims = (q.shape[-1], k.shape[-1], v.shape[-1], v.shape[-1])
         kept = [q.new_empty((batch, h, tokens, d)) for h, d in zip(heads, dims, strict=True)]
         kept.append(q.new_empty(0) if documents is None else documents.new_empty((batch, tokens)))
-    return out, lse if settings.with_lse else q.new_empty(0), kept_lse, *kept
+    return tuple(Results(out, lse if settings.with_lse else q.new_empty(0), kept_lse, *kept))
 
 
 @torch.library.custom_op(
@@ -120,14 +138,15 @@ def _(heads: int, kv_heads: int, dout: Any, dlse: Any, out: Any, lse: Any, *argu
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     (q, k, v, sink, alibi), settings = _unflatten(inputs)
     documents = settings.ring.documents
-    ctx.heads, ctx.shape, ctx.count = (q.shape[1], k.shape[1]), output[0].shape, len(inputs)
+    results = Results(*output)
+    ctx.heads, ctx.shape, ctx.count = (q.shape[1], k.shape[1]), results.out.shape, len(inputs)
     ctx.settings = settings._replace(ring=settings.ring._replace(documents=None, seeds=None))
     ctx.set_materialize_grads(False)
-    out, _, lse, *kept = output
+    out = results.out
     if not settings.lean:
-        q, k, v, out, ids = kept
-        documents = None if documents is None else ids
-    ctx.save_for_backward(q, k, v, sink, alibi, out, lse, documents, settings.ring.seeds)
+        q, k, v, out = results.saved_q, results.saved_k, results.saved_v, results.saved_out
+        documents = None if documents is None else results.saved_documents
+    ctx.save_for_backward(q, k, v, sink, alibi, out, results.saved_lse, documents, settings.ring.seeds)
 
 
 def _differentiate(ctx: Any, dout: Optional, dlse: Optional, *_: None) -> tuple[Optional, ...]:
@@ -149,5 +168,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def _passes(
     q: torch.Tensor, v: torch.Tensor, alibi: Optional, settings: HybridSettings, heads: int, kv_heads: int
 ) -> HybridPasses:
+    """Return the passes for q (B, H, T, Dk) and v (B, G, T, Dv), whose dtype, device and widths choose the backend;
+    heads and kv_heads are the model's, H and G those of either side of the all-to-all."""
     passes = make_passes(q, v, alibi, settings.ring)
     return HybridPasses(ProcessUlyssesGroup(from_key(settings.ring.mesh)), passes, heads, kv_heads)

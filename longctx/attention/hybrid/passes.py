@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from longctx.attention.arguments import wrapped
-from longctx.attention.backends.base import Rows, accumulator_dtype
+from longctx.attention.backends.base import BackwardQueries, accumulator_dtype
 from longctx.attention.heads import Share, assign_heads
-from longctx.attention.hybrid.ulysses import KEYS, QUERIES, ROWS, HeadExchange, UlyssesGroup
-from longctx.attention.operator import per_head
+from longctx.attention.hybrid.ulysses import KEYS, PER_TOKEN, QUERIES, HeadExchange, UlyssesGroup
+from longctx.attention.operator_common import per_head
 from longctx.attention.passes import Pair, Passes, split
 
 Optional = torch.Tensor | None
@@ -35,8 +35,11 @@ class Saved:
 
 @dataclass(frozen=True)
 class HybridPasses:
-    """Forward and backward of one rank. passes: of the ring among the ranks that hold the same heads, but with all
-    heads' scores; heads, kv_heads: of the whole model."""
+    """Forward and backward of one rank.
+
+    passes: runs the ring of the ranks with the same heads. Its Scores still hold the ALiBi slopes and seeds of all
+    heads, from which `_passes` selects this rank's. heads, kv_heads: of the whole model.
+    """
 
     group: UlyssesGroup
     passes: Passes
@@ -54,7 +57,7 @@ class HybridPasses:
     ) -> tuple[torch.Tensor, Optional, Saved]:
         """Return (out (B, H, T, Dv) in q's dtype, lse (B, H, T) if with_lse, what backward needs)."""
         share = self._share
-        q, k, v, *ids = self._exchange.to_heads([(QUERIES, q), (KEYS, k), (KEYS, v), *_rows(documents)])
+        q, k, v, *ids = self._exchange.to_heads([(QUERIES, q), (KEYS, k), (KEYS, v), *_per_token(documents)])
         ids_or_none = ids[0] if ids else None
         own_sink = None if sink is None else sink[share.queries]
         out, lse = self._passes().forward(q, *expand(share, k, v), ids_or_none, own_sink)
@@ -63,7 +66,7 @@ class HybridPasses:
 
     def gather(self, local: Saved, dout: torch.Tensor, dlse: Optional) -> tuple[Saved, torch.Tensor, Optional]:
         """Return (what backward needs, dout, dlse) after one all-to-all of all of them but lse."""
-        ids = _rows(local.documents)
+        ids = _per_token(local.documents)
         sent = [(QUERIES, dout), (QUERIES, local.q), (QUERIES, local.out), (KEYS, local.k), (KEYS, local.v), *ids]
         if dlse is not None:
             sent.append((QUERIES, dlse))
@@ -82,13 +85,13 @@ class HybridPasses:
         """Return (dq, dk, dv) of this rank's tokens and (dsink, dalibi), each (H,): of this rank's heads over the whole
         group's tokens, zero for other heads, so that the sum over ranks is the gradient."""
         share = self._share
-        rows = Rows(saved.q, saved.out, saved.lse, dout, dlse)
+        queries = BackwardQueries(saved.q, saved.out, saved.lse, dout, dlse)
         k, v = expand(share, saved.k, saved.v)
-        dq, dkv, dslopes = self._passes().backward(rows, k, v, saved.documents)
-        dk, dv = fold(share, split(dkv, k, v))
+        dq, dkv, dslopes = self._passes().backward(queries, k, v, saved.documents)
+        dk, dv = sum_copies(share, split(dkv, k, v))
         dq, dk, dv = self._exchange.to_tokens([(QUERIES, dq), (KEYS, dk), (KEYS, dv)])
         own_sink, own_alibi = (None if x is None else x[share.queries] for x in (sink, alibi))
-        found = per_head(rows, own_sink, own_alibi, dslopes)
+        found = per_head(queries, own_sink, own_alibi, dslopes)
         return dq, dk, dv, *(self._spread(x, like) for x, like in zip(found, (sink, alibi), strict=True))
 
     def _spread(self, own: torch.Tensor, like: Optional) -> torch.Tensor:
@@ -108,15 +111,15 @@ class HybridPasses:
         return HeadExchange(self.group, assign_heads(self.heads, self.kv_heads, self.group.size))
 
     def _passes(self) -> Passes:
-        """Return the ring's passes for this rank's heads alone."""
+        """Return the ring's passes with the slopes and seeds of this rank's heads alone."""
         scores, queries = self.passes.scores, self._share.queries
         slopes = None if scores.alibi is None else scores.alibi[queries]
         seeds = None if scores.seeds is None else seeds_from(scores.seeds, queries.start)
         return replace(self.passes, scores=replace(scores, alibi=slopes, seeds=seeds))
 
 
-def _rows(documents: Optional) -> list[tuple[str, torch.Tensor]]:
-    return [] if documents is None else [(ROWS, documents)]
+def _per_token(documents: Optional) -> list[tuple[str, torch.Tensor]]:
+    return [] if documents is None else [(PER_TOKEN, documents)]
 
 
 def seeds_from(seeds: torch.Tensor, head: int) -> torch.Tensor:
@@ -133,7 +136,7 @@ def expand(share: Share, k: torch.Tensor, v: torch.Tensor) -> Pair:
     return k.index_select(1, index), v.index_select(1, index)
 
 
-def fold(share: Share, gradients: Pair) -> Pair:
+def sum_copies(share: Share, gradients: Pair) -> Pair:
     """Return the gradients of `expand`'s arguments: the copies' gradients, summed in fp32 or fp64."""
     if share.expand is None:
         return gradients

@@ -33,7 +33,7 @@ class FusedABC(torch.autograd.Function):
         with on_device(x.q.device):
             call = _call(x, scale)
             masses, keys, values = _states(call, x)
-            call.output(masses, keys, values, out)()
+            call.output(masses, keys, values, out).run()
         return out, masses.boundary[:, :, -1].clone(), keys[:, :, -1].clone(), values[:, :, -1].clone()
 
     @staticmethod
@@ -50,17 +50,17 @@ class FusedABC(torch.autograd.Function):
             gain = (dkeys * keys[:, :, -1]).sum(-1) + (dvalues * values[:, :, -1]).sum(-1)
             gain = gain if dz is None else gain - dz
             rows, reads = call.queries(masses, keys, values, dout, dq)
-            rows()
+            rows.run()
             of_keys = _state_gradients(call, call.q, reads.g, masses, dkeys)
             of_values = _state_gradients(call, dout, reads.p, masses, dvalues)
             of_masses = _state_gradients(
                 call, call.ones(x.q.shape[1]), reads.c, masses, gain[..., None].contiguous()
             )  # fmt: skip
-            call.keys(call.k, call.q, reads.g, masses, of_keys, dk)()
-            call.keys(call.v, dout, reads.p, masses, of_values, dv)()
-            call.control(call.k, call.q, reads.g, masses, of_keys, ds, first=True)()
-            call.control(call.v, dout, reads.p, masses, of_values, ds, first=False)()
-            call.mass(reads.c, masses, of_masses, ds)()
+            call.keys(call.k, call.q, reads.g, masses, of_keys, dk).run()
+            call.keys(call.v, dout, reads.p, masses, of_values, dv).run()
+            call.control(call.k, call.q, reads.g, masses, of_keys, ds, first=True).run()
+            call.control(call.v, dout, reads.p, masses, of_values, ds, first=False).run()
+            call.mass(reads.c, masses, of_masses, ds).run()
         dkeys, dvalues, gain = of_keys[:, :, 0].clone(), of_values[:, :, 0].clone(), of_masses[:, :, 0, :, 0]
         dz = (dkeys * x.keys).sum(-1) + (dvalues * x.values).sum(-1) - gain
         return None, dq, dk, dv, ds.to(x.s_k.dtype), None, dz, None, dkeys, dvalues, None, None
@@ -75,12 +75,12 @@ def _states(call: Causal, x: ABCTensors) -> tuple[Masses, torch.Tensor, torch.Te
     """Return the log masses, and the states of keys and of values before each chunk and after the last."""
     launches, masses = call.masses(x.z_k.contiguous())
     for launch in launches:
-        launch()
+        launch.run()
     found = []
     for tokens, start in ((call.k, x.keys), (call.v, x.values)):
         launch, states = call.write(tokens, masses)
-        launch()
-        call.scan(states, start.contiguous(), masses, down=False)()
+        launch.run()
+        call.scan(states, start.contiguous(), masses, down=False).run()
         found.append(states)
     return masses, found[0], found[1]
 
@@ -90,6 +90,6 @@ def _state_gradients(
 ) -> torch.Tensor:
     """Return the gradient of a state at each chunk boundary, from that at the end."""
     launch, states = call.write(x, masses, y)
-    launch()
-    call.scan(states, last, masses, down=True)()
+    launch.run()
+    call.scan(states, last, masses, down=True).run()
     return states

@@ -33,7 +33,7 @@ class FusedCosine(torch.autograd.Function):
         with on_device(x.q.device):
             call = _call(x, on_query)
             queries, keys, states = _states(call, x.state)
-            call.output(queries, keys, states, out)()
+            call.output(queries, keys, states, out).run()
         return out, states[:, :, -1].clone()
 
     @staticmethod
@@ -45,11 +45,11 @@ class FusedCosine(torch.autograd.Function):
         with on_device(x.q.device):
             call = _call(x, ctx.on_query)
             queries, keys, states = _states(call, x.state)
-            call.queries(queries, keys, dout, states, dq, of_queries)()
-            call.write(queries, dout, states, after=False)()  # states now hold the gradient of S
-            call.scan(states, dstate, down=True)()
-            call.keys(queries, keys, dout, states, dk, of_keys)()
-            call.values(queries, keys, dout, states, dv)()
+            call.queries(queries, keys, dout, states, dq, of_queries).run()
+            call.write(queries, dout, states, after=False).run()  # states now hold the gradient of S
+            call.scan(states, dstate, down=True).run()
+            call.keys(queries, keys, dout, states, dk, of_keys).run()
+            call.values(queries, keys, dout, states, dv).run()
         return None, dq, dk, dv, dsize, states[:, :, 0].clone(), None, None
 
 
@@ -62,9 +62,9 @@ def _states(call: Causal, start: torch.Tensor) -> tuple[Side, Side, torch.Tensor
     """Return the factors of queries, those of keys, and the state before each chunk and after the last."""
     first, queries = call.lengths(queries=True)
     second, keys = call.lengths(queries=False)
-    first()
-    second()
+    first.run()
+    second.run()
     states = call.states()
-    call.write(keys, call.v, states, after=True)()
-    call.scan(states, start.contiguous(), down=False)()
+    call.write(keys, call.v, states, after=True).run()
+    call.scan(states, start.contiguous(), down=False).run()
     return queries, keys, states

@@ -32,14 +32,14 @@ LEAST_BYTES = 1 << 16  # offloading smaller tensors is not worth the copy
 class Offloaded:
     """A tensor in host memory, and its copy on the device once it is prefetched."""
 
-    def __init__(self, store: HostStore, host: torch.Tensor, device: torch.device, left: Any) -> None:
-        self.host, self.device, self.left = host, device, left  # left: event after the copy to the host
+    def __init__(self, store: HostStore, host: torch.Tensor, device: torch.device, copied_out: Any) -> None:
+        self.host, self.device, self.copied_out = host, device, copied_out  # event after the copy to the host
         self.store, self.layer = store, store.layers
-        self.coming: torch.Tensor | None = None  # on the device, while its copy runs
-        self.arrived: Any = None  # event after the copy to the device
-        self.stream: Any = None  # compute stream that `coming` was allocated on
+        self.on_device: torch.Tensor | None = None  # allocated; complete after `copied_in`
+        self.copied_in: Any = None  # event after the copy to the device
+        self.stream: Any = None  # compute stream that `on_device` was allocated on
         self.taken = False
-        self.wanted = False  # used a second time, after the recomputation, through `result`
+        self.needed_in_backward = False  # used a second time, after the recomputation, through `result`
         self._again: torch.Tensor | None = None
 
     def result(self) -> torch.Tensor:
@@ -50,8 +50,8 @@ class Offloaded:
 
     def __del__(self) -> None:
         # Prefetched but never taken: its memory must not be reused before the copy into it is done.
-        if self.coming is not None and self.stream is not None:
-            self.stream.wait_event(self.arrived)
+        if self.on_device is not None and self.stream is not None:
+            self.stream.wait_event(self.copied_in)
 
 
 class _Recording(threading.local):
@@ -64,7 +64,7 @@ _recording = _Recording()
 
 
 class HostStore:
-    """Keep tensors in host memory between forward and backward; one store per model.
+    """Keep tensors of any shape and dtype in host memory between forward and backward; one store per model.
 
     Args:
         everything: also copy small tensors and CPU tensors, to test the store without a GPU.
@@ -103,13 +103,13 @@ class HostStore:
         """Return the tensor on its device, and start fetching the other tensors of its layer."""
         if isinstance(kept, torch.Tensor):
             return kept
-        self._free_before(self.layers + 1)
+        self._free_before(self.layers + 1)  # backward has begun: no layer will put another tensor, so free all
         self._fetch(kept)
         self.fetch(kept.layer)
-        tensor, kept.coming, kept.taken = kept.coming, None, True
+        tensor, kept.on_device, kept.taken = kept.on_device, None, True
         assert tensor is not None
-        if kept.arrived is not None:
-            torch.cuda.current_stream(kept.device).wait_event(kept.arrived)
+        if kept.copied_in is not None:
+            torch.cuda.current_stream(kept.device).wait_event(kept.copied_in)
             kept.stream = None
         return tensor
 
@@ -138,44 +138,44 @@ class HostStore:
     def fetch_again(self, layer: int) -> None:
         """Start fetching what a layer uses a second time: its input, which was freed after the recomputation."""
         for offloaded in (ref() for ref in self.order):
-            if offloaded is not None and offloaded.layer == layer and offloaded.taken and offloaded.wanted:
+            if offloaded is not None and offloaded.layer == layer and offloaded.taken and offloaded.needed_in_backward:
                 self._fetch(offloaded)
 
     def _free_before(self, layer: int) -> None:
         """Free the tensors that layers before ``layer`` have offloaded, in stream order after their copies."""
-        for owner, tensor, left in self.leaving:
-            if owner < layer and left is not None:
-                torch.cuda.current_stream(tensor.device).wait_event(left)
+        for owner, tensor, copied_out in self.leaving:
+            if owner < layer and copied_out is not None:
+                torch.cuda.current_stream(tensor.device).wait_event(copied_out)
         self.leaving = [held for held in self.leaving if held[0] >= layer]
 
     def _copy_out(self, tensor: torch.Tensor) -> Offloaded:
         if tensor.device.type != "cuda":
-            host, left = tensor.clone(), None
+            host, copied_out = tensor.clone(), None
         else:
             side = _stream(self._out, tensor.device)
             side.wait_stream(torch.cuda.current_stream(tensor.device))  # the tensor must be computed first
             with torch.cuda.stream(side):
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 host.copy_(tensor, non_blocking=True)
-                left = side.record_event()
-        self.leaving.append((self.layers, tensor, left))
-        return Offloaded(self, host, tensor.device, left)
+                copied_out = side.record_event()
+        self.leaving.append((self.layers, tensor, copied_out))
+        return Offloaded(self, host, tensor.device, copied_out)
 
     def _fetch(self, offloaded: Offloaded) -> None:
-        if offloaded.coming is not None:
+        if offloaded.on_device is not None:
             return
-        if offloaded.left is None:
-            offloaded.coming = offloaded.host.clone()
+        if offloaded.copied_out is None:
+            offloaded.on_device = offloaded.host.clone()
             return
         # Allocated on the compute stream, where it is freed. The copy waits until that stream has reached this point,
         # and until the copy to the host is done.
         side, offloaded.stream = _stream(self._back, offloaded.device), torch.cuda.current_stream(offloaded.device)
-        offloaded.coming = torch.empty_like(offloaded.host, device=offloaded.device)
+        offloaded.on_device = torch.empty_like(offloaded.host, device=offloaded.device)
         side.wait_stream(offloaded.stream)
-        side.wait_event(offloaded.left)
+        side.wait_event(offloaded.copied_out)
         with torch.cuda.stream(side):
-            offloaded.coming.copy_(offloaded.host, non_blocking=True)
-            offloaded.arrived = side.record_event()
+            offloaded.on_device.copy_(offloaded.host, non_blocking=True)
+            offloaded.copied_in = side.record_event()
 
 
 def fetch_ahead(query: torch.Tensor) -> None:

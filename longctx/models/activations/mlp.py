@@ -20,7 +20,7 @@ from longctx.nn.tokenwise import tiled
 _MLP = re.compile(r"(MLP|Mlp|FeedForward|FFN)$")
 _SPARSE = re.compile(r"Router|Experts?$|SparseM|M[oO][eE]$|MoeBlock$")  # routed MLPs: the weights depend on the token
 _SETTINGS = "longctx_tiled_mlp"
-_LEAST = 128
+_MIN_TILE = 128  # tokens: smaller products would not fill a matrix unit
 
 
 def find_mlps(model: torch.nn.Module) -> tuple[list[torch.nn.Module], list[str]]:
@@ -45,8 +45,8 @@ def tile_mlps(model: torch.nn.Module, tile: Tile = "auto") -> list[torch.nn.Modu
     whole), or every tile would gather its weights again; ``initialize(memory=…)`` sets that.
 
     Args:
-        tile: tokens per tile; "auto" is half the hidden size, at least 128, so that a tile's intermediates are smaller
-            than the weights of all but the smallest models.
+        tile: tokens per tile; "auto" is half the hidden size, but at least 128. From a hidden size of 256 on, a tile's
+            intermediates are smaller than the weights.
 
     Raises:
         ModelError: no MLP found, or only mixture-of-experts blocks.
@@ -70,7 +70,7 @@ def _tiled_forward(kind: Any) -> Any:
     @wraps(plain)
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         given = getattr(self, _SETTINGS)
-        tile = max(_LEAST, x.shape[-1] // 2) if given == "auto" else given
+        tile = max(_MIN_TILE, x.shape[-1] // 2) if given == "auto" else given
         draws = self.training and any(
             isinstance(part, torch.nn.Dropout) and part.p > 0 for part in self.modules()
         )  # fmt: skip
@@ -129,6 +129,7 @@ def _outermost(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _takes_one(module: torch.nn.Module) -> bool:
+    """Return whether forward needs one argument besides self."""
     parameters = inspect.signature(type(module).forward).parameters.values()
     # two without a default: self and the input
     return sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters) == 2

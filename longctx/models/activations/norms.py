@@ -90,4 +90,5 @@ def _projected(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def _takes_one(module: torch.nn.Module) -> bool:
+    """Return whether forward takes self and one tensor, and nothing else."""
     return len(inspect.signature(type(module).forward).parameters) == 2

@@ -19,7 +19,7 @@ from longctx.models.hook.bounded_layer import NOTES, attend_bounded, bounded_chi
 from longctx.models.hook.documents import sharded_documents, whole_documents
 from longctx.models.hook.dropout import layer_seeds
 from longctx.models.hook.masks import MaskRule
-from longctx.models.hook.probe import without_mixing
+from longctx.models.hook.position_probe import without_mixing
 
 # Keywords that a model passes on to its attention and that change nothing here.
 _HARMLESS = frozenset(
@@ -63,7 +63,7 @@ def longctx_attention(
         query: (B, H, T, D).
         key: (B, G, Tk, D), G dividing H; Tk > T only with a cache, on one device.
         value: (B, G, Tk, Dv).
-        attention_mask: what ``document_mask`` returned, or None. A T×T mask is refused.
+        attention_mask: what ``document_ids_as_mask`` returned, or None. A T×T mask is refused.
         sliding_window: keys visible to the left including self (and as many to the right if not causal).
         document_ids: (B, T) of the local tokens, -1 at padding: required if the sequence is sharded.
         position_ids: (B or 1, T); documents of an unsharded sequence are derived from them without document_ids.
@@ -78,56 +78,65 @@ def longctx_attention(
     Raises:
         ModelError: a requested feature is not supported, or document_ids is missing on a shard.
     """
-    binding = binding_of(module)
+    binding, mixer, causal = binding_of(module), bounded_child(module), _causal(module, is_causal)
     _refuse(module, others)
-    causal = _causal(module, is_causal)
-    memory = bounded_child(module)
     decoding = binding is not None and binding.cache is not None and binding.cache.ready
     if not decoding:  # while decoding, the mask is that of the whole context
-        _check_mask(module, attention_mask, None if memory is not None else key.shape[2])
-    if binding is not None and (binding.seen is not None or not binding.checked):
-        binding.called.add(id(module))
+        _check_mask(module, attention_mask, None if mixer is not None else key.shape[2])
+    if mixer is None:
+        _agree(module, getattr(attention_mask, "longctx_rule", None), causal, sliding_window)
     query, key, value = _autocast(query, key, value)
-    if binding is not None and binding.seen is not None:
-        if memory is None:
-            _agree(module, getattr(attention_mask, "longctx_rule", None), causal, sliding_window)
-        module.__dict__.pop(NOTES, None)  # the probe skips bounded-state layers too
-        binding.seen.append(torch.cat([x[0].transpose(0, 1).flatten(1) for x in (query, key, value)], 1).float())
-        return without_mixing(query, key, value), None
-    fetch_ahead(query)
-    extras: dict[str, Any] = {"softcap": softcap, "sink": s_aux}
+    if binding is not None and (binding.probe_records is not None or not binding.checked):
+        binding.called.add(id(module))  # for trace.judge, which looks for layers that never got here
+    if binding is not None and binding.probe_records is not None:  # position_probe.py runs the model
+        return _record_for_probe(module, binding.probe_records, query, key, value), None
+
+    fetch_ahead(query)  # registers the prefetch of offloaded activations; does nothing in other models
+    options: dict[str, Any] = {"softcap": softcap, "sink": s_aux}
     if dropout and module.training:
-        extras |= {"dropout_p": dropout, "dropout_seed": layer_seeds(module, query, dropout_seeds)}
-    if memory is not None:
+        options |= {"dropout_p": dropout, "dropout_seed": layer_seeds(module, query, dropout_seeds)}
+    if mixer is not None:  # ABC, Cottention, window: its own modes are in attend_bounded
         out = attend_bounded(
             module, binding, query, key, value, attention_mask, causal=causal, scale=scaling,
-            document_ids=document_ids, position_ids=position_ids, extras=extras,
+            document_ids=document_ids, position_ids=position_ids, options=options,
         )  # fmt: skip
         return out, None
-    _agree(module, getattr(attention_mask, "longctx_rule", None), causal, sliding_window)
-    extras["scale"] = scaling
-    window: int | tuple[int, int] | None = sliding_window
-    if sliding_window is not None and not causal:
-        window = (sliding_window - 1, sliding_window - 1)  # keys strictly to the left and to the right
-    if decoding:
-        out = _decode(module, query, causal, sliding_window, extras)
-        return out.transpose(1, 2).contiguous(), None
-    mesh, layout, ids = None, "contiguous", None
-    if binding is not None and binding.sharded:
-        mesh, layout = binding.mesh, binding.layout
+
+    options |= {"scale": scaling, "causal": causal, "window": _window(sliding_window, causal)}
+    if decoding:  # new tokens, which every rank holds, and a cache sharded over the ranks
+        out = _decode(module, query, sliding_window, options)
+    elif binding is not None and binding.sharded:  # a shard of the sequence: training, evaluation, prefill
         ids = sharded_documents(module, query, key, attention_mask, document_ids)
-    elif query.shape[2] == key.shape[2]:
-        ids = whole_documents(query, attention_mask, document_ids, position_ids)
-    else:
-        out = _cached(
-            module, query, key, value, attention_mask, position_ids, causal=causal, window=window, extras=extras
-        )
-        return out.transpose(1, 2).contiguous(), None
-    out = ring_attention(  # type: ignore[assignment]  # return_lse is off: one tensor
-        query, key, value, mesh=mesh, layout=layout, causal=causal, window=window, document_ids=ids,
-        backend="auto" if binding is None else binding.backend, **extras,
-    )  # fmt: skip
+        options |= {"mesh": binding.mesh, "layout": binding.layout, "document_ids": ids, "backend": binding.backend}
+        out = ring_attention(query, key, value, **options)  # type: ignore[assignment]  # return_lse is off: one tensor
+    elif query.shape[2] == key.shape[2]:  # the whole sequence on this device
+        ids_or_none = whole_documents(query, attention_mask, document_ids, position_ids)
+        options |= {"layout": "contiguous", "document_ids": ids_or_none}
+        options |= {"backend": "auto" if binding is None else binding.backend}
+        out = ring_attention(query, key, value, **options)  # type: ignore[assignment]
+    else:  # new tokens and a growing cache on this device
+        out = _cached(module, query, key, value, attention_mask, position_ids, options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _window(sliding_window: int | None, causal: bool) -> int | tuple[int, int] | None:
+    """Return the window as `ring_attention` takes it: a number includes the token itself, a pair does not."""
+    if sliding_window is None or causal:
+        return sliding_window
+    return sliding_window - 1, sliding_window - 1
+
+
+def _record_for_probe(
+    module: torch.nn.Module,
+    records: list[torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> torch.Tensor:
+    """Append each token's q, k and v, (T, features) fp32, and return (B, T, H, Dv) in which no tokens are mixed."""
+    module.__dict__.pop(NOTES, None)  # bounded layers do not run either
+    records.append(torch.cat([x[0].transpose(0, 1).flatten(1) for x in (query, key, value)], 1).float())
+    return without_mixing(query, key, value)
 
 
 def _refuse(module: torch.nn.Module, others: dict[str, Any]) -> None:
@@ -156,7 +165,7 @@ def _causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
 
 
 def _check_mask(module: torch.nn.Module, mask: torch.Tensor | None, keys: int | None) -> None:
-    """Raise for masks other than ``document_mask``'s; ``keys`` is None if the layer does not cache keys."""
+    """Raise for masks other than ``document_ids_as_mask``'s; ``keys`` is None if the layer does not cache keys."""
     if mask is None:
         return
     ours = isinstance(mask, torch.Tensor) and mask.dtype == torch.int32 and mask.dim() == 4
@@ -186,15 +195,14 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensors
 
 
-def _decode(
-    module: torch.nn.Module, query: torch.Tensor, causal: bool, window: int | None, extras: dict[str, Any]
-) -> torch.Tensor:
+def _decode(module: torch.nn.Module, query: torch.Tensor, window: int | None, options: dict[str, Any]) -> torch.Tensor:
     """Attend from the newest tokens, which every rank holds, to a cache that is sharded over the ranks."""
     binding = binding_of(module)
     assert binding is not None
-    if not causal:
+    if not options["causal"]:
         raise ModelError(f"{type(module).__name__} attends in both directions: it has no cache to generate from")
-    out: torch.Tensor = binding.cache.attend(int(module.layer_idx), query, window=window, **extras)  # type: ignore[arg-type]
+    options = {name: value for name, value in options.items() if name != "causal"} | {"window": window}
+    out: torch.Tensor = binding.cache.attend(int(module.layer_idx), query, **options)  # type: ignore[arg-type]
     return out
 
 
@@ -205,18 +213,16 @@ def _cached(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    *,
-    causal: bool,
-    window: int | tuple[int, int] | None,
-    extras: dict[str, Any],
+    options: dict[str, Any],
 ) -> torch.Tensor:
     """Attend from the newest tokens to a growing cache on one device; the last query sees the last key."""
     tokens, keys = query.shape[2], key.shape[2]
     if tokens > keys:
         raise ModelError(f"{type(module).__name__}: {tokens} queries, only {keys} keys: this is not self-attention")
     ids = None if mask is None or mask.shape[3] == 1 else mask[:, 0, 0]
-    first = getattr(module, "longctx_checks", getattr(module, "layer_idx", None) in (0, None))
-    if position_ids is not None and position_ids.dim() == 2 and first:
+    # Positions are equal in all layers, so one layer checks them: bounded_layer.py marks it, else it is the first.
+    checks = getattr(module, "longctx_checks", getattr(module, "layer_idx", None) in (0, None))
+    if position_ids is not None and position_ids.dim() == 2 and checks:
         known = keys if ids is None else (ids >= 0).sum(-1)
         if bool((position_ids[:, -1] + 1 < known).any()):
             raise ModelError(
@@ -224,7 +230,5 @@ def _cached(
                 "cached, and which keys belong to this token's document is no longer known; use use_cache=False"
             )
     own = None if ids is None else ids[:, -tokens:]
-    out, _ = block_attention(
-        query, key, value, causal=causal, window=window, document_ids=own, key_document_ids=ids, **extras
-    )
+    out, _ = block_attention(query, key, value, document_ids=own, key_document_ids=ids, **options)
     return out

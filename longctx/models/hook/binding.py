@@ -1,4 +1,9 @@
-"""Binding: the mesh and layout of a model, stored on each of its modules. One object per model, no global state."""
+"""Binding: the mesh and layout of a model, stored on each of its modules. One object per model, no global state.
+
+Attributes that longctx sets on a model's modules: `longctx_binding`, `longctx_module_index` (here); `longctx_notes`,
+`longctx_checks`, `longctx_hooks` (bounded_layer.py); `longctx_tiled_mlp`, `longctx_tiled_loss` (activations/). On
+tensors: `longctx_rule`, the mask's rule (masks.py); `longctx_micro_batch` (engine/step).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from longctx.mesh import Mesh
 from longctx.models.hook.positions import PositionRule
 
 ATTRIBUTE = "longctx_binding"
-_PLACE = "longctx_place"
+_INDEX = "longctx_module_index"
 
 
 @dataclass(eq=False)
@@ -24,9 +29,9 @@ class Binding:
     drops: bool = False  # the model asks for attention dropout in training
     configs: list[Any] = field(default_factory=list)  # every transformers config of the model, nested ones too
     checked: bool = False  # the first forward has been verified
-    called: set[int] = field(default_factory=set)  # id of each module that reached longctx in the first forward
+    called: set[int] = field(default_factory=set)  # ids of modules that reached longctx, in a probe or first forward
     rule: PositionRule | None = None  # how the model counts positions, once ``probe`` has measured it
-    seen: list[torch.Tensor] | None = None  # while a probe runs: each token's q, k, v in every attention so far
+    probe_records: list[torch.Tensor] | None = None  # while a probe runs: each attention's q, k, v, (T, features) fp32
     document_ids: torch.Tensor | None = None  # of the current forward; RoPE needs to know which tokens are padding
     cache: Any = None  # a decode.caches.sharded.ShardedCache during a sharded generation
     handles: list[Any] = field(default_factory=list)  # forward hooks, removed when the model is attached again
@@ -41,9 +46,9 @@ class Binding:
 
     def bind(self, model: torch.nn.Module) -> None:
         """Store this binding on every module, because any of them may call the attention function."""
-        for place, module in enumerate(model.modules()):
+        for index, module in enumerate(model.modules()):
             setattr(module, ATTRIBUTE, self)
-            setattr(module, _PLACE, place)
+            setattr(module, _INDEX, index)
 
 
 def binding_of(module: torch.nn.Module) -> Binding | None:
@@ -51,6 +56,6 @@ def binding_of(module: torch.nn.Module) -> Binding | None:
     return getattr(module, ATTRIBUTE, None)
 
 
-def place_of(module: torch.nn.Module) -> int:
+def module_index(module: torch.nn.Module) -> int:
     """Return the index of ``module`` among its model's modules, the same on every rank; if unbound, its layer index."""
-    return int(getattr(module, _PLACE, getattr(module, "layer_idx", None) or 0))
+    return int(getattr(module, _INDEX, getattr(module, "layer_idx", None) or 0))

@@ -1,4 +1,8 @@
-"""Determine which document each token of an attention call belongs to, from the keywords that the model passes on."""
+"""Determine which document each token of an attention call belongs to, from the keywords that the model passes on.
+
+``mask`` is what ``document_ids_as_mask`` returned: (B, 1, 1, keys) int32 document ids, -1 at padding; (B, 1, 1, 1) for
+one document without padding. ``query`` (B, H, T, D) and ``key`` (B, G, Tk, D) give the numbers of tokens.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +42,9 @@ def whole_documents(
 ) -> torch.Tensor | None:
     """Return the (B, T) int32 document ids of an unsharded sequence, or None if it is one document without padding.
 
-    position_ids take precedence over the mask: transformers does not detect packed documents if a cache or a 2D mask is
-    given, and they would then attend to each other.
+    document_ids take precedence, and an id that returns is a new document, as for position_ids. Those take precedence
+    over the mask: transformers does not detect packed documents if a cache or a 2D mask is given, and they would then
+    attend to each other.
     """
     found = None if mask is None or mask.shape[3] == 1 and query.shape[2] != 1 else mask[:, 0, 0]
     if document_ids is not None:

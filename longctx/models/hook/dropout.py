@@ -14,7 +14,7 @@ import torch
 
 from longctx.attention.arguments import GOLDEN, wrapped
 from longctx.errors import ModelError
-from longctx.models.hook.binding import binding_of, place_of
+from longctx.models.hook.binding import binding_of, module_index
 
 _NAMES = re.compile("att.*drop|drop.*att")  # attention_dropout, attn_pdrop, attention_probs_dropout_prob, …
 
@@ -49,4 +49,4 @@ def layer_seeds(module: torch.nn.Module, query: torch.Tensor, seeds: torch.Tenso
         return torch.randint(-(2**63), 2**63 - 1, (batch,), device=query.device)
     if tuple(seeds.shape) != (batch,) or seeds.dtype != torch.int64:
         raise ModelError(f"dropout_seeds {tuple(seeds.shape)} of {seeds.dtype}: {name} needs ({batch},) int64")
-    return seeds.to(query.device) + wrapped(place_of(module) * GOLDEN)
+    return seeds.to(query.device) + wrapped(module_index(module) * GOLDEN)

@@ -20,12 +20,12 @@ class MaskRule(NamedTuple):
     """A transformers mask as parameters, without its T×T values."""
 
     causal: bool
-    window: int | None  # keys visible to the left including self (and as many to the right if not causal)
+    window: int | None  # keys visible to the left including self (and as many to the right if not causal); None: all
     documents: torch.Tensor | None  # (B or 1, T) ids of packed documents that transformers derived from position_ids
 
 
 @torch.compiler.disable  # the compiler cannot inspect closures
-def document_mask(
+def document_ids_as_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -75,8 +75,8 @@ def document_mask(
     if ids is None:
         ids = torch.zeros(1, 1, dtype=torch.int32, device=device).expand(batch_size, 1)
     mask = ids[:, None, None, :]
-    # The attention function compares its keywords with this rule. A checkpoint that recomputes loses the attribute, but
-    # only after the first forward, which has been checked.
+    # The attention function compares its keywords with this rule. Recomputation under activation checkpointing loses
+    # the attribute, but only after the first forward, which has been checked.
     mask.longctx_rule = MaskRule(rule.causal, rule.window, None)  # type: ignore[attr-defined]
     return mask
 
@@ -91,7 +91,7 @@ def read_rule(mask_function: Callable[..., Any] | None) -> MaskRule:
         if name == "sliding_window_overlay":
             window = int(variables["sliding_window"])
         elif name == "sliding_window_bidirectional_overlay":
-            window = int(variables["sliding_window"]) + 1  # transformers gives the distance here, not the keys
+            window = int(variables["sliding_window"]) + 1  # transformers gives the distance here, without self
         elif name == "packed_sequence_mask_function":
             documents = variables["packed_sequence_mask"]
     return MaskRule(causal, window, documents)
@@ -133,7 +133,8 @@ def documents_from_positions(position_ids: torch.Tensor, valid: torch.Tensor | N
     Args:
         position_ids: (B, T).
         valid: (B, T) bool, False at padding, whose positions are ignored. After padding a document continues if its
-            positions do, whether or not they count the padding. Padding gets the id of the document before it.
+            positions do, whether or not they count the padding. Padding gets the id of the document before it; the
+            caller overwrites it with -1.
     """
     if valid is None:
         starts = position_ids[:, 1:] != position_ids[:, :-1] + 1

@@ -25,7 +25,7 @@ def table_of_positions(model: nn.Module) -> int | None:
 
 @dataclass(frozen=True)
 class PositionRule:
-    """How a model counts positions without position_ids; measured by ``models.hook.probe``.
+    """How a model counts positions without position_ids; measured by ``models.hook.position_probe``.
 
     Attributes:
         counts: which tokens before a token its position counts: all ("index", as Llama), those that are valid in the

@@ -14,7 +14,7 @@ import torch
 
 from longctx.errors import ModelError
 from longctx.models.hook.binding import Binding
-from longctx.models.hook.probe import position_rule
+from longctx.models.hook.position_probe import position_rule
 from longctx.models.hook.trace import Trace, judge
 from longctx.models.hook.wrapped import inner_models
 from longctx.models.names import NAME
@@ -40,7 +40,7 @@ class _Watcher:
 
     def before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         binding = self.binding
-        if binding.seen is not None:  # the probe's own forward
+        if binding.probe_records is not None:  # the probe's own forward
             return
         binding.document_ids = kwargs.get("document_ids")
         check_attention(model, binding)
@@ -57,13 +57,13 @@ class _Watcher:
             self.trace.__enter__()
 
     def inner(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.binding.seen is None:
+        if self.binding.probe_records is None:
             arguments = named(model, args, kwargs)
             check_keywords(model, arguments, self.binding.cache)
             refuse_added_loss(type(model).__name__, arguments, self.binding.configs)
 
     def after(self, model: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.binding.checked or self.binding.seen is not None or self.trace is None:
+        if self.binding.checked or self.binding.probe_records is not None or self.trace is None:
             return
         self.trace.stop()
         if output is None:  # the forward raised, and its own error is the one to report

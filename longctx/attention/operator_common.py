@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 import torch
 
 from longctx.attention import sink as sinks
-from longctx.attention.backends.base import Rows, accumulator_dtype
+from longctx.attention.backends.base import BackwardQueries, accumulator_dtype
 from longctx.attention.backends.choose import choose_backend, pattern_of
 from longctx.attention.band import Rule
 from longctx.attention.comm import LocalLink, ProcessLink
@@ -48,7 +48,8 @@ class BlockSettings(NamedTuple):
 
 
 class RingSettings(NamedTuple):
-    """All other arguments of `ring_attention`, checked. mesh: its registered key; "" is a ring of one rank."""
+    """All other arguments of `ring_attention`, checked. documents (B, T), seeds (B,). An operator takes no Mesh, so
+    `mesh` is its key, from which `longctx.mesh.from_key` returns it; "" is a ring of one rank."""
 
     documents: torch.Tensor | None
     seeds: torch.Tensor | None
@@ -104,12 +105,12 @@ def make_passes(q: torch.Tensor, v: torch.Tensor, alibi: torch.Tensor | None, se
 
 
 def per_head(
-    rows: Rows, sink: torch.Tensor | None, alibi: torch.Tensor | None, dalibi: torch.Tensor | None
+    queries: BackwardQueries, sink: torch.Tensor | None, alibi: torch.Tensor | None, dalibi: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (dsink, dalibi), each (H,) in its input's dtype, or empty without that input: an operator cannot return
     None."""
-    dsink = rows.lse.new_empty(0) if sink is None else sinks.gradient(rows, sink).to(sink.dtype)
-    slopes = rows.lse.new_empty(0) if alibi is None or dalibi is None else dalibi.to(alibi.dtype, copy=True)
+    dsink = queries.lse.new_empty(0) if sink is None else sinks.gradient(queries, sink).to(sink.dtype)
+    slopes = queries.lse.new_empty(0) if alibi is None or dalibi is None else dalibi.to(alibi.dtype, copy=True)
     return dsink, slopes
 
 
@@ -124,7 +125,7 @@ def fake_forward(
 def fake_backward(
     dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, *arguments: Any
 ) -> tuple[torch.Tensor, ...]:
-    """Return the gradients of the inputs without values, for tracing."""
+    """Return the gradients of the five inputs without values, each shaped as its input, for tracing."""
     inputs = arguments[: len(AttentionInputs._fields)]
     return tuple(lse.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 

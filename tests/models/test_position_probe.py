@@ -12,8 +12,8 @@ import longctx
 from longctx.errors import ModelError
 from longctx.models.attach import attach_attention
 from longctx.models.hook.binding import binding_of
+from longctx.models.hook.position_probe import position_rule
 from longctx.models.hook.positions import PositionRule
-from longctx.models.hook.probe import position_rule
 
 
 def found(model: Any, ring: int = 2) -> PositionRule:

@@ -24,8 +24,8 @@ from longctx.models.hook.positions import PLAIN, PositionRule, table_of_position
 from longctx.models.hook.trace import Trace, judge
 
 _TOKENS, _PADDED = 8, 3
-_PLACE = 3  # position of all tokens in the first run
-_ROOM = 8  # largest first position that is tried
+_POSITION = 3  # of all tokens in the first run
+_TRIED = 8  # largest first position that is tried
 
 
 def without_mixing(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -80,27 +80,27 @@ def _probing(model: torch.nn.Module, binding: Binding) -> Iterator[None]:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        binding.seen = None
+        binding.probe_records = None
         for module, training in modes:
             module.training = training
 
 
 def _run(model: torch.nn.Module, binding: Binding, **inputs: Any) -> list[torch.Tensor]:
     """Return the tokens' features in every attention layer and in the output: a list of (T, features) fp32."""
-    binding.seen = []
+    binding.probe_records = []
     binding.called.clear()
     try:
         output = model(**inputs, use_cache=False) if _keeps_a_cache(model) else model(**inputs)
-        seen = binding.seen
+        records = binding.probe_records
     finally:
-        binding.seen = None
+        binding.probe_records = None
     logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
     if logits is None:
         logits = getattr(output, "last_hidden_state", None)
     tokens = inputs["input_ids"].shape[1]
     if isinstance(logits, torch.Tensor) and logits.dim() == 3 and logits.shape[1] == tokens:
-        seen.append(logits[0].float())
-    return seen
+        records.append(logits[0].float())
+    return records
 
 
 def _keeps_a_cache(model: Any) -> bool:
@@ -113,13 +113,13 @@ def _refuse_counting(model: torch.nn.Module, binding: Binding) -> None:
     token = torch.full((1, _TOKENS), _token(model), device=binding.mesh.device)
     inputs = {
         "input_ids": token,
-        "position_ids": torch.full_like(token, _PLACE),
+        "position_ids": torch.full_like(token, _POSITION),
         "document_ids": torch.zeros_like(token, dtype=torch.int32),
     }
     trace = Trace(model, _TOKENS)
     try:
         with trace:
-            seen = _run(model, binding, **inputs)
+            records = _run(model, binding, **inputs)
     except ModelError:
         raise
     except Exception as problem:
@@ -128,7 +128,7 @@ def _refuse_counting(model: torch.nn.Module, binding: Binding) -> None:
             f"{problem}. It cannot be sharded (docs/models.md)"
         ) from problem
     judge(model, trace.ran, binding.called)
-    if all(_difference(x, x[:1].expand_as(x)) <= _slack(model) for x in seen):
+    if all(_difference(x, x[:1].expand_as(x)) <= _slack(model) for x in records):
         return
     raise ModelError(
         f"{name} cannot run on a shard: {trace.first or name} gives equal tokens at equal position_ids different "
@@ -141,7 +141,7 @@ def _find_rule(model: torch.nn.Module, binding: Binding) -> PositionRule:
     """Return the rule for which outputs with the model's own positions equal outputs with given ones."""
     device, token = binding.mesh.device, _token(model)
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    length = min(_TOKENS + _ROOM, table_of_positions(model) or _TOKENS + _ROOM)
+    length = min(_TOKENS + _TRIED, table_of_positions(model) or _TOKENS + _TRIED)
     tokens = torch.full((1, _TOKENS), token, device=device)
     mask = (torch.arange(_TOKENS, device=device) >= _PADDED).long()[None]
     try:
@@ -183,11 +183,11 @@ def _find_rule(model: torch.nn.Module, binding: Binding) -> PositionRule:
     )
 
 
-def _mismatch(own: list[torch.Tensor], given: list[torch.Tensor], start: int, place: int) -> float:
-    """Return the relative difference of tokens from ``start`` on and those at positions from ``place`` on."""
+def _mismatch(own: list[torch.Tensor], given: list[torch.Tensor], start: int, position: int) -> float:
+    """Return the relative difference of tokens from ``start`` on and those at positions from ``position`` on."""
     if len(own) != len(given):
         return float("inf")
-    pairs = ((x[start:], y[place : place + len(x) - start]) for x, y in zip(own, given, strict=True))
+    pairs = ((x[start:], y[position : position + len(x) - start]) for x, y in zip(own, given, strict=True))
     return max((_difference(x, y) if x.shape == y.shape else float("inf") for x, y in pairs), default=0.0)
 
 
