@@ -14,7 +14,7 @@ moved.install()
 
 __version__ = "0.1.0"
 
-_PARTS = ("bounded", "nn")  # sub-packages that are used as such: longctx.nn.ABCAttention
+_PARTS = ("bounded", "hf", "nn")  # sub-packages that are used as such: longctx.nn.ABCAttention
 
 _HOME = {  # public name -> module it lives in
     "Mesh": "longctx.mesh",

@@ -30,6 +30,26 @@ def _sources(config: RunConfig) -> Iterator[Finding]:
             yield Finding("data.sources", "got an empty name; give a file, a folder or python-stdlib", "empty-name")
 
 
+def _weights(config: RunConfig) -> Iterator[Finding]:
+    weights, sources = config.data.weights, config.data.sources
+    if weights and len(sources) > 1 and len(weights) != len(sources):  # one source may be a folder of several
+        message = f"got {len(weights)} weights for {len(sources)} sources; give one for each, or remove the key"
+        yield Finding("data.weights", message, "count")
+
+
+def _long_documents(config: RunConfig) -> Iterator[Finding]:
+    data = config.data
+    if data.long_documents != "split" and data.packing == "concat":
+        message = f"got {data.long_documents!r}, but packing: concat splits documents at any row end; use best_fit"
+        yield Finding("data.long_documents", message, "idle-key")
+
+
+def _streaming(config: RunConfig) -> Iterator[Finding]:
+    if config.data.streaming and not any(source.startswith("hf:") for source in config.data.sources):
+        message = "is only for hf: sources (files are never copied); remove the key"
+        yield Finding("data.streaming", message, "idle-key")
+
+
 def _foreign_tokenizer(config: RunConfig) -> Iterator[Finding]:
     if config.data.foreign_tokenizer and config.model.pretrained is None:
         yield Finding("data.foreign_tokenizer", "has no effect without model.pretrained; remove the key", "idle-key")
@@ -61,8 +81,9 @@ def _vocabulary(config: RunConfig) -> Iterator[Finding]:
 
 
 def _positions(config: RunConfig) -> Iterator[Finding]:
-    positions = config.model.max_positions
-    if positions is not None and positions < config.data.sequence_length:
+    positions, rope = config.model.max_positions, config.model.rope
+    dynamic = rope is not None and rope.rope_type == "dynamic"  # extends rows beyond max_positions as they come
+    if positions is not None and not dynamic and positions < config.data.sequence_length:
         message = f"got {positions}, below data.sequence_length {config.data.sequence_length}; raise it or remove the "
         yield Finding("model.max_positions", message + "key", "length")
 
@@ -77,6 +98,9 @@ def _evaluation(config: RunConfig) -> Iterator[Finding]:
 RULES: tuple[Rule, ...] = (
     *(partial(_local_path, leaf) for leaf in leaves().values() if environment_ok(leaf.field)),
     _sources,
+    _weights,
+    _long_documents,
+    _streaming,
     _foreign_tokenizer,
     _trained_tokenizer,
     _keys_of_bpe,

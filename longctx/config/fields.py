@@ -84,7 +84,11 @@ Group = Annotated[
     BeforeValidator(human_tile, json_schema_input_type=int | str),
 ]
 Texts = Annotated[tuple[str, ...], BeforeValidator(listed, json_schema_input_type=str | list[str])]
+Weights = Annotated[
+    tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(listed, json_schema_input_type=list[float])
+]
 Pair = Annotated[tuple[float, float], BeforeValidator(listed, json_schema_input_type=list[float])]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(listed, json_schema_input_type=list[float])]
 Raw = dict[str, Any]
 
 

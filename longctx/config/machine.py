@@ -15,6 +15,7 @@ from longctx.config.findings import Finding, Rule, judge
 from longctx.config.hosts import parse_hostfile, require_users
 from longctx.config.pretrained import FOLDER_RULES
 from longctx.config.schema import RunConfig
+from longctx.config.stages import judge_run
 from longctx.data.sources.folder import would_read
 from longctx.errors import LaunchError
 
@@ -38,7 +39,7 @@ def inspect(config: RunConfig, starting: bool) -> Report:
     """
     notes: list[str] = []
     rules: list[Rule] = [_sources, _own_files, *FOLDER_RULES, _folder, _resume, _hostfile, _nvme, _tensorboard]
-    findings = judge([*rules, _disk] if starting else rules, config)
+    findings = judge_run([*rules, _disk] if starting else rules, config)
     if not starting:
         notes += [finding.message for finding in judge([_disk], config)]
     return Report(findings, [*_missing_plot(config), *notes])
@@ -59,10 +60,10 @@ def _sources(config: RunConfig) -> Iterator[Finding]:
                 yield Finding("data.sources", message, "missing-package")
             continue
         path = Path(source)
-        if not _exists(path):
+        if not _exists(path) and not _exists(Path(f"{source}.idx")):  # NAME of Megatron's NAME.idx
             message = f"{source!r} does not exist; give text files, .jsonl files, folders, or python-stdlib"
             yield Finding("data.sources", message, "no-file")
-        elif not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        elif _exists(path) and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
             yield Finding("data.sources", f"{source!r} cannot be read; change its permissions", "no-access")
         elif path.is_file() and path.stat().st_size == 0:
             yield Finding("data.sources", f"{source!r} is empty; give a file with text", "empty-file")

@@ -7,9 +7,7 @@ text are always in the same split.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -17,21 +15,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longctx.data.sources.document import Source
+from longctx.data.make import ASIDE, make_build
+from longctx.data.sources.document import CHAT, PAIR, Source
 from longctx.data.sources.folder import would_read
-from longctx.data.sources.text import AUTO, open_source, summarise
+from longctx.data.sources.text import AUTO, open_source
+from longctx.data.sources.tokenfiles import Ids
 from longctx.data.survey import Progress, Survey
-from longctx.data.tokenise import tokenise
-from longctx.data.tokenizers.special import CHOICES, COUNT, Special
-from longctx.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from longctx.data.tokenizers.chat import LOSSES, Loss, template_hash
+from longctx.data.tokenizers.special import CHOICES, Special
+from longctx.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from longctx.data.tokens import record as records
-from longctx.data.tokens.file import TokenFile
 from longctx.data.tokens.lock import locked
 from longctx.data.tokens.record import HELD_OUT, RECORD, TOKENIZER, TRAIN, Settings
-from longctx.data.tokens.writer import TokenWriter, disk_errors, publish_bytes, sync_folder
+from longctx.data.tokens.writer import publish_bytes
 from longctx.errors import DataError
 
-_ASIDE = ".building"
 _CLOCK_NS = 2 * 10**9  # a file changed less than this before the survey may change again unnoticed
 
 Sources = str | Path | Sequence[str | Path]
@@ -45,7 +43,8 @@ class TokenBuild:
         folder, train, held_out, tokenizer: paths; ``held_out`` is None if no share was asked for.
         vocabulary_size, tokenizer_hash: what the model and the loader must agree with.
         report: counts (documents, bytes, tokens, held_out_documents, held_out_tokens, empty, without_tokens,
-            special_strings, seconds), ``formats`` (files read in each), and ``skipped_files``, ``skipped_bytes`` and
+            special_strings, seconds; with conversations also conversations, without_labels, ignored_tokens),
+            ``formats`` (files read in each), and ``skipped_files``, ``skipped_bytes`` and
             ``skipped`` (by reason).
         record: key and settings of the build and hashes of its files; a later run compares them before it continues.
         reused: True if the folder already held this build.
@@ -75,6 +74,8 @@ def build_tokens(
     special_tokens: Special = "spell",
     format: str = AUTO,
     exclude: Sequence[str] = (),
+    loss: Loss = "assistant",
+    streaming: bool = False,
     reuse: bool = True,
     continues: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -93,9 +94,12 @@ def build_tokens(
         sample_bytes: how much text the BPE is trained on.
         special_tokens: "spell" encodes a string such as ``<|eot|>`` in a document like any other text, "parse" makes it
             the special token that it spells.
-        format: "auto" (JSON, tables and parquet are recognised by content), or "text" (every file is one document,
-            verbatim, including any markup).
+        format: "auto" (JSON, tables, parquet and Arrow are recognised by content), "text" (every file is one document,
+            verbatim, including any markup), "chat" (records are read as conversations even if they have a text), or
+            "tokens" (files are token files of nanoGPT, Megatron or datatrove).
         exclude: patterns of files in folders to leave out.
+        loss: which tokens of conversations are labels: "all", "completion" or "assistant" (chat.py); of texts all are.
+        streaming: read "hf:" sources as they arrive, several times, instead of keeping a copy in the cache of datasets.
         reuse: return the folder's build if it is of the same documents and settings.
         continues: ``TokenBuild.record`` of the data that a run's checkpoints were trained on; other data are rejected.
         progress: called with (stage, bytes done, total bytes).
@@ -109,8 +113,9 @@ def build_tokens(
     folder = Path(out_folder)
     given = [sources] if isinstance(sources, (str, Path)) else list(sources)
     _check(given, held_out, sample_bytes, folder, exclude)
-    if special_tokens not in CHOICES:
-        raise DataError(f"special_tokens {special_tokens!r}: choose one of {', '.join(CHOICES)}")
+    for name, value, known in (("special_tokens", special_tokens, CHOICES), ("loss", loss, LOSSES)):
+        if value not in known:
+            raise DataError(f"{name} {value!r}: choose one of {', '.join(known)}")
     fixed = _resolve(tokenizer)
     settings = Settings(
         fixed.hash if fixed else "bpe",
@@ -123,10 +128,16 @@ def build_tokens(
         text_field,
         format,
         list(exclude),
+        loss=loss,
+        chat_template=template_hash(fixed) if fixed else None,
     )
     if continues is not None:
         records.require_settings(continues, settings)
-    opened = [open_source(source, text_field, plain=format != AUTO, exclude=exclude) for source in given]
+    ids = Ids(fixed.vocabulary_size, fixed.end_of_document) if fixed else None
+    opened = [
+        open_source(source, text_field, format=format, exclude=exclude, ids=ids, streaming=streaming)
+        for source in given
+    ]
     with locked(folder) as writable:
         found = records.recorded(folder) if reuse else None
         stamp = _stamp(opened)
@@ -135,18 +146,18 @@ def build_tokens(
                 records.require_text(continues, settings, found["key"])
             return _opened(folder, found, reused=True)
         survey = Survey(opened, seed, progress or (lambda *_: None))
-        key = settings.key(survey.content)
+        key = settings.key(survey.content, survey.kinds[CHAT] + survey.kinds[PAIR] > 0)
         if continues is not None:
             records.require_text(continues, settings, key)
         reused = found is not None and found["key"] == key
         if found is None or not reused:
             if not writable:
                 raise DataError(f"{folder} holds other data and cannot be written; choose another data.folder")
-            found = _make(folder, survey, fixed, settings, started)
+            found = make_build(folder, survey, fixed, settings, started)
         found |= {"key": key, "settings": asdict(settings), "stamp": stamp}
         if writable:
             publish_bytes(json.dumps(found, indent=1).encode(), folder / RECORD)
-            shutil.rmtree(folder / _ASIDE, ignore_errors=True)
+            shutil.rmtree(folder / ASIDE, ignore_errors=True)
         return _opened(folder, found, reused=reused)
 
 
@@ -172,89 +183,6 @@ def _check(
             raise DataError(
                 f"{folder} is inside the source {str(source)!r}: token files would become text; choose another folder"
             )
-
-
-def _make(folder: Path, survey: Survey, fixed: Tokenizer | None, settings: Settings, started: float) -> dict[str, Any]:
-    """Write everything to a temporary folder, verify it, and rename it into place; return the record."""
-    aside = folder / _ASIDE
-    shutil.rmtree(aside, ignore_errors=True)  # left by a build that was killed: the lock is free
-    for left in folder.glob(f".{RECORD}-*"):
-        left.unlink(missing_ok=True)
-    try:
-        with disk_errors(folder):
-            aside.mkdir()
-        found = _write(aside, survey, fixed, settings)
-        (folder / RECORD).unlink(missing_ok=True)  # from here on the folder's files may not belong together
-        for name in (TRAIN, HELD_OUT, TOKENIZER):
-            if (folder / name).exists():
-                os.replace(folder / name, aside / f"old-{name}")
-            if (aside / name).exists():
-                os.replace(aside / name, folder / name)
-        sync_folder(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    found["report"]["seconds"] = round(time.monotonic() - started, 2)
-    return found
-
-
-def _write(folder: Path, survey: Survey, fixed: Tokenizer | None, settings: Settings) -> dict[str, Any]:
-    """Tokenise; return the record."""
-    held_out = survey.held_out(settings.held_out)
-    tokenizer = fixed
-    if tokenizer is None:
-        assert settings.vocabulary_size is not None and settings.sample_bytes is not None
-        tokenizer = train_bpe(survey.training_sample(held_out, settings.sample_bytes), settings.vocabulary_size)
-        _return_freed_memory()
-    tokenizer.save(folder / TOKENIZER)
-    cut = settings.held_out if survey.split.size == 1 else 0.0
-    common: dict[str, Any] = {
-        "vocabulary_size": tokenizer.vocabulary_size,
-        "tokenizer_hash": tokenizer.hash,
-        "end_of_document": tokenizer.end_of_document,
-    }
-    metadata = {"sources": settings.sources, "seed": settings.seed, "content": survey.content}
-    parse = settings.special_tokens == "parse"
-    wants_both = bool(held_out.any()) or cut > 0
-    with TokenWriter(folder / TRAIN, **common, metadata={**metadata, "part": "train"}) as train:
-        if wants_both:
-            with TokenWriter(folder / HELD_OUT, **common, metadata={**metadata, "part": "held_out"}) as other:
-                special, without = tokenise(survey, tokenizer, held_out, cut, train, other, parse)
-        else:
-            special, without = tokenise(survey, tokenizer, held_out, cut, train, train, parse)
-    report = {
-        "documents": survey.split.size,
-        "bytes": survey.bytes,
-        "tokens": train.token_count,
-        "held_out_documents": other.document_count if wants_both else 0,
-        "held_out_tokens": other.token_count if wants_both else 0,
-        "empty": survey.empty,
-        COUNT: special,
-        "without_tokens": without,
-        "skipped_files": sum(left.files for _, left in survey.skipped),
-        "skipped_bytes": sum(left.bytes for _, left in survey.skipped),
-        "skipped": summarise(survey.skipped),
-        "formats": dict(sorted(survey.formats.items())),
-    }
-    files = {}
-    for name in (TRAIN, HELD_OUT) if wants_both else (TRAIN,):
-        survey.progress(f"checking {name}", 0, 0)
-        with TokenFile(folder / name) as file:
-            file.verify()  # read back: what is on disk is what was written
-            files[name] = file.identity
-    return {
-        "files": files,
-        "vocabulary_size": tokenizer.vocabulary_size,
-        "tokenizer_hash": tokenizer.hash,
-        "report": report,
-    }
-
-
-def _return_freed_memory() -> None:
-    """Return memory that training a BPE has freed to the operating system, if the C library can: up to 100 MB."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _resolve(tokenizer: str | Path | Tokenizer) -> Tokenizer | None:

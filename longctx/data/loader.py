@@ -7,98 +7,19 @@ state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from longctx.data.mixture import MixedOrder
 from longctx.data.order import SampleOrder
 from longctx.data.prefetch import Prefetcher
-from longctx.data.rows import Files, PackedRows, Part, empty_part
+from longctx.data.rows import Files, PackedRows, empty_part
+from longctx.data.windows import Grid, OneRank, Window, WindowReader, local_positions, micro_batch_of
 from longctx.errors import DataError
-from longctx.layout import Layout, get_layout
-
-Window = list[dict[str, Any]]
-
-
-class Grid(Protocol):
-    """The part of ``longctx.Mesh`` that the loader uses."""
-
-    ring_size: int
-    ring_rank: int
-    ulysses_size: int
-    ulysses_rank: int
-    data_size: int
-    data_rank: int
-
-
-class _OneRank:
-    ring_size = ulysses_size = data_size = 1
-    ring_rank = ulysses_rank = data_rank = 0
-
-
-def local_positions(
-    sequence_length: int, mesh: Grid | None = None, layout: str | Layout = "zigzag"
-) -> npt.NDArray[np.int64]:
-    """Return the (T,) int64 positions of the padded row that this rank holds, in local order."""
-    mesh = mesh or _OneRank()
-    layout = get_layout(layout)
-    padded = layout.padded_length(sequence_length, mesh.ring_size, mesh.ulysses_size)
-    spans = layout.member_spans(mesh.ring_rank, mesh.ring_size, mesh.ulysses_rank, mesh.ulysses_size, padded)
-    return np.concatenate([span.start + span.stride * np.arange(span.count, dtype=np.int64) for span in spans])
-
-
-def micro_batch_of(parts: list[Part]) -> dict[str, Any]:
-    """Stack shards of rows into the keyword arguments of a model's forward."""
-    stacked = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*parts, strict=True)]
-    input_ids, position_ids, document_ids, labels = stacked
-    return {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "document_ids": document_ids,
-        "labels": labels,
-        "shift_labels": labels,
-        "use_cache": False,
-    }
-
-
-class _Reader:
-    """Reads any window for one rank; stateless. The prefetching thread references this and never the loader."""
-
-    def __init__(
-        self,
-        rows: PackedRows,
-        order: SampleOrder,
-        mesh: Grid,
-        positions: npt.NDArray[np.int64],
-        micro_batch: int,
-        accumulation: int,
-    ) -> None:
-        self.rows, self.order, self.mesh, self.positions = rows, order, mesh, positions
-        self.shape = (accumulation, mesh.data_size, micro_batch)
-        self.samples_per_window = accumulation * mesh.data_size * micro_batch
-
-    def sample_ids(self, samples_consumed: int) -> npt.NDArray[np.int64]:
-        numbers = samples_consumed + np.arange(self.samples_per_window, dtype=np.int64)
-        return self.order(numbers).reshape(self.shape)
-
-    def window(self, samples_consumed: int) -> Window:
-        self.rows.check_unchanged()
-        mine = self.sample_ids(samples_consumed)[:, self.mesh.data_rank]
-        return [
-            {
-                **micro_batch_of([self.rows.read(int(row), self.positions) for row in rows]),
-                "row_ids": torch.from_numpy(rows.copy()),
-            }
-            for rows in mine
-        ]
-
-    def windows(self, samples_consumed: int) -> Iterator[Window]:
-        while True:
-            yield self.window(samples_consumed)
-            samples_consumed += self.samples_per_window
+from longctx.layout import Layout
 
 
 class ShardedLoader:
@@ -118,13 +39,16 @@ class ShardedLoader:
         layout: "zigzag", "contiguous" or "striped".
         seed: of the order of samples.
         packing: "best_fit" or "concat".
+        long_documents: what "best_fit" does with documents longer than a row: "split", "truncate" or "drop".
         samples_consumed: where to begin, counted over all data replicas; valid for any mesh.
         tokenizer_hash, vocabulary_size: of the run; files that do not match are rejected.
         prefetch: windows read ahead by a thread; 0: read in the calling thread.
         shuffle: False reads rows in file order.
+        weights: share of each source of the files in the samples (mixture.py); None: all rows are one data set.
+        repeat: False ends the iteration before any row (of any source) is read a second time.
 
     Raises:
-        DataError: invalid files, sizes or position.
+        DataError: invalid files, sizes, position or weights.
     """
 
     def __init__(
@@ -138,11 +62,14 @@ class ShardedLoader:
         layout: str | Layout = "zigzag",
         seed: int = 0,
         packing: str = "best_fit",
+        long_documents: str = "split",
         samples_consumed: int = 0,
         tokenizer_hash: str | None = None,
         vocabulary_size: int | None = None,
         prefetch: int = 2,
         shuffle: bool = True,
+        weights: Sequence[float] | None = None,
+        repeat: bool = True,
     ) -> None:
         for name, value, least in (
             ("micro_batch", micro_batch, 1),
@@ -152,13 +79,30 @@ class ShardedLoader:
         ):
             if value < least:
                 raise DataError(f"{name} {value}: must be at least {least}")
-        self.mesh = mesh or _OneRank()
+        self.mesh = mesh or OneRank()
         self.rows = PackedRows(
-            files, sequence_length, packing, tokenizer_hash=tokenizer_hash, vocabulary_size=vocabulary_size
+            files,
+            sequence_length,
+            packing,
+            long_documents=long_documents,
+            by_source=weights is not None,
+            tokenizer_hash=tokenizer_hash,
+            vocabulary_size=vocabulary_size,
         )
-        self.order = SampleOrder(len(self.rows), seed, shuffle)
+        self.weights = weights
+        self.order: SampleOrder | MixedOrder
+        if weights is None:
+            self.order = SampleOrder(len(self.rows), seed, shuffle)
+        else:
+            for name, rows in self.rows.sources:
+                if rows == 0:
+                    raise DataError(
+                        f"{name}: none of its documents is in the training data; give more, or leave it out"
+                    )
+            self.order = MixedOrder([rows for _, rows in self.rows.sources], weights, seed, shuffle)
+        self.last_sample = None if repeat else self.order.until_repeated()
         positions = local_positions(sequence_length, self.mesh, layout)
-        self._reader = _Reader(self.rows, self.order, self.mesh, positions, micro_batch, accumulation)
+        self._reader = WindowReader(self.rows, self.order, self.mesh, positions, micro_batch, accumulation)
         self.micro_batch, self.accumulation, self.seed = micro_batch, accumulation, seed
         self.samples_per_window = self._reader.samples_per_window
         self.tokens_per_window = self.samples_per_window * sequence_length  # pads included
@@ -178,6 +122,30 @@ class ShardedLoader:
         """Epochs completed so far."""
         return self._consumed / len(self.rows)
 
+    @property
+    def identity(self) -> str:
+        """Text that changes with the data and with the shares of its sources."""
+        return (
+            self.rows.identity if self.weights is None else f"{self.rows.identity}:{','.join(map(repr, self.weights))}"
+        )
+
+    @property
+    def windows_in_all(self) -> int | None:
+        """Windows from sample 0 until no row would be new; None: endless."""
+        return None if self.last_sample is None else self.last_sample // self.samples_per_window
+
+    def mixture(self, samples_consumed: int) -> list[dict[str, Any]]:
+        """Return of each weighted source its name, weight, rows, and samples and epochs up to ``samples_consumed``."""
+        if not isinstance(self.order, MixedOrder):
+            return []
+        assert self.weights is not None
+        return [
+            {"source": name, "weight": weight, "rows": rows, "samples": samples, "epochs": samples / rows}
+            for (name, rows), weight, samples in zip(
+                self.rows.sources, self.weights, self.order.counts(samples_consumed), strict=True
+            )
+        ]
+
     def sample_ids(self, samples_consumed: int) -> npt.NDArray[np.int64]:
         """Return the rows of the window at ``samples_consumed``: (accumulation, replicas, micro_batch) int64.
 
@@ -187,7 +155,7 @@ class ShardedLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint: samples consumed, the seed, and the identity of the data."""
-        return {"samples_consumed": self._consumed, "seed": self.seed, "data": self.rows.identity}
+        return {"samples_consumed": self._consumed, "seed": self.seed, "data": self.identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume at ``state``, on any number of ranks.
@@ -195,7 +163,7 @@ class ShardedLoader:
         Raises:
             DataError: the state is of other data, another packing or another seed.
         """
-        for name, ours in (("data", self.rows.identity), ("seed", self.seed)):
+        for name, ours in (("data", self.identity), ("seed", self.seed)):
             if state[name] != ours:
                 raise DataError(
                     f"cannot continue: the checkpoint counted samples of {name} {state[name]!r}, this run has "
@@ -221,6 +189,8 @@ class ShardedLoader:
         return self
 
     def __next__(self) -> Window:
+        if self.last_sample is not None and self._consumed + self.samples_per_window > self.last_sample:
+            raise StopIteration
         if self._depth == 0:
             window = self.window(self._consumed)
         else:
@@ -250,7 +220,8 @@ class EvaluationLoader:
     replica is missing from a collective. It can be iterated repeatedly, and yields windows of one micro-batch.
 
     Args:
-        files, sequence_length, micro_batch, mesh, layout, packing, tokenizer_hash, vocabulary_size: as ShardedLoader.
+        files, sequence_length, micro_batch, mesh, layout, packing, long_documents, tokenizer_hash, vocabulary_size: as
+            ShardedLoader.
         max_rows: evaluate at most this many rows, evenly spread over the data; None: all.
     """
 
@@ -263,15 +234,21 @@ class EvaluationLoader:
         mesh: Grid | None = None,
         layout: str | Layout = "zigzag",
         packing: str = "best_fit",
+        long_documents: str = "split",
         max_rows: int | None = None,
         tokenizer_hash: str | None = None,
         vocabulary_size: int | None = None,
     ) -> None:
         if micro_batch < 1 or (max_rows is not None and max_rows < 1):
             raise DataError(f"micro_batch {micro_batch} and max_rows {max_rows}: must be at least 1")
-        self.mesh = mesh or _OneRank()
+        self.mesh = mesh or OneRank()
         self.rows = PackedRows(
-            files, sequence_length, packing, tokenizer_hash=tokenizer_hash, vocabulary_size=vocabulary_size
+            files,
+            sequence_length,
+            packing,
+            long_documents=long_documents,
+            tokenizer_hash=tokenizer_hash,
+            vocabulary_size=vocabulary_size,
         )
         self.micro_batch = micro_batch
         count = min(len(self.rows), max_rows or len(self.rows))

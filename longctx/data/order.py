@@ -47,6 +47,10 @@ class SampleOrder:
             result[inside] = permute(places[inside], self.rows, self.seed, int(epoch))
         return result
 
+    def until_repeated(self) -> int:
+        """Return how many samples can be taken before the second epoch begins."""
+        return self.rows
+
 
 def permute(places: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """Apply the permutation of ``range(size)`` that (seed, epoch) names. places: any shape, each in ``range(size)``."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from longctx.data.pack import Pieces, pack
+from longctx.data.pack import Packing, Pieces, pack
 from longctx.data.tokens.file import TokenFile, TokenStore, bad_token
 from longctx.errors import DataError
 
@@ -35,10 +35,15 @@ class PackedRows:
         files: a token file or several (paths or opened stores).
         sequence_length: tokens in a row.
         packing: "concat" or "best_fit".
+        long_documents: what "best_fit" does with documents longer than a row (``pack``).
+        by_source: pack the documents of each source by themselves (``sources``); a row then is of one source.
         tokenizer_hash, vocabulary_size: reject files that do not match.
 
     Raises:
-        DataError: no file, or one that is damaged or does not match.
+        DataError: no file, one that is damaged or does not match, or (``by_source``) that does not name its sources.
+
+    Attributes:
+        sources: (name, number of rows) of each source, in the order of rows; empty unless ``by_source``.
     """
 
     def __init__(
@@ -47,6 +52,8 @@ class PackedRows:
         sequence_length: int,
         packing: str = "best_fit",
         *,
+        long_documents: str = "split",
+        by_source: bool = False,
         tokenizer_hash: str | None = None,
         vocabulary_size: int | None = None,
     ) -> None:
@@ -54,13 +61,23 @@ class PackedRows:
         if not given:
             raise DataError("no token file was given; make one with `longctx data build`")
         self.stores = [file if isinstance(file, TokenStore) else TokenFile(file) for file in given]
-        self.sequence_length, self.packing = sequence_length, packing
+        self.sequence_length, self.packing, self.long_documents = sequence_length, packing, long_documents
         for store in self.stores:
             if tokenizer_hash is not None:
                 store.require_tokenizer(tokenizer_hash)
             if vocabulary_size is not None:
                 store.require_vocabulary(vocabulary_size)
-        self._packings = [pack(store.offsets, sequence_length, packing) for store in self.stores]
+        self._parts: list[tuple[TokenStore, int]] = []  # a file, and the first of its documents that are packed here
+        self._packings: list[Packing] = []
+        self.sources: list[tuple[str, int]] = []
+        for store in self.stores:
+            for name, first, end in _documents_of(store) if by_source else [("", 0, store.document_count)]:
+                offsets = store.offsets[first : end + 1]
+                self._parts.append((store, first))
+                self._packings.append(
+                    pack(offsets - offsets[0] if first else offsets, sequence_length, packing, long_documents)
+                )
+                self.sources += [(name, self._packings[-1].rows)] if by_source else []
         self._first_rows = np.cumsum([0] + [packed.rows for packed in self._packings])
 
     def __len__(self) -> int:
@@ -68,7 +85,8 @@ class PackedRows:
 
     @property
     def token_count(self) -> int:
-        return sum(store.token_count for store in self.stores)
+        """Tokens in all rows."""
+        return sum(packed.tokens for packed in self._packings)
 
     @property
     def fill(self) -> float:
@@ -79,14 +97,17 @@ class PackedRows:
     def identity(self) -> str:
         """Text that changes with the content, the packing and the length; a resumed run must find the same."""
         files = "+".join(store.identity[:32] for store in self.stores)
-        return f"{files}:{self.packing}:{self.sequence_length}"
+        long = "" if self.long_documents == "split" else f":{self.long_documents}"
+        return f"{files}:{self.packing}:{self.sequence_length}{long}"
 
     def pieces(self, row: int) -> tuple[TokenStore, Pieces]:
         """Return the file of a row and the row's pieces. Raises: IndexError."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        file = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        return self.stores[file], self._packings[file].pieces(row - int(self._first_rows[file]))
+        part = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        store, first = self._parts[part]
+        starts, lengths, documents = self._packings[part].pieces(row - int(self._first_rows[part]))
+        return store, Pieces(starts + store.offsets[first], lengths, documents + first)
 
     def check_unchanged(self) -> None:
         """Raise DataError if a file was written to since it was opened."""
@@ -122,6 +143,15 @@ class PackedRows:
             has_label &= ~store.is_ignored(source + 1)
         part.labels[kept] = np.where(has_label, targets, IGNORED)
         return part
+
+
+def _documents_of(store: TokenStore) -> list[tuple[str, int, int]]:
+    """Return (name, first document, last document + 1) of each source of a file."""
+    sources = store.metadata.get("by_source")
+    if not isinstance(sources, list):
+        raise DataError(f"{store.path} does not say which source its documents are of; build it again to weigh sources")
+    ends = np.cumsum([0, *(documents for _, documents in sources)]).tolist()
+    return [(name, ends[place], ends[place + 1]) for place, (name, _) in enumerate(sources)]
 
 
 def empty_part(count: int) -> Part:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from longctx.data.sources.document import Document, Source
+from longctx.data.sources.document import PAIR, Document, Kind, Source
 from longctx.errors import DataError
 
 Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all (0 while unknown)
@@ -22,6 +23,8 @@ class Survey:
 
     Attributes:
         bytes, characters, empty: of all documents: UTF-8 bytes, characters, and how many are blank.
+        source_ends: how many documents there are up to the end of each source.
+        kinds: how many documents there are of each kind.
         skipped, formats: files left out and why; how many files were read in each format.
         content: hash of all texts and names, in order.
         split, sample: (documents,) uint64, hashes of (seed, text) that choose held-out documents and the BPE's sample.
@@ -34,15 +37,18 @@ class Survey:
         self.sources, self.seed, self.progress = sources, seed, progress
         self.bytes = self.characters = 0
         self._kept = bytearray()  # for every document, in order: 1, or 0 if it is blank
+        self.kinds: Counter[Kind] = Counter()
         split, sample = array("Q"), array("Q")
         content = hashlib.sha256()
-        for document in self._read():
+        self.source_ends: list[int] = []
+        for document in self._read(lambda: self.source_ends.append(len(split))):
             seen = _Seen(self)
             for piece in document.pieces:
                 seen.add(piece)
                 progress("reading", self.bytes + seen.bytes, 0)
             self._kept.append(not seen.blank)
             if not seen.blank:
+                self.kinds[document.kind] += 1
                 digest = seen.digest()
                 content.update(digest + document.name.encode(errors="replace") + b"\n")
                 split.append(int.from_bytes(digest[:8], "little"))
@@ -73,16 +79,17 @@ class Survey:
             chosen = ~held_out  # few, large documents
         budget, done = sample_bytes + sample_bytes // 4, 0
         for number, document in self.documents():
-            for piece in document.pieces:
+            for piece in _texts_of(document):
                 if chosen[number] and done < budget:
                     text = piece[: budget - done]
                     done += len(text.encode())
                     self.progress("training the tokenizer", done, min(budget, self.bytes))
                     yield text
 
-    def _read(self) -> Iterator[Document]:
+    def _read(self, after_source: Callable[[], object] = lambda: None) -> Iterator[Document]:
         for source in self.sources:
             yield from source.documents()
+            after_source()
 
     def documents(self) -> Iterator[tuple[int, Document]]:
         """Read everything again. Raises: DataError if it is not what the survey saw, at the latest at a text's end."""
@@ -92,7 +99,7 @@ class Survey:
             pieces = seen.watch(document)
             if place < len(self._kept) and self._kept[place]:
                 number += 1
-                yield number, Document(document.name, pieces)
+                yield number, document._replace(pieces=pieces)
             for _ in pieces:  # the rest must be read to complete the hash
                 pass
             known = place < len(self._kept) and bool(self._kept[place]) != seen.blank
@@ -114,6 +121,11 @@ class Survey:
         return chosen
 
 
+def _texts_of(document: Document) -> Iterable[str]:
+    """Return what a tokenizer learns from: of a prompt and its completion the texts, without their JSON."""
+    return json.loads(document.text).values() if document.kind == PAIR else document.pieces
+
+
 class _Seen:
     """Hash and size of a text, updated piece by piece."""
 
@@ -122,13 +134,13 @@ class _Seen:
         self.blank = True
         self._hasher = survey.hasher()
 
-    def add(self, piece: str) -> None:
-        raw = piece.encode()
+    def add(self, piece: Any) -> None:
+        raw = piece.encode() if isinstance(piece, str) else piece.tobytes()
         self._hasher.update(raw)
         self.bytes, self.characters = self.bytes + len(raw), self.characters + len(piece)
-        self.blank = self.blank and (not piece or piece.isspace())
+        self.blank = self.blank and isinstance(piece, str) and (not piece or piece.isspace())
 
-    def watch(self, document: Document) -> Iterator[str]:
+    def watch(self, document: Document) -> Iterator[Any]:
         for piece in document.pieces:
             self.add(piece)
             yield piece

@@ -35,6 +35,7 @@ PLACES = (  # append only at the end: ranks compare the index
     "engine.save_16bit_model",
     "engine.save_pretrained",
     "longctx.windows",
+    "longctx.hf",
 )
 _WIDTH = 8  # integers per message; a fixed size, so that messages of different places still match
 _FIRST_WORD = 60.0  # seconds until missing ranks are named in the log

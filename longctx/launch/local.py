@@ -3,7 +3,7 @@
 Each rank is a process in its own session, started from an argument list, with its output in ``logs/``; rank 0 also gets
 this terminal for its progress line. The launcher binds the rendezvous socket to 127.0.0.1 and rank 0 inherits it, so
 no port is fixed and no other process can take it in between. When a rank fails, the others are killed by process id and
-the first cause is printed once. Ctrl-C asks the ranks to save and stop; a second Ctrl-C kills them.
+the first cause is printed once. Ctrl-C asks the ranks to save and stop; Ctrl-C after that kills them.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def train(config: RunConfig, config_path: Path, overrides: Sequence[str], *, wor
         world: number of ranks.
 
     Returns:
-        0 when done, 75 when stopped on request after saving, 1 after a failure, 130 when killed by a second Ctrl-C;
-        130, 143 or 75 when stopped by a signal before the first step.
+        0 when done, 75 when stopped on request after saving, 1 after a failure, 130 when killed by Ctrl-C while
+        stopping; 130, 143 or 75 when stopped by a signal before the first step.
 
     Raises:
         LaunchError, MissingPackageError: the job cannot be started on this machine.

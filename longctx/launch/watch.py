@@ -24,18 +24,19 @@ class Watch:
         self.signal = 0
         """the first signal that asked for a stop; 0 if none did"""
         self._stop_requested_at = self._failed_at = 0.0
-        self._interrupted_twice = False
+        self._interrupted = False
 
     @contextmanager
     def handling_signals(self, forward: Callable[[int], None]) -> Iterator[None]:
-        """Pass signals to ``forward`` (to send them to the ranks); SIGINT after a request to stop ends the job instead.
+        """Pass signals to ``forward`` (to send them to the ranks); any SIGINT after the first request to stop ends the
+        job instead: a person at the terminal does not want to wait for the checkpoint.
 
         SIGUSR2 is passed on too, but does not ask for a stop: ranks answer it with their stack traces.
         """
 
         def handle(number: int, frame: FrameType | None) -> None:
             if number == signal.SIGINT and self.signal:
-                self._interrupted_twice = True
+                self._interrupted = True
                 return
             if number != signal.SIGUSR2:
                 self._stop_requested_at = self._stop_requested_at or time.monotonic()
@@ -58,7 +59,7 @@ class Watch:
             failed: whether a rank ended or was lost in a way that leaves the others waiting for it.
         """
         now = time.monotonic()
-        if self._interrupted_twice:
+        if self._interrupted:
             return 130
         if failed:
             self._failed_at = self._failed_at or now

@@ -1,9 +1,9 @@
 """SIGTERM, SIGINT, SIGUSR1 and SIGHUP request a stop: immediate before the first step, later at the end of a step.
 
 During training the handlers only set a flag. The loop gathers all ranks' flags once per step, so one signalled rank is
-enough and all ranks save the same step. Exit code 75 (EX_TEMPFAIL) means preempted: start again to resume. A second
-SIGINT exits at once. Before training there is nothing to save, and the main thread may be inside a library call for
-minutes; so a separate thread receives the signals and ends the process.
+enough and all ranks save the same step. Exit code 75 (EX_TEMPFAIL) means preempted: start again to resume. A SIGINT
+after any of these signals exits at once. Before training there is nothing to save, and the main thread may be inside a
+library call for minutes; so a separate thread receives the signals and ends the process.
 """
 
 from __future__ import annotations
@@ -77,5 +77,5 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.raised is not None and number == signal.SIGINT:
-            os._exit(128 + signal.SIGINT)  # second SIGINT: do not save, do not wait for other ranks
+            os._exit(128 + signal.SIGINT)  # do not save, do not wait for other ranks
         self.raised = self.raised or signal.Signals(number).name

@@ -21,7 +21,8 @@ def test_datasets_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands in for `datasets`: what we ask of it is load_dataset(name, config, split=…) and rows as dicts."""
     asked = []
 
-    def load_dataset(name: str, config: str | None, *, split: str) -> list[dict[str, object]]:
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, object]]:
+        assert not streaming
         asked.append((name, config, split))
         if split == "none":
             raise ValueError("no such split")
@@ -29,7 +30,7 @@ def test_datasets_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert [document.text for document in open_source("hf:x/y").documents()] == ["a", "b"]
-    with pytest.raises(DataError, match="row 1 has no text: 'text' is null"):
+    with pytest.raises(DataError, match="row 1: 'text' is null, not text"):
         list(open_source("hf:x/y:en:test").documents())
     with pytest.raises(DataError, match="cannot load split 'none': no such split"):
         list(open_source("hf:x/y:none").documents())

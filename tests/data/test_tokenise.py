@@ -9,6 +9,7 @@ import pytest
 
 from longctx.data import tokenise as module
 from longctx.data.tokenise import tokenise
+from longctx.data.tokenizers.chat import ChatEncoder
 from longctx.data.tokenizers.tokenizer import ByteTokenizer
 from longctx.data.tokens.file import TokenFile
 from longctx.data.tokens.writer import TokenWriter
@@ -25,7 +26,7 @@ def written(
     for name in ("train", "other"):
         both.append(TokenWriter(tmp_path / name, end_of_document=bytes_.end_of_document, **settings))  # type: ignore[arg-type]
     with both[0] as train, both[1] as other:
-        tokenise(survey(texts, size), bytes_, np.array(held), cut, train, other)
+        tokenise(survey(texts, size), ChatEncoder(bytes_), np.array(held), cut, train, other)
     found = []
     for name in ("train", "other"):
         with TokenFile(tmp_path / name) as file:

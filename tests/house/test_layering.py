@@ -23,8 +23,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models", "data"),
     ("engine",),
     ("config",),
-    ("train", "eval", "plan", "generation"),
-    ("rehearse",),
+    ("train", "plan", "generation"),
+    ("rehearse", "hf"),
     ("launch",),
     ("cli",),
 )
@@ -42,6 +42,7 @@ OWNERS = {
         "longctx/decode/caches/",
         "longctx/data/tokenizers/tokenizer.py",
         "longctx/generation/",
+        "longctx/hf/",
     ),
 }
 # These answer `check`, `explain` and `--help` in half a second, so torch waits until something runs.

@@ -13,8 +13,6 @@ LONGEST_FUNCTION = 50
 # path: why it may be longer
 LONGER_FILES: dict[str, str] = {}
 LONGER_FUNCTIONS: dict[str, str] = {}
-# kernel bodies are one loop nest and read worse in pieces
-KERNELS = "kernels/"
 # what these offer loads on first use
 LAZY_PACKAGES = ("longctx/kernels/__init__.py", "longctx/engine/__init__.py", "longctx/nn/__init__.py")
 # these were modules once, whose names they still give

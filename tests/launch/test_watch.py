@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from longctx.launch import watch
+from longctx.launch.early import caught
 from longctx.launch.watch import FAILED, Watch
 
 
@@ -25,7 +26,7 @@ def test_a_failure_is_reported_when_all_have_ended_or_after_a_grace_period(monke
     assert job.exit_code([1], 2, True) == FAILED
 
 
-def test_signals_are_forwarded_and_a_second_sigint_ends_the_job(
+def test_signals_are_forwarded_and_a_sigint_after_a_request_ends_the_job(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job, forwarded, before = Watch(), [], signal.getsignal(signal.SIGINT)
@@ -40,3 +41,14 @@ def test_signals_are_forwarded_and_a_second_sigint_ends_the_job(
         os.kill(os.getpid(), signal.SIGINT)
         assert forwarded[2:] == [] and job.exit_code([], 2, False) == 130
     assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("first", caught())
+def test_only_a_sigint_after_any_request_to_stop_ends_the_job(first: signal.Signals) -> None:
+    job, forwarded = Watch(), []
+    with job.handling_signals(forwarded.append):
+        os.kill(os.getpid(), first)
+        os.kill(os.getpid(), signal.SIGTERM)  # a scheduler repeats its request: go on saving
+        assert forwarded == [first, signal.SIGTERM] and job.exit_code([], 2, False) is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert len(forwarded) == 2 and job.signal == first and job.exit_code([], 2, False) == 130

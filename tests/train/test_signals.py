@@ -40,3 +40,15 @@ def test_before_training_another_thread_answers_and_later_the_flag() -> None:
 def test_codes_and_messages() -> None:
     assert [code_of(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)] == [130, 143, 75, 143]
     assert sentence_of(signal.SIGTERM).startswith("stopped by SIGTERM before the first step")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_sigint_after_any_request_exits_at_once(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with StopFlag() as stop:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert codes == []
+        os.kill(os.getpid(), signal.SIGINT)
+    assert codes == [130] and stop.raised == number.name

@@ -17,7 +17,8 @@ from longctx.data.tokens.format import MAGIC as TOKENS
 from longctx.errors import DataError
 
 HEAD_BYTES = 2**16
-TEXT, JSON_LINES, JSON, TABLE, PARQUET = "text", "JSON lines", "JSON", "table", "parquet"
+ZSTD = b"\x28\xb5\x2f\xfd"
+TEXT, JSON_LINES, JSON, TABLE, PARQUET, ARROW = "text", "JSON lines", "JSON", "table", "parquet", "Arrow"
 
 _UNPACK, _CONVERT = "unpack it", "convert it to JSON lines or parquet"
 # (first bytes, what, fix, suffixes of it): files that may hold text which is not read here
@@ -25,11 +26,9 @@ _UNREADABLE: tuple[tuple[bytes, str, str, tuple[str, ...]], ...] = (
     (b"PK\x03\x04", "a ZIP archive (also .docx, .xlsx, .epub, .npz, .pt)", _UNPACK, (".zip",)),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK, (".7z",)),
     (b"Rar!\x1a\x07", "a RAR archive", _UNPACK, (".rar",)),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "decompress it: zstd -d", (".zst",)),
     (b"\x04\x22\x4d\x18", "compressed with lz4", "decompress it: lz4 -d", (".lz4",)),
     (b"\x1f\x9d", "compressed with compress", "decompress it: gunzip", (".Z",)),
-    (b"ARROW1", "an Arrow file", _CONVERT, (".feather",)),
-    (b"\xff\xff\xff\xff", "an Arrow stream", _CONVERT, (".arrow",)),
+    (b"FEA1", "an Arrow file of the first version", _CONVERT, ()),
     (b"ORC", "an ORC file", _CONVERT, (".orc",)),
     (b"Obj\x01", "an Avro file", _CONVERT, (".avro",)),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file", _CONVERT, (".h5", ".hdf5")),
@@ -38,15 +37,19 @@ _UNREADABLE: tuple[tuple[bytes, str, str, tuple[str, ...]], ...] = (
     (b"%PDF-", "a PDF file", "convert it: pdftotext", (".pdf",)),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document", "convert it to text", ()),
     (TOKENS, "a token file of longctx", "give the folder that `longctx data build` made as the only source", ()),
-    (b"MMIDIDX\x00\x00", "a Megatron index", "import it with longctx.data.sources.readers", ()),
+    (b"MMIDIDX\x00\x00", "a Megatron index", "give it as a source of its own, or set data.format: tokens", ()),
     (b"version https://git-lfs.", "a pointer of Git LFS instead of the data", "fetch it: git lfs pull", ()),
 )
 # Suffixes of formats that are read here; a file with other content is damaged or misnamed.
-_PROMISES = {
-    ".gz": (b"\x1f\x8b", "gzip"),
-    ".bz2": (b"BZh", "bzip2"),
-    ".xz": (b"\xfd7zXZ\0", "xz"),
-    ".parquet": (b"PAR1", "parquet"),
+_ARROW = (b"ARROW1", b"\xff\xff\xff\xff")  # a file, a stream
+_PROMISES: dict[str, tuple[tuple[bytes, ...], str]] = {
+    ".gz": ((b"\x1f\x8b",), "gzip"),
+    ".bz2": ((b"BZh",), "bzip2"),
+    ".xz": ((b"\xfd7zXZ\0",), "xz"),
+    ".zst": ((ZSTD,), "zstd"),
+    ".parquet": ((b"PAR1",), "parquet"),
+    ".arrow": (_ARROW, "Arrow"),
+    ".feather": ((*_ARROW, b"FEA1"), "Arrow"),
 }
 # (offset, bytes, kind): files without text
 _NOT_TEXT: tuple[tuple[int, bytes, str], ...] = (
@@ -100,7 +103,7 @@ def refuse_unreadable(head: bytes, file: PurePath, suffix: str) -> None:
         suffix: of its name, without that of a compression.
     """
     for mark, what, fix, suffixes in _UNREADABLE:
-        if head.startswith(mark) and (not mark.isalnum() or not _is_text(head)):
+        if head.startswith(mark) and (not mark.isalnum() or not is_text(head)):
             raise DataError(f"{file}: offset 0: this is {what}, which is not read here; {fix}")
         if suffix in suffixes:
             raise DataError(f"{file}: its name says that it is {what}, its first bytes do not; copy it again")
@@ -118,35 +121,42 @@ def refuse_unreadable(head: bytes, file: PurePath, suffix: str) -> None:
             )
 
 
+def has_mark(head: bytes) -> bool:
+    """Return whether a file begins with the mark of a format that is not read here."""
+    return any(head.startswith(mark) for mark, *_ in _UNREADABLE)
+
+
 def require_promise(head: bytes, file: PurePath) -> None:
     """Raise DataError if the file's suffix (.gz, .parquet …) contradicts its first bytes."""
-    mark, what = _PROMISES.get(file.suffix, (b"", ""))
-    if not head.startswith(mark):
+    marks, what = _PROMISES.get(file.suffix, ((b"",), ""))
+    if not head.startswith(marks):
         raise DataError(
             f"{file}: offset 0: its name says {what}, its first bytes do not; it is damaged or misnamed: copy it "
             "again, or rename it"
         )
 
 
-def is_parquet(head: bytes) -> bool:
-    """Return whether a file with these first bytes is a parquet file."""
-    return head.startswith(b"PAR1") and not _is_text(head)
+def columnar(head: bytes) -> str | None:
+    """Return ``PARQUET`` or ``ARROW`` if a file with these first bytes is one, else None."""
+    if head.startswith(b"PAR1") and not is_text(head):
+        return PARQUET
+    return ARROW if head.startswith(_ARROW) and not is_text(head) else None
 
 
-def recognise(head: bytes, whole: bool, file: PurePath, suffix: str, field: str) -> tuple[str, str]:
+def recognise(head: bytes, whole: bool, file: PurePath, suffix: str, field: str | None) -> tuple[str, str]:
     """Return the reader for a readable file.
 
     Args:
         head: the first bytes of the file, decompressed; ``whole``: the file has no more.
         file, suffix: as for ``refuse_unreadable``.
-        field: the key or column of the text.
+        field: the key or column of the text, if one is read.
 
     Returns:
-        ``TEXT``, ``JSON_LINES``, ``JSON`` (an array of objects, or objects one after another), ``TABLE`` or
-        ``PARQUET``; and the delimiter of a table.
+        ``TEXT``, ``JSON_LINES``, ``JSON`` (an array of objects, or objects one after another), ``TABLE``, ``PARQUET``
+        or ``ARROW``; and the delimiter of a table.
     """
-    if is_parquet(head):
-        return PARQUET, ""
+    if kind := columnar(head):
+        return kind, ""
     text = head.decode(errors="ignore").removeprefix("\ufeff").lstrip()
     if suffix in _LINE_SUFFIXES:
         pretty = not _first_line_is_object(text, whole) and (
@@ -174,7 +184,7 @@ def _first_line_is_object(text: str, whole: bool) -> bool:
         return False
 
 
-def _delimiter(text: str, whole: bool, suffix: str, field: str) -> str:
+def _delimiter(text: str, whole: bool, suffix: str, field: str | None) -> str:
     """Return the delimiter if the text is a table with a header line, else an empty string."""
     lines = text.splitlines(keepends=True)
     if not whole and len(lines) > 1:
@@ -185,13 +195,14 @@ def _delimiter(text: str, whole: bool, suffix: str, field: str) -> str:
     return next((mark for mark in ",\t;|" if mark in header and _is_table(lines, mark, field)), "")
 
 
-def _is_table(lines: list[str], delimiter: str, field: str) -> bool:
-    """Return whether lines are a table: a header of names (``field``, or at least three) and rows of equal width."""
+def _is_table(lines: list[str], delimiter: str, field: str | None) -> bool:
+    """Return whether lines are a table: a header of names (known ones, or at least three) and rows of equal width."""
     header = lines[0].rstrip("\r\n").split(delimiter)
     if not all(_COLUMN.fullmatch(name) for name in header) or len(set(header)) < len(header):
         return False
     rows = list(_rows(lines, delimiter))
-    named = field in (name.strip().strip('"') for name in header)
+    names = {name.strip().strip('"') for name in header}
+    named = field in names or {"prompt", "completion"} <= names
     enough = len(rows) >= 2 if named else len(rows) >= 4 and len(header) >= 3
     return enough and all(len(row) == len(header) for row in rows)
 
@@ -205,7 +216,8 @@ def _rows(lines: list[str], delimiter: str) -> Iterator[list[str]]:
         return
 
 
-def _is_text(head: bytes) -> bool:
+def is_text(head: bytes) -> bool:
+    """Return whether a file with these first bytes is UTF-8."""
     try:
         codecs.utf_8_decode(head, "strict", False)  # its last character may be incomplete
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Read the text of JSON objects: one per line, concatenated, or in an array; long objects are never parsed whole.
+"""Read what JSON objects hold: one per line, concatenated, or in an array; long objects are never parsed whole.
 
 A parsed string takes up to four bytes per character in Python. So the long strings of a large object are removed before
 it is parsed, and the one that holds the text is decoded in parts.
@@ -13,6 +13,8 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
+from longctx.data.sources.document import TEXT, Kind
+from longctx.data.sources.records import HOLDS, conversation_of, is_conversation
 from longctx.data.sources.streams import Stream
 from longctx.errors import DataError
 
@@ -29,33 +31,36 @@ _UNITS = re.compile(
     rb"(?:[^\\]++|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\[^u])*+",
     re.DOTALL,
 )
-_Found = Iterator[tuple[str, Iterator[str]]]
+_Found = Iterator[tuple[str, Kind, Iterator[str]]]
 
 
-def json_lines(stream: Stream, field: str) -> _Found:
-    """Yield (place, text in parts) of each line that is not blank. Raises: DataError (naming line and byte)."""
+def json_lines(stream: Stream, field: str | None) -> _Found:
+    """Yield (place, kind, text in parts) of each line that is not blank. Raises: DataError (naming line and byte)."""
     offset = 0
     for number, line in enumerate(stream.lines(MAX_BYTES), 1):
         if number == 1 and line.startswith(codecs.BOM_UTF8):
             line = line.removeprefix(codecs.BOM_UTF8)
         if not line.isspace():
             where = f"{stream.file}:{number} (byte {offset})"
-            yield str(number), text_of(line, field, where, "a JSON object on one line")
+            yield str(number), *document_of(line, field, where, "a JSON object on one line")
         offset += len(line)
 
 
-def json_values(stream: Stream, field: str) -> _Found:
-    """Yield (number, text in parts) of each object of an array, or of objects one after another. Raises: DataError."""
+def json_values(stream: Stream, field: str | None) -> _Found:
+    """Yield (number, kind, text in parts) of each object of an array, or of objects in sequence. Raises: DataError."""
     for number, (offset, raw) in enumerate(_objects(stream), 1):
         where = f"{stream.file}: object {number} (byte {offset})"
-        yield str(number), text_of(raw, field, where, "a JSON object")
+        yield str(number), *document_of(raw, field, where, "a JSON object")
 
 
-def text_of(raw: bytes | bytearray, field: str, where: str, what: str) -> Iterator[str]:
-    """Yield the text under ``field`` of a JSON object, in parts.
+def document_of(raw: bytes | bytearray, field: str | None, where: str, what: str) -> tuple[Kind, Iterator[str]]:
+    """Return the text under ``field`` of a JSON object in parts, or else its conversation as records.py writes it.
+
+    Args:
+        field: None: only a conversation is read.
 
     Raises:
-        DataError: not ``what``, no such key, another value than text, or half of a surrogate pair.
+        DataError: not ``what``, neither of these, or half of a surrogate pair (when that part is read).
     """
     mark, cuts = "", []
     if len(raw) > _LARGE:
@@ -70,24 +75,32 @@ def text_of(raw: bytes | bytearray, field: str, where: str, what: str) -> Iterat
         skeleton = _STRINGS.sub(shorten, raw)
     try:
         value = json.loads((skeleton if mark else raw).decode())
+        if isinstance(value, dict) and field not in value and is_conversation(value):
+            kind, text = conversation_of(json.loads(raw.decode()) if mark else value, where)
+            return kind, _encodable(iter([text]), where, what)
         text = _field(value, field, where, what)
-        if mark and text.startswith(mark):
-            begin, end = cuts[int(text.removeprefix(mark))]
-            parts = _unescaped(raw, begin + 1, end - 1)
-        else:
-            parts = iter([text])
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{where}: not {what} ({error}); repair or remove it") from None
+    if mark and text.startswith(mark):
+        begin, end = cuts[int(text.removeprefix(mark))]
+        return TEXT, _encodable(_unescaped(raw, begin + 1, end - 1), where, what)
+    return TEXT, _encodable(iter([text]), where, what)
+
+
+def _encodable(parts: Iterator[str], where: str, what: str) -> Iterator[str]:
+    try:
         for part in parts:
             part.encode()
             yield part
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: half of a surrogate pair at character {error.start}; repair the line") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
+    except ValueError as error:
         raise DataError(f"{where}: not {what} ({error}); repair or remove it") from None
 
 
-def _field(value: Any, field: str, where: str, what: str) -> str:
+def _field(value: Any, field: str | None, where: str, what: str) -> str:
     if isinstance(value, dict) and isinstance(value.get(field), str):
         return str(value[field])
     if isinstance(value, dict) and field in value:
@@ -96,6 +109,8 @@ def _field(value: Any, field: str, where: str, what: str) -> str:
         )
         raise DataError(f"{where}: the value of the key {field!r} is {kind}, not text; repair or remove it")
     found = ", ".join(map(repr, list(value)[:8])) if isinstance(value, dict) else type(value).__name__
+    if field is None:
+        raise DataError(f"{where}: no {HOLDS} (found: {found}); repair or remove it, or set data.format: auto")
     raise DataError(
         f"{where}: no text under the key {field!r} (found: {found}); give the key that holds the text as "
         "data.text_field, or read whole files as they are with data.format: text"

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from longctx.data.sources.formats import HEAD_BYTES, require_promise
+from longctx.data.sources.formats import HEAD_BYTES, ZSTD, require_promise
+from longctx.data.sources.zstd import ZstdReader
 from longctx.errors import DataError
 
 _CHUNK_BYTES = 2**20
@@ -21,7 +22,7 @@ _COMPRESSIONS: dict[bytes, Callable[..., Any]] = {
     b"\xfd7zXZ\0": lzma.open,
     **{b"BZh" + bytes([level]) + b"1AY&SY": bz2.open for level in b"123456789"},
 }
-_SUFFIXES = (".gz", ".xz", ".bz2")
+_SUFFIXES = (".gz", ".xz", ".bz2", ".zst")
 
 
 class Stream:
@@ -117,10 +118,11 @@ class Stream:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Stream]:
-    """Open a file; gzip, bzip2 and xz are recognised by content and decompressed.
+    """Open a file; gzip, bzip2, xz and zstd are recognised by content and decompressed.
 
     Raises:
         DataError: no permission, or content that contradicts its suffix.
+        MissingPackageError: zstd, and ``zstandard`` is not installed.
     """
     try:
         raw = open(file, "rb")
@@ -131,6 +133,9 @@ def opened(file: Path) -> Iterator[Stream]:
         require_promise(first, file)
         raw.seek(0)
         unpack = next((unpack for mark, unpack in _COMPRESSIONS.items() if first.startswith(mark)), None)
+        if first.startswith(ZSTD):
+            yield Stream(file, ZstdReader(raw, file), compressed=True)
+            return
         if unpack is None:
             yield Stream(file, raw, compressed=False)
             return

@@ -14,17 +14,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from longctx.data.sources import formats
-from longctx.data.sources.document import Document, LeftOut, Source
+from longctx.data.sources.columns import arrow_rows, parquet_rows, saved_dataset
+from longctx.data.sources.document import Document, Kind, LeftOut, Source
 from longctx.data.sources.folder import EMPTY, walk
 from longctx.data.sources.huggingface import HuggingFace
 from longctx.data.sources.jsontext import json_lines, json_values
 from longctx.data.sources.pieces import pieces
 from longctx.data.sources.streams import Stream, opened
-from longctx.data.sources.tables import csv_rows, parquet_rows
+from longctx.data.sources.tables import csv_rows
+from longctx.data.sources.tokenfiles import NANOGPT, Ids, TokenFiles, require_ids, token_format
 from longctx.errors import DataError
 
 STDLIB = "python-stdlib"
-AUTO, PLAIN = "auto", "text"
+AUTO, PLAIN, CONVERSATIONS, IDS = "auto", "text", "chat", "tokens"
+FORMATS = (AUTO, PLAIN, CONVERSATIONS, IDS)
+"""of ``open_source``: content is recognised; files are read verbatim; only conversations; only token files"""
 
 
 class Files:
@@ -34,7 +38,7 @@ class Files:
         name: as the user gave it.
         files: what to read, in order.
         root: names in messages and documents are relative to it.
-        field: key or column of the text.
+        field: key or column of the text; None: only conversations are read.
         plain: read every file verbatim as one document, including any markup.
         in_folder: leave out files without text by nature, instead of raising.
         left_out: files already left out when the folder was listed.
@@ -45,7 +49,7 @@ class Files:
         name: str,
         files: Sequence[Path],
         root: Path,
-        field: str = "text",
+        field: str | None = "text",
         *,
         plain: bool = False,
         in_folder: bool = False,
@@ -79,23 +83,25 @@ class Files:
     def _read(self, stream: Stream, name: str) -> Iterator[Document]:
         formats.refuse_unreadable(stream.head, stream.file, stream.suffix)
         kind, delimiter = formats.TEXT, ""
-        if not self.plain or formats.is_parquet(stream.head):
+        if not self.plain or formats.columnar(stream.head):
             kind, delimiter = formats.recognise(stream.head, stream.whole, stream.file, stream.suffix, self.field)
         self.formats[kind] += 1
         if kind == formats.TEXT:
             yield Document(name, pieces(stream.text()))
             return
-        found: Iterator[tuple[str, Iterable[str]]]
+        found: Iterator[tuple[str, Kind, Iterable[str]]]
         if kind == formats.JSON_LINES:
             found = json_lines(stream, self.field)
         elif kind == formats.JSON:
             found = json_values(stream, self.field)
         elif kind == formats.TABLE:
-            found = ((place, [text]) for place, text in csv_rows(stream, self.field, delimiter))
+            rows = csv_rows(stream, self.field, delimiter)
+            found = ((place, what, [text]) for place, what, text in rows)
         else:
-            found = ((place, [text]) for place, text in parquet_rows(stream.file, self.field))
-        for place, text in found:
-            yield Document(f"{name}:{place}", pieces(text))
+            columns = parquet_rows if kind == formats.PARQUET else arrow_rows
+            found = ((place, what, [text]) for place, what, text in columns(stream.file, self.field))
+        for place, what, text in found:
+            yield Document(f"{name}:{place}", pieces(text), what)
 
 
 class PythonFiles(Files):
@@ -113,27 +119,49 @@ class PythonFiles(Files):
         return why
 
 
-def open_source(given: str | Path, field: str = "text", *, plain: bool = False, exclude: Sequence[str] = ()) -> Source:
+def open_source(
+    given: str | Path,
+    field: str | None = "text",
+    *,
+    format: str = AUTO,
+    exclude: Sequence[str] = (),
+    ids: Ids | None = None,
+    streaming: bool = False,
+) -> Source:
     """Return the source that ``given`` names.
 
     Args:
         given: a file, a folder, "python-stdlib", or "hf:NAME", "hf:NAME:SPLIT", "hf:NAME:CONFIG:SPLIT".
         field: key or column of the text in JSON, tables and datasets.
-        plain: read every file verbatim as one document, including any markup.
+        format: "auto", "text" (every file is one document, verbatim, including any markup), "chat" (records are read
+            as conversations, even if they have a text under ``field``), or "tokens" (files are token files of nanoGPT,
+            Megatron or datatrove).
         exclude: patterns of files to leave out of folders (folder.py).
+        ids: of the tokenizer of token files; None: there is none yet.
+        streaming: read "hf:" rows as they arrive, without the copy that ``datasets`` keeps in its cache.
 
     Raises:
         DataError: no such file or folder, or a folder that cannot be read.
     """
+    if format not in FORMATS:
+        raise DataError(f"format {format!r}: choose one of {', '.join(FORMATS)}")
+    plain, field = format == PLAIN, None if format == CONVERSATIONS else field
     if str(given) == STDLIB:
         return standard_library()
     if str(given).startswith("hf:"):
         name, *rest = str(given)[3:].split(":")
         if not name or len(rest) > 2:
             raise DataError(f"{given}: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
-        return HuggingFace(name, rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train", field)
+        subset, split = rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
+        return HuggingFace(name, subset, split, field, streaming=streaming)
     path = Path(given).expanduser()
+    kind = token_format(path) if format == AUTO and not path.is_dir() else None
+    if format == IDS or (kind is not None and (kind != NANOGPT or ids is not None)):
+        return _tokens(str(given), path, exclude, require_ids(ids, path), certain=format == IDS)
     if path.is_dir():
+        saved = saved_dataset(path)
+        if saved is not None:
+            return Files(str(given), saved, path, field)
         left_out: dict[str, LeftOut] = {}
         files = walk(path, exclude, left_out)
         if not files:
@@ -144,6 +172,12 @@ def open_source(given: str | Path, field: str = "text", *, plain: bool = False, 
             f"{path} does not exist; give text files, JSONL files, folders, {STDLIB!r} or 'hf:NAME' (a dataset)"
         )
     return Files(str(given), [path], path.parent, field, plain=plain)
+
+
+def _tokens(name: str, path: Path, exclude: Sequence[str], ids: Ids, certain: bool) -> Source:
+    left_out: dict[str, LeftOut] = {}
+    root, files = (path, walk(path, exclude, left_out)) if path.is_dir() else (path.parent, [path])
+    return TokenFiles(name, files, root, ids, certain=certain, skipped=left_out)
 
 
 def standard_library() -> Source:

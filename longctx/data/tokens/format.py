@@ -18,9 +18,9 @@
 
 Sections follow in this order, each aligned to 8 bytes and little-endian: tokens, document offsets (documents + 1,
 uint64, in tokens), name offsets (documents + 1, uint64, in bytes), names (UTF-8), metadata, and in version 2 the
-borders of ignored tokens (uint64, rising): tokens ``borders[0]`` to ``borders[1] - 1``, ``borders[2]`` to ``borders[3] -
-1``, … are never labels. Their offsets follow from the counts, and the resulting file size is checked before anything is
-mapped.
+borders of ignored tokens (uint64, rising): tokens ``borders[0]`` to ``borders[1] - 1``, ``borders[2]`` to
+``borders[3] - 1``, … are never labels. Their offsets follow from the counts, and the resulting file size is checked
+before anything is mapped.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from longctx.data.tokenizers.chat import Loss
 from longctx.data.tokenizers.tokenizer import load_tokenizer
 from longctx.data.tokens.file import TokenFile
 from longctx.errors import DataError
@@ -22,6 +23,7 @@ _TEXT_SETTINGS = {
     "format": "data.format",
     "exclude": "data.exclude",
 }
+_CHAT_SETTINGS = {"loss": "data.loss", "chat_template": "the chat template of data.tokenizer"}
 _OTHER_SETTINGS = {
     "seed": "data.seed",
     "tokenizer": "data.tokenizer",
@@ -34,7 +36,12 @@ _OTHER_SETTINGS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that decide a build's files besides the text. ``tokenizer``: its hash, or "bpe" to train one."""
+    """The settings that decide a build's files besides the text.
+
+    Attributes:
+        tokenizer: its hash, or "bpe" to train one.
+        loss, chat_template: of conversations; they are no part of the key of texts.
+    """
 
     tokenizer: str
     vocabulary_size: int | None
@@ -47,10 +54,17 @@ class Settings:
     format: str
     exclude: list[str]
     recipe: int = _RECIPE
+    loss: Loss = "assistant"
+    chat_template: str | None = None
 
-    def key(self, content: str) -> str:
-        """Return the key of a build from texts of this hash; it does not depend on where the text is stored."""
-        named = {name: value for name, value in asdict(self).items() if name not in _TEXT_SETTINGS}
+    def key(self, content: str, conversations: bool = False) -> str:
+        """Return the key of a build from documents of this hash; it does not depend on where they are stored.
+
+        Args:
+            conversations: there is a document that is no text.
+        """
+        without = _TEXT_SETTINGS if conversations else _TEXT_SETTINGS | _CHAT_SETTINGS
+        named = {name: value for name, value in asdict(self).items() if name not in without}
         return hashlib.sha256(json.dumps({**named, "content": content}, sort_keys=True).encode()).hexdigest()
 
 
@@ -107,8 +121,8 @@ def require_text(continues: Mapping[str, Any], settings: Settings, key: str) -> 
     now, before = asdict(settings), continues["settings"]
     changed = [
         f"{yaml} was {before.get(name)}, now {now[name]}"
-        for name, yaml in _TEXT_SETTINGS.items()
-        if before.get(name) != now[name]
+        for name, yaml in (_TEXT_SETTINGS | _CHAT_SETTINGS).items()
+        if before.get(name, now[name] if name in _CHAT_SETTINGS else None) != now[name]
     ]
     why = "; ".join(changed) or "files were changed, added or removed"
     raise DataError(

@@ -64,6 +64,12 @@ class TokenWriter:
     def document_count(self) -> int:
         return len(self._offsets) - 1
 
+    @property
+    def ignored_tokens(self) -> int:
+        """Number of tokens that are never labels."""
+        borders = np.asarray(self._ignored, np.int64)
+        return int((borders[1::2] - borders[::2]).sum())
+
     def __enter__(self) -> TokenWriter:
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)

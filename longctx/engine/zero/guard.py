@@ -65,6 +65,17 @@ def clip_plain(engine: DeepSpeedEngine, norm: float | None) -> None:
                 parameter.grad.mul_(1 / scale)
 
 
+def report_plain_norm(engine: DeepSpeedEngine) -> None:
+    """Make a stock engine's ``get_global_grad_norm`` return the norm before clipping on ZeRO 0 in fp32 as well."""
+    clip = engine.clip_fp32_gradients
+
+    def measured() -> None:
+        engine._global_grad_norm = plain_norm(engine)
+        clip()
+
+    engine.clip_fp32_gradients = measured
+
+
 def drop_plain(engine: DeepSpeedEngine) -> None:
     """Drop a window's gradients without an update, on ZeRO 0 in fp32."""
     engine.zero_grad()
