@@ -73,7 +73,7 @@ class RowHooks:
     def before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: Batch) -> Any:
         """Shard the rows of a call."""
         binding: Any = binding_of(model)
-        if binding.seen is not None:  # the probe that measures how the model counts positions
+        if binding.probe_records is not None:  # the probe that measures how the model counts positions
             return None
         if args or not kwargs.get("fused_lm_head"):
             raise EngineError(
