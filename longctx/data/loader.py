@@ -1,8 +1,8 @@
-"""ShardedLoader: windows of local micro-batches; each rank reads only its own shard of each row.
+"""ShardedLoader: accumulation windows of local micro-batches; each rank reads only its own shard of each row.
 
-Sample n of a run is always the same row, and its position in a window is a fixed function of n: samples are assigned to
-micro-batches first, then to data replicas, then to rows of a micro-batch. The number of samples consumed is the only
-state.
+Sample n of a run is always the same row of the data, and its position in an accumulation window is a fixed function of
+n: samples are assigned to micro-batches first, then to data replicas, then to rows of a micro-batch. The number of
+samples consumed is the only state.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class ShardedLoader:
 
     @property
     def epoch(self) -> float:
-        """Epochs completed so far."""
+        """Passes over the data so far, a fraction."""
         return self._consumed / len(self.rows)
 
     @property
@@ -146,12 +146,13 @@ class ShardedLoader:
             )
         ]
 
-    def sample_ids(self, samples_consumed: int) -> npt.NDArray[np.int64]:
-        """Return the rows of the window at ``samples_consumed``: (accumulation, replicas, micro_batch) int64.
+    def row_ids(self, samples_consumed: int) -> npt.NDArray[np.int64]:
+        """Return the row number of each sample of the window at ``samples_consumed``: (accumulation, replicas,
+        micro_batch) int64.
 
         Equal on every rank; flattened, it is the order of samples, which does not depend on the mesh.
         """
-        return self._reader.sample_ids(samples_consumed)
+        return self._reader.row_ids(samples_consumed)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint: samples consumed, the seed, and the identity of the data."""

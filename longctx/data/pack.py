@@ -144,6 +144,7 @@ def best_fit(lengths: Int64, capacity: int) -> tuple[Int64, int]:
     rows = done = 0
 
     def leave(left: int, which: Int64) -> None:
+        """Record that the rows `which` have room for `left` more tokens."""
         if left > 0 and which.size:
             if left not in room:
                 room[left] = []
@@ -152,24 +153,24 @@ def best_fit(lengths: Int64, capacity: int) -> tuple[Int64, int]:
 
     for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while count:
-            place = bisect_left(rooms, length)
-            if place < len(rooms):
-                left = rooms.pop(place)
+            index = bisect_left(rooms, length)
+            if index < len(rooms):  # all rows with the least room that suffices
+                left = rooms.pop(index)
                 found = room.pop(left)
                 candidates = found[0] if len(found) == 1 else np.concatenate(found)
-            else:
+            else:  # no row has enough: open as many as this length needs
                 left = capacity
                 needed = -(-count // (capacity // length))
                 candidates = np.arange(rows, rows + needed, dtype=np.int64)
                 rows += needed
-            each = left // length  # the row that got a piece is now the fullest with room
-            used = candidates[: -(-count // each)]
-            placed = min(count, used.size * each)
-            result[longest_first[done : done + placed]] = np.repeat(used, each)[:placed]
-            in_last = placed - (used.size - 1) * each
-            leave(left, candidates[used.size :])
-            leave(left - each * length, used[:-1])
-            leave(left - in_last * length, used[-1:])
+            per_row = left // length  # a row that got a piece is now the fullest with room, so it gets more of them
+            used = candidates[: -(-count // per_row)]
+            placed = min(count, used.size * per_row)
+            result[longest_first[done : done + placed]] = np.repeat(used, per_row)[:placed]
+            in_last = placed - (used.size - 1) * per_row
+            leave(left, candidates[used.size :])  # got none
+            leave(left - per_row * length, used[:-1])  # full for this length
+            leave(left - in_last * length, used[-1:])  # got what was left over
             done += placed
             count -= placed
     return result, rows

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.engine.dropout import add_seeds
-from longctx.engine.step.accumulation import mark
+from longctx.engine.step.accumulation import mark_batches
 from longctx.engine.step.rows import IGNORED, Batch
 from longctx.engine.step.window import Window, shard_compared, weigh
 from longctx.engine.zero.trace import forget_order
@@ -79,7 +79,7 @@ class WindowSharding(Host):
         except Exception as error:  # the other ranks wait in the exchange, so report it there
             problem = error
         count = weigh(window, self.mesh, checksum, problem, AT, self.state.global_step, 1)
-        mark(window)
+        mark_batches(window)
         for batch in window:
             batch.pop("num_items_in_batch", None)  # the trainer passes it on by itself
         return window, counted, count
