@@ -70,11 +70,14 @@ def options(
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train on this machine, or on the hosts of the `launch` section."""
     from longctx.launch.early import stopping_early
+    from longctx.launch.foresee import too_large
     from longctx.launch.start import require_own_shell, start
 
     with stopping_early():
         require_own_shell(config)
         loaded, derived = _checked(config, overrides or [])
+        for sentence in too_large(loaded.config, derived):
+            typer.echo(f"note: {sentence}", err=True)
         raise typer.Exit(start(loaded.config, derived, config, overrides or []))
 
 
@@ -110,6 +113,9 @@ def launch(
 @app.command()
 def check(config: Config, overrides: Overrides = None) -> None:
     """Report all mistakes in a configuration; start nothing."""
+    from longctx.config.derived import derive
+    from longctx.config.stages import stages_of
+
     loaded, derived = _checked(config, overrides or [], starting=False)
     run, size = loaded.config, derived
     what = run.model.architecture or run.model.pretrained
@@ -121,7 +127,12 @@ def check(config: Config, overrides: Overrides = None) -> None:
         f"  rows   {run.data.sequence_length:,} tokens, {size.local_length:,} on each rank ({run.attention.layout})"
     )
     batch = f"{size.global_batch} rows = {size.micro_batch} x {size.accumulation} accumulated x {size.data} replicas"
-    typer.echo(f"  step   {batch}, {size.tokens_per_step:,} tokens; {run.train.steps:,} steps")
+    if not run.train.stages:
+        typer.echo(f"  step   {batch}, {size.tokens_per_step:,} tokens; {run.train.steps:,} steps")
+    for stage in stages_of(run) if run.train.stages else ():
+        own = derive(stage.config, size.world)
+        rows = f"{own.global_batch} rows of {stage.config.data.sequence_length:,} tokens"
+        typer.echo(f"  stage {stage.number + 1}  steps {stage.first:,} to {stage.last:,}: {rows}")
 
 
 @app.command()

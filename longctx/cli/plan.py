@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from longctx.plan.machines import Machine
     from longctx.plan.setup import Setup
     from longctx.plan.shape import ModelShape
+    from longctx.plan.stages import PlannedStage
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -39,15 +40,21 @@ def plan(
 ) -> None:
     """Predict a run's memory, time and traffic.
 
-    It also prints the longest sequence that fits, and which changes allow longer ones.
+    It also prints the longest sequence that fits, and which changes allow longer ones. Of a run with stages, each has a
+    line, and the one that needs most memory is shown.
     """
     from longctx.plan.plan import as_json as plain
     from longctx.plan.plan import make_plan
+    from longctx.plan.shape import shape_of
     from longctx.plan.show import show
+    from longctx.plan.stages import plan_stages
 
     if sweep is not None:
         _require_picture(sweep)
-    shape, setup, device = _read(config, overrides or [], machine, nodes, gpus_per_node, memory)
+    run, world, device = _read(config, overrides or [], machine, nodes, gpus_per_node, memory)
+    planned = plan_stages(run, world, device, on_gpu=machine != "cpu")
+    worst = max(planned, key=lambda stage: stage.peak)
+    shape, setup = shape_of(worst.stage.config), worst.setup
     if choosing:
         setup = _chosen(shape, setup, device, quiet=as_json)
     if sweep is not None:
@@ -56,10 +63,30 @@ def plan(
         typer.echo(f"drawn: {draw(shape, setup, device, sweep)}", err=True)
     made = make_plan(shape, setup, device)
     if as_json:
-        typer.echo(json.dumps(plain(made), indent=1))
+        typer.echo(json.dumps(plain(made) | _stages(planned), indent=1))
     else:
+        for stage in planned if len(planned) > 1 else ():
+            typer.echo(stage.line)
         show(made)
     raise typer.Exit(0 if made.fits else 1)
+
+
+def _stages(planned: list[PlannedStage]) -> dict[str, Any]:
+    """Return every stage's prediction as plain values, {} for a run of one stage."""
+    if len(planned) == 1:
+        return {}
+    rows = [
+        {
+            "steps": [one.stage.first, one.stage.last],
+            "tokens": one.stage.config.data.sequence_length,
+            "rows": one.sizes.global_batch,
+            "peak_bytes": one.peak,
+            "fits": one.fits,
+            "seconds": one.seconds,
+        }
+        for one in planned
+    ]
+    return {"stages": rows}
 
 
 def _require_picture(path: Path) -> None:
@@ -74,15 +101,13 @@ def _require_picture(path: Path) -> None:
 
 def _read(
     path: Path, overrides: list[str], name: str, nodes: int | None, per_node: int | None, memory: float | None
-) -> tuple[ModelShape, Setup, Machine]:
-    """Return the model's shape, the run's setup and the machine that the command line names."""
+) -> tuple[RunConfig, int, Machine]:
+    """Return the run, its ranks and the machine that the command line names."""
     from dataclasses import replace
 
-    from longctx.config.derived import CPU_RANKS, derive, world_size
+    from longctx.config.derived import CPU_RANKS, world_size
     from longctx.config.load import load
     from longctx.plan.machines import GIB, machine_named
-    from longctx.plan.setup import setup_of
-    from longctx.plan.shape import shape_of
 
     device = machine_named(name)
     if per_node is not None:
@@ -94,9 +119,7 @@ def _read(
     config = load(path, overrides, default_world=default)
     world = world_size(config, default)
     _require_devices(config, world, given)
-    shape = shape_of(config)
-    sizes = derive(config, world)
-    return shape, setup_of(config, sizes, shape, on_gpu=name != "cpu", per_node=device.per_node), device
+    return config, world, device
 
 
 def _chosen(shape: ModelShape, setup: Setup, device: Machine, quiet: bool) -> Setup:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from longctx.config.rope import resolve
 from longctx.config.schema import RunConfig
 from longctx.config.sections.model import ModelSection
 from longctx.errors import ModelError
 from longctx.models.load.expected import count_parameters
 from longctx.models.load.headers import read_weights
+from longctx.models.load.rope import rope_changes
 from longctx.models.load.settings import read_settings
 
 WINDOWED = frozenset({"mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"})
@@ -117,15 +119,28 @@ def transformers_keywords(
         keywords["sliding_window"] = window
         if model.architecture in ("qwen2", "qwen3"):
             keywords |= {"use_sliding_window": True, "max_window_layers": 0}
+    rope = resolve(config)
+    if rope is not None:
+        keywords |= rope_changes({"model_type": model.architecture}, rope.parameters)
+        keywords["max_position_embeddings"] = rope.positions
     return keywords | model.extra
 
 
 def pretrained_changes(config: RunConfig) -> dict[str, Any]:
-    """Return the keys of a pretrained folder's config.json that the run overrides, by transformers' names."""
+    """Return the keys of a pretrained folder's config.json that the run gives other values, by transformers' names.
+
+    Raises:
+        ModelError: `model.rope` is given and the folder's config.json cannot be read.
+    """
     model = config.model
     changes: dict[str, Any] = dict(model.extra)
     if model.max_positions is not None:
         changes["max_position_embeddings"] = model.max_positions
+    if model.pretrained is not None and model.rope is not None:
+        settings = read_settings(model.pretrained)
+        rope = resolve(config, settings)
+        assert rope is not None
+        changes |= {"max_position_embeddings": rope.positions, **rope_changes(settings, rope.parameters)}
     return changes
 
 

@@ -81,8 +81,9 @@ def _vocabulary(config: RunConfig) -> Iterator[Finding]:
 
 
 def _positions(config: RunConfig) -> Iterator[Finding]:
-    positions = config.model.max_positions
-    if positions is not None and positions < config.data.sequence_length:
+    positions, rope = config.model.max_positions, config.model.rope
+    dynamic = rope is not None and rope.rope_type == "dynamic"  # extends rows beyond max_positions as they come
+    if positions is not None and not dynamic and positions < config.data.sequence_length:
         message = f"got {positions}, below data.sequence_length {config.data.sequence_length}; raise it or remove the "
         yield Finding("model.max_positions", message + "key", "length")
 

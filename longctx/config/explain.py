@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from longctx.config.derived import CPU_RANKS, Derived, derive, world_size
 from longctx.config.fields import environment_ok
-from longctx.config.keys import expected, leaves, nearest, sections
+from longctx.config.keys import Leaf, expected, leaves, nearest, sections
 from longctx.config.load import Loaded
 from longctx.config.problems import redact
 from longctx.config.write import scalar
@@ -34,11 +34,12 @@ def explain(loaded: Loaded | None, wanted: list[str], default_world: int = CPU_R
     Raises:
         ConfigError: there is no such key.
     """
-    rows = [_row(key, loaded) for key in leaves()]
+    rows = [_row(leaf, loaded) for leaf in leaves().values()]
     if loaded is not None:
         rows += _derived_rows(derive(loaded.config, world_size(loaded.config, default_world)))
     if not wanted:
         return rows
+    rows += [_inner_row(leaf) for outer in leaves().values() for leaf in outer.inner.values()]
     chosen = []
     for name in wanted:
         found = [row for row in rows if row.key == name or row.key.startswith(f"{name}.")]
@@ -51,15 +52,19 @@ def explain(loaded: Loaded | None, wanted: list[str], default_world: int = CPU_R
     return chosen
 
 
-def _row(key: str, loaded: Loaded | None) -> Row:
-    leaf = leaves()[key]
-    value, source = leaf.default, "required" if leaf.required else "default"
+def _row(leaf: Leaf, loaded: Loaded | None) -> Row:
+    key, value, source = leaf.key, leaf.default, "required" if leaf.required else "default"
     if loaded is not None:
         value = leaf.value_in(loaded.config)
         source = str(loaded.sources.get(key, "default"))
     shown = "" if loaded is None and leaf.required else redact(scalar(value))
     note = "; ${env:NAME} is read here" if environment_ok(leaf.field) else ""
     return Row(key, shown, source, leaf.meaning, expected(leaf) + note)
+
+
+def _inner_row(leaf: Leaf) -> Row:
+    """Describe a key inside a block; the block's own row shows its value."""
+    return Row(leaf.key, "", "required" if leaf.required else "default", leaf.meaning, expected(leaf))
 
 
 def _derived_rows(derived: Derived) -> list[Row]:

@@ -88,6 +88,7 @@ Weights = Annotated[
     tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(listed, json_schema_input_type=list[float])
 ]
 Pair = Annotated[tuple[float, float], BeforeValidator(listed, json_schema_input_type=list[float])]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(listed, json_schema_input_type=list[float])]
 Raw = dict[str, Any]
 
 

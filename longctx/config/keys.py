@@ -5,15 +5,17 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from collections.abc import Iterator
 from functools import cache
-from typing import Any, Literal, NamedTuple, Union
+from typing import Any, Literal, NamedTuple, TypeGuard, Union
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from longctx.config.fields import Section
 from longctx.config.schema import RunConfig
-from longctx.config.synonyms import SYNONYMS
+from longctx.config.strict_yaml import Key
+from longctx.config.synonyms import INNER_SYNONYMS, SYNONYMS
 
 
 class Leaf(NamedTuple):
@@ -53,8 +55,26 @@ class Leaf(NamedTuple):
 
     @property
     def raw(self) -> bool:
-        """Whether it is a free-form block whose keys another library defines."""
-        return dict in kinds(self.field)
+        """Whether it is a block of keys: free ones, or those of `block`."""
+        return dict in kinds(self.field) or (self.block is not None and not self.listed)
+
+    @property
+    def block(self) -> type[Section] | None:
+        """The section that its value is (or a list of them), None for a plain value."""
+        return next((kind for kind in _parts(self.field.annotation) if _is_section(kind)), None)
+
+    @property
+    def listed(self) -> bool:
+        """Whether its value is a list."""
+        return tuple in kinds(self.field)
+
+    @property
+    def inner(self) -> dict[str, Leaf]:
+        """The keys of its block by name, {} for a plain value."""
+        if self.block is None:
+            return {}
+        prefix = f"{self.key}[]" if self.listed else self.key
+        return {name: Leaf(f"{prefix}.{name}", field) for name, field in self.block.model_fields.items()}
 
     @property
     def text_only(self) -> bool:
@@ -67,11 +87,6 @@ class Leaf(NamedTuple):
         return typing.get_args(self.field.annotation) == (str, Ellipsis)
 
     @property
-    def numbers(self) -> bool:
-        """Whether it is a list of numbers, of any length."""
-        return not self.texts and typing.get_args(self.field.annotation)[1:] == (Ellipsis,)
-
-    @property
     def choices(self) -> tuple[str, ...]:
         """The words it accepts; empty if it accepts others too."""
         found = kinds(self.field)
@@ -82,7 +97,11 @@ class Leaf(NamedTuple):
 def section_of(field: FieldInfo) -> type[Section] | None:
     """Return the section class of a field, or None for a leaf."""
     kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+    return kind if _is_section(kind) else None
+
+
+def _is_section(kind: Any) -> TypeGuard[type[Section]]:
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 @cache
@@ -103,9 +122,28 @@ def leaves() -> dict[str, Leaf]:
     return result
 
 
+def find(path: Key) -> Leaf | None:
+    """Return the leaf at a path of the YAML, inside blocks and lists of them too; None where there is no such key."""
+    leaf = leaves().get(".".join(map(str, path[:1]))) or leaves().get(".".join(map(str, path[:2])))
+    rest = path[len(leaf.path) :] if leaf else ()
+    while leaf is not None and rest:
+        if isinstance(rest[0], int) and leaf.listed:
+            rest = rest[1:]
+            continue
+        leaf, rest = leaf.inner.get(str(rest[0])), rest[1:]
+    return leaf
+
+
 def kinds(field: FieldInfo) -> tuple[Any, ...]:
     """Return what a field accepts: types, and the words of a Literal as strings."""
     return _kinds(field.annotation)
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """Yield an annotation and everything inside it: members of a union, items of a list."""
+    yield annotation
+    for part in typing.get_args(annotation):
+        yield from _parts(part)
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
@@ -133,13 +171,9 @@ def expected(leaf: Leaf) -> str:
     if str in found:
         parts.append("text")
     if tuple in found:
-        parts.append(
-            "a list of texts"
-            if leaf.texts
-            else "a list of numbers" + _bounds(leaf)
-            if leaf.numbers
-            else "two numbers [a, b]"
-        )
+        parts.append(_list_of(leaf))
+    elif leaf.block is not None:
+        parts.append(f"a block of keys ({', '.join(leaf.inner)})")
     if dict in found:
         parts.append("a block of keys")
     if words:
@@ -147,6 +181,14 @@ def expected(leaf: Leaf) -> str:
     if type(None) in found:
         parts.append("null")
     return ", or ".join(parts)
+
+
+def _list_of(leaf: Leaf) -> str:
+    if leaf.block is not None:
+        return f"a list of blocks ({', '.join(leaf.inner)})"
+    if leaf.texts:
+        return "a list of texts"
+    return f"a list of numbers{_bounds(leaf)}" if ... in _parts(leaf.field.annotation) else "two numbers [a, b]"
 
 
 _LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -185,9 +227,9 @@ def nearest(section: str, name: str) -> tuple[str, ...]:
     own = [key.removeprefix(f"{section}.") for key in leaves() if section and key.startswith(f"{section}.")]
     here = own if section else list(RunConfig.model_fields)
     close = _closest(lowered, here, 0.84)
-    if close:
-        return (_join(section, close),)
     elsewhere = [key for key in leaves() if key.rpartition(".")[2] == lowered]
+    if close:
+        return tuple(dict.fromkeys((*elsewhere[:1], _join(section, close))))
     if elsewhere:
         return tuple(sorted(elsewhere, key=lambda key: not key.startswith(("train.", "output."))))[:2]
     if lowered in SYNONYMS:
@@ -200,6 +242,17 @@ def nearest(section: str, name: str) -> tuple[str, ...]:
     names = {key.rpartition(".")[2]: key for key in reversed(leaves())}
     close = _closest(lowered, [*names, *SYNONYMS], 0.75)
     return (names.get(close) or SYNONYMS[close],) if close else ()
+
+
+def inner_key(leaf: Leaf, name: str) -> str | None:
+    """Return the key of a block that a wrong one was meant to be, or None."""
+    lowered = name.lower().replace("-", "_")
+    ending = [key for key in leaf.inner if len(lowered) > 3 and key.endswith(f"_{lowered}")]
+    return (
+        INNER_SYNONYMS.get(lowered)
+        if INNER_SYNONYMS.get(lowered) in leaf.inner
+        else (ending[0] if len(ending) == 1 else _closest(lowered, list(leaf.inner), 0.6))
+    )
 
 
 def _closest(name: str, candidates: list[str], cutoff: float) -> str | None:

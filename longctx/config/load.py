@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from longctx.config import overrides as command_line
 from longctx.config.derived import CPU_RANKS, world_size
 from longctx.config.fields import UnknownValue
-from longctx.config.findings import Finding, judge
-from longctx.config.keys import expected, leaves, sections
+from longctx.config.findings import Finding
+from longctx.config.keys import Leaf, expected, find, leaves, sections
 from longctx.config.machine import inspect
 from longctx.config.partial import partial_config, without
 from longctx.config.pretrained import FOLDER_RULES
@@ -21,6 +21,7 @@ from longctx.config.problems import InvalidConfig, Location, Problem, show
 from longctx.config.recover import parse_or_recover
 from longctx.config.rules import broken
 from longctx.config.schema import RunConfig
+from longctx.config.stages import fill_in, judge_run
 from longctx.config.strict_yaml import Key, YamlDocument, read, show_key
 from longctx.config.tidy import tidy, unread
 
@@ -37,9 +38,9 @@ class Loaded(NamedTuple):
     name: str
 
     def problem(self, finding: Finding) -> Problem:
-        """Return a finding with its location in this configuration."""
-        path = tuple(finding.key.split(".")) if finding.key else ()
-        return Problem(_locate(self.document, path, self.name), finding.key, finding.message, finding.code)
+        """Return a finding about this configuration with its location."""
+        place = _locate(self.document, _path(finding.key), self.name)
+        return Problem(place, finding.key, finding.message, finding.code)
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), *, default_world: World = CPU_RANKS) -> RunConfig:
@@ -86,6 +87,7 @@ def _read(text: str | bytes, name: str, overrides: Iterable[str], default_world:
         raise InvalidConfig([Problem(Location(name, 1, 1), "", f"{what}; {hint}", "empty"), *document.problems])
     command_line.apply(document, overrides)
     tidy(document)
+    fill_in(document.value)
     problems, unknown = list(document.problems), frozenset[str]()
     config: RunConfig | None
     try:
@@ -126,7 +128,7 @@ def load_for_rank(path: str | Path, overrides: Iterable[str] = (), *, default_wo
     """
     loaded = load_with_sources(path, overrides, default_world=default_world)
     config = loaded.config
-    findings = judge(FOLDER_RULES, config) if config.model.pretrained is not None else []
+    findings = judge_run(FOLDER_RULES, config) if config.model.pretrained is not None else []
     _valid(loaded, [loaded.problem(finding) for finding in findings])
     return config
 
@@ -171,10 +173,16 @@ def require_machine(loaded: Loaded, starting: bool = True) -> list[str]:
     return report.notes
 
 
+def _path(key: str) -> Key:
+    """Return ``train.stages[1].lr`` as ``("train", "stages", 1, "lr")``."""
+    return tuple(int(part) if part.isdecimal() else part for part in key.replace("[", ".").replace("]", "").split("."))
+
+
 def _locate(document: YamlDocument, path: Key, name: str) -> Location:
     """Return the location of ``path``, or of the innermost enclosing block that the text has."""
     for length in range(len(path), 0, -1):
-        found = document.values.get(path[:length]) if length == len(path) else document.keys.get(path[:length])
+        inner = document.keys.get(path[:length]) or document.values.get(path[:length])
+        found = document.values.get(path[:length]) if length == len(path) else inner
         if found:
             return found
     return Location(name, 1, 1)
@@ -185,29 +193,29 @@ def _translate(error: ValidationError, document: YamlDocument, name: str) -> lis
     found: dict[Key, Problem] = {}
     reported = {problem.key for problem in document.problems}
     for item in error.errors(include_url=False, include_context=False):
-        path, key = _schema_key(item["loc"])
+        path, leaf = _schema_key(item["loc"])
         block_reported = item["type"] == "missing" and show_key(path[:-1]) in reported
         if path in found or show_key(path) in reported or block_reported or unread(item["input"]):
             continue
-        message, code = _describe(item, key)
+        message, code = _describe(item, path, leaf)
         found[path] = Problem(_locate(document, path, name), show_key(path), message, code)
     return list(found.values())
 
 
-def _schema_key(loc: tuple[int | str, ...]) -> tuple[Key, str]:
-    """Split pydantic's location into (path as users see it, dotted schema key); union members are dropped."""
-    if loc[0] in sections():
-        known: Key = loc[:2]
-    else:
-        known = loc[:1]
-    key = ".".join(str(part) for part in known)
-    index = tuple(part for part in loc[2:3] if isinstance(part, int) and key == "data.sources")
-    return known + index, key
+def _schema_key(loc: tuple[int | str, ...]) -> tuple[Key, Leaf | None]:
+    """Split pydantic's location into (path as users see it, key of the schema); union members are dropped."""
+    length = 2 if loc[0] in sections() else 1
+    while length < len(loc) and (leaf := find(loc[:length])) is not None:
+        within = isinstance(loc[length], int) and (leaf.block is not None or leaf.texts)
+        if not within and str(loc[length]) not in leaf.inner:
+            break
+        length += 1
+    return loc[:length], find(loc[:length])
 
 
-def _describe(item: Any, key: str) -> tuple[str, str]:
-    leaf = leaves().get(key)
+def _describe(item: Any, path: Key, leaf: Leaf | None) -> tuple[str, str]:
     if leaf is None:
+        key = ".".join(map(str, path))
         block = f"a block of keys ({', '.join(sections()[key].model_fields)})" if key in sections() else "a known key"
         if item["type"] == "missing":
             required = [name for name, field in sections()[key].model_fields.items() if field.is_required()]

@@ -15,6 +15,7 @@ from longctx.config.findings import Finding, Rule, judge
 from longctx.config.hosts import parse_hostfile, require_users
 from longctx.config.pretrained import FOLDER_RULES
 from longctx.config.schema import RunConfig
+from longctx.config.stages import judge_run
 from longctx.data.sources.folder import would_read
 from longctx.errors import LaunchError
 
@@ -38,7 +39,7 @@ def inspect(config: RunConfig, starting: bool) -> Report:
     """
     notes: list[str] = []
     rules: list[Rule] = [_sources, _own_files, *FOLDER_RULES, _folder, _resume, _hostfile, _nvme, _tensorboard]
-    findings = judge([*rules, _disk] if starting else rules, config)
+    findings = judge_run([*rules, _disk] if starting else rules, config)
     if not starting:
         notes += [finding.message for finding in judge([_disk], config)]
     return Report(findings, [*_missing_plot(config), *notes])

@@ -11,7 +11,7 @@ from longctx.config.findings import Finding, Rule
 from longctx.config.schema import RunConfig
 
 _SIZES = ("hidden_size", "layers", "heads")
-_BESIDE_A_FOLDER = frozenset({"pretrained", "dtype", "max_positions", "extra"})
+_BESIDE_A_FOLDER = frozenset({"pretrained", "dtype", "max_positions", "rope", "lora", "extra"})
 
 
 def _source(config: RunConfig) -> Iterator[Finding]:

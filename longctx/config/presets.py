@@ -42,7 +42,7 @@ _EIGHT = _llama(
     32,
     8,
     intermediate_size=14_336,
-    extra={"rope_parameters": {"rope_type": "default", "rope_theta": 5e7}},
+    rope={"rope_type": "default", "rope_theta": 5e7},
     **_LARGE,
 )
 _EIGHT_DATA: dict[str, Any] = {"vocab_size": 65_536, "packing": "best_fit"}
@@ -107,7 +107,7 @@ PRESETS = {
         "A billion parameters, 256K tokens over a ring of 8 GPUs, ZeRO-3.",
         2000,
         4e-4,
-        model=_llama(2048, 20, 32, 8, extra={"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}, **_LARGE),
+        model=_llama(2048, 20, 32, 8, rope={"rope_type": "default", "rope_theta": 5e6}, **_LARGE),
         mesh={"ring": 8, "data": 1},
         data={"sequence_length": 262_144, "vocab_size": 32_768, "packing": "best_fit"},
         train={"global_batch": 4, "eval_every": 100},

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config.findings import Finding, Rule
+from longctx.config.lora_rules import lora_modules, lora_package
 from longctx.config.problems import show
+from longctx.config.rope_rules import of_the_model
 from longctx.config.schema import RunConfig
 from longctx.data.tokenizers.file import NAME, read_tokenizer_file, tokenizer_file, vocabulary_size_in
 from longctx.errors import DataError, LongctxError, ModelError
@@ -16,6 +18,7 @@ from longctx.models.load.classes import require_causal
 from longctx.models.load.expected import mismatches
 from longctx.models.load.headers import Weight, read_weights
 from longctx.models.load.reach import reach_of
+from longctx.models.load.rope import rope_of
 from longctx.models.load.settings import read_settings, text_settings, whole_number
 
 _SHOWN = 4
@@ -98,7 +101,12 @@ def _unfit(settings: dict[str, Any], weights: dict[str, Weight], folder: Path) -
 def _too_long(config: RunConfig, settings: dict[str, Any], weights: dict[str, Weight]) -> Iterator[Finding]:
     """Check the row length and `model.max_positions` against the folder's positions."""
     reach, length = reach_of(settings, weights), config.data.sequence_length
-    raised, ours = config.model.max_positions, "rope_parameters" in config.model.extra
+    raised, rope = config.model.max_positions, config.model.rope
+    ours = rope is not None or "rope_parameters" in config.model.extra
+    if rope is not None and (reach.learned if reach else not rope_of(settings)):
+        yield Finding("model.rope", "the folder's model has no rotary positions; remove the key", "rope")
+    elif rope is not None:
+        yield from of_the_model(config, settings)
     if reach is None:
         return
     if reach.learned:
@@ -114,13 +122,13 @@ def _too_long(config: RunConfig, settings: dict[str, Any], weights: dict[str, We
     elif raised is not None and raised > reach.positions and reach.scaling is not None and not ours:
         message = (
             f"got {raised}, but the folder's {reach.scaling} RoPE is scaled from its own {reach.positions}; give "
-            "all of model.extra.rope_parameters too, original_max_position_embeddings among them"
+            "model.rope too, with original_max_position_embeddings"
         )
         yield Finding("model.max_positions", message, "length")
-    elif raised is None and length > reach.positions:
+    elif raised is None and rope is None and length > reach.positions:
         message = (
-            f"got {length}, above the {reach.positions:,} positions of {_KEY}; lower it, or set model.max_positions to "
-            f"{length} to extend its context (and model.extra.rope_parameters to scale its RoPE)"
+            f"got {length}, above the {reach.positions:,} positions of {_KEY}; lower it, or extend them: set model.rope"
+            f" (rope_type yarn, say), or model.max_positions to {length} to train further out with the same RoPE"
         )
         yield Finding("data.sequence_length", message, "length")
 
@@ -180,5 +188,5 @@ def _bytes() -> str:
     return _named(ByteTokenizer().json)
 
 
-FOLDER_RULES: tuple[Rule, ...] = (tokenizer_findings, pretrained_findings, built_findings)
-"""checks of `model.pretrained` and `data.tokenizer` against this machine's files"""
+FOLDER_RULES: tuple[Rule, ...] = (tokenizer_findings, pretrained_findings, built_findings, lora_modules, lora_package)
+"""What `model.pretrained` and `data.tokenizer` ask of this machine's files"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longctx.config.fields import environment_ok
-from longctx.config.keys import expected, leaves, sections
+from longctx.config.keys import Leaf, expected, leaves, sections
 from longctx.config.presets import PRESETS
 from longctx.config.strict_yaml import MAX_BYTES, MAX_DEPTH, MAX_NODES
 from longctx.config.write import scalar
@@ -49,9 +49,31 @@ def reference() -> str:
         for key, leaf in leaves().items():
             if key.startswith(f"{name}."):
                 default = "**required**" if leaf.required else f"`{scalar(leaf.default)}`"
-                accepts = expected(leaf) + (" *env*" if environment_ok(leaf.field) else "")
+                accepts = _accepts(leaf) + (" *env*" if environment_ok(leaf.field) else "")
                 lines.append(f"| `{key.rpartition('.')[2]}` | {default} | {accepts} | {_cell(leaf.meaning)} |")
+        for key, leaf in leaves().items():
+            if key.startswith(f"{name}."):
+                lines += _block(leaf)
     return "\n".join([*lines, "", "### deepspeed", "", leaves()["deepspeed"].meaning, ""])
+
+
+def _accepts(leaf: Leaf) -> str:
+    if leaf.block is None:
+        return expected(leaf)
+    return "a list of blocks, below" if leaf.listed else "a block of keys, below, or null"
+
+
+def _block(leaf: Leaf) -> list[str]:
+    """Return the table of a block's keys, [] for a plain value."""
+    if leaf.block is None:
+        return []
+    title = leaf.key + ("[]" if leaf.listed else "")
+    lines = ["", f"#### {title}", "", " ".join((leaf.block.__doc__ or "").split()), ""]
+    lines += ["| key | accepts | meaning |", "|---|---|---|"]
+    for name, inner in leaf.inner.items():
+        required = "**required**, " if inner.required else ""
+        lines.append(f"| `{name}` | {required}{expected(inner)} | {_cell(inner.meaning)} |")
+    return lines
 
 
 def _cell(text: str) -> str:

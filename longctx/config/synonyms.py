@@ -30,6 +30,9 @@ _NAMES = {
     "model.hidden_size": "d_model n_embd dim width embedding_size",
     "model.intermediate_size": "ffn_size d_ff n_inner mlp_size ffn_hidden_size",
     "model.max_positions": "max_position_embeddings n_positions",
+    "model.lora": "peft adapter adapters lora_config",
+    "train.stages": "curriculum phases schedule_stages length_schedule",
+    "model.rope": "rope_parameters rope_scaling rope_theta rope_type",
     "model.dtype": "precision torch_dtype mixed_precision bf16 fp16",
     "fp16.scale_power": "initial_scale_power",
     "fp16.window": "loss_scale_window",
@@ -70,3 +73,21 @@ _NAMES = {
     "output.sample_prompt": "prompt_tokens prompt_length",
 }
 SYNONYMS = {synonym: key for key, names in _NAMES.items() for synonym in names.split()}
+
+INNER_SYNONYMS = {
+    "original_length": "original_max_position_embeddings",
+    "original_max_positions": "original_max_position_embeddings",
+    "theta": "rope_theta",
+    "base": "rope_theta",
+    "type": "rope_type",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "length": "sequence_length",
+    "seq_len": "sequence_length",
+    "learning_rate": "lr",
+    "rope_scaling": "rope",
+    "max_steps": "steps",
+}
+"""the same for keys inside a block: what they are called elsewhere -> ours"""

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from longctx.config.fields import environment_ok
-from longctx.config.keys import leaves, nearest, sections
+from longctx.config.keys import Leaf, inner_key, leaves, nearest, sections
 from longctx.config.mixture import split_sources
 from longctx.config.problems import Location, Problem, show
 from longctx.config.schema import RunConfig
@@ -34,6 +34,7 @@ def tidy(document: YamlDocument) -> None:
             _rename(document, tree[name], name)
             for key, field in kind.model_fields.items():
                 if key in tree[name]:
+                    _rename_inside(document, tree[name][key], (name, key), leaves()[f"{name}.{key}"])
                     tree[name][key] = _fill(document, tree[name][key], (name, key), environment_ok(field))
     if "deepspeed" in tree:
         tree["deepspeed"] = (
@@ -57,6 +58,31 @@ def _rename(document: YamlDocument, block: dict[str, Any], section: str) -> None
             _adopt(document, value, path, tuple(near[0].split(".")))
 
 
+def _rename_inside(document: YamlDocument, value: Any, path: Key, leaf: Leaf) -> None:
+    """Note unknown keys in the block, or list of blocks, that a key's value is; read a misspelt one as it was meant."""
+    if leaf.listed and isinstance(value, list):
+        for index, item in enumerate(value):
+            _rename_block(document, item, (*path, index), leaf)
+    elif not leaf.listed:
+        _rename_block(document, value, path, leaf)
+
+
+def _rename_block(document: YamlDocument, block: Any, path: Key, leaf: Leaf) -> None:
+    if leaf.block is None or not isinstance(block, dict):
+        return
+    for key in [key for key in block if key not in leaf.inner]:
+        near = inner_key(leaf, key)
+        hint = f"did you mean {near!r}?" if near else f"{show_key(path)} has {', '.join(leaf.inner)}"
+        place = document.keys.get((*path, key), Location("configuration"))
+        document.problems.append(Problem(place, show_key((*path, key)), f"unknown key; {hint}", "unknown-key"))
+        value = block.pop(key)
+        if near and near not in block:
+            block[near] = value
+            document.values[(*path, near)] = place
+    for key, value in block.items():
+        _rename_inside(document, value, (*path, key), leaf.inner[key])
+
+
 def _adopt(document: YamlDocument, value: Any, old: Key, new: Key) -> None:
     """Move a value to the key it was meant for, if that key is free and of the same kind (block or not)."""
     target = document.value
@@ -69,7 +95,7 @@ def _adopt(document: YamlDocument, value: Any, old: Key, new: Key) -> None:
     leaf = leaves().get(show_key(new))
     is_block = leaf is None or leaf.raw
     if new[-1] in target or isinstance(value, dict) != is_block:
-        target.setdefault(new[-1], _Unread())
+        target.setdefault(new[-1], Unread())
         return
     target[new[-1]] = value
     for places in (document.keys, document.values):
@@ -77,13 +103,13 @@ def _adopt(document: YamlDocument, value: Any, old: Key, new: Key) -> None:
             places[new + path[len(old) :]] = places[path]
 
 
-class _Unread:
-    """Stand-in for a required value whose key was misspelt and whose value does not fit: already reported."""
+class Unread:
+    """Stands for a required value whose key was misspelt and whose value does not fit: already reported once."""
 
 
 def unread(value: Any) -> bool:
-    """Say whether a value is a stand-in for one already reported."""
-    return isinstance(value, _Unread)
+    """Say whether a value is only a stand-in for one already reported."""
+    return isinstance(value, Unread)
 
 
 def _fill(document: YamlDocument, value: Any, path: Key, allowed: bool) -> Any:

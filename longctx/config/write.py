@@ -7,6 +7,7 @@ import re
 import textwrap
 from typing import Any
 
+from longctx.config.fields import Section
 from longctx.config.keys import Leaf, leaves, sections
 from longctx.config.schema import RunConfig
 from longctx.config.strict_yaml import parse
@@ -21,6 +22,8 @@ def scalar(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, Section):
+        value = value.model_dump(exclude_none=True)
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, list | tuple):
@@ -39,12 +42,11 @@ def _quoted(text: str) -> str:
 
 
 def dump(config: RunConfig) -> str:
-    """Return ``config`` as YAML with every key, as saved in the run directory."""
-    values = config.model_dump()
+    """Return ``config`` with every key written out, as kept in the run directory."""
     blocks = []
     for name in sections():
-        blocks += [f"{name}:"] + [f"  {key}: {scalar(value)}" for key, value in values[name].items()]
-    return "\n".join([*blocks, f"deepspeed: {scalar(values['deepspeed'])}"]) + "\n"
+        blocks += [f"{name}:"] + [f"  {key}: {scalar(value)}" for key, value in getattr(config, name)]
+    return "\n".join([*blocks, f"deepspeed: {scalar(config.deepspeed)}"]) + "\n"
 
 
 def template(values: dict[str, Any], title: str, *, full: bool = False) -> str:

@@ -61,6 +61,9 @@ def check_trainer(trainer: Any) -> None:
         "deepspeed: sequence_parallel_size: the mesh shards sequences; leave it out": (
             config.get("sequence_parallel_size", 1) > 1
         ),
+        "deepspeed: fp16 on ZeRO 0: DeepSpeed does not apply the loss scale; use ZeRO 1, or bf16": (
+            (config.get("fp16") or {}).get("enabled") is True and getattr(zero, "zero_stage", 0) == 0
+        ),
         "deepspeed: tensor_parallel: not supported together with a mesh": bool(config.get("tensor_parallel")),
         "deepspeed: compile.deepcompile: not supported": bool((config.get("compile") or {}).get("deepcompile")),
         "neftune_noise_alpha: its noise depends on the length of the row, and a rank sees a shard": bool(

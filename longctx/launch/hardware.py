@@ -63,6 +63,19 @@ def default_world() -> int:
     return gpus() or 2
 
 
+def gpu_bytes() -> int | None:
+    """Return the memory of the smallest NVIDIA GPU that may be used, in bytes; None if there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None or not gpus():
+        return None
+    query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listing = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return min((int(line) * 2**20 for line in listing.stdout.split() if line.isdecimal()), default=None)
+
+
 def _torch_knows_gpus() -> bool:
     spec = importlib.util.find_spec("torch")
     version = Path(spec.origin).with_name("version.py") if spec and spec.origin else None

@@ -13,13 +13,14 @@ from longctx.collectives import broadcast_json, gather_json, ranks, together
 from longctx.config.deepspeed import to_deepspeed
 from longctx.config.derived import Derived, derive
 from longctx.config.schema import RunConfig
+from longctx.config.stages import model_of
 from longctx.config.write import dump
 from longctx.data.loader import EvaluationLoader, ShardedLoader
 from longctx.data.progress import Stages
 from longctx.engine.engine import Engine
 from longctx.engine.initialize import initialize
 from longctx.engine.zero.fp16 import require_supported
-from longctx.errors import ConfigError, DataError
+from longctx.errors import ConfigError
 from longctx.mesh import Mesh
 from longctx.models.hook.binding import binding_of
 from longctx.sameness import compare_ranks, flatten
@@ -30,8 +31,9 @@ from longctx.train.checkpoint.manifest import Manifest
 from longctx.train.checkpoint.same_run import settings_of
 from longctx.train.corpus import Corpus, Say, prepare_corpus
 from longctx.train.environment import git_commit, versions
-from longctx.train.model import build_model, hash_of_model, memory_of, model_config
+from longctx.train.model import build_model, hash_of_model, memory_of
 from longctx.train.optimizer import make_optimizer
+from longctx.train.stage import TrainingStage, begin_stage, training_stages, within_data
 
 
 @dataclass
@@ -43,14 +45,45 @@ class Job:
     mesh: Mesh
     output: Path
     corpus: Corpus
-    loader: ShardedLoader
-    held_out: EvaluationLoader | None
+    stages: tuple[TrainingStage, ...]
+    stage: TrainingStage  # the current one
     engine: Engine
     checkpoints: Checkpoints
     start: Progress
     parameters: int
     description: Any  # the transformers config
     source: PretrainedFiles | None  # which an export copies; None for a model from scratch
+
+    @property
+    def loader(self) -> ShardedLoader:
+        """The training data of the current stage."""
+        return self.stage.loader
+
+    @property
+    def held_out(self) -> EvaluationLoader | None:
+        """The evaluation data of the current stage, if any."""
+        return self.stage.held_out
+
+    def begin(self, stage: TrainingStage, say: Say) -> None:
+        """Make ``stage`` the current one: engine, model and data. All ranks call it, between two optimizer steps."""
+        self.stage.loader.close()
+        self.stage = stage
+        begin_stage(self.engine, stage, say)
+        self.checkpoints.facts = _of_stage(self.checkpoints.facts, stage)
+
+    def close(self) -> None:
+        """Stop the threads that read ahead."""
+        for stage in self.stages:
+            stage.loader.close()
+
+
+def stage_of(stages: tuple[TrainingStage, ...], step: int) -> TrainingStage:
+    """Return the stage of an optimizer step (from 1); the last one for later steps."""
+    return next((stage for stage in stages if step <= stage.last), stages[-1])
+
+
+def _of_stage(facts: Manifest, stage: TrainingStage) -> Manifest:
+    return replace(facts, run=facts.run | {"data": stage.loader.identity})
 
 
 def find_checkpoint(config: RunConfig, sizes: Derived, say: Say) -> tuple[Checkpoints, Manifest | None]:
@@ -87,31 +120,41 @@ def set_up(
     corpus = _prepare(config, say)
     with together():
         with Stages(say, "assigning documents to rows"):
-            loader, held_out = _loaders(config, sizes, mesh, corpus)
-        config = _within_data(config, loader, say)
-        description = model_config(config, corpus.vocabulary_size, corpus.end_of_document, corpus.beginning)
+            stages = training_stages(config, sizes.world, mesh, corpus)
+        stages = within_data(config, stages, say)
+        config = config.model_copy(update={"train": config.train.model_copy(update={"steps": stages[-1].last})})
         source = read_source(config.model.pretrained)
     say(
         f"mesh: {sizes.world} ranks = data {sizes.data} x ring {sizes.ring} x ulysses {sizes.ulysses}; rows of "
         f"{config.data.sequence_length:,} tokens, {sizes.local_length:,} on each rank"
     )
-    content = {"model": hash_of_model(config, description), "data": loader.identity}
-    compare_ranks({"data": content["data"], **flatten(description.to_dict(), "model")})
-    checkpoints.facts = replace(checkpoints.facts, run=checkpoints.facts.run | content)
+    facts = {f"data of stage {one.number + 1}": one.loader.identity for one in stages}
+    compare_ranks({**facts, **flatten(stages[-1].description.to_dict(), "model")})
+    known = checkpoints.facts.run | {"model": hash_of_model(config, stages[-1].description)}
+    done = 0 if found is None else found.step
+    checkpoints.facts = _of_stage(replace(checkpoints.facts, run=known), stage_of(stages, max(done, 1)))
     if found is not None:
         checkpoints.require_content(found)
-    engine = _engine(config, sizes, mesh, description)
+    stage = stage_of(stages, done + 1)
+    checkpoints.facts = _of_stage(checkpoints.facts, stage)
+    engine = _engine(config, stage, mesh)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     start = Progress()
     if found is not None:
         start = checkpoints.load(engine, found)
-        loader.seek(start.samples)
+        if start.step + 1 == stage.first:
+            start = replace(start, stage_begin=start.samples)
+        stage.loader.seek(start.samples - start.stage_begin)
         say(f"resumed at step {start.step} of {config.train.steps} from {checkpoints.root}")
     kind = config.model.architecture or config.model.pretrained
-    say(f"model: {kind}, {parameters:,} parameters, {config.model.dtype}, ZeRO-{config.zero.stage}")
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
+    part = "" if trained == parameters else f" ({trained:,} trained)"
+    say(f"model: {kind}, {parameters:,} parameters{part}, {config.model.dtype}, ZeRO-{config.zero.stage}")
+    if len(stages) > 1:
+        say(str(stage))
     return Job(
-        config, sizes, mesh, output, corpus, loader, held_out, engine, checkpoints, start, parameters, description,
-        source,
+        config, sizes, mesh, output, corpus, stages, stage, engine, checkpoints, start, parameters,
+        stages[-1].description, source,
     )  # fmt: skip
 
 
@@ -140,64 +183,12 @@ def _prepare(config: RunConfig, say: Say) -> Corpus:
     return Corpus(**broadcast_json(asdict(corpus) if corpus else None))
 
 
-def _loaders(
-    config: RunConfig, sizes: Derived, mesh: Mesh, corpus: Corpus
-) -> tuple[ShardedLoader, EvaluationLoader | None]:
-    data = config.data
-    common: dict[str, Any] = {
-        "tokenizer_hash": corpus.tokenizer_hash,
-        "vocabulary_size": config.model.vocab_size or corpus.vocabulary_size,
-        "micro_batch": sizes.micro_batch,
-        "mesh": mesh,
-        "layout": config.attention.layout,
-        "packing": data.packing,
-        "long_documents": data.long_documents,
-    }
-    loader = ShardedLoader(
-        corpus.train,
-        data.sequence_length,
-        accumulation=sizes.accumulation,
-        seed=data.seed,
-        weights=data.weights or None,
-        repeat=data.exhausted == "repeat",
-        **common,
-    )
-    if corpus.held_out is None:
-        return loader, None
-    held_out = EvaluationLoader(
-        corpus.held_out, data.sequence_length, max_rows=config.train.eval_batches * sizes.data, **common
-    )
-    return loader, held_out
-
-
-def _within_data(config: RunConfig, loader: ShardedLoader, say: Say) -> RunConfig:
-    """Return the configuration with the number of steps that the data is enough for; report the shares of sources.
-
-    Raises:
-        DataError: it is not enough for one step.
-    """
-    windows, steps = loader.windows_in_all, config.train.steps
-    if windows == 0:
-        raise DataError(
-            f"data.exhausted: stop: a step reads {loader.samples_per_window:,} rows, but a source is exhausted before "
-            "that; give more text, a smaller train.global_batch, or data.exhausted: repeat"
-        )
-    if windows is not None and windows < steps:
-        say(f"data: exhausted after {windows:,} of {steps:,} steps, where the run ends (data.exhausted: stop)")
-        steps = windows
-    samples = steps * loader.samples_per_window
-    for source in loader.mixture(samples):
-        share = f"{source['samples']:,} rows ({source['samples'] / samples:.1%} of the run)"
-        say(f"data: {share} of {source['source']}, {source['epochs']:.2f} epochs of its {source['rows']:,}")
-    return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
-
-
-def _engine(config: RunConfig, sizes: Derived, mesh: Mesh, description: Any) -> Engine:
+def _engine(config: RunConfig, stage: TrainingStage, mesh: Mesh) -> Engine:
     """Build the model (identical on all ranks) and its engine, and seed each rank's random stream for dropout."""
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
-    settings = to_deepspeed(config, sizes)
-    model = build_model(config, description, settings, mesh)
+    settings = to_deepspeed(stage.config, stage.sizes)
+    model = build_model(model_of(config, stage), stage.description, settings, mesh)
     optimizer = make_optimizer(model, config.train)
     engine, *_ = initialize(
         model=model,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from longctx.collectives import gather_floats
 from longctx.engine.zero.fp16 import loss_scale
 from longctx.errors import NonFiniteError
 from longctx.train.checkpoint.checkpointer import Progress
-from longctx.train.job import Job
+from longctx.train.job import Job, stage_of
 from longctx.train.optimizer import learning_rate, set_learning_rate
 from longctx.train.report.flops import FlopsModel, peak_flops
 from longctx.train.report.metrics import Metrics
@@ -65,6 +65,7 @@ class Loop:
         started = time.monotonic()
         at_start = self._evaluate() if job.start.step == 0 and settings.eval_every else None
         while self.outcome.progress.step < settings.steps and not self.outcome.stopped:
+            self._enter_stage()
             record = self._step()
             if at_start is not None:
                 record["eval_loss_at_start"], at_start = at_start, None
@@ -83,6 +84,13 @@ class Loop:
         self.outcome.seconds = time.monotonic() - started
         return self.outcome
 
+    def _enter_stage(self) -> None:
+        """Begin the stage of the next step, if it is another than that of the last one."""
+        stage = stage_of(self.job.stages, self.outcome.progress.step + 1)
+        if stage is not self.job.stage:
+            self.job.begin(stage, self.display.say)
+            self.outcome.progress = replace(self.outcome.progress, stage_begin=self.outcome.progress.samples)
+
     def _step(self) -> dict[str, Any]:
         """Run one optimizer step and return its record for metrics.jsonl."""
         job, settings, engine = self.job, self.job.config.train, self.job.engine
@@ -92,7 +100,7 @@ class Loop:
         data_seconds = time.monotonic() - started
         rate = learning_rate(
             step,
-            peak=settings.lr,
+            peak=job.stage.config.train.lr,
             warmup=settings.warmup_steps,
             total=settings.steps,
             schedule=settings.schedule,
@@ -132,12 +140,19 @@ class Loop:
             "tokens_total": self.outcome.progress.tokens,
             "samples_total": self.outcome.progress.samples,
             **in_fp16,
+            **self._stage_facts(),
         }
+
+    def _stage_facts(self) -> dict[str, int]:
+        stage = self.job.stage
+        if len(self.job.stages) == 1:
+            return {}
+        return {"stage": stage.number + 1, "sequence_length": stage.config.data.sequence_length}
 
     def _advance(self, step: int, tokens: int, seconds: float, memory: int, stopped: bool) -> None:
         outcome, before = self.outcome, self.outcome.progress
         samples = before.samples + self.job.loader.samples_per_window
-        outcome.progress = Progress(step, samples, before.tokens + tokens)
+        outcome.progress = replace(before, step=step, samples=samples, tokens=before.tokens + tokens)
         outcome.stopped = stopped and step < self.job.config.train.steps
         outcome.step_seconds += seconds
         outcome.tokens += tokens
@@ -153,7 +168,7 @@ class Loop:
     def _named(self, error: NonFiniteError, step: int) -> NonFiniteError:
         """Return the error with the step's rows added to its message, so that the user can inspect them."""
         begin = self.outcome.progress.samples
-        rows = self.job.loader.sample_ids(begin).flatten().tolist()
+        rows = self.job.loader.sample_ids(begin - self.outcome.progress.stage_begin).flatten().tolist()
         shown = ", ".join(map(str, rows[:16])) + (f", … ({len(rows)} in all)" if len(rows) > 16 else "")
         return NonFiniteError(
             f"{error}. It was step {step}, samples {begin} to {begin + len(rows) - 1}, rows {shown} of "

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 
 from longctx.config.architecture import pretrained_changes, transformers_keywords
+from longctx.config.lora_rules import LORA_FREE
 from longctx.config.schema import RunConfig
 from longctx.engine.activations import ActivationSettings
-from longctx.engine.build import build
+from longctx.engine.build import build, seeded
 from longctx.errors import ModelError
 from longctx.mesh import Mesh
 from longctx.models.convert import convert
+from longctx.models.load.headers import fingerprint
 from longctx.models.load.pretrained import read_config
 from longctx.models.load.scratch import make_config
+from longctx.models.lora import adapter_config, add_adapters
 
 
 def model_config(
@@ -61,7 +64,19 @@ def build_model(config: RunConfig, description: Any, settings: dict[str, Any], m
         layers=config.attention.layers if folder else None,  # without a folder the description contains them
         changes=pretrained_changes(config) if folder else None,
     )
-    return model
+    if config.model.lora is None:
+        return model
+    with seeded(config.train.seed):
+        return adapted(model, config)
+
+
+def adapted(model: Any, config: RunConfig) -> Any:
+    """Return the PeftModel of a run's model with the adapters of `model.lora`."""
+    lora = config.model.lora
+    assert lora is not None and config.model.pretrained is not None
+    alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
+    settings = adapter_config(lora.rank, alpha, lora.dropout, lora.targets, lora.modules_to_save, lora.rslora)
+    return add_adapters(model, settings, config.model.pretrained)
 
 
 def memory_of(config: RunConfig) -> ActivationSettings:
@@ -80,7 +95,13 @@ def memory_of(config: RunConfig) -> ActivationSettings:
 
 def hash_of_model(config: RunConfig, description: Any) -> str:
     """Return a short hash of everything that determines the weights' shapes and meaning; resuming requires it equal."""
-    ours = config.model.model_dump(exclude={"pretrained", "vocab_size", "max_positions"})
+    newer = {
+        key for key in ("rope", "lora") if getattr(config.model, key) is None
+    }  # not in the hash of older checkpoints
+    ours = config.model.model_dump(mode="json", exclude={"pretrained", "vocab_size", "max_positions", *newer})
+    if config.model.lora is not None:  # a checkpoint holds the adapters only
+        ours["lora"] = {key: value for key, value in ours["lora"].items() if key not in LORA_FREE}
+        ours["base"] = fingerprint(config.model.pretrained or "")
     attention = [config.attention.window, *([config.attention.layers] if config.attention.layers else [])]
     facts = [ours, *attention, description.model_type, description.vocab_size, description.hidden_size]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

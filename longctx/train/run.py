@@ -18,6 +18,7 @@ from longctx.mesh import Mesh
 from longctx.train import durable, folder
 from longctx.train.checkpoint import store
 from longctx.train.checkpoint.export import export_model
+from longctx.train.checkpoint.manifest import Progress
 from longctx.train.checkpoint.swap import swap_folder
 from longctx.train.environment import environment, git_commit
 from longctx.train.job import Job, find_checkpoint, set_up, sizes_of
@@ -75,7 +76,7 @@ def run(
         stack.enter_context(swap_folder(config))
         job = set_up(config, mesh, sizes, display.say, checkpoints, found)
         display.total = job.config.train.steps  # fewer if the data is exhausted before
-        stack.callback(job.loader.close)
+        stack.callback(job.close)
         stack.callback(job.engine.destroy)
         writer = _metrics(job, display.say)
         if writer is not None:
@@ -152,7 +153,7 @@ def _summary(job: Job, outcome: LoopResult, wall: float) -> dict[str, Any]:
         "held_out_losses": [{"step": step, "loss": loss} for step, loss in held_out],
         "tokens": outcome.progress.tokens,
         "samples": outcome.progress.samples,
-        "epochs": outcome.progress.samples / len(job.loader.rows),
+        "epochs": _epochs(job, outcome.progress),
         "tokens_per_second": outcome.tokens / outcome.step_seconds if outcome.step_seconds else None,
         "peak_memory_bytes": outcome.peak_memory_bytes,
         "seconds": wall,
@@ -167,14 +168,22 @@ def _summary(job: Job, outcome: LoopResult, wall: float) -> dict[str, Any]:
     }
 
 
+def _epochs(job: Job, progress: Progress) -> float:
+    """Return how often the data was trained on: by rows, or with several lengths of rows by tokens."""
+    rows = job.loader.rows
+    return progress.samples / len(rows) if len(job.stages) == 1 else progress.tokens / rows.token_count
+
+
 def _finish(job: Job, summary: dict[str, Any], display: ProgressDisplay) -> None:
     """Write the results: the model as a transformers folder, loss.png, a sample, summary.json."""
-    model = export_model(job.engine, Path(job.corpus.tokenizer), job.output, job.source)
+    model = export_model(job.engine, Path(job.corpus.tokenizer), job.output, job.source, job.config)
     sample = None
     with together():
         if job.mesh.rank == 0:
             settings = job.config.output
-            if job.corpus.held_out and settings.sample_tokens:
+            if (lora := job.config.model.lora) is not None and lora.export == "adapter":
+                display.say(f"no sample: {model} holds an adapter; PeftModel.from_pretrained loads it")
+            elif job.corpus.held_out and settings.sample_tokens:
                 held_out = Path(job.corpus.held_out)
                 try:
                     sample = draw_sample(model, held_out, settings.sample_prompt, settings.sample_tokens)

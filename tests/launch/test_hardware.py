@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from longctx.errors import LaunchError
@@ -19,3 +21,13 @@ def test_fp16_needs_a_gpu_or_a_cpu_with_instructions_for_it(monkeypatch: pytest.
     monkeypatch.setattr(hardware, "gpus", lambda: 1)
     monkeypatch.setattr(hardware, "_cpu_flags", lambda: [])
     hardware.require_dtype("fp16")
+
+
+def test_the_smallest_gpus_memory_is_asked_of_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf '81559\\n24576\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert hardware.gpu_bytes() is None
+    monkeypatch.setattr(hardware, "gpus", lambda: 2)
+    assert hardware.gpu_bytes() == 24576 * 2**20

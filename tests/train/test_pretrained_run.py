@@ -19,7 +19,7 @@ from longctx.train.run import run
 from distributed import run_ranks
 
 MODEL = "model: {architecture: llama, hidden_size: 32, layers: 2, heads: 2, intermediate_size: 64}"
-FAR = ("model.max_positions=96", "model.extra.rope_parameters={rope_type: linear, factor: 2.0}")
+FAR = ("model.rope={rope_type: linear}",)
 
 
 def folder_and_yaml(tmp_path: Path) -> tuple[Path, Path]:

@@ -24,8 +24,8 @@ class DataSection(Section):
 
     sources: Annotated[Sources, Field(min_length=1)] = environment_field(
         description="files of text, JSON lines, JSON, CSV, parquet, Arrow or tokens (recognised by content; also gzip, "
-        "bzip2, xz, zstd), folders of them, hf:NAME[[:CONFIG]:SPLIT], python-stdlib (this Python's own source "
-        "code), or one folder that `longctx data build` wrote",
+        "bzip2, xz, zstd), folders of them, hf:NAME[[:CONFIG]:SPLIT], python-stdlib (this Python's own source), or "
+        "one folder that `longctx data build` wrote",
     )
     weights: Weights = Field(
         (),

@@ -7,6 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from longctx.config.fields import HumanInt, Raw, Section, environment_field
+from longctx.config.sections.lora import LoraSection
+from longctx.config.sections.rope import RopeSection
 
 Architecture = Literal[
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "phi", "olmo", "olmo2"
@@ -46,14 +48,20 @@ class ModelSection(Section):
         ge=2,
         le=2**32,
         description="longest sequence the model is declared for (learned positions, RoPE scaling); default: "
-        "data.sequence_length; with `pretrained`: the folder's own, which this key can raise unless "
+        "data.sequence_length; with `pretrained`: the folder's own, which this key or `rope` can raise unless "
         "positions are learned",
+    )
+    rope: RopeSection | None = Field(
+        None, description="rotary positions, to extend a pretrained model to longer rows or for a model from scratch"
+    )
+    lora: LoraSection | None = Field(
+        None, description="train adapters of low rank and freeze the weights of `pretrained` (needs longctx[peft])"
     )
     tie_embeddings: bool = Field(False, description="share the embedding with the output layer")
     extra: Raw = Field(
         default_factory=dict,
-        description="further keywords for the transformers config, e.g. rope_parameters; keywords that have a "
-        "longctx key are errors; with `pretrained` only rope_parameters",
+        description="further keywords for the transformers config; keywords that a key of ours owns are refused; with "
+        "`pretrained` only rope_parameters, without the checks of `rope`",
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from longctx.config.fields import HumanInt, Pair, Section
+from longctx.config.fields import HumanInt, Pair, Section, listed
+from longctx.config.sections.stage import StageSection
+
+Stages = Annotated[tuple[StageSection, ...], BeforeValidator(listed, json_schema_input_type=list[StageSection])]
 
 
 class TrainSection(Section):
     """One optimizer step trains on `global_batch` rows = micro_batch x accumulation x data replicas."""
 
-    steps: HumanInt = Field(ge=1, le=2**40, description="optimizer steps in total")
+    steps: HumanInt = Field(ge=1, le=2**40, description="optimizer steps in total; default with `stages`: theirs")
+    stages: Stages = Field(
+        (),
+        max_length=64,
+        description="stages of the run, each with rows of its own length: [{sequence_length: 8Ki, steps: 1000}, …]",
+    )
     global_batch: HumanInt | None = Field(
         None,
         ge=1,

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from longctx import slurm
-from longctx.config.derived import Derived
+from longctx.config.derived import Derived, derive
 from longctx.config.hosts import bare
 from longctx.config.schema import RunConfig
+from longctx.config.sections.stage import StageSection
+from longctx.config.stages import stages_of
 from longctx.config.write import dump
 from longctx.errors import LaunchError
 from longctx.launch import hardware
@@ -101,7 +103,10 @@ def without(job: ClusterJob, sizes: Derived, absent: frozenset[str]) -> ClusterJ
     left = [(name, count) for name, count in job.placement.hosts if name not in absent]
     room = sum(count for _, count in left)
     of_one, batch, micro = sizes.ring * sizes.ulysses, sizes.global_batch, sizes.micro_batch
-    data = next((d for d in range(room // of_one, 0, -1) if batch % (micro * d) == 0), 0)
+    train, stages = job.config.train, _with_batches(job.config, sizes.world)
+    batches = [(batch, micro), *((stage.global_batch or batch, stage.micro_batch or micro) for stage in stages)]
+    whole = (d for d in range(room // of_one, 0, -1) if all(rows % (once * d) == 0 for rows, once in batches))
+    data = next(whole, 0)
     if not absent or data == 0:
         return None
     names = ", ".join(sorted(absent))
@@ -110,9 +115,16 @@ def without(job: ClusterJob, sizes: Derived, absent: frozenset[str]) -> ClusterJ
         "mesh": job.config.mesh.model_copy(
             update={"ring": sizes.ring, "ulysses": sizes.ulysses, "data": data, "world": "auto"}
         ),
-        "train": job.config.train.model_copy(update={"global_batch": batch}),
+        "train": train.model_copy(update={"global_batch": batch, "stages": stages}),
     }
     return _job(job.config.model_copy(update=changes), left, (sizes.ring, sizes.ulysses, data))
+
+
+def _with_batches(config: RunConfig, world: int) -> tuple[StageSection, ...]:
+    """Return the stages of a run with their global batches written out, so that fewer replicas do not change them."""
+    given = config.train.stages
+    rows = [derive(stage.config, world).global_batch for stage in stages_of(config)] if given else []
+    return tuple(stage.model_copy(update={"global_batch": one}) for stage, one in zip(given, rows, strict=True))
 
 
 def _attempt(job: ClusterJob, only_check: bool) -> JobOutcome:

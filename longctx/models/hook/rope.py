@@ -11,13 +11,15 @@ Two things are wrong when transformers' rotary modules run in a sharded, mixed-p
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from longctx.models.hook.binding import Binding
+from longctx.models.hook.binding import Binding, binding_of
 
+_ROTARY = "longctx_rotary"
 _NEUTRAL = "longctx"  # a rope_type that transformers' per-forward update ignores
 
 
@@ -26,6 +28,7 @@ def attach_rope(model: torch.nn.Module, binding: Binding) -> None:
     for module in model.modules():
         if hasattr(module, "rope_type") and _inverse_frequencies(module):
             rotary = Rotary(module, binding)
+            setattr(module, _ROTARY, rotary)
             binding.handles.append(module.register_forward_pre_hook(rotary.before, with_kwargs=True))
             binding.handles.append(module.register_forward_hook(rotary.after, always_call=True))
 
@@ -35,14 +38,30 @@ class Rotary:
 
     def __init__(self, module: Any, binding: Binding) -> None:
         self.binding = binding
+        self._read(module)
+
+    def _read(self, module: Any) -> Any:
+        """Read frequencies and RoPE types from a new module of the same config, and return it."""
         with torch.device("cpu"):
             twin = type(module)(module.config)  # a fresh copy: not partitioned, not cast
         self.frequencies = _inverse_frequencies(twin)
+        module.rope_type = twin.rope_type
         kinds: dict[str | None, str] = (
             module.rope_type if isinstance(module.rope_type, dict) else {None: module.rope_type}
         )
         self.growing = {layer: kind for layer, kind in kinds.items() if "dynamic" in kind or kind == "longrope"}
         self.kept = module.rope_type
+        return twin
+
+    def rebuild(self, module: Any) -> None:
+        """Compute everything that ``module`` derived from its config again, after the config has changed."""
+        twin = self._read(module)
+        for name, buffer in twin.named_buffers(recurse=False):
+            device = getattr(module, name).device if hasattr(module, name) else self.binding.mesh.device
+            module.register_buffer(name, buffer.to(device), persistent=False)
+        for name, value in vars(twin).items():
+            if not name.startswith("_") and name not in ("training", "config"):
+                setattr(module, name, value)
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the frequencies of this forward, and prevent transformers from replacing them."""
@@ -86,3 +105,17 @@ def _frequencies(kind: str, config: Any, length: torch.Tensor, layer: str | None
     arguments = {} if layer is None else {"layer_type": layer}
     frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, length.device, seq_len=length, **arguments)
     return frequencies.to(torch.float32)
+
+
+def change_rope(model: torch.nn.Module, description: Any) -> None:
+    """Give an attached model the RoPE parameters and positions of another config of the same architecture, in place."""
+    binding = binding_of(model)
+    assert binding is not None
+    for config in binding.configs:
+        if getattr(config, "rope_parameters", None) is not None and hasattr(description, "rope_parameters"):
+            config.rope_parameters = copy.deepcopy(description.rope_parameters)
+            config.max_position_embeddings = description.max_position_embeddings
+    for module in model.modules():
+        rotary = getattr(module, _ROTARY, None)
+        if rotary is not None:
+            rotary.rebuild(module)

@@ -127,7 +127,7 @@ def _changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         for key in ("rope_scaling", "rope_parameters"):
             block = raw.get(key)
             base = block.get("rope_theta", base) if isinstance(block, dict) else base
-        if base is not None:
+        if base is not None and not any(isinstance(value, dict) for value in changes["rope_parameters"].values()):
             new["rope_parameters"] = {"rope_theta": base, **changes["rope_parameters"]}
     return new
 

@@ -143,12 +143,15 @@ class Checkpoints:
                 nvme.restore(engine, self.root / name, safe_load)
 
         with nvme.loading(engine, restored):
-            path, _ = engine.load_checkpoint(str(self.root), tag=name, load_lr_scheduler_states=False)
+            strict = not frozen(engine.module)  # frozen weights are those of the folder, not of the checkpoint
+            path, _ = engine.load_checkpoint(
+                str(self.root), tag=name, load_lr_scheduler_states=False, load_module_strict=strict
+            )
         if path is None:
             raise CheckpointError(f"{self.root / name}: DeepSpeed found nothing to load in it")
         with together():
             rng.load(self.root / name, ranks()[0])
-        return Progress(found.step, found.samples, found.tokens)
+        return found.progress
 
     def _require_same_swapping(self, engine: Any, name: str, found: Manifest) -> None:
         before = any(entry.path.startswith(nvme.PREFIX) for entry in found.files)
@@ -162,7 +165,8 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------------------ save, in steps
 
     def _begin(self, engine: Any, step: int) -> Path:
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+        saved = (p for p in engine.module.parameters() if p.requires_grad)
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in saved)
         folder = None
         with together():
             if ranks()[0] == 0:
@@ -197,8 +201,10 @@ class Checkpoints:
         folder = temporary / store.name_of(progress.step)
         with together():
             if ranks()[0] == 0:
+                begin = {manifest.STAGE_BEGIN: progress.stage_begin} if progress.stage_begin else {}
                 full = replace(
                     self.facts,
+                    run=self.facts.run | begin,
                     step=progress.step,
                     samples=progress.samples,
                     tokens=progress.tokens,
@@ -253,10 +259,16 @@ def _save_engine(engine: Any, temporary: Path, tag: str) -> tuple[list[Path], Ex
     engine._copy_recovery_script = lambda path: None
     try:
         with nvme.saving(engine):
-            engine.save_checkpoint(str(temporary), tag=tag, save_latest=False)
+            apart = frozen(engine.module)
+            engine.save_checkpoint(str(temporary), tag=tag, save_latest=False, exclude_frozen_parameters=apart)
     finally:
         del writer.save, engine._copy_recovery_script
     return written, failures[0] if failures else None
+
+
+def frozen(module: Any) -> bool:
+    """Return whether some of a model's weights are not trained."""
+    return any(not parameter.requires_grad for parameter in module.parameters())
 
 
 def _named(error: Exception, folder: Path) -> CheckpointError:

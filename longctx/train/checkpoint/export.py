@@ -6,8 +6,11 @@ generation_config.json and the tokenizer's files are copied, and the weights kee
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,14 @@ from typing import Any
 import torch
 
 from longctx.collectives import ranks, together
+from longctx.config.schema import RunConfig
 from longctx.data.tokenizers import folder as tokenizer_folder
 from longctx.data.tokens.writer import file_mode
-from longctx.models.load.pretrained import read_config, stored_dtype
+from longctx.engine.save import gather_weights as gather_adapters
+from longctx.models.hook.wrapped import inner_model
+from longctx.models.load.pretrained import load_pretrained, make_model, read_config, stored_dtype
+from longctx.models.lora import merged, save_adapter
+from longctx.train.model import adapted
 
 FOLDER = "model"
 GENERATION = "generation_config.json"
@@ -59,7 +67,9 @@ def read_source(folder: str | Path | None) -> PretrainedFiles | None:
     return PretrainedFiles(text, config.to_dict(), stored, stored_dtype(folder, config))
 
 
-def export_model(engine: Any, tokenizer: Path, output: Path, source: PretrainedFiles | None = None) -> Path:
+def export_model(
+    engine: Any, tokenizer: Path, output: Path, source: PretrainedFiles | None = None, config: RunConfig | None = None
+) -> Path:
     """Write ``output/model`` (config.json, model.safetensors, tokenizer files) and return it. All ranks call it.
 
     The folder is written under a temporary name and renamed, so an older export is replaced only by a complete one.
@@ -67,17 +77,52 @@ def export_model(engine: Any, tokenizer: Path, output: Path, source: PretrainedF
     Args:
         tokenizer: folder of the run's tokenizer.
         source: returned by ``read_source``; None for a model from scratch.
+        config: of a run with `model.lora`, as `model.lora.export` says.
 
     Raises:
         LongctxError: on every rank, if rank 0 could not write.
     """
-    weights = gather_weights(engine)
+    lora = config is not None and config.model.lora is not None
+    weights = gather_adapters(engine, adapters_only=True) if lora else gather_weights(engine)
     target = output / FOLDER
     with together():
         if ranks()[0] == 0:
             assert weights is not None
-            write_model(engine.module, weights, tokenizer, target, source)
+            if lora:
+                assert config is not None and source is not None
+                write_lora(config, inner_model(engine.module).config, weights, tokenizer, target, source)
+            else:
+                write_model(engine.module, weights, tokenizer, target, source)
     return target
+
+
+def write_lora(
+    config: RunConfig,
+    description: Any,
+    weights: Weights,
+    tokenizer: Path,
+    target: Path,
+    source: PretrainedFiles,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the folder ``target`` of a run with `model.lora`: the merged model, or the adapter. For one process.
+
+    Args:
+        description: the transformers config of the model inside.
+        weights: the trained ones, by their names in the PeftModel.
+        dtype: of a merged model; None for the folder's.
+    """
+    lora, folder = config.model.lora, config.model.pretrained
+    assert lora is not None and folder is not None
+    if lora.export == "adapter":
+        with torch.device("meta"):
+            model = adapted(make_model(description), config)
+        with _written(target, tokenizer) as aside:
+            save_adapter(model, weights, aside)
+        return
+    whole = load_pretrained(folder, dtype=torch.float32, config=copy.deepcopy(description))
+    inner = merged(adapted(whole, config), weights)
+    write_model(inner, dict(inner.state_dict()), tokenizer, target, source, dtype)
 
 
 def write_model(
@@ -94,16 +139,24 @@ def write_model(
         module: a transformers model; its own weights are not read.
         dtype: of the exported weights; None for the source's, or without a source the weights' own.
     """
-    aside = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
     weights = _shared(module, _cast(weights, dtype or (source.dtype if source else None)))
     found = next(x.dtype for x in weights.values() if x.is_floating_point())
-    _save(module, weights, aside)
-    _write_config(module.config, found, aside, source)
-    if source is None:
-        (aside / GENERATION).write_text(module.generation_config.to_json_string(), encoding="utf-8")
-    elif source.generation is not None:
-        (aside / GENERATION).write_bytes(source.generation)
+    with _written(target, tokenizer) as aside:
+        _save(module, weights, aside)
+        _write_config(module.config, found, aside, source)
+        if source is None:
+            (aside / GENERATION).write_text(module.generation_config.to_json_string(), encoding="utf-8")
+        elif source.generation is not None:
+            (aside / GENERATION).write_bytes(source.generation)
+
+
+@contextmanager
+def _written(target: Path, tokenizer: Path) -> Iterator[Path]:
+    """Yield a folder beside ``target`` that takes its place, with the tokenizer's files, when the block has ended."""
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
     tokenizer_folder.copy(tokenizer, aside)
     mode = file_mode()
     for path in aside.rglob("*"):

@@ -11,12 +11,13 @@ import torch
 from longctx.config.load import load
 from longctx.config.machine import token_folder
 from longctx.config.schema import RunConfig
+from longctx.config.stages import model_of, stage_at
 from longctx.data.build import RECORD
 from longctx.data.tokenizers.tokenizer import load_tokenizer
 from longctx.errors import CheckpointError, ConfigError
 from longctx.models.load.pretrained import make_model
 from longctx.train.checkpoint import manifest, store
-from longctx.train.checkpoint.export import FOLDER, Weights, read_source, write_model
+from longctx.train.checkpoint.export import FOLDER, Weights, read_source, write_lora, write_model
 from longctx.train.checkpoint.manifest import Manifest
 from longctx.train.checkpoint.safe_load import safe_load
 from longctx.train.model import model_config
@@ -47,16 +48,22 @@ def export_run(run: Path, output: Path | None = None, step: int | None = None, d
     config = load(run / "config.yaml", default_world=found.world["size"])
     tokenizer = _tokenizer(config, run)
     loaded = load_tokenizer(tokenizer)
-    description = model_config(config, loaded.vocabulary_size, loaded.end_of_document, loaded.beginning)
+    model = model_of(config, stage_at(config, max(found.step, 1)))
+    description = model_config(model, loaded.vocabulary_size, loaded.end_of_document, loaded.beginning)
     weights = _weights(folder, found)
     trained = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
     weights = {name: x.to(trained) if x.is_floating_point() else x for name, x in weights.items()}
-    with torch.device("meta"):
-        module = make_model(description)
     target = output or run / FOLDER
+    source, kind = read_source(config.model.pretrained), DTYPES.get(dtype or "")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_model(module, weights, tokenizer, target, read_source(config.model.pretrained), DTYPES.get(dtype or ""))
+        if config.model.lora is not None:
+            assert source is not None
+            write_lora(config, description, weights, tokenizer, target, source, kind)
+            return target
+        with torch.device("meta"):
+            module = make_model(description)
+        write_model(module, weights, tokenizer, target, source, kind)
     except OSError as error:
         shutil.rmtree(target.with_name(f".{target.name}.tmp"), ignore_errors=True)
         raise CheckpointError(f"{target} cannot be written: {error.strerror}; give another --output") from None

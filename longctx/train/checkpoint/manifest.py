@@ -20,6 +20,7 @@ from longctx.train.durable import sha256_of, write_atomically
 NAME = "manifest.json"
 FORMAT = "longctx-checkpoint"
 SCHEMA = 1
+STAGE_BEGIN = "stage_begin"  # in `run`, of runs with stages
 MAX_BYTES = 64 * 2**20  # a manifest lists files; one of this size is not a manifest
 
 
@@ -30,6 +31,7 @@ class Progress:
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    stage_begin: int = 0  # samples consumed before the current stage: its rows are numbered from 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ class Manifest:
     versions: dict[str, str]
     run: dict[str, Any] = field(default_factory=dict)
     files: tuple[FileEntry, ...] = ()
+
+    @property
+    def progress(self) -> Progress:
+        """The position of the run when it saved this checkpoint."""
+        begin = self.run.get(STAGE_BEGIN, 0)
+        return Progress(self.step, self.samples, self.tokens, begin if isinstance(begin, int) else 0)
 
     @property
     def total_bytes(self) -> int:

@@ -46,7 +46,7 @@ def load(root: Path, engine: Any, found: Manifest, say: Callable[[str], None]) -
             shutil.rmtree(folder.parent, ignore_errors=True)
     if (root / name / rng.name_of(rank)).is_file():
         rng.load(root / name, rank)
-    return Progress(found.step, found.samples, found.tokens)
+    return found.progress
 
 
 def _converted(root: Path, found: Manifest, rank: int, world: int) -> Path:

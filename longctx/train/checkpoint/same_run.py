@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from longctx.config.keys import leaves
+from longctx.config.lora_rules import LORA_FREE
 from longctx.config.schema import RunConfig
 from longctx.config.write import scalar
 from longctx.errors import CheckpointError
@@ -27,6 +28,7 @@ REFUSED = {
     "attention.layers": "set it back: it is a part of the model",
     "train.optimizer": "set it back: the saved state is that of the other optimizer",
 }
+STAGES = "train.stages"  # what is past must stay as it was
 FREE = ("model.pretrained", "model.vocab_size", "model.max_positions")  # compared by the model's hash instead
 
 
@@ -44,6 +46,8 @@ class SettingChange(NamedTuple):
     def remedy(self) -> str | None:
         """How to fix an incompatible change; None if the run may continue with the new value."""
         of_model = self.key.startswith("model.") and self.key not in FREE
+        if self.key == "model.lora" and isinstance(self.before, dict) and isinstance(self.now, dict):
+            of_model = any(self.before.get(key) != value for key, value in self.now.items() if key not in LORA_FREE)
         return REFUSED.get(self.key) or ("set it back: it is a part of the model" if of_model else None)
 
 
@@ -64,6 +68,15 @@ def require_settings(name: str, found: Manifest, here: Manifest) -> None:
         CheckpointError: it lists every such key with both values.
     """
     refused = [change for change in changes(found, here) if change.remedy]
+    if any(_settings(manifest).get(STAGES) for manifest in (found, here)):
+        refused = [change for change in refused if change.key != "data.sequence_length"]
+        past, now_past = (_history(_settings(manifest), found.step) for manifest in (found, here))
+        if past != now_past:
+            raise CheckpointError(
+                f"{name} was saved after stages of (steps, tokens per row) {_shown(past)}, but train.stages of this "
+                f"run begin with {_shown(now_past)}: steps 1 to {found.step} must be those trained. Or choose "
+                "another output.folder to start over"
+            )
     if refused:
         listed = "; ".join(
             f"{change.key} {scalar(change.before)}, this run has {scalar(change.now)}: {change.remedy}"
@@ -130,6 +143,21 @@ def recorded(manifest: Manifest) -> dict[str, Any]:
         **{f"version of {name}": version for name, version in manifest.versions.items()},
     }
     return _settings(manifest) | {key: value for key, value in facts.items() if value is not None}
+
+
+def _history(settings: dict[str, Any], step: int) -> list[tuple[int, int, Any]]:
+    """Return (steps, sequence length, rope) of each stage of steps 1 to ``step``."""
+    whole = {"sequence_length": settings.get("data.sequence_length"), "steps": step}
+    past, left = [], step
+    for stage in settings.get(STAGES) or [whole]:
+        if left > 0:
+            past.append((min(stage["steps"], left), stage["sequence_length"], stage.get("rope")))
+            left -= stage["steps"]
+    return past
+
+
+def _shown(past: list[tuple[int, int, Any]]) -> str:
+    return ", ".join(f"({steps}, {length}{', with a rope' if rope else ''})" for steps, length, rope in past)
 
 
 def _settings(manifest: Manifest) -> dict[str, Any]:
