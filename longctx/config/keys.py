@@ -229,7 +229,8 @@ def nearest(section: str, name: str) -> tuple[str, ...]:
     close = _closest(lowered, here, 0.84)
     elsewhere = [key for key in leaves() if key.rpartition(".")[2] == lowered]
     if close:
-        return tuple(dict.fromkeys((*elsewhere[:1], _join(section, close))))
+        exact = [key for key in elsewhere if key.rpartition(".")[0] != section] if close != lowered else []
+        return (_join(section, close), *exact[:1])
     if elsewhere:
         return tuple(sorted(elsewhere, key=lambda key: not key.startswith(("train.", "output."))))[:2]
     if lowered in SYNONYMS:

@@ -13,6 +13,7 @@ from longctx.config import nvme
 from longctx.config.architecture import parameter_count
 from longctx.config.findings import Finding, Rule, judge
 from longctx.config.hosts import parse_hostfile, require_users
+from longctx.config.lora import trained_parameters
 from longctx.config.pretrained import FOLDER_RULES
 from longctx.config.schema import RunConfig
 from longctx.config.stages import judge_run
@@ -108,7 +109,7 @@ def _disk(config: RunConfig) -> Iterator[Finding]:
 
 def disk_needed(config: RunConfig) -> int | None:
     """Return the approximate bytes of a run's checkpoints, including one being written; None if unknown."""
-    parameters = parameter_count(config)
+    parameters = trained_parameters(config) or parameter_count(config)
     if parameters is None:
         return None
     optimizer = {"adamw": 8, "sgd": 4 if config.train.momentum else 0}[config.train.optimizer]

@@ -105,7 +105,8 @@ def _moments(shape: ModelShape, setup: Setup) -> Iterator[Moment]:
 
     # The embedding's gradient is whole before stages 1 and 2 reduce it. Stage 3 shards it like any other.
     if setup.stage in (1, 2):
-        whole = {"gradients": shape.itemsize * shape.embedding, "workspace": states.large_gradient_bytes(shape, setup)}
+        gradient = shape.itemsize * min(shape.embedding, shape.trainable)
+        whole = {"gradients": gradient, "workspace": states.large_gradient_bytes(shape, setup)}
         yield Moment("backward of the embedding", _sum(_base(shape, setup, shape.parameters - head), whole))
 
     # In the optimizer step all activations are gone, and all gradients are there.

@@ -7,6 +7,7 @@ from typing import Any
 
 from longctx.config.architecture import UNGATED, intermediate_size, parameter_count, vocabulary_size
 from longctx.config.architecture import head_dim as head_dim_of
+from longctx.config.lora import trained_parameters
 from longctx.config.schema import RunConfig
 from longctx.errors import ConfigError, ModelError
 from longctx.models.load.expected import tied
@@ -43,6 +44,8 @@ class ModelShape:
     """weights per layer besides matrices and the two norms: biases, norms of q and k"""
     counted: int | None = None
     """parameters counted from the weight files; None: from the formulas"""
+    trained: int | None = None
+    """parameters that are trained; None: all (with `model.lora`: those of the adapters)"""
 
     @property
     def full_layers(self) -> int:
@@ -103,6 +106,11 @@ class ModelShape:
         return self.layers * each + self.all_mlp_weights + self.embedding * (1 if self.tied else 2) + self.hidden
 
     @property
+    def trainable(self) -> int:
+        """Parameters with gradients and optimizer states."""
+        return self.parameters if self.trained is None else self.trained
+
+    @property
     def matrix_weights(self) -> int:
         """Weights that every token is multiplied with: all but the embedding and the norms."""
         return self.layers * self.attention_weights + self.mlp_products + self.embedding
@@ -130,7 +138,8 @@ def shape_of(config: RunConfig) -> ModelShape:
             shape = shape_of_settings(read_settings(model.pretrained), itemsize)
         except ModelError as problem:
             raise ConfigError(f"plan: {problem}") from None
-        return _mixed(_counted(shape, parameter_count(config), model.pretrained), config)
+        counted = _counted(shape, parameter_count(config), model.pretrained)
+        return _mixed(replace(counted, trained=trained_parameters(config)), config)
     vocab = model.vocab_size or vocabulary_size(config)
     inner, size = intermediate_size(model), head_dim_of(model)
     if vocab is None:

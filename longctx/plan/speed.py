@@ -200,6 +200,6 @@ def _optimizer(shape: ModelShape, setup: Setup, machine: Machine) -> float:
     held = states.host_optimizer_bytes(shape, setup)
     if not setup.offload_optimizer:
         return 2.5 * held / machine.bandwidth
-    own = states.share(shape.parameters, setup, 1)
+    own = states.share(shape.trainable, setup, 1)
     host_bandwidth = 200e9 / machine.per_node
     return 2.5 * held / host_bandwidth + own * (4 + shape.itemsize) / machine.host_link

@@ -40,25 +40,25 @@ def host_optimizer_bytes(shape: ModelShape, setup: Setup) -> int:
     An optimizer on NVMe leaves in host memory: summed gradients, and four buffers of the elements swapped in at once.
     """
     if setup.swap_optimizer:
-        own = share(shape.parameters, setup, 1)
+        own = share(shape.trainable, setup, 1)
         return 4 * own + 16 * min(own, SUB_GROUP)
     master = 0 if setup.stage == 0 and shape.itemsize == 4 else 4
     gradients = 8 if setup.offload_optimizer else 0  # a pinned buffer, and the sum over micro-batches
-    return (master + gradients + 4 * setup.states) * share(shape.parameters, setup, 1)
+    return (master + gradients + 4 * setup.states) * share(shape.trainable, setup, 1)
 
 
 def swapped_bytes(shape: ModelShape, setup: Setup) -> int:
     """Return the bytes on NVMe: master weights, gradients and optimizer states."""
-    return (8 + 4 * setup.states) * share(shape.parameters, setup, 1) if setup.swap_optimizer else 0
+    return (8 + 4 * setup.states) * share(shape.trainable, setup, 1) if setup.swap_optimizer else 0
 
 
 def resident_gradient_bytes(shape: ModelShape, setup: Setup) -> int:
     """Return the bytes of gradient buffers that are held throughout: ZeRO-3's flat buffer of this rank's shards;
     without ZeRO, the fp32 gradients of bf16 weights."""
     if setup.stage == 3:
-        return 0 if setup.offload_optimizer and setup.on_gpu else shape.itemsize * share(shape.parameters, setup, 3)
+        return 0 if setup.offload_optimizer and setup.on_gpu else shape.itemsize * share(shape.trainable, setup, 3)
     if setup.stage == 0 and shape.itemsize == 2:
-        return 4 * shape.parameters
+        return 4 * shape.trainable
     return 0
 
 
@@ -69,6 +69,7 @@ def computed_gradient_bytes(shape: ModelShape, setup: Setup, computed: int) -> i
     """
     if setup.stage == 3 or (setup.offload_optimizer and setup.stage == 2):
         return 0
+    computed = computed * shape.trainable // shape.parameters
     if setup.stage == 2:
         largest = max(shape.largest_mlp_weight, 0 if shape.tied else shape.embedding)
         return shape.itemsize * max(share(computed, setup, 2), min(computed, largest))
@@ -89,23 +90,29 @@ def bucket_bytes(shape: ModelShape, setup: Setup, computed: int = 1) -> int:
 
 def large_gradient_bytes(shape: ModelShape, setup: Setup) -> int:
     """Return the bytes of the copy through which stages 1 and 2 reduce an embedding's gradient larger than a bucket."""
-    return 4 * shape.embedding if shape.embedding > setup.bucket else 0
+    trained = min(shape.embedding, shape.trainable)
+    return 4 * trained if trained > setup.bucket else 0
 
 
 def offload_bytes(shape: ModelShape, setup: Setup) -> int:
     """Return the bytes of two fp32 copies of the largest parameter, with which stages 1 and 2 offload gradients."""
-    return 8 * max(shape.embedding, shape.largest_mlp_weight) if setup.offload_optimizer and setup.stage < 3 else 0
+    return 8 * _largest(shape) if setup.offload_optimizer and setup.stage < 3 else 0
 
 
 def update_bytes(shape: ModelShape, setup: Setup) -> int:
     """Return the bytes that the optimizer step allocates: fp32 gradients for the master weights, and temporaries."""
     if setup.stage == 0:
-        return 8 * max(shape.embedding, shape.largest_mlp_weight)
-    own = share(shape.parameters, setup, 1)
+        return 8 * _largest(shape)
+    own = share(shape.trainable, setup, 1)
     temporaries = 8 * own if setup.states == 2 else 0
     if setup.offload_optimizer:
         return 0 if setup.on_gpu else temporaries
     return 4 * own + temporaries
+
+
+def _largest(shape: ModelShape) -> int:
+    """Count the elements of the largest parameter that is trained."""
+    return min(max(shape.embedding, shape.largest_mlp_weight), shape.trainable)
 
 
 def persistent_elements(shape: ModelShape, setup: Setup) -> int:

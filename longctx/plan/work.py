@@ -141,8 +141,9 @@ def zero_sent(shape: ModelShape, setup: Setup) -> tuple[int, int]:
         stages 0 to 2    (2 g + b) N (P - 1) / P    all-reduce of gradients, gather of weights (not in stage 0)
         stage 3          (2 b + g) N (P - 1) / P    gathers in forward and backward, reduce-scatter
 
-    A model that may stay gathered is gathered once. With `zero.group`, all gathers of a step except the first stay
-    within the group; the result is the average per micro-batch.
+    N counts trained parameters for gradients, and for weights below stage 3. A model that may stay gathered is gathered
+    once. With `zero.group`, all gathers of a step except the first stay within the group; the result is the average per
+    micro-batch.
     """
     others = (setup.world - 1) / setup.world
     gradient = 4 if setup.sequence > 1 else shape.itemsize
@@ -150,7 +151,7 @@ def zero_sent(shape: ModelShape, setup: Setup) -> tuple[int, int]:
         gathers: float = 1 if shape.parameters <= setup.live else 2
         near = 0.0 if setup.group is None else gathers - 1 / setup.accumulation
         here = 0.0 if setup.group is None else (setup.group - 1) / setup.group
-        wide = (gathers - near) * shape.itemsize + gradient
-        return int(wide * shape.parameters * others), int(near * shape.itemsize * shape.parameters * here)
+        wide = (gathers - near) * shape.itemsize * shape.parameters + gradient * shape.trainable
+        return int(wide * others), int(near * shape.itemsize * shape.parameters * here)
     gathered = shape.itemsize if setup.stage else 0
-    return int((2 * gradient + gathered) * shape.parameters * others), 0
+    return int((2 * gradient + gathered) * shape.trainable * others), 0

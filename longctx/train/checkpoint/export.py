@@ -110,7 +110,7 @@ def write_lora(
     Args:
         description: the transformers config of the model inside.
         weights: the trained ones, by their names in the PeftModel.
-        dtype: of a merged model; None for the folder's.
+        dtype: of the exported weights; None for the folder's.
     """
     lora, folder = config.model.lora, config.model.pretrained
     assert lora is not None and folder is not None
@@ -118,7 +118,7 @@ def write_lora(
         with torch.device("meta"):
             model = adapted(make_model(description), config)
         with _written(target, tokenizer) as aside:
-            save_adapter(model, weights, aside)
+            save_adapter(model, _cast(weights, dtype or source.dtype), aside)
         return
     whole = load_pretrained(folder, dtype=torch.float32, config=copy.deepcopy(description))
     inner = merged(adapted(whole, config), weights)
