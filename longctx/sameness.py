@@ -103,7 +103,7 @@ def checksum(x: torch.Tensor) -> torch.Tensor:
         flat = flat.double().view(torch.int64)
     index = torch.arange(1, flat.numel() + 1, device=flat.device) * _PRIME
     mixed = (flat.to(torch.int64) + 7) * (index ^ (index >> 7))  # int64 overflow wraps, which a checksum may
-    return mixed.sum() + sum((place + 2) * size for place, size in enumerate(x.shape))
+    return mixed.sum() + sum((axis + 2) * size for axis, size in enumerate(x.shape))
 
 
 def _text(value: Any) -> str:

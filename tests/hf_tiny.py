@@ -90,7 +90,7 @@ def deepspeed_config(stage: int, **zero: Any) -> dict[str, Any]:
 
 
 FSDP2 = {
-    "fsdp": "full_shard auto_wrap",
+    "fsdp": True,
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
 }
 
@@ -136,3 +136,16 @@ def history(trainer: Any) -> dict[str, list[float]]:
 
 def windows_of(rows: list[Any], steps: int, size: int) -> list[list[Any]]:
     return [rows[step * size : (step + 1) * size] for step in range(steps)]
+
+
+def tokenizer() -> Any:
+    """One token per word t0, t1, …"""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    table = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t1"))
+    return PreTrainedTokenizerFast(tokenizer_object=table, eos_token="t2", pad_token="t3", unk_token="t1")
+
+
+def words(ids: list[int]) -> str:
+    return " ".join(f"t{i}" for i in ids)

@@ -86,7 +86,7 @@ def _run(request: Request, ring: int, interactive: bool) -> int:
 
 
 def _here(request: Request, interactive: bool) -> int:
-    from longctx.generation.run import Generator
+    from longctx.generation.generator import Generator
     from longctx.mesh import Mesh
 
     generator = Generator(Path(request.folder), Mesh(ring=1, world_size=1))

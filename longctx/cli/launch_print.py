@@ -10,7 +10,7 @@ from pathlib import Path
 from longctx.config.derived import Derived
 from longctx.config.schema import RunConfig
 from longctx.launch import hardware
-from longctx.launch.cluster.placement import place, table
+from longctx.launch.cluster.placement import place_ranks, table
 from longctx.launch.cluster.run import ClusterJob, plan_job
 
 
@@ -26,7 +26,7 @@ def show(config: RunConfig, sizes: Derived, path: Path, overrides: Sequence[str]
 
 
 def _local(sizes: Derived, path: Path, overrides: Sequence[str]) -> str:
-    here = place([("this machine", sizes.world)], sizes.ring, sizes.ulysses, sizes.data)
+    here = place_ranks([("this machine", sizes.world)], sizes.ring, sizes.ulysses, sizes.data)
     command = [sys.executable, "-m", "longctx.launch.rank", "--config", str(path), *overrides]
     lines = [f"launcher local: {sizes.world} ranks on this machine", "", "placement", *table(here), ""]
     lines += ["environment: this shell's, and GLOO_, NCCL_ and TP_SOCKET_IFNAME=lo", ""]

@@ -37,6 +37,19 @@ def _weights(config: RunConfig) -> Iterator[Finding]:
         yield Finding("data.weights", message, "count")
 
 
+def _long_documents(config: RunConfig) -> Iterator[Finding]:
+    data = config.data
+    if data.long_documents != "split" and data.packing == "concat":
+        message = f"got {data.long_documents!r}, but packing: concat splits documents at any row end; use best_fit"
+        yield Finding("data.long_documents", message, "idle-key")
+
+
+def _streaming(config: RunConfig) -> Iterator[Finding]:
+    if config.data.streaming and not any(source.startswith("hf:") for source in config.data.sources):
+        message = "is only for hf: sources (files are never copied); remove the key"
+        yield Finding("data.streaming", message, "idle-key")
+
+
 def _foreign_tokenizer(config: RunConfig) -> Iterator[Finding]:
     if config.data.foreign_tokenizer and config.model.pretrained is None:
         yield Finding("data.foreign_tokenizer", "has no effect without model.pretrained; remove the key", "idle-key")
@@ -86,6 +99,8 @@ RULES: tuple[Rule, ...] = (
     *(partial(_local_path, leaf) for leaf in leaves().values() if environment_ok(leaf.field)),
     _sources,
     _weights,
+    _long_documents,
+    _streaming,
     _foreign_tokenizer,
     _trained_tokenizer,
     _keys_of_bpe,

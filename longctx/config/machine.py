@@ -61,10 +61,10 @@ def _sources(config: RunConfig) -> Iterator[Finding]:
                 yield Finding("data.sources", message, "missing-package")
             continue
         path = Path(source)
-        if not _exists(path):
+        if not _exists(path) and not _exists(Path(f"{source}.idx")):  # NAME of Megatron's NAME.idx
             message = f"{source!r} does not exist; give text files, .jsonl files, folders, or python-stdlib"
             yield Finding("data.sources", message, "no-file")
-        elif not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        elif _exists(path) and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
             yield Finding("data.sources", f"{source!r} cannot be read; change its permissions", "no-access")
         elif path.is_file() and path.stat().st_size == 0:
             yield Finding("data.sources", f"{source!r} is empty; give a file with text", "empty-file")

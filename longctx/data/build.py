@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from longctx.data.make import ASIDE, make_build
-from longctx.data.sources.document import TEXT, Source
+from longctx.data.sources.document import CHAT, PAIR, Source
 from longctx.data.sources.folder import would_read
 from longctx.data.sources.text import AUTO, open_source
+from longctx.data.sources.tokenfiles import Ids
 from longctx.data.survey import Progress, Survey
 from longctx.data.tokenizers.chat import LOSSES, Loss, template_hash
 from longctx.data.tokenizers.special import CHOICES, Special
@@ -74,6 +75,7 @@ def build_tokens(
     format: str = AUTO,
     exclude: Sequence[str] = (),
     loss: Loss = "assistant",
+    streaming: bool = False,
     reuse: bool = True,
     continues: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -93,9 +95,11 @@ def build_tokens(
         special_tokens: "spell" encodes a string such as ``<|eot|>`` in a document like any other text, "parse" makes it
             the special token that it spells.
         format: "auto" (JSON, tables, parquet and Arrow are recognised by content), "text" (every file is one document,
-            verbatim, including any markup), or "chat" (records are read as conversations even if they have a text).
+            verbatim, including any markup), "chat" (records are read as conversations even if they have a text), or
+            "tokens" (files are token files of nanoGPT, Megatron or datatrove).
         exclude: patterns of files in folders to leave out.
         loss: which tokens of conversations are labels: "all", "completion" or "assistant" (chat.py); of texts all are.
+        streaming: read "hf:" sources as they arrive, several times, instead of keeping a copy in the cache of datasets.
         reuse: return the folder's build if it is of the same documents and settings.
         continues: ``TokenBuild.record`` of the data that a run's checkpoints were trained on; other data are rejected.
         progress: called with (stage, bytes done, total bytes).
@@ -129,7 +133,11 @@ def build_tokens(
     )
     if continues is not None:
         records.require_settings(continues, settings)
-    opened = [open_source(source, text_field, format=format, exclude=exclude) for source in given]
+    ids = Ids(fixed.vocabulary_size, fixed.end_of_document) if fixed else None
+    opened = [
+        open_source(source, text_field, format=format, exclude=exclude, ids=ids, streaming=streaming)
+        for source in given
+    ]
     with locked(folder) as writable:
         found = records.recorded(folder) if reuse else None
         stamp = _stamp(opened)
@@ -138,7 +146,7 @@ def build_tokens(
                 records.require_text(continues, settings, found["key"])
             return _opened(folder, found, reused=True)
         survey = Survey(opened, seed, progress or (lambda *_: None))
-        key = settings.key(survey.content, survey.kinds.total() > survey.kinds[TEXT])
+        key = settings.key(survey.content, survey.kinds[CHAT] + survey.kinds[PAIR] > 0)
         if continues is not None:
             records.require_text(continues, settings, key)
         reused = found is not None and found["key"] == key

@@ -85,6 +85,7 @@ def _summary(store: TokenStore, rows: PackedRows, verified: bool) -> RenderableT
         ("tokenizer", (store.tokenizer_hash or "not recorded")[:16]),
         ("vocabulary", f"{store.vocabulary_size:,} ({store.tokens.dtype})"),
         ("tokens", f"{store.token_count:,} in {store.document_count:,} documents"),
+        ("ignored", f"{store.ignored_tokens:,} of the tokens, by the loss"),
         ("documents", f"{lengths.min():,} to {lengths.max():,} tokens, median {middle:,}"),
         ("rows", f"{len(rows):,} of {rows.sequence_length:,} tokens, {rows.packing}, {rows.fill:.2%} full"),
     ):

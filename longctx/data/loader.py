@@ -1,8 +1,8 @@
-"""ShardedLoader: windows of local micro-batches; each rank reads only its own shard of each row.
+"""ShardedLoader: accumulation windows of local micro-batches; each rank reads only its own shard of each row.
 
-Sample n of a run is always the same row, and its position in a window is a fixed function of n: samples are assigned to
-micro-batches first, then to data replicas, then to rows of a micro-batch. The number of samples consumed is the only
-state.
+Sample n of a run is always the same row of the data, and its position in an accumulation window is a fixed function of
+n: samples are assigned to micro-batches first, then to data replicas, then to rows of a micro-batch. The number of
+samples consumed is the only state.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class ShardedLoader:
         layout: "zigzag", "contiguous" or "striped".
         seed: of the order of samples.
         packing: "best_fit" or "concat".
+        long_documents: what "best_fit" does with documents longer than a row: "split", "truncate" or "drop".
         samples_consumed: where to begin, counted over all data replicas; valid for any mesh.
         tokenizer_hash, vocabulary_size: of the run; files that do not match are rejected.
         prefetch: windows read ahead by a thread; 0: read in the calling thread.
@@ -61,6 +62,7 @@ class ShardedLoader:
         layout: str | Layout = "zigzag",
         seed: int = 0,
         packing: str = "best_fit",
+        long_documents: str = "split",
         samples_consumed: int = 0,
         tokenizer_hash: str | None = None,
         vocabulary_size: int | None = None,
@@ -82,6 +84,7 @@ class ShardedLoader:
             files,
             sequence_length,
             packing,
+            long_documents=long_documents,
             by_source=weights is not None,
             tokenizer_hash=tokenizer_hash,
             vocabulary_size=vocabulary_size,
@@ -116,7 +119,7 @@ class ShardedLoader:
 
     @property
     def epoch(self) -> float:
-        """Epochs completed so far."""
+        """Passes over the data so far, a fraction."""
         return self._consumed / len(self.rows)
 
     @property
@@ -143,12 +146,13 @@ class ShardedLoader:
             )
         ]
 
-    def sample_ids(self, samples_consumed: int) -> npt.NDArray[np.int64]:
-        """Return the rows of the window at ``samples_consumed``: (accumulation, replicas, micro_batch) int64.
+    def row_ids(self, samples_consumed: int) -> npt.NDArray[np.int64]:
+        """Return the row number of each sample of the window at ``samples_consumed``: (accumulation, replicas,
+        micro_batch) int64.
 
         Equal on every rank; flattened, it is the order of samples, which does not depend on the mesh.
         """
-        return self._reader.sample_ids(samples_consumed)
+        return self._reader.row_ids(samples_consumed)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint: samples consumed, the seed, and the identity of the data."""
@@ -217,7 +221,8 @@ class EvaluationLoader:
     replica is missing from a collective. It can be iterated repeatedly, and yields windows of one micro-batch.
 
     Args:
-        files, sequence_length, micro_batch, mesh, layout, packing, tokenizer_hash, vocabulary_size: as ShardedLoader.
+        files, sequence_length, micro_batch, mesh, layout, packing, long_documents, tokenizer_hash, vocabulary_size: as
+            ShardedLoader.
         max_rows: evaluate at most this many rows, evenly spread over the data; None: all.
     """
 
@@ -230,6 +235,7 @@ class EvaluationLoader:
         mesh: Grid | None = None,
         layout: str | Layout = "zigzag",
         packing: str = "best_fit",
+        long_documents: str = "split",
         max_rows: int | None = None,
         tokenizer_hash: str | None = None,
         vocabulary_size: int | None = None,
@@ -238,7 +244,12 @@ class EvaluationLoader:
             raise DataError(f"micro_batch {micro_batch} and max_rows {max_rows}: must be at least 1")
         self.mesh = mesh or OneRank()
         self.rows = PackedRows(
-            files, sequence_length, packing, tokenizer_hash=tokenizer_hash, vocabulary_size=vocabulary_size
+            files,
+            sequence_length,
+            packing,
+            long_documents=long_documents,
+            tokenizer_hash=tokenizer_hash,
+            vocabulary_size=vocabulary_size,
         )
         self.micro_batch = micro_batch
         count = min(len(self.rows), max_rows or len(self.rows))

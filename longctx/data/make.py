@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from longctx.data.sources.document import CHAT, PAIR, TEXT
+from longctx.data.sources.document import CHAT, PAIR
 from longctx.data.sources.text import summarise
 from longctx.data.survey import Survey
 from longctx.data.tokenise import Counts, tokenise
@@ -73,7 +73,7 @@ def _write(folder: Path, survey: Survey, fixed: Tokenizer | None, settings: Sett
         tokenizer = train_bpe(survey.training_sample(held_out, settings.sample_bytes), settings.vocabulary_size)
         _return_freed_memory()
     tokenizer.save(folder / TOKENIZER)
-    cut = settings.held_out if survey.split.size == 1 and survey.kinds[TEXT] else 0.0
+    cut = settings.held_out if survey.split.size == 1 and not survey.kinds[CHAT] + survey.kinds[PAIR] else 0.0
     common: dict[str, Any] = {
         "vocabulary_size": tokenizer.vocabulary_size,
         "tokenizer_hash": tokenizer.hash,

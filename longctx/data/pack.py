@@ -16,6 +16,8 @@ import numpy.typing as npt
 from longctx.errors import DataError
 
 PACKINGS = ("concat", "best_fit")
+LONG = ("split", "truncate", "drop")
+"""of best_fit: what is done with a document longer than a row"""
 
 Int64 = npt.NDArray[np.int64]
 
@@ -37,29 +39,35 @@ class Packing(Protocol):
     """Random access to the rows of one file."""
 
     rows: int
+    tokens: int
+    """in all rows"""
 
     def pieces(self, row: int) -> Pieces:
         """Return the pieces of a row, ``0 <= row < rows``."""
         ...
 
 
-def pack(offsets: Int64, sequence_length: int, method: str = "best_fit") -> Packing:
+def pack(offsets: Int64, sequence_length: int, method: str = "best_fit", long: str = "split") -> Packing:
     """Assign the documents of a file to rows.
 
     Args:
         offsets: (documents + 1,) int64, as in ``TokenStore.offsets``.
         sequence_length: tokens in a row.
         method: "concat" or "best_fit".
+        long: what is done with documents longer than a row; "split": a row for each piece; with best_fit also
+            "truncate": one row with their first tokens, "drop": none.
 
     Raises:
-        DataError: unknown method, or rows too short for a token and its label.
+        DataError: unknown method or ``long``, or rows too short for a token and its label.
     """
     if sequence_length < 2:
         raise DataError(f"sequence_length {sequence_length}: a row needs at least 2 tokens to predict one from another")
+    if long not in LONG or (method == "concat" and long != "split"):
+        raise DataError(f"long_documents {long!r} with packing {method!r}: use 'split', or best_fit with one of {LONG}")
     if method == "concat":
         return ConcatPacking(offsets, sequence_length)
     if method == "best_fit":
-        return BestFitPacking(offsets, sequence_length)
+        return BestFitPacking(offsets, sequence_length, long)
     raise DataError(f"packing {method!r} is unknown; use one of {', '.join(map(repr, PACKINGS))}")
 
 
@@ -68,12 +76,12 @@ class ConcatPacking:
 
     def __init__(self, offsets: Int64, sequence_length: int) -> None:
         self.offsets, self.sequence_length = offsets, sequence_length
-        self.token_count = int(offsets[-1])
-        self.rows = -(-self.token_count // sequence_length)
+        self.tokens = int(offsets[-1])
+        self.rows = -(-self.tokens // sequence_length)
 
     def pieces(self, row: int) -> Pieces:
         begin = row * self.sequence_length
-        end = min(begin + self.sequence_length, self.token_count)
+        end = min(begin + self.sequence_length, self.tokens)
         first = int(np.searchsorted(self.offsets, begin, side="right")) - 1
         last = int(np.searchsorted(self.offsets, end, side="left"))  # documents first … last − 1 touch the row
         bounds = np.clip(self.offsets[first : last + 1], begin, end)
@@ -83,17 +91,20 @@ class ConcatPacking:
 class BestFitPacking:
     """Rows of whole documents, and of pieces of documents longer than a row. 24 bytes of memory per piece."""
 
-    def __init__(self, offsets: Int64, sequence_length: int) -> None:
+    def __init__(self, offsets: Int64, sequence_length: int, long: str = "split") -> None:
         lengths = np.diff(offsets)
         if bool((lengths < 1).any()):
             document = int(np.argmin(lengths))
             raise DataError(f"document {document} has {int(lengths[document])} tokens: the document index is damaged")
         pieces_of = -(-lengths // sequence_length)
+        if long != "split":
+            pieces_of = (lengths <= sequence_length).astype(np.int64) if long == "drop" else np.minimum(pieces_of, 1)
         documents = np.repeat(np.arange(lengths.size, dtype=np.int64), pieces_of)
         first_piece = np.cumsum(pieces_of) - pieces_of
         inside = np.arange(documents.size, dtype=np.int64) - first_piece[documents]  # which piece of its document
         starts = offsets[documents] + inside * sequence_length
         piece_lengths = np.minimum(offsets[documents + 1] - starts, sequence_length)
+        self.tokens = int(piece_lengths.sum())
         row, self.rows = best_fit(piece_lengths, sequence_length)
         _, first = np.unique(row, return_index=True)
         row = np.argsort(np.argsort(first))[row]  # number rows by their first token in the file
@@ -104,6 +115,13 @@ class BestFitPacking:
     def pieces(self, row: int) -> Pieces:
         here = slice(int(self._bounds[row]), int(self._bounds[row + 1]))
         return Pieces(self._starts[here], self._lengths[here], self._documents[here])
+
+
+def longer_than_row(offsets: Int64, sequence_length: int) -> tuple[int, int, int]:
+    """Return how many documents are longer than a row, their tokens, and how many of these do not fit into one."""
+    lengths = np.diff(offsets)
+    long = lengths[lengths > sequence_length]
+    return int(long.size), int(long.sum()), int((long - sequence_length).sum())
 
 
 def best_fit(lengths: Int64, capacity: int) -> tuple[Int64, int]:
@@ -126,6 +144,7 @@ def best_fit(lengths: Int64, capacity: int) -> tuple[Int64, int]:
     rows = done = 0
 
     def leave(left: int, which: Int64) -> None:
+        """Record that the rows `which` have room for `left` more tokens."""
         if left > 0 and which.size:
             if left not in room:
                 room[left] = []
@@ -134,24 +153,24 @@ def best_fit(lengths: Int64, capacity: int) -> tuple[Int64, int]:
 
     for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while count:
-            place = bisect_left(rooms, length)
-            if place < len(rooms):
-                left = rooms.pop(place)
+            index = bisect_left(rooms, length)
+            if index < len(rooms):  # all rows with the least room that suffices
+                left = rooms.pop(index)
                 found = room.pop(left)
                 candidates = found[0] if len(found) == 1 else np.concatenate(found)
-            else:
+            else:  # no row has enough: open as many as this length needs
                 left = capacity
                 needed = -(-count // (capacity // length))
                 candidates = np.arange(rows, rows + needed, dtype=np.int64)
                 rows += needed
-            each = left // length  # the row that got a piece is now the fullest with room
-            used = candidates[: -(-count // each)]
-            placed = min(count, used.size * each)
-            result[longest_first[done : done + placed]] = np.repeat(used, each)[:placed]
-            in_last = placed - (used.size - 1) * each
-            leave(left, candidates[used.size :])
-            leave(left - each * length, used[:-1])
-            leave(left - in_last * length, used[-1:])
+            per_row = left // length  # a row that got a piece is now the fullest with room, so it gets more of them
+            used = candidates[: -(-count // per_row)]
+            placed = min(count, used.size * per_row)
+            result[longest_first[done : done + placed]] = np.repeat(used, per_row)[:placed]
+            in_last = placed - (used.size - 1) * per_row
+            leave(left, candidates[used.size :])  # got none
+            leave(left - per_row * length, used[:-1])  # full for this length
+            leave(left - in_last * length, used[-1:])  # got what was left over
             done += placed
             count -= placed
     return result, rows

@@ -35,6 +35,7 @@ class PackedRows:
         files: a token file or several (paths or opened stores).
         sequence_length: tokens in a row.
         packing: "concat" or "best_fit".
+        long_documents: what "best_fit" does with documents longer than a row (``pack``).
         by_source: pack the documents of each source by themselves (``sources``); a row then is of one source.
         tokenizer_hash, vocabulary_size: reject files that do not match.
 
@@ -51,6 +52,7 @@ class PackedRows:
         sequence_length: int,
         packing: str = "best_fit",
         *,
+        long_documents: str = "split",
         by_source: bool = False,
         tokenizer_hash: str | None = None,
         vocabulary_size: int | None = None,
@@ -59,7 +61,7 @@ class PackedRows:
         if not given:
             raise DataError("no token file was given; make one with `longctx data build`")
         self.stores = [file if isinstance(file, TokenStore) else TokenFile(file) for file in given]
-        self.sequence_length, self.packing = sequence_length, packing
+        self.sequence_length, self.packing, self.long_documents = sequence_length, packing, long_documents
         for store in self.stores:
             if tokenizer_hash is not None:
                 store.require_tokenizer(tokenizer_hash)
@@ -72,7 +74,9 @@ class PackedRows:
             for name, first, end in _documents_of(store) if by_source else [("", 0, store.document_count)]:
                 offsets = store.offsets[first : end + 1]
                 self._parts.append((store, first))
-                self._packings.append(pack(offsets - offsets[0] if first else offsets, sequence_length, packing))
+                self._packings.append(
+                    pack(offsets - offsets[0] if first else offsets, sequence_length, packing, long_documents)
+                )
                 self.sources += [(name, self._packings[-1].rows)] if by_source else []
         self._first_rows = np.cumsum([0] + [packed.rows for packed in self._packings])
 
@@ -81,7 +85,8 @@ class PackedRows:
 
     @property
     def token_count(self) -> int:
-        return sum(store.token_count for store in self.stores)
+        """Tokens in all rows."""
+        return sum(packed.tokens for packed in self._packings)
 
     @property
     def fill(self) -> float:
@@ -92,7 +97,8 @@ class PackedRows:
     def identity(self) -> str:
         """Text that changes with the content, the packing and the length; a resumed run must find the same."""
         files = "+".join(store.identity[:32] for store in self.stores)
-        return f"{files}:{self.packing}:{self.sequence_length}"
+        long = "" if self.long_documents == "split" else f":{self.long_documents}"
+        return f"{files}:{self.packing}:{self.sequence_length}{long}"
 
     def pieces(self, row: int) -> tuple[TokenStore, Pieces]:
         """Return the file of a row and the row's pieces. Raises: IndexError."""

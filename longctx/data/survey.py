@@ -134,13 +134,13 @@ class _Seen:
         self.blank = True
         self._hasher = survey.hasher()
 
-    def add(self, piece: str) -> None:
-        raw = piece.encode()
+    def add(self, piece: Any) -> None:
+        raw = piece.encode() if isinstance(piece, str) else piece.tobytes()
         self._hasher.update(raw)
         self.bytes, self.characters = self.bytes + len(raw), self.characters + len(piece)
-        self.blank = self.blank and (not piece or piece.isspace())
+        self.blank = self.blank and isinstance(piece, str) and (not piece or piece.isspace())
 
-    def watch(self, document: Document) -> Iterator[str]:
+    def watch(self, document: Document) -> Iterator[Any]:
         for piece in document.pieces:
             self.add(piece)
             yield piece

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from longctx.data.sources.document import TEXT, Document
+from longctx.data.sources.document import CHAT, PAIR, TOKENS, Document
 from longctx.data.survey import Survey
 from longctx.data.tokenizers.chat import ChatEncoder
 from longctx.data.tokenizers.special import surround
@@ -65,18 +66,20 @@ def tokenise(
     for number, document in survey.documents():
         end_sources(number)
         writer, begun = other if held_out[number] else train, False
-        if document.kind != TEXT:
+        if document.kind in (PAIR, CHAT):
             texts.flush()
             _conversation(document, encoder, writer, texts)
             continue
         for behind, piece in _cut(document.pieces, survey.characters, cut):
             if behind and writer is train:
-                texts.add(train, document.name, "")
+                texts.end(train, document)
                 writer, begun = other, False
-            if piece:
+            if document.kind == TOKENS:
+                texts.add_tokens(writer, document.name, piece)
+            elif piece:
                 texts.add(writer, document.name, encoder.tokenizer.continuation(piece) if begun else piece)
                 begun = True
-        texts.add(writer, document.name, "")
+        texts.end(writer, document)
     end_sources(survey.split.size)
     return texts.counts
 
@@ -114,8 +117,24 @@ class _Texts:
         if piece and self._size >= _BATCH_CHARACTERS:
             self.flush()
 
+    def add_tokens(self, writer: TokenWriter, name: str, ids: Tokens) -> None:
+        """Append ids as they are."""
+        self.flush()
+        writer.append(ids, name)
+        self.done += ids.nbytes
+        self.report()
+
+    def end(self, writer: TokenWriter, document: Document) -> None:
+        """End a document; one of tokens is complete as it is."""
+        if document.kind == TOKENS:
+            self.counts.without_tokens += not writer.end_document(document.name, complete=True)
+        else:
+            self.add(writer, document.name, "")
+
     def flush(self) -> None:
         """Encode and write what was added."""
+        if not self._batch:
+            return
         tokenizer, counts = self.tokenizer, self.counts
         encoded = iter(tokenizer.encode_batch([piece for _, _, piece in self._batch if piece], parse=self.parse))
         for writer, name, piece in self._batch:
@@ -137,12 +156,13 @@ class _Texts:
         self.report()
 
 
-def _cut(pieces: Iterable[str], characters: int, share: float) -> Iterator[tuple[bool, str]]:
-    """Yield (after the cut?, piece); the cut is at a line start, with ``share`` of the text after it."""
+def _cut(pieces: Iterable[Any], characters: int, share: float) -> Iterator[tuple[bool, Any]]:
+    """Yield (after the cut?, piece), with ``share`` of a document after the cut, which in a text is at a line start."""
     place, seen, behind = round(characters * (1 - share)), 0, False
     for piece in pieces:
         if share and not behind and seen + len(piece) >= place:
-            at = piece.rfind("\n", 0, place - seen) + 1 or max(min(place, characters - 1) - seen, 1)
+            line = piece.rfind("\n", 0, place - seen) + 1 if isinstance(piece, str) else 0
+            at = line or max(min(place, characters - 1) - seen, 1)
             yield False, piece[:at]
             piece, behind = piece[at:], True
         yield behind, piece

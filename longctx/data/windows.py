@@ -1,4 +1,4 @@
-"""Windows of one rank's micro-batches, read from packed rows: the stateless part of the loaders."""
+"""Accumulation windows of one rank's micro-batches, read from packed rows: the stateless part of the loaders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Window = list[dict[str, Any]]
 
 
 class Grid(Protocol):
-    """The part of ``longctx.Mesh`` that the loader uses."""
+    """The part of ``longctx.Mesh``, the grid of ranks, that the loader uses."""
 
     ring_size: int
     ring_rank: int
@@ -76,13 +76,13 @@ class WindowReader:
         self.shape = (accumulation, mesh.data_size, micro_batch)
         self.samples_per_window = accumulation * mesh.data_size * micro_batch
 
-    def sample_ids(self, samples_consumed: int) -> npt.NDArray[np.int64]:
+    def row_ids(self, samples_consumed: int) -> npt.NDArray[np.int64]:
         numbers = samples_consumed + np.arange(self.samples_per_window, dtype=np.int64)
         return self.order(numbers).reshape(self.shape)
 
     def window(self, samples_consumed: int) -> Window:
         self.rows.check_unchanged()
-        mine = self.sample_ids(samples_consumed)[:, self.mesh.data_rank]
+        mine = self.row_ids(samples_consumed)[:, self.mesh.data_rank]
         return [
             {
                 **micro_batch_of([self.rows.read(int(row), self.positions) for row in rows]),

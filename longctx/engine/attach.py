@@ -35,7 +35,7 @@ def attach(model_or_engine: Any, mesh: Mesh, layout: str | Layout = "zigzag", *,
     from longctx.engine.description import describe
     from longctx.engine.engine import Engine
     from longctx.engine.exchange import control_group
-    from longctx.engine.probe import gradient_factor
+    from longctx.engine.gradient_probe import gradient_factor
     from longctx.sameness import compare_ranks
 
     engine = model_or_engine

@@ -1,8 +1,8 @@
 """Gather a few integers from every rank, and verify that all ranks are at the same call of the training loop.
 
 If one rank skips a step, evaluates once more or saves alone, its collective would match a different one of the other
-ranks: wrong data, or a hang until torch's timeout of half an hour. So each message contains its sender's place in the
-loop. All ranks raise if places differ, and a rank that does not arrive within ``mesh.patience`` seconds is named.
+ranks: wrong data, or a hang until torch's timeout of half an hour. So each message contains its sender's call site in
+the loop. All ranks raise if these differ, and a rank that does not arrive within ``mesh.patience`` seconds is named.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from longctx.sameness import ranks_text
 
 logger = logging.getLogger(__name__)
 
-PLACES = (  # append only at the end: ranks compare the index
+CALL_SITES = (  # append only at the end: ranks compare the index
     "start-up",
     "engine.shard",
     "engine.weigh",
@@ -37,7 +37,7 @@ PLACES = (  # append only at the end: ranks compare the index
     "longctx.windows",
     "longctx.hf",
 )
-_WIDTH = 8  # integers per message; a fixed size, so that messages of different places still match
+_WIDTH = 8  # integers per message; a fixed size, so that messages of different call sites still match
 _FIRST_WORD = 60.0  # seconds until missing ranks are named in the log
 _LOOKUP = 10.0  # seconds to wait for the store when looking up missing ranks
 _BROKEN = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL", "c10d")
@@ -49,11 +49,11 @@ def exchange(numbers: list[int], mesh: Mesh, at: str = "start-up", step: int = 0
 
     Args:
         numbers: at most six integers.
-        at: the call that this rank is in, one of ``PLACES``.
+        at: the call that this rank is in, one of ``CALL_SITES``.
         step: optimizer steps that this rank has taken.
 
     Raises:
-        EngineError: on every rank, if places or steps differ; on the waiting ranks, if one does not arrive within
+        EngineError: on every rank, if call sites or steps differ; on the waiting ranks, if one does not arrive within
             ``mesh.patience`` seconds.
     """
     if mesh.world_size == 1:
@@ -62,13 +62,15 @@ def exchange(numbers: list[int], mesh: Mesh, at: str = "start-up", step: int = 0
         return [numbers] * mesh.world_size
     group = control_group(mesh)
     padding = [0] * (_WIDTH - 2 - len(numbers))
-    mine = torch.tensor([PLACES.index(at), step, *numbers, *padding], dtype=torch.int64, device=_device(group, mesh))
+    mine = torch.tensor(
+        [CALL_SITES.index(at), step, *numbers, *padding], dtype=torch.int64, device=_device(group, mesh)
+    )
     everyone = [torch.empty_like(mine) for _ in range(mesh.world_size)]
     _note(f"{at} after {step} steps", mesh)
     work = dist.all_gather(everyone, mine, group=group, async_op=True)
     _wait(work, mesh, f"{at} after {step} steps")
     rows = torch.stack(everyone).tolist()
-    _check_places([(PLACES[row[0]], row[1]) for row in rows])
+    _check_call_sites([(CALL_SITES[row[0]], row[1]) for row in rows])
     return [row[2 : 2 + len(numbers)] for row in rows]
 
 
@@ -114,11 +116,11 @@ def _device(group: dist.ProcessGroup, mesh: Mesh) -> torch.device:
     return torch.device("cpu") if dist.get_backend(group) == "gloo" else mesh.device
 
 
-def _check_places(places: list[tuple[str, int]]) -> None:
-    """Raise on every rank unless all ranks are at the same place of the same step."""
+def _check_call_sites(sites: list[tuple[str, int]]) -> None:
+    """Raise on every rank unless all ranks are in the same call of the same step."""
     holders: dict[tuple[str, int], list[int]] = {}
-    for rank, place in enumerate(places):
-        holders.setdefault(place, []).append(rank)
+    for rank, site in enumerate(sites):
+        holders.setdefault(site, []).append(rank)
     if len(holders) > 1:
         found = "; ".join(f"{ranks_text(r)} in {at} after {step} steps" for (at, step), r in holders.items())
         raise EngineError(
@@ -151,7 +153,7 @@ def _wait(work: Any, mesh: Mesh, here: str) -> None:
 
 
 def _note(here: str, mesh: Mesh) -> None:
-    """Write this rank's place into the job's store, where other ranks look it up if this one is missing.
+    """Write where this rank is into the job's store, where other ranks look it up if this one is missing.
 
     A failed write (a file store on a full disk) is ignored.
     """
@@ -170,17 +172,16 @@ def _missing(mesh: Mesh, here: str) -> str:
             key = f"longctx/rank/{rank}"
             seen[rank] = store.get(key).decode() if store.check([key]) else "start"
 
-    reader = threading.Thread(
-        target=look, daemon=True
-    )  # a thread, because the rank that hosts the store may be the one that hangs
+    # A thread, because the rank that hosts the store may be the one that hangs.
+    reader = threading.Thread(target=look, daemon=True)
     reader.start()
     reader.join(_LOOKUP)
     if len(seen) < mesh.world_size:
         return "The store of the job (in the first rank, or the launcher) does not answer."
-    absent = [(rank, place) for rank, place in seen.items() if place != here]
+    absent = [(rank, site) for rank, site in seen.items() if site != here]
     if not absent:
         return "All ranks were here last, so one of them ended or hangs here."
-    return "Not here: " + "; ".join(f"rank {rank}, last seen in {place}" for rank, place in absent[:8]) + "."
+    return "Not here: " + "; ".join(f"rank {rank}, last seen in {site}" for rank, site in absent[:8]) + "."
 
 
 def _first_line(error: Exception) -> str:

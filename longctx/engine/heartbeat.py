@@ -3,7 +3,7 @@
 A frozen process (SIGSTOP, a swapped-out or dead host, a debugger) closes no connection, so the other ranks would wait
 inside a collective until torch's timeout of half an hour. Here a thread of each rank watches the next rank. If its
 heartbeat stops for longer than the limit, the error says where the silent rank was last seen and where this one waits.
-These places are read from Python's stack frames, so the training loop needs no extra calls.
+Both are read from Python's stack frames, so the training loop needs no extra calls.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Heartbeat:
         count = 0
         while not self.stopped.wait(self.every):
             count += 1
-            here = place()
+            here = call_site()
             try:
                 self._say(here, count)
                 self._hear()
@@ -93,15 +93,15 @@ class Heartbeat:
             self._text, self._changed = text, time.monotonic()
 
     def _note_stall(self, here: str) -> None:
-        """Print where the other ranks are if this one is at one place for long; again after four times as long."""
+        """Print where the other ranks are if this one is in one call for long; again after four times as long."""
         now = time.monotonic()
         if here != self._here:
             self._here, self._since, self._patience = here, now, self.seconds
         elif now - self._since > self._patience:
             self._patience *= 4
             seen = {rank: self.store.get(KEY + str(rank)) for rank in range(self.world) if self._there(rank)}
-            places = {rank: json.loads(text)[0] for rank, text in seen.items() if rank != self.rank}
-            elsewhere = [f"rank {rank} in {where}" for rank, where in places.items() if where != here]
+            others = {rank: json.loads(text)[0] for rank, text in seen.items() if rank != self.rank}
+            elsewhere = [f"rank {rank} in {where}" for rank, where in others.items() if where != here]
             if elsewhere:
                 print(
                     f"longctx: rank {self.rank} has been in {here} for {now - self._since:.0f} s; elsewhere: "
@@ -120,9 +120,8 @@ class Heartbeat:
         last = time.monotonic()
         while not self.stopped.wait(self.every / 2):
             now = time.monotonic()
-            if now - last > max(
-                5 * self.every, self.seconds / 4
-            ):  # this process itself was stopped: restart both clocks
+            if now - last > max(5 * self.every, self.seconds / 4):
+                # This process itself was stopped: restart both clocks.
                 self._changed = self._answered = now
             last = now
             message = self.silence(now)
@@ -144,7 +143,7 @@ class Heartbeat:
         seen = f" It was last seen in {where}." if where else ""
         return (
             f"{who} made no sign of life for {seconds:.0f} s: its process is frozen (stopped, swapped out, or its "
-            f"host is gone).{seen} Rank {self.rank} waits in {place()}"
+            f"host is gone).{seen} Rank {self.rank} waits in {call_site()}"
         )
 
 
@@ -152,7 +151,9 @@ _running: Heartbeat | None = None
 _decided = False
 
 
-def watch(mesh: Mesh, seconds: float | None = None, give_up: Callable[[str], None] | None = None) -> Heartbeat | None:
+def start_heartbeat(
+    mesh: Mesh, seconds: float | None = None, give_up: Callable[[str], None] | None = None
+) -> Heartbeat | None:
     """Start this rank's heartbeat, once per process; later calls return it. Uses the store only, no collective.
 
     Args:
@@ -193,7 +194,7 @@ def _keeper_of_store() -> str:
     return "torchrun's agent, which keeps the job's store," if by_launcher else "rank 0, which keeps the job's store,"
 
 
-def place() -> str:
+def call_site() -> str:
     """Return where this process is: phase of the loop, block of the ring, and innermost line of code."""
     frames = sys._current_frames()
     main = frames.pop(threading.main_thread().ident or 0, None)
@@ -223,6 +224,7 @@ def _phase(frame: FrameType, name: str) -> str | None:
     if name == "longctx.engine.engine":
         return _METHODS.get(frame.f_code.co_name)
     phase = next((text for part, text in _PHASES.items() if name == part or name.startswith(f"{part}.")), None)
+    # `stage` is a local of Passes' loops over ring steps (a comment there says so).
     source = getattr(frame.f_locals.get("stage"), "source", None) if name == "longctx.attention.passes" else None
     return phase if source is None else f"{phase} at the block of ring member {source}"
 

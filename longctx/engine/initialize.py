@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from longctx.engine.activations import ActivationSettings, apply_settings, read_settings
+from longctx.engine.cpu_extension import load_extension
 from longctx.engine.description import describe
 from longctx.engine.engine import Engine
 from longctx.engine.exchange import control_group
-from longctx.engine.heartbeat import watch
+from longctx.engine.gradient_probe import gradient_factor
+from longctx.engine.heartbeat import start_heartbeat
 from longctx.engine.loader import RowLoader
-from longctx.engine.probe import gradient_factor
 from longctx.engine.settings import Settings, load_settings
-from longctx.engine.zero.extension import load_extension
 from longctx.engine.zero.fp16 import require_supported
 from longctx.engine.zero.hpz import check_model, own_group
 from longctx.engine.zero.nvme import mend_reads
@@ -64,7 +64,7 @@ def initialize(
         ModelError: the model uses a feature that computes wrong results on a sharded sequence.
     """
     mesh = (Mesh() if mesh is None else mesh).connect()
-    watch(mesh)
+    start_heartbeat(mesh)
     control_group(mesh)
     given = getattr(args, "deepspeed_config", None) if config is None else config
     facts: dict[str, str] = {}

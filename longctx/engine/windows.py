@@ -1,4 +1,4 @@
-"""longctx.windows: sharded, weighted windows for any training loop (DDP, FSDP, Accelerate, Lightning, your own)."""
+"""longctx.windows: sharded, weighted accumulation windows for any training loop, of DDP, FSDP or your own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from longctx.engine.dropout import add_seeds
 from longctx.engine.exchange import control_group
-from longctx.engine.step.accumulation import mark
+from longctx.engine.step.accumulation import mark_batches
 from longctx.engine.step.rows import Batch
 from longctx.engine.step.window import Average, Window, averaged_over, shard_compared, weigh
 from longctx.errors import EngineError
@@ -22,7 +22,7 @@ from longctx.models.hook.positions import PLAIN
 
 
 class Windows:
-    """Iterate over ``loader`` in windows, the lists of micro-batches of one optimizer step, sharded for this rank.
+    """Iterate over ``loader`` in accumulation windows (the micro-batches of one optimizer step), sharded for this rank.
 
     ::
 
@@ -73,7 +73,7 @@ class Windows:
         self.loader, self.mesh, self.accumulation = loader, mesh.connect(), accumulation
         self.seed, self.steps = seed, start
         self.tokens = 0
-        """Valid tokens of the current window, over all ranks."""
+        """Valid tokens of the current accumulation window, over all ranks."""
         self._averaged = averaged_over(mesh, average)
         self._model, binding = _attached(model, mesh)
         self.layout = _layout(layout, binding)
@@ -81,7 +81,7 @@ class Windows:
         control_group(mesh)
 
     def __len__(self) -> int:
-        """Return the number of windows of one pass, if the loader knows its length."""
+        """Return the number of accumulation windows of one pass, if the loader knows its length."""
         return -(-len(self.loader) // self.accumulation)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Window]:
@@ -91,10 +91,10 @@ class Windows:
             self.steps += 1
 
     def global_loss(self, loss: torch.Tensor | float) -> float:
-        """Return the mean loss over all valid tokens of the window, on every rank. Collective over the world.
+        """Return the mean loss over all valid tokens of the accumulation window, on every rank. Collective.
 
         Args:
-            loss: the sum of this rank's losses over the window's micro-batches (detached).
+            loss: the sum of this rank's losses over its micro-batches (detached).
         """
         total = torch.as_tensor(loss, dtype=torch.float64, device=self.mesh.device).detach().reshape(()).clone()
         if self.mesh.world_size > 1:
@@ -102,18 +102,19 @@ class Windows:
         return float(total) / self._averaged
 
     def _next(self, batches: Iterator[Batch]) -> Window:
-        """Return the next window; empty once the loaders of all ranks have ended. Collective over the world."""
-        rows: Window = []
-        checksum, problem = 0, None
+        """Return the next accumulation window; empty once the loaders of all ranks have ended. Collective over the
+        world."""
+        shards: Window = []
+        row_hash, problem = 0, None
         try:
             for batch in islice(batches, self.accumulation):
-                checksum, shard = shard_compared(batch, self.mesh, self.layout, self._rule, checksum)
-                rows.append(shard)
+                row_hash, shard = shard_compared(batch, self.mesh, self.layout, self._rule, row_hash)
+                shards.append(shard)
         except Exception as error:  # the other ranks wait in the exchange, so report it there
             problem = error
-        self.tokens = weigh(rows, self.mesh, checksum, problem, "longctx.windows", self.steps, self._averaged)
-        mark(rows)
-        return [self._with_seeds(batch, index) for index, batch in enumerate(rows)]
+        self.tokens = weigh(shards, self.mesh, row_hash, problem, "longctx.windows", self.steps, self._averaged)
+        mark_batches(shards)
+        return [self._with_seeds(batch, index) for index, batch in enumerate(shards)]
 
     def _with_seeds(self, batch: Batch, index: int) -> Batch:
         if self._model is None:

@@ -101,7 +101,7 @@ def _attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """torch's fused attention; if beams share keys, one product for all beams."""
+    """Run torch's fused attention; if beams share keys, one product serves all of them."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     prompt: tuple[torch.Tensor, torch.Tensor] | None = getattr(key, "longctx_prompt", None)
@@ -128,7 +128,7 @@ def _attention(
 def _part(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of few queries (B, H, N, D) to all of k, v (B, G, S, D): out and lse (B, H, N), fp32."""
+    """Attend few queries (B, H, N, D) to all of k, v (B, G, S, D); return out (B, H, N, D) and lse (B, H, N), fp32."""
     grouped = q.unflatten(1, (k.shape[1], -1))
     logits = (grouped * scale) @ k[:, :, None].mT
     logits = logits.float() if logits.dtype != torch.float64 else logits
@@ -141,7 +141,7 @@ def _part(
 
 
 def _folded(mask: torch.Tensor | None, beams: int, rows: int) -> torch.Tensor | None:
-    """(rows or rows * beams, 1, T, S) -> (rows, 1, beams * T, S), or a broadcastable mask if T = 1."""
+    """Return a mask (rows or rows * beams, 1, T, S) as (rows, 1, beams * T, S), or broadcastable if T = 1."""
     if mask is None:
         return None
     mask = mask if mask.shape[0] in (1, rows) else mask[::beams]
@@ -154,7 +154,7 @@ def _unfold(x: torch.Tensor, beams: int) -> torch.Tensor:
 
 
 def _causal(query: torch.Tensor, keys: int) -> torch.Tensor | None:
-    """Causal mask (1, 1, T, S) of the last T tokens; None for a single token, which attends to all."""
+    """Return the causal mask (1, 1, T, S) of the last T tokens; None for a single token, which attends to all."""
     tokens = query.shape[2]
     if tokens == 1:
         return None

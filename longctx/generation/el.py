@@ -22,7 +22,7 @@ from longctx.decode.el import el_attention, expanded_attention
 from longctx.decode.sharded import merge_over_ranks
 from longctx.errors import ModelError
 from longctx.generation.beams import Beams, expand_once
-from longctx.generation.projections import AttentionSpec, refuse, spec_of
+from longctx.generation.projections import AttentionSpec, spec_of, unsupported
 from longctx.mesh import Mesh
 from longctx.models.hook.bounded_layer import bounded_child
 
@@ -62,7 +62,7 @@ def enable_el(model: torch.nn.Module, *, cross: bool = True, causal: bool = True
         original = module.forward
         module.forward = MethodType(_cross(spec, original, state) if crossing else _self(spec, original), module)
     if not state.changed:
-        raise refuse(model)
+        raise unsupported(model)
     setattr(model, _STATE, state)
     for name, make in zip(_REPLACED, (expand_once, _prepare), strict=True):
         if hasattr(model, name):
@@ -103,7 +103,7 @@ def spread_source(model: Any, mesh: Mesh) -> Iterator[None]:
 
 
 def el_layers(model: torch.nn.Module) -> list[int]:
-    """Indices of the decoder layers that cache their inputs since `enable_el`."""
+    """Return the indices of the decoder layers that cache their inputs since `enable_el`."""
     state = getattr(model, _STATE, None)
     return [] if state is None else list(state.layers)
 
@@ -150,7 +150,7 @@ def _self(spec: AttentionSpec, original: Any) -> Any:
             return original(hidden_states, *args, **kwargs)
         spread = self_attention_cache(cache)
         if isinstance(spread, ShardedCache):
-            return _sharded(self, spec, original, hidden_states, spread, kwargs)
+            return _over_ranks(self, spec, original, hidden_states, spread, kwargs)
         past, parts = append_hidden(spread, hidden_states, int(self.layer_idx))
         tokens = hidden_states.shape[1]
         mask = _mask(kwargs.get(spec.mask), past + tokens)
@@ -160,16 +160,16 @@ def _self(spec: AttentionSpec, original: Any) -> Any:
                 kwargs[spec.bias] = kwargs[spec.bias][..., :tokens]
             return original(hidden_states, **kwargs)
         bias = None if spec.bias is None else _position_bias(self, kwargs.get(spec.bias), past, tokens)
-        out = _attend(self, spec, hidden_states, parts, mask, bias)
+        out = _over_parts(self, spec, hidden_states, parts, mask, bias)
         return (out, None) if spec.bias is None else (out, bias, None)
 
     return forward
 
 
-def _sharded(
+def _over_ranks(
     module: Any, spec: AttentionSpec, original: Any, x: torch.Tensor, cache: ShardedCache, kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """The same over a context sharded over ranks; W_v is applied before the merge: D + 1 numbers per query head."""
+    """Attend from hidden states sharded over ranks; W_v is applied before the merge: D + 1 numbers per query head."""
     held: Any = cache.layers[int(module.layer_idx)]
     prompt = not held.is_initialized
     held.update(x[:, None], x[:, None, :, :0])
@@ -192,7 +192,7 @@ def _sharded(
     return torch.nn.functional.linear(out, weights.w_o, weights.b_o), None
 
 
-def _attend(
+def _over_parts(
     module: Any,
     spec: AttentionSpec,
     x: torch.Tensor,
@@ -200,7 +200,7 @@ def _attend(
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """EL-attention over a cache in parts, the last of which holds x itself: partial results, merged by lse."""
+    """Attend from hidden states in parts, of which the last contains x itself; merge the partial results by lse."""
     weights, heads = spec.projections(module), getattr(module, spec.heads)
     q = torch.nn.functional.linear(x, weights.w_q, weights.b_q).unflatten(-1, (heads, -1)).transpose(1, 2)
     keys = sum(part.shape[1] for part in parts)
@@ -230,7 +230,7 @@ def _table(bias: torch.Tensor) -> Any:
 
 
 def _position_bias(module: Any, given: torch.Tensor | None, past: int, tokens: int) -> torch.Tensor:
-    """T5's bias of the new tokens, (1, H, T, past + T): the first layer's table, passed from layer to layer."""
+    """Return T5's bias of the new tokens, (1, H, T, past + T): the first layer's table, passed from layer to layer."""
     if given is not None:
         return given
     if not module.has_relative_attention_bias:
@@ -245,7 +245,7 @@ def _scale(module: Any, spec: AttentionSpec) -> float:
 
 
 def _of_prompt(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
-    """The model's own mask without the slots that a static cache has not filled yet."""
+    """Return the model's own mask without the slots that a static cache has not filled yet."""
     return mask if mask is None else mask[..., :tokens]
 
 

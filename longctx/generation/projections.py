@@ -104,7 +104,7 @@ def spec_of(module: Any) -> AttentionSpec | None:
     return _SPECS.get(name.removesuffix("Attention")) if name.endswith("Attention") else None
 
 
-def refuse(model: torch.nn.Module) -> ModelError:
+def unsupported(model: torch.nn.Module) -> ModelError:
     """Return the error that says why no layer of ``model`` can attend to hidden states."""
     rotary = sorted({type(m).__name__ for m in model.modules() if "Rotary" in type(m).__name__})
     if rotary:

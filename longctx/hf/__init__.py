@@ -1,26 +1,38 @@
 """longctx.hf: Hugging Face's Trainer and TRL's trainers on sequences that are sharded over ranks.
 
-Names load on first use: TRL is imported for ``SFTTrainer`` only.
+Names load on first use: accelerate is imported for any of them, TRL for ``SFTTrainer`` only.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-_HOME = {"Trainer": "trainer", "SFTTrainer": "sft", "ring": "ring"}
 __all__ = ["SFTTrainer", "Trainer", "ring"]
 
 if TYPE_CHECKING:
     from longctx.hf.ring import ring as ring
-    from longctx.hf.sft import SFTTrainer as SFTTrainer
     from longctx.hf.trainer import Trainer as Trainer
+
+    SFTTrainer: Any
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'longctx.hf' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(f"longctx.hf.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    try:
+        globals()[name] = _load(name)
+    except ImportError as missing:
+        extra = "trl" if name == "SFTTrainer" else "hf"
+        raise ImportError(f"longctx.hf.{name}: {missing}; pip install 'longctx[{extra}]'") from missing
+    return globals()[name]
+
+
+def _load(name: str) -> Any:
+    from longctx.hf.ring import ring
+    from longctx.hf.trainer import Trainer
+
+    if name == "SFTTrainer":
+        from trl import SFTTrainer
+
+        return ring(SFTTrainer)
+    return {"ring": ring, "Trainer": Trainer}[name]

@@ -17,6 +17,7 @@ from longctx.engine.attach import attach
 from longctx.engine.step.rows import Batch
 from longctx.engine.step.window import shard_rows
 from longctx.errors import EngineError
+from longctx.hf.evaluation import ShardedEvaluation
 from longctx.hf.limits import check_dpo
 from longctx.hf.trainer import RingTrainer
 from longctx.models.hook.binding import binding_of
@@ -50,14 +51,14 @@ class RingDPO(RingTrainer):
                 yield batch
 
         _, counted, _ = self.shard_rows_of(kept())
-        self._input_tokens = self.over_replicas(counted)
+        self.count_input(counted)
         return batches, None
 
     def prediction_step(
         self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         """As TRL's own: the hooks shard the rows."""
-        return super(RingTrainer, self).prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return super(ShardedEvaluation, self).prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
 
 class RowHooks:
@@ -72,10 +73,13 @@ class RowHooks:
     def before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: Batch) -> Any:
         """Shard the rows of a call."""
         binding: Any = binding_of(model)
-        if binding.seen is not None:  # the probe that measures how the model counts positions
+        if binding.probe_records is not None:  # the probe that measures how the model counts positions
             return None
         if args or not kwargs.get("fused_lm_head"):
-            raise EngineError(f"{type(model).__name__} was called without TRL's fused head, for which rows are sharded")
+            raise EngineError(
+                f"{type(model).__name__} was called for its logits, and only log-probabilities of whole rows are "
+                "gathered: leave compute_metrics out, or set prediction_loss_only=True"
+            )
         options = {key: value for key, value in kwargs.items() if not isinstance(value, torch.Tensor)}
         rows = {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
         self.length = rows["input_ids"].shape[1]

@@ -15,7 +15,7 @@ from longctx.mesh import Mesh
 from longctx.sharding import unshard
 
 
-class Evaluation(Host):
+class ShardedEvaluation(Host):
     """Overrides of Trainer's evaluation and prediction."""
 
     mesh: Mesh

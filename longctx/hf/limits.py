@@ -36,12 +36,8 @@ def check_trainer(trainer: Any) -> None:
     Raises:
         EngineError: with the setting and the reason.
     """
-    mesh, args, state = trainer.mesh, trainer.args, trainer.accelerator.state
-    if trainer.accelerator.num_processes != mesh.world_size:
-        raise EngineError(
-            f"accelerate counts {trainer.accelerator.num_processes} processes, the mesh {mesh.world_size} ranks: start "
-            "them with torchrun or accelerate launch, and on CPUs set use_cpu=True in TrainingArguments"
-        )
+    _check_world(trainer)
+    args, state = trainer.args, trainer.accelerator.state
     zero = getattr(state, "deepspeed_plugin", None)
     config = {} if zero is None else zero.deepspeed_config
     fsdp = getattr(state, "fsdp_plugin", None)
@@ -60,6 +56,9 @@ def check_trainer(trainer: Any) -> None:
         ),
         "deepspeed: sequence_parallel_size: the mesh shards sequences; leave it out": (
             config.get("sequence_parallel_size", 1) > 1
+        ),
+        "deepspeed: fp16 on ZeRO 0: DeepSpeed does not apply the loss scale; use ZeRO 1, or bf16": (
+            (config.get("fp16") or {}).get("enabled") is True and getattr(zero, "zero_stage", 0) == 0
         ),
         "deepspeed: tensor_parallel: not supported together with a mesh": bool(config.get("tensor_parallel")),
         "deepspeed: compile.deepcompile: not supported": bool((config.get("compile") or {}).get("deepcompile")),
@@ -84,6 +83,15 @@ def check_trainer(trainer: Any) -> None:
         "several GPUs in one process (DataParallel): start one process per GPU": args.n_gpu > 1,
     }
     refuse(problems)
+
+
+def _check_world(trainer: Any) -> None:
+    counted, ranks = trainer.accelerator.num_processes, trainer.mesh.world_size
+    if counted != ranks:
+        raise EngineError(
+            f"accelerate counts {counted} processes, the mesh {ranks} ranks: start them with torchrun or accelerate "
+            "launch, and on CPUs set use_cpu=True in TrainingArguments"
+        )
 
 
 def check_sft(trainer: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from longctx.engine.zero.guard import close_doors, report_plain_norm
+from longctx.engine.zero.guard import correct_optimizer, report_fp32_zero0_norm
 from longctx.hf.host import Host
 from longctx.train.checkpoint.safe_load import make_safe
 
@@ -41,8 +41,8 @@ class Saving(Host):
             for part in prepared if isinstance(prepared, (tuple, list)) else (prepared,):
                 if getattr(part, "checkpoint_engine", None) is not None:  # an engine for training
                     make_safe(part, {})
-                    close_doors(part)
-                    report_plain_norm(part)
+                    correct_optimizer(part)
+                    report_fp32_zero0_norm(part)
             return prepared
 
         accelerator.prepare = safe

@@ -1,10 +1,8 @@
-"""SFTTrainer: TRL's supervised fine-tuning, packed and unpacked, on sharded rows."""
+"""RingSFT: TRL's SFTTrainer, packed and unpacked, on sharded rows."""
 
 from __future__ import annotations
 
 from typing import Any
-
-import trl
 
 from longctx.hf.limits import check_sft
 from longctx.hf.trainer import RingTrainer
@@ -27,17 +25,8 @@ class RingSFT(RingTrainer):
         """As TRL's own, with tokens counted over data replicas in the metric ``num_tokens``."""
         seen, training = self._total_train_tokens, self.model.training
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if training and self._train_tokens:
-            self._total_train_tokens = seen + self._train_tokens.pop(0)
+        if training:  # TRL has counted shards; the trainer takes this micro-batch off the list after its step
+            tokens = self.input_tokens if self.padding_free else self.valid_tokens
+            self._total_train_tokens = seen + tokens[0]
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """As ``RingTrainer``'s, and keep each micro-batch's number of tokens."""
-        window, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._train_tokens = list(self._input_tokens)
-        return window, items
-
-
-class SFTTrainer(RingSFT, trl.SFTTrainer):
-    """trl.SFTTrainer with ``mesh=``: its rows are sharded over the ranks of the mesh's ring."""

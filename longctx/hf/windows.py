@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from longctx.engine.dropout import add_seeds
-from longctx.engine.step.accumulation import mark
+from longctx.engine.step.accumulation import mark_batches
 from longctx.engine.step.rows import IGNORED, Batch
 from longctx.engine.step.window import Window, shard_compared, weigh
+from longctx.engine.zero.trace import forget_order
 from longctx.hf.host import Host
 from longctx.layout import Layout
 from longctx.mesh import Mesh
@@ -31,7 +32,8 @@ class WindowSharding(Host):
     mesh: Mesh
     layout: Layout
     attached: torch.nn.Module
-    _input_tokens: list[int]  # of each micro-batch of the current window, over all replicas
+    input_tokens: list[int]  # of each micro-batch of the current window, over all replicas
+    valid_tokens: list[int]  # of them, those that are not padding
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Return the rows per optimizer step, over all data replicas."""
@@ -54,30 +56,30 @@ class WindowSharding(Host):
             if self.mesh.rank == 0:
                 logger.warning("the last %d micro-batches of the data fill no window and are dropped", len(window))
             window = []
-        self._input_tokens = self.over_replicas(counted) if window else []
+        self.count_input(counted)
         step = self.state.global_step
         seed = self.args.seed
         window = [add_seeds(self.attached, batch, self.mesh, seed, step, i) for i, batch in enumerate(window)]
         return window, self._items(window, count)
 
-    def shard_rows_of(self, batches: Any) -> tuple[Window, list[int], int]:
-        """Return the shards of full batches, each one's number of input tokens, and the labels of all ranks.
+    def shard_rows_of(self, batches: Any) -> tuple[Window, list[tuple[int, int]], int]:
+        """Return the shards of full batches, each one's input and valid tokens, and the number of labels of all ranks.
 
         Collective over the world; every rank raises if one does.
         """
         window: Window = []
-        counted: list[int] = []
+        counted: list[tuple[int, int]] = []
         checksum, problem = 0, None
         try:
             for batch in batches:
                 full = self.readable(dict(batch))
-                counted.append(self._count_input(full))
+                counted.append(self._tokens_of(full))
                 checksum, shard = shard_compared(full, self.mesh, self.layout, self.rule, checksum)
                 window.append(shard)
         except Exception as error:  # the other ranks wait in the exchange, so report it there
             problem = error
         count = weigh(window, self.mesh, checksum, problem, AT, self.state.global_step, 1)
-        mark(window)
+        mark_batches(window)
         for batch in window:
             batch.pop("num_items_in_batch", None)  # the trainer passes it on by itself
         return window, counted, count
@@ -86,7 +88,12 @@ class WindowSharding(Host):
     def rule(self) -> PositionRule:
         """How the model counts positions if a batch has none. The first call runs the model: collective on ZeRO 3."""
         binding = binding_of(self.attached)
-        return PLAIN if binding is None else position_rule(self.attached, binding)
+        if binding is None:
+            return PLAIN
+        if binding.rule is None:
+            position_rule(self.attached, binding)
+            forget_order(self.deepspeed)  # TRL does not call the head, and gathers its weight itself
+        return position_rule(self.attached, binding)
 
     def readable(self, batch: Batch) -> Batch:
         """Return the batch with labels under the name that says whether they are shifted."""
@@ -115,26 +122,23 @@ class WindowSharding(Host):
             items = items.clamp(min=1) / self.mesh.sequence_size
         return items
 
-    def over_replicas(self, numbers: list[int]) -> list[int]:
-        """Return the sums of ``numbers`` over data replicas. Collective over the world."""
-        total = torch.tensor(numbers, dtype=torch.int64, device=self.mesh.device)
+    def count_input(self, counted: list[tuple[int, int]]) -> None:
+        """Keep the input and valid tokens of each micro-batch, summed over data replicas. Collective over the world."""
+        total = torch.tensor(counted, dtype=torch.int64, device=self.mesh.device).reshape(-1, 2)
         if self.mesh.world_size > 1:
             dist.all_reduce(total, group=self.mesh.world_group)
-        return [int(number) // self.mesh.sequence_size for number in total]
+        self.input_tokens, self.valid_tokens = (total // self.mesh.sequence_size).T.tolist()
 
-    def _count_input(self, batch: Batch) -> int:
-        """Return the input tokens of a full batch, as ``include_num_input_tokens_seen`` counts them."""
-        inputs = batch.get("input_ids", batch.get("inputs_embeds"))
-        rows = torch.as_tensor(inputs)[..., 0] if "input_ids" not in batch else torch.as_tensor(inputs)
-        if self.args.include_num_input_tokens_seen == "non_padding":
-            pad = getattr(self.processing_class, "pad_token_id", None)
-            if "attention_mask" in batch:
-                return int(batch["attention_mask"].sum())
-            if pad is not None:
-                return int((rows != pad).sum())
-        return rows.numel()
+    def _tokens_of(self, batch: Batch) -> tuple[int, int]:
+        """Return the input tokens of a full batch, and how many of them are not padding."""
+        tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
+        pad = getattr(self.processing_class, "pad_token_id", None)
+        if "attention_mask" in batch:
+            return tokens.numel(), int(batch["attention_mask"].sum())
+        return tokens.numel(), tokens.numel() if pad is None else int((tokens != pad).sum())
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
         """Add the tokens of this micro-batch, over all replicas, to the trainer's state."""
-        if self.args.include_num_input_tokens_seen != "no":
-            self.state.num_input_tokens_seen += self._input_tokens.pop(0)
+        every, valid = self.input_tokens.pop(0), self.valid_tokens.pop(0)
+        counts = {"no": 0, "all": every, "non_padding": valid}
+        self.state.num_input_tokens_seen += counts[self.args.include_num_input_tokens_seen]

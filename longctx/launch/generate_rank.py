@@ -18,8 +18,8 @@ def main(path: Path) -> int:
     faulthandler.enable()
     rank = launched_world()[1]
     try:
+        from longctx.generation.generator import Generator
         from longctx.generation.request import Request
-        from longctx.generation.run import Generator
         from longctx.mesh import Mesh
 
         join(rank)

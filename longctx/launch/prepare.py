@@ -1,7 +1,7 @@
 """Compile DeepSpeed's CPU communication extension before ranks start, or report what is missing.
 
 DeepSpeed compiles ``deepspeed_shm_comm`` at its first start on a CPU, while the other ranks wait. Here one process
-compiles it before any rank starts (``engine.zero.extension`` loads it in the ranks).
+compiles it before any rank starts (``engine.cpu_extension`` loads it in the ranks).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-from longctx.engine.zero.extension import (
+from longctx.engine.cpu_extension import (
     BUILD_SECONDS,
     EXTENSION,
     build_folders,

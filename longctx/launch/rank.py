@@ -76,7 +76,7 @@ def _train(path: Path, overrides: list[str], rank: int, stop: StopFlag) -> int:
     threads = hardware.threads_per_rank(_local_ranks())
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if hardware.gpus() == 0:
-        from longctx.engine.zero.extension import load_extension
+        from longctx.engine.cpu_extension import load_extension
 
         os.environ["DS_ACCELERATOR"] = "cpu"
         load_extension()

@@ -30,13 +30,13 @@ def make_mixer(
     kv_heads: int,
     head_dim: int,
     max_length: int | None = None,
-    place: int = 0,
+    layer_index: int = 0,
 ) -> torch.nn.Module | None:
     """Return the mixer of a layer of this kind; None for ``Ring``, which needs no module.
 
     Args:
         max_length: the model's longest sequence, for a linformer control without its own.
-        place: number of the layer; random controls differ between layers.
+        layer_index: number of the layer; random controls differ between layers.
     """
     if isinstance(kind, Ring):
         return None
@@ -44,7 +44,7 @@ def make_mixer(
         return WindowMixer(kind)
     if isinstance(kind, Cosine):
         return CosineMixer(kind, heads)
-    return ABCMixer(kind, hidden_size, kv_heads, head_dim, max_length=max_length, place=place)
+    return ABCMixer(kind, hidden_size, kv_heads, head_dim, max_length=max_length, layer_index=layer_index)
 
 
 class ABCMixer(torch.nn.Module):
@@ -56,7 +56,7 @@ class ABCMixer(torch.nn.Module):
         kv_heads: G, the heads; each has its own state.
         head_dim: D of keys and values, read by ``control_input="kv"``.
         max_length: longest sequence of a ``linformer`` control.
-        place: number of the layer.
+        layer_index: number of the layer.
     """
 
     exact = False
@@ -69,10 +69,10 @@ class ABCMixer(torch.nn.Module):
         head_dim: int,
         *,
         max_length: int | None = None,
-        place: int = 0,
+        layer_index: int = 0,
     ) -> None:
         super().__init__()
-        self.kind, self.kv_heads, self.place = kind, kv_heads, place
+        self.kind, self.kv_heads, self.layer_index = kind, kv_heads, layer_index
         self.initial_std = 0.0  # of the initial weights; set so that inputs of unit size give logits of unit size
         own = kv_heads if kind.per_head else 1
         self.key_control: torch.nn.Parameter | None = None
@@ -137,12 +137,13 @@ class ABCMixer(torch.nn.Module):
             assert self.key_control is not None
             return controls.linformer(self.key_control)
         if kind.control == "random":
-            return controls.random(kind.slots, (kind.seed + self.place * GOLDEN) % 2**63)
+            return controls.random(kind.slots, (kind.seed + self.layer_index * GOLDEN) % 2**63)
         if kind.control == "identity":
             return controls.identity()
-        rated = {"dilated": controls.dilated, "compressive": controls.compressive}
-        if kind.control in rated:
-            return rated[kind.control](kind.slots, kind.rate)
+        if kind.control == "dilated":
+            return controls.dilated(kind.slots, rate=kind.rate)
+        if kind.control == "compressive":
+            return controls.compressive(kind.slots, ratio=kind.rate)
         return {"cluster": controls.cluster, "window": controls.window}[kind.control](kind.slots)
 
     def _logits(self, weight: torch.Tensor, tokens: torch.Tensor, inputs: torch.Tensor | None) -> torch.Tensor:

@@ -108,12 +108,12 @@ def last_tokens(
     length = whole if length is None else length
     count = min(count, length)
     here = (index >= length - count) & (index < length)
-    places = index[here] - (length - count)
+    columns = index[here] - (length - count)
     ids = torch.zeros(len(key), key.shape[2], device=key.device) if document_ids is None else document_ids
     parts = []
     for x in (key, value, ids.to(torch.int64)[:, None, :, None]):
         part = x.new_zeros(*x.shape[:2], count, x.shape[3])
-        part[:, :, places] = x[:, :, here].detach()  # each token is on one rank, so a sum over ranks gathers
+        part[:, :, columns] = x[:, :, here].detach()  # each token is on one rank, so a sum over ranks gathers
         if count:
             dist.all_reduce(part, group=mesh.sequence_group)
         parts.append(part)

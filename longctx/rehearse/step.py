@@ -123,14 +123,14 @@ def as_rank(rank: int, world: int) -> Iterator[None]:
 def watch(call: Callable[[], Any], *, profiled: bool = True) -> tuple[Any, Rehearsed]:
     """Run `call` and return its result and what it sent; if `profiled`, also its peak bytes (else 0)."""
     counters.reset()
-    box: list[Any] = []
+    found: list[Any] = []
     with CountingMode() as counting:
         if profiled:
-            peak = held_bytes(lambda: box.append(call()))
+            peak = held_bytes(lambda: found.append(call()))
         else:
             peak = 0
-            box.append(call())
-    return box[0], Rehearsed(replace(counters), dict(counting.sent), peak)
+            found.append(call())
+    return found[0], Rehearsed(replace(counters), dict(counting.sent), peak)
 
 
 def held_bytes(call: Callable[[], Any], mark: int | None = None) -> int:

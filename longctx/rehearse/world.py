@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from longctx.config.schema import RunConfig
 
 MOST_FLOPS = 5e12  # per step; a CPU takes a minute or two
-SHARE = 0.7  # of the free memory, which a rehearsal may use
+USABLE_SHARE = 0.7  # of the free memory
+_MARK = 1_234_567  # bytes; allocations of exactly this size mark the beginning and end of the third step
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _require_room(needed: int, flops: float) -> None:
     less = (
         "rehearse fewer layers or a shorter sequence (model.layers=1 data.sequence_length=…); layers send equal amounts"
     )
-    if needed > SHARE * free:
+    if needed > USABLE_SHARE * free:
         raise ConfigError(
             f"rehearse: a rank holds {needed / 2**30:,.1f} GiB, and this machine has {free / 2**30:,.1f} free; {less}"
         )
@@ -145,25 +146,22 @@ def _step(config: RunConfig, sizes: Derived) -> tuple[int, Any]:
 
     from longctx.rehearse.step import CountingMode, held_bytes, watch
 
-    box: list[Any] = []
+    found: list[Any] = []
 
-    def both() -> None:
+    def three_steps() -> None:
         with CountingMode():
             engine, step = _engine(config, sizes)
             step()
             step()
         torch.empty(_MARK, dtype=torch.uint8)
-        box.append(watch(step, profiled=False)[1])
+        found.append(watch(step, profiled=False)[1])
         torch.empty(_MARK, dtype=torch.uint8)
-        box.append(engine)
+        found.append(engine)
 
-    peak = held_bytes(both, _MARK)
-    seen, engine = box
+    peak = held_bytes(three_steps, _MARK)
+    seen, engine = found
     engine.destroy()
     return peak, seen
-
-
-_MARK = 1_234_567  # bytes; allocations of exactly this size mark the beginning and end of the third step
 
 
 def _engine(config: RunConfig, sizes: Derived) -> tuple[Any, Any]:

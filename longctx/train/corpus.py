@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from longctx.config.machine import token_folder
 from longctx.config.schema import RunConfig
 from longctx.data.build import TokenBuild, build_tokens, open_build
+from longctx.data.pack import longer_than_row
+from longctx.data.progress import Stages
 from longctx.data.sources.folder import would_read
 from longctx.data.tokenizers.special import note
 from longctx.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer, require_kept
@@ -24,7 +26,6 @@ from longctx.train.checkpoint import store
 Say = Callable[[str], None]
 TOKENIZER_TO_TRAIN = "bpe"  # data.tokenizer: auto resolves to it without a pretrained model
 USED = "data.json"  # in the output folder: the record of the data to which the positions in the run's checkpoints refer
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,21 @@ def prepare_corpus(config: RunConfig, say: Say) -> Corpus:
 
 
 def build_corpus(config: RunConfig, say: Say) -> TokenBuild:
-    """Build or find the token files of a configuration; report what was read and what was skipped.
+    """Build or find the token files of a configuration; report what was read, skipped, and longer than a row.
 
     Raises:
         DataError: as ``prepare_corpus``; existing files are unchanged.
     """
+    with Stages(say) as progress:
+        build, how = _found_or_built(config, progress)
+        build = _with_long_documents(build, config.data.sequence_length)
+    _tell(build, how, say)
+    _tell_long_documents(config, build, say)
+    return build
+
+
+def _found_or_built(config: RunConfig, progress: Stages) -> tuple[TokenBuild, str]:
+    """Return the token files of a configuration, and how they came to be."""
     data = config.data
     continues = _record_of_checkpoints(Path(config.output.folder))
     folders = [Path(source) for source in data.sources if (Path(source) / RECORD).is_file()]
@@ -87,8 +98,7 @@ def build_corpus(config: RunConfig, say: Say) -> TokenBuild:
                 f"data.sources: {folders[0]} does not hold the token files that this run's checkpoints were trained "
                 "on; restore data.sources, or choose another output.folder"
             )
-        _tell(build, "found", say)
-        return build
+        return build, "found"
     for source in data.sources:
         if would_read(source, Path(config.output.folder), data.exclude):
             raise DataError(
@@ -110,11 +120,11 @@ def build_corpus(config: RunConfig, say: Say) -> TokenBuild:
         exclude=data.exclude,
         special_tokens=data.special_tokens,
         loss=data.loss,
+        streaming=data.streaming,
         continues=continues,
-        progress=_Stages(say),
+        progress=progress,
     )
-    _tell(build, "found" if build.reused else f"built in {time.monotonic() - started:.0f} s", say)
-    return build
+    return build, "found" if build.reused else f"built in {time.monotonic() - started:.0f} s"
 
 
 def _record_of_checkpoints(output: Path) -> dict[str, Any] | None:
@@ -149,6 +159,29 @@ def _opened(folder: Path, tokenizer: str) -> TokenBuild:
     return build
 
 
+def _with_long_documents(build: TokenBuild, sequence_length: int) -> TokenBuild:
+    """Add to the report how many training documents are longer than a row."""
+    with TokenFile(build.train) as file:
+        documents, tokens, beyond = longer_than_row(file.offsets, sequence_length)
+    counts = {"longer_than_row": documents, "longer_than_row_tokens": tokens, "tokens_beyond_row": beyond}
+    return replace(build, report=build.report | counts)
+
+
+def _tell_long_documents(config: RunConfig, build: TokenBuild, say: Say) -> None:
+    report, data = build.report, config.data
+    if not report["longer_than_row"]:
+        return
+    done = {
+        "split": f"are split; {report['tokens_beyond_row']:,} of their tokens are in rows without their beginning",
+        "truncate": f"are truncated, which leaves out {report['tokens_beyond_row']:,} tokens",
+        "drop": f"are left out, with {report['longer_than_row_tokens']:,} tokens",
+    }[data.long_documents]
+    say(
+        f"data: {report['longer_than_row']:,} documents are longer than data.sequence_length "
+        f"{data.sequence_length:,} and {done} (data.long_documents: {data.long_documents})"
+    )
+
+
 def _tell(build: TokenBuild, how: str, say: Say) -> None:
     """Report what the token files hold and, by reason, what was skipped."""
     report = build.report
@@ -170,6 +203,8 @@ def _tell(build: TokenBuild, how: str, say: Say) -> None:
             f"data: {report['conversations']:,} conversations; {labels:,} of all tokens are labels "
             f"(data.loss: {build.record['settings'].get('loss', 'all')})"
         )
+    if build.record["settings"].get("loss", "assistant") != "assistant" and not report.get("conversations"):
+        say("data: data.loss has no effect: no document is a conversation, and all tokens of texts are labels")
     for name, what in (
         ("empty", "documents are blank"),
         ("without_tokens", "documents have no token"),
@@ -177,20 +212,3 @@ def _tell(build: TokenBuild, how: str, say: Say) -> None:
     ):
         if report.get(name):
             say(f"data: left out: {report[name]:,} {what}")
-
-
-class _Stages:
-    """Report the start of each build stage, and its progress every ten seconds."""
-
-    def __init__(self, say: Say) -> None:
-        self.say, self.stage, self.last = say, "", 0.0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if stage != self.stage:
-            self.stage, self.last = stage, now
-            self.say(f"data: {stage}")
-        elif now - self.last >= _SECONDS_BETWEEN_LINES:
-            self.last = now
-            of = f" of {total / 1e6:,.0f} MB ({done / total:.0%})" if total else " MB"
-            self.say(f"data: {stage}, {done / 1e6:,.0f}{of}")

@@ -16,6 +16,7 @@ from longctx.config.schema import RunConfig
 from longctx.config.stages import model_of
 from longctx.config.write import dump
 from longctx.data.loader import EvaluationLoader, ShardedLoader
+from longctx.data.progress import Stages
 from longctx.engine.engine import Engine
 from longctx.engine.initialize import initialize
 from longctx.engine.zero.fp16 import require_supported
@@ -118,7 +119,8 @@ def set_up(
     output = Path(config.output.folder).absolute()
     corpus = _prepare(config, say)
     with together():
-        stages = training_stages(config, sizes.world, mesh, corpus)
+        with Stages(say, "assigning documents to rows"):
+            stages = training_stages(config, sizes.world, mesh, corpus)
         stages = within_data(config, stages, say)
         config = config.model_copy(update={"train": config.train.model_copy(update={"steps": stages[-1].last})})
         source = read_source(config.model.pretrained)

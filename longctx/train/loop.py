@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +35,16 @@ class LoopResult:
     step_seconds: float = 0.0  # wall time of the training steps only
     tokens: int = 0  # trained on since this start
     peak_memory_bytes: int = 0
+
+
+class _Gathered(NamedTuple):
+    """What the ranks tell each other after a step."""
+
+    stopped: bool  # a signal reached any of them
+    tokens: int  # their sum
+    pairs: int  # their sum
+    peak_memory_bytes: int  # the largest
+    data_seconds: float  # the longest wait for data
 
 
 class Loop:
@@ -93,55 +103,72 @@ class Loop:
 
     def _step(self) -> dict[str, Any]:
         """Run one optimizer step and return its record for metrics.jsonl."""
-        job, settings, engine = self.job, self.job.config.train, self.job.engine
-        step = self.outcome.progress.step + 1
+        job, engine, step = self.job, self.job.engine, self.outcome.progress.step + 1
         started = time.monotonic()
         window = next(job.loader)
         data_seconds = time.monotonic() - started
-        rate = learning_rate(
-            step,
-            peak=job.stage.config.train.lr,
-            warmup=settings.warmup_steps,
-            total=settings.steps,
-            schedule=settings.schedule,
-            final_ratio=settings.min_lr_ratio,
-        )
-        set_learning_rate(engine.optimizer, rate)
+        rate = self._set_rate(step)
         tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in window)
         pairs = sum(self.flops.pairs(batch) for batch in window)
-        try:
-            for batch in engine.weigh(window):
-                loss = engine(**batch).loss
-                engine.backward(loss)
-                engine.step()
-        except NonFiniteError as error:
-            raise self._named(error, step) from None
-        # any rank's signal stops all ranks after this step, so they save the same step
-        everyone = gather_floats(
-            [float(self.stop.raised is not None), tokens, pairs, _peak_memory(job.mesh.device), data_seconds]
-        )
+        self._train(window, step)
+        found = self._gather(tokens, pairs, data_seconds)
         seconds = time.monotonic() - started
-        tokens, pairs = int(everyone[:, 1].sum()), int(everyone[:, 2].sum())
-        memory, waited = int(everyone[:, 3].max()), float(everyone[:, 4].max())
-        self._advance(step, tokens, seconds, memory, stopped=bool(everyone[:, 0].any()))
+        self._advance(step, found.tokens, seconds, found.peak_memory_bytes, found.stopped)
         scale = loss_scale(engine)
         in_fp16 = {} if scale is None else {"loss_scale": scale, "skipped_steps": engine.skipped_steps}
+        flops = self.flops.step(found.tokens, found.pairs)
         return {
             "step": step,
             "loss": engine.global_loss,
             "learning_rate": rate,
             "grad_norm": engine.grad_norm,
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "mfu": None if self.peak is None else self.flops.step(tokens, pairs) / seconds / self.peak,
-            "peak_memory_bytes": memory,
+            "tokens": found.tokens,
+            "tokens_per_second": found.tokens / seconds,
+            "mfu": None if self.peak is None else flops / seconds / self.peak,
+            "peak_memory_bytes": found.peak_memory_bytes,
             "step_seconds": seconds,
-            "data_seconds": waited,
+            "data_seconds": found.data_seconds,
             "tokens_total": self.outcome.progress.tokens,
             "samples_total": self.outcome.progress.samples,
             **in_fp16,
             **self._stage_facts(),
         }
+
+    def _set_rate(self, step: int) -> float:
+        """Set and return the learning rate of a step."""
+        settings = self.job.config.train
+        rate = learning_rate(
+            step,
+            peak=self.job.stage.config.train.lr,
+            warmup=settings.warmup_steps,
+            total=settings.steps,
+            schedule=settings.schedule,
+            final_ratio=settings.min_lr_ratio,
+        )
+        set_learning_rate(self.job.engine.optimizer, rate)
+        return rate
+
+    def _train(self, window: list[dict[str, Any]], step: int) -> None:
+        """Run forward, backward and the update over the micro-batches of an accumulation window."""
+        engine = self.job.engine
+        try:
+            for batch in engine.weigh(window):
+                engine.backward(engine(**batch).loss)
+                engine.step()
+        except NonFiniteError as error:
+            raise self._named(error, step) from None
+
+    def _gather(self, tokens: int, pairs: int, data_seconds: float) -> _Gathered:
+        """Return what all ranks report. A signal on any rank stops all after this step, so they save the same one."""
+        mine = [float(self.stop.raised is not None), tokens, pairs, _peak_memory(self.job.mesh.device), data_seconds]
+        everyone = gather_floats(mine)
+        return _Gathered(
+            bool(everyone[:, 0].any()),
+            int(everyone[:, 1].sum()),
+            int(everyone[:, 2].sum()),
+            int(everyone[:, 3].max()),
+            float(everyone[:, 4].max()),
+        )
 
     def _stage_facts(self) -> dict[str, int]:
         stage = self.job.stage
@@ -168,7 +195,7 @@ class Loop:
     def _named(self, error: NonFiniteError, step: int) -> NonFiniteError:
         """Return the error with the step's rows added to its message, so that the user can inspect them."""
         begin = self.outcome.progress.samples
-        rows = self.job.loader.sample_ids(begin - self.outcome.progress.stage_begin).flatten().tolist()
+        rows = self.job.loader.row_ids(begin - self.outcome.progress.stage_begin).flatten().tolist()
         shown = ", ".join(map(str, rows[:16])) + (f", … ({len(rows)} in all)" if len(rows) > 16 else "")
         return NonFiniteError(
             f"{error}. It was step {step}, samples {begin} to {begin + len(rows) - 1}, rows {shown} of "

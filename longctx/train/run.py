@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from longctx.collectives import ranks, together
 from longctx.config.schema import RunConfig
 from longctx.config.write import dump
-from longctx.engine.heartbeat import watch
+from longctx.engine.heartbeat import start_heartbeat
 from longctx.errors import CheckpointError, MissingPackageError
 from longctx.mesh import Mesh
 from longctx.train import durable, folder
@@ -28,7 +28,7 @@ from longctx.train.report import metrics
 from longctx.train.report.metrics import Metrics
 from longctx.train.report.plot import plot_loss
 from longctx.train.report.progress import ProgressDisplay, duration
-from longctx.train.report.sample import draw_sample
+from longctx.train.report.sample import Sample, draw_sample
 from longctx.train.same_start import compare_start
 from longctx.train.signals import PREEMPTED, StopFlag
 
@@ -59,20 +59,22 @@ def run(
     started = time.monotonic()
     with ExitStack() as stack:
         stop = stack.enter_context(StopFlag()) if stop is None else stop
-        compare_start(config)
+        compare_start(config)  # first: with other settings a rank would call other collectives
         mesh = _connect(config)
-        heartbeat = watch(mesh, config.launch.frozen_seconds, give_up)
+        heartbeat = start_heartbeat(mesh, config.launch.frozen_seconds, give_up)
         if heartbeat is not None:
             stack.callback(heartbeat.stop)
         output = Path(config.output.folder).absolute()
-        stack.enter_context(_folder(output))
+        stack.enter_context(_folder(output))  # from here on no other run can write to it
         display = ProgressDisplay(
             console if mesh.rank == 0 else None, config.train.steps, config.train.log_every, columns
         )
         stack.callback(display.close)
         sizes = sizes_of(config)
+        # Before data and model are built, which takes minutes; and before anything is written, because a rejected
+        # resume leaves the folder unchanged.
         checkpoints, found = find_checkpoint(config, sizes, display.say)
-        _describe(config, mesh, output)  # only now: a rejected resume leaves the folder unchanged
+        _describe(config, mesh, output)
         stack.enter_context(swap_folder(config))
         job = set_up(config, mesh, sizes, display.say, checkpoints, found)
         display.total = job.config.train.steps  # fewer if the data is exhausted before
@@ -81,7 +83,7 @@ def run(
         writer = _metrics(job, display.say)
         if writer is not None:
             stack.callback(writer.close)
-        stop.training()
+        stop.training()  # until here a signal ended the process; now it stops the loop after a step
         outcome = Loop(job, stop, display, writer).run()
         display.close()
         summary = _summary(job, outcome, time.monotonic() - started)
@@ -92,7 +94,7 @@ def run(
                 f"`longctx export {job.config.output.folder}` writes its model"
             )
             return PREEMPTED
-        _finish(job, summary, display)
+        _finish(job, summary, display)  # before the engine is destroyed: the export gathers its weights
     return 0
 
 
@@ -178,29 +180,32 @@ def _finish(job: Job, summary: dict[str, Any], display: ProgressDisplay) -> None
     """Write the results: the model as a transformers folder, loss.png, a sample, summary.json."""
     model = export_model(job.engine, Path(job.corpus.tokenizer), job.output, job.source, job.config)
     sample = None
-    with together():
+    with together():  # the other ranks wait for rank 0, so that they fail too if it does
         if job.mesh.rank == 0:
-            settings = job.config.output
-            if (lora := job.config.model.lora) is not None and lora.export == "adapter":
-                display.say(f"no sample: {model} holds an adapter; PeftModel.from_pretrained loads it")
-            elif job.corpus.held_out and settings.sample_tokens:
-                held_out = Path(job.corpus.held_out)
-                try:
-                    sample = draw_sample(model, held_out, settings.sample_prompt, settings.sample_tokens)
-                except ValueError as error:  # transformers rejects the folder's generation config; the model is saved
-                    display.say(f"no sample: {error}")
-            plot = _plot(job, display)
-            summary |= {
-                "model": str(model),
-                "plot": plot,
-                "sample": None if sample is None else vars(sample),
-            }
+            sample = _sample(job, model, display)
+            results = {"model": str(model), "plot": _plot(job, display)}
+            summary |= results | {"sample": None if sample is None else vars(sample)}
             _write(job.output, summary)
+    if sample is not None:
+        display.say(f"\na held-out document, {sample.document}:\n{sample.prompt}")
+        display.say(f"--- and the model's continuation:\n{sample.continuation}\n---")
     if job.mesh.rank == 0:
-        if sample is not None:
-            display.say(f"\na held-out document, {sample.document}:\n{sample.prompt}")
-            display.say(f"--- and the model's continuation:\n{sample.continuation}\n---")
         _report(summary, display)
+
+
+def _sample(job: Job, model: Path, display: ProgressDisplay) -> Sample | None:
+    """Return a continuation of a held-out document by the exported model, if one is asked for and possible."""
+    settings = job.config.output
+    if (lora := job.config.model.lora) is not None and lora.export == "adapter":
+        display.say(f"no sample: {model} holds an adapter; PeftModel.from_pretrained loads it")
+        return None
+    if not job.corpus.held_out or not settings.sample_tokens:
+        return None
+    try:
+        return draw_sample(model, Path(job.corpus.held_out), settings.sample_prompt, settings.sample_tokens)
+    except ValueError as error:  # transformers rejects the folder's generation config; the model is saved
+        display.say(f"no sample: {error}")
+        return None
 
 
 def _plot(job: Job, display: ProgressDisplay) -> str | None:

@@ -8,7 +8,7 @@ from bounded import direct
 from bounded.inputs import PACKED, of_abc
 
 from longctx.bounded.abc import weights
-from longctx.bounded.abc.block import BlockPass, BlockState, BlockWeights
+from longctx.bounded.abc.block import BlockGradient, BlockPass, BlockState, BlockWeights
 from longctx.bounded.abc.weights import Normalizer
 from longctx.bounded.chunks import Block, Runs, causal_masks, fold, unfold
 
@@ -36,7 +36,7 @@ def test_a_block_equals_the_definition(normalizer: Normalizer, pair: bool, packe
     out = torch.empty_like(expected)
     unfold(out, BLOCK, block.forward())
 
-    after = BlockState(before.keys, before.values, tuple(torch.zeros(2, 2, 4, 1).double() for _ in made))
+    after = BlockGradient(before.keys, before.values, tuple(torch.zeros(2, 2, 4, 1).double() for _ in made))
     parts, _ = block.backward(fold(dout, BLOCK, 2, torch.float64).contiguous(), after)
     parts[0].mul_(SCALE)
     found = [torch.empty_like(x) for x in leaves]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bounded import direct
 from bounded.inputs import PACKED, qkv
-from drawn.draw import places
+from drawn.draw import global_indices
 
 from longctx.attention import simulate
 from longctx.attention.comm import Link
@@ -73,7 +73,7 @@ def test_ranks_assign_as_one_device(ring: int, layout: str, packed: bool) -> Non
     known = torch.zeros(2, 48, dtype=torch.int64) if ids is None else ids
     start = clusters.empty(k, SLOTS), torch.tensor([-1, -1])
     index, expected, last = positions(known), *clusters.follow(k, positions(known), known, *start)[:2]
-    here = [torch.tensor(own) for own in places(layout, ring, 48)]
+    here = [torch.tensor(own) for own in global_indices(layout, ring, 48)]
 
     def worker(link: Link) -> tuple[torch.Tensor, torch.Tensor]:
         own = here[link.rank]

@@ -6,13 +6,15 @@ import torch
 
 from longctx.attention import simulate
 from longctx.attention.comm import Link
-from longctx.bounded.ranks.exchange import ChunkMap, begin, collect, one_per_rank, shift
+from longctx.bounded.ranks.exchange import StretchMap, begin, collect, one_per_rank, shift
 
-ZIGZAG = ChunkMap(((0, 5), (1, 4), (2, 3)))
+ZIGZAG = StretchMap(((0, 5), (1, 4), (2, 3)))
 
 
-def state(chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.full((2, 1, 3), float(chunk), dtype=torch.float64).requires_grad_(), torch.tensor([chunk, -chunk])
+def state(stretch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.full((2, 1, 3), float(stretch), dtype=torch.float64).requires_grad_(), torch.tensor(
+        [stretch, -stretch]
+    )
 
 
 def test_chunks_are_numbered_from_either_end() -> None:
@@ -21,25 +23,26 @@ def test_chunks_are_numbered_from_either_end() -> None:
 
 
 def test_every_rank_gets_the_states_it_needs_and_returns_their_gradients() -> None:
-    """Each rank needs the chunks before its last one; its loss weights chunk c with c + 1, and its rank with 10."""
+    """Each rank needs the stretches before its last one; its loss weights stretch c with c + 1, and its rank with
+    10."""
 
     def worker(link: Link) -> tuple[list[int], list[float]]:
-        mine = [state(chunk) for chunk in ZIGZAG.by_rank[link.rank]]
+        mine = [state(stretch) for stretch in ZIGZAG.by_rank[link.rank]]
         pending = begin(mine, link, ZIGZAG, lambda source, here: source < max(here))
         known, token = pending.finish()
-        for chunk, (x, ids) in known.items():
-            assert x.eq(chunk).all() and ids.tolist() == [chunk, -chunk]
+        for stretch, (x, ids) in known.items():
+            assert x.eq(stretch).all() and ids.tolist() == [stretch, -stretch]
         assert float(token.detach()) == 0.0
-        loss = sum((x.sum() * (chunk + 1) * 10**link.rank for chunk, (x, _) in known.items()), token)
+        loss = sum((x.sum() * (stretch + 1) * 10**link.rank for stretch, (x, _) in known.items()), token)
         gradients = torch.autograd.grad(loss, [x for x, _ in mine])
         return sorted(known), [float(gradient[0, 0, 0]) for gradient in gradients]
 
     found, _ = simulate.run(3, worker)
-    assert [chunks for chunks, _ in found] == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4], [0, 1, 2, 3]]
+    assert [stretches for stretches, _ in found] == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4], [0, 1, 2, 3]]
     for rank, (_, gradients) in enumerate(found):
-        for chunk, gradient in zip(ZIGZAG.by_rank[rank], gradients, strict=True):
-            users = [other for other, (chunks, _) in enumerate(found) if chunk in chunks]
-            assert gradient == (chunk + 1) * sum(10**user for user in users)
+        for stretch, gradient in zip(ZIGZAG.by_rank[rank], gradients, strict=True):
+            users = [other for other, (stretches, _) in enumerate(found) if stretch in stretches]
+            assert gradient == (stretch + 1) * sum(10**user for user in users)
 
 
 def test_one_rank_sends_nothing() -> None:

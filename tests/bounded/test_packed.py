@@ -9,7 +9,7 @@ import pytest
 import torch
 from bounded import direct
 from bounded.sums import Sums, expected, sums
-from drawn.draw import places
+from drawn.draw import global_indices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +35,7 @@ def test_documents_are_runs_without_padding() -> None:
 @settings(max_examples=20)
 @given(st.integers(1, 4), st.sampled_from(["contiguous", "zigzag"]), st.integers(0, 999))
 def test_every_token_reads_its_whole_document(ring: int, layout: str, seed: int) -> None:
-    x, index = sums(2, 24, 24, seed), [torch.tensor(here) for here in places(layout, ring, 24)]
+    x, index = sums(2, 24, 24, seed), [torch.tensor(here) for here in global_indices(layout, ring, 24)]
     ids = direct.random_documents(2, 24, torch.Generator().manual_seed(seed))
     wanted = expected(x, direct.visible(24, direct.numbered(ids), causal=False))
     x = Sums(*(y.masked_fill((ids < 0)[:, None, :, None], torch.nan) for y in (x.q, x.k, x.v)))

@@ -1,4 +1,4 @@
-"""The exclusive scan of states over ranks: both forms equal a loop over all chunks, and so do their gradients."""
+"""The exclusive scan of states over ranks: both forms equal a loop over all stretches, and so do their gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longctx.attention import simulate
 from longctx.attention.comm import Link, LocalLink
 from longctx.bounded.ranks import monoid
 from longctx.bounded.ranks.exchange import Value
-from longctx.bounded.ranks.scan import associative_exclusive_scan, map_chunks
+from longctx.bounded.ranks.scan import associative_exclusive_scan, map_stretches
 from longctx.errors import AttentionError
 
 from tolerances import tolerance
@@ -28,17 +28,17 @@ MONOIDS: dict[str, tuple[Callable[[Value, Value], Value], list[float]]] = {  # t
 }
 
 
-def states(name: str, chunks: int, seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return a tensor (chunks, B, G, M[, D]) for each member of the state, and the documents (chunks, B)."""
+def states(name: str, stretches: int, seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return a tensor (stretches, B, G, M[, D]) for each member of the state, and the documents (stretches, B)."""
     g = torch.Generator().manual_seed(seed)
     _, fills = MONOIDS[name]
     members = []
-    ids = torch.randint(0, 2, (chunks, 2), generator=g).cumsum(0)
-    ids[torch.rand(chunks, 2, generator=g) < 0.2] = -1
+    ids = torch.randint(0, 2, (stretches, 2), generator=g).cumsum(0)
+    ids[torch.rand(stretches, 2, generator=g) < 0.2] = -1
     for fill in fills:
-        shape = (chunks, 2, 1, 3) if fill else (chunks, 2, 1, 3, 4)
+        shape = (stretches, 2, 1, 3) if fill else (stretches, 2, 1, 3, 4)
         x = torch.randn(shape, generator=g, dtype=torch.float64)
-        x[ids < 0] = fill  # a chunk of padding writes nothing
+        x[ids < 0] = fill  # a stretch of padding writes nothing
         members.append(x)
     return members, ids
 
@@ -49,20 +49,29 @@ def identity(name: str, members: list[torch.Tensor]) -> Value:
     return *empty, torch.full((2,), -1)
 
 
-def loss(state: Value, weights: list[torch.Tensor], chunk: int) -> torch.Tensor:
+def written(x: torch.Tensor, ids: torch.Tensor, fill: float) -> torch.Tensor:
+    """Return x with `fill` where a stretch is padding, as masked writing gives it: no gradient reaches such a stretch.
+
+    Without the mask that gradient is undefined: a state without a document counts or not, depending on the order.
+    """
+    return x.masked_fill((ids < 0).reshape(*ids.shape, *[1] * (x.dim() - ids.dim())), fill)
+
+
+def loss(state: Value, weights: list[torch.Tensor], stretch: int) -> torch.Tensor:
     finite = [torch.where(x.isfinite(), x, 0.0) for x in state[:-1]]
-    return sum(((x * w[chunk]).sum() for x, w in zip(finite, weights, strict=True)), torch.zeros(()))
+    return sum(((x * w[stretch]).sum() for x, w in zip(finite, weights, strict=True)), torch.zeros(()))
 
 
 def by_a_loop(name: str, members: list[torch.Tensor], ids: torch.Tensor, reverse: bool) -> list[Value]:
-    """Return what every chunk receives, and the combination of all chunks."""
+    """Return what every stretch receives, and the combination of all stretches."""
     op, running = MONOIDS[name][0], identity(name, members)
     found = {}
-    for chunk in reversed(range(len(ids))) if reverse else range(len(ids)):
-        found[chunk] = running
-        own = (*(x[chunk] for x in members), ids[chunk])
+    for stretch in reversed(range(len(ids))) if reverse else range(len(ids)):
+        found[stretch] = running
+        masked = (written(x[stretch], ids[stretch], fill) for x, fill in zip(members, MONOIDS[name][1], strict=True))
+        own = (*masked, ids[stretch])
         running = op(own, running) if reverse else op(running, own)
-    return [*(found[chunk] for chunk in range(len(ids))), running]
+    return [*(found[stretch] for stretch in range(len(ids))), running]
 
 
 def same(ours: Value, theirs: Value) -> None:
@@ -83,37 +92,42 @@ def same(ours: Value, theirs: Value) -> None:
     st.integers(0, 2**16),
 )
 def test_scan_is_a_loop(name: str, layout: str, ring: int, form: str, reverse: bool, total: bool, seed: int) -> None:
-    chunk_map = map_chunks(layout, ring)
-    members, ids = states(name, chunk_map.total, seed)
+    stretch_map = map_stretches(layout, ring)
+    members, ids = states(name, stretch_map.total, seed)
     weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype) for x in members]
     leaves = [x.clone().requires_grad_() for x in members]
     *expected, everything = by_a_loop(name, leaves, ids, reverse)
-    losses = sum((loss(state, weights, chunk) for chunk, state in enumerate(expected)), torch.zeros(()))
+    losses = sum((loss(state, weights, stretch) for stretch, state in enumerate(expected)), torch.zeros(()))
     if total:
         losses = losses + ring * loss(everything, weights, 0)
     wanted = torch.autograd.grad(losses, leaves)
 
     def worker(link: Link) -> tuple[list[Value], list[torch.Tensor | None]]:
-        here = chunk_map.by_rank[link.rank]
-        mine = [[x[chunk].clone().requires_grad_() for x in members] for chunk in here]
-        local = [(*own, ids[chunk]) for own, chunk in zip(mine, here, strict=True)]
+        here = stretch_map.by_rank[link.rank]
+        mine = [[x[stretch].clone().requires_grad_() for x in members] for stretch in here]
+        local = []
+        for own, stretch in zip(mine, here, strict=True):
+            masked = (written(x, ids[stretch], fill) for x, fill in zip(own, MONOIDS[name][1], strict=True))
+            local.append((*masked, ids[stretch]))
         found = associative_exclusive_scan(
-            local, MONOIDS[name][0], identity(name, members), link, chunk_map, reverse=reverse, form=form, total=total
+            local, MONOIDS[name][0], identity(name, members), link, stretch_map, reverse=reverse, form=form, total=total
         )
         assert len(found) == len(here) + total
-        part = sum((loss(state, weights, chunk) for chunk, state in zip(here, found, strict=False)), torch.zeros(()))
+        part = sum(
+            (loss(state, weights, stretch) for stretch, state in zip(here, found, strict=False)), torch.zeros(())
+        )
         part = part + loss(found[-1], weights, 0) if total else part
         flat = [x for own in mine for x in own]
         return found, list(torch.autograd.grad(part, flat, allow_unused=True))
 
     results, _ = simulate.run(ring, worker)
-    for here, (found, gradients) in zip(chunk_map.by_rank, results, strict=True):
+    for here, (found, gradients) in zip(stretch_map.by_rank, results, strict=True):
         count = len(members)
-        for place, chunk in enumerate(here):
-            assert found[place][-1].equal(expected[chunk][-1])
-            same(found[place], expected[chunk])
+        for place, stretch in enumerate(here):
+            assert found[place][-1].equal(expected[stretch][-1])
+            same(found[place], expected[stretch])
             own = gradients[place * count : (place + 1) * count]
-            assert max(direct.differences(own, [x[chunk] for x in wanted])) <= EXACT
+            assert max(direct.differences(own, [x[stretch] for x in wanted])) <= EXACT
         if total:
             same(found[-1], everything)
 
@@ -121,13 +135,13 @@ def test_scan_is_a_loop(name: str, layout: str, ring: int, form: str, reverse: b
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_messages_of_both_forms(layout: str) -> None:
     """One stage with a message to every later rank, or logarithmically many stages."""
-    ring, chunk_map = 16, map_chunks(layout, 16)
-    members, ids = states("add", chunk_map.total, 0)
+    ring, stretch_map = 16, map_stretches(layout, 16)
+    members, ids = states("add", stretch_map.total, 0)
 
     def messages(form: str) -> list[int]:
         def worker(link: Link) -> None:
-            local = [(members[0][chunk], ids[chunk]) for chunk in chunk_map.by_rank[link.rank]]
-            associative_exclusive_scan(local, monoid.add, identity("add", members), link, chunk_map, form=form)
+            local = [(members[0][stretch], ids[stretch]) for stretch in stretch_map.by_rank[link.rank]]
+            associative_exclusive_scan(local, monoid.add, identity("add", members), link, stretch_map, form=form)
 
         return [c.messages for c in simulate.run(ring, worker)[1]]
 
@@ -140,7 +154,7 @@ def test_a_ring_of_one_and_an_unknown_form() -> None:
     members, ids = states("average", 1, 3)
     nothing = identity("average", members)
     local = [(members[0][0], members[1][0], ids[0])]
-    found = associative_exclusive_scan(local, monoid.average, nothing, LocalLink(), map_chunks("zigzag", 1))
+    found = associative_exclusive_scan(local, monoid.average, nothing, LocalLink(), map_stretches("zigzag", 1))
     assert all(a.equal(b) for a, b in zip(found[0], nothing, strict=True))
     with pytest.raises(AttentionError, match="'gather' or 'steps'"):
-        associative_exclusive_scan(local, monoid.average, nothing, LocalLink(), map_chunks("zigzag", 1), form="tree")
+        associative_exclusive_scan(local, monoid.average, nothing, LocalLink(), map_stretches("zigzag", 1), form="tree")

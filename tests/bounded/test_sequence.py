@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bounded import direct
-from drawn.draw import places
+from drawn.draw import global_indices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +30,7 @@ def at(
 @pytest.mark.parametrize("ring", [1, 2, 3])
 def test_global_indices_and_padding_beyond_the_length(layout: str, ring: int) -> None:
     tokens = 4 if layout == "zigzag" else 3
-    for rank, here in enumerate(places(layout, ring, ring * tokens)):
+    for rank, here in enumerate(global_indices(layout, ring, ring * tokens)):
         link = SimpleNamespace(ring=ring, rank=rank)
         local = at(link, layout, tokens)
         assert local.index.tolist() == here and local.ids is None and local.valid is None
@@ -59,7 +59,7 @@ def test_counts_are_those_of_one_device(ring: int, layout: str, packed: bool, af
             count, document = wanted.gather(1, latest)[:, 0], ids.gather(1, latest)[:, 0]
         before = count, document
     ids, wanted = None if ids is None else ids[:, start:], wanted[:, start:]
-    index = [torch.tensor(here) for here in places(layout, ring, length)]
+    index = [torch.tensor(here) for here in global_indices(layout, ring, length)]
 
     def worker(link: Link) -> tuple[torch.Tensor, torch.Tensor]:
         here = index[link.rank]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bounded import direct
 from bounded.sums import Sums, expected, sums
-from drawn.draw import places
+from drawn.draw import global_indices
 
 from longctx.attention import simulate
 from longctx.attention.comm import Link
@@ -22,7 +22,7 @@ SEVERAL = direct.packed([[(7, 24)], [(1, 23), (2, 1)]])
 
 def answers(x: Sums, ring: int, ids: torch.Tensor | None, before: torch.Tensor | None = None) -> list[torch.Tensor]:
     """Return the output in order, and the state of every rank."""
-    index = [torch.tensor(here) for here in places("zigzag", ring, 24)]
+    index = [torch.tensor(here) for here in global_indices("zigzag", ring, 24)]
 
     def worker(link: Link) -> tuple[torch.Tensor, torch.Tensor]:
         here = index[link.rank]

@@ -22,6 +22,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("url", {"data__sources": ["https://user:hunter2@example.com/x"]}, "data.sources"),
     ("url of a folder", {"output__folder": "s3://bucket/run"}, "output.folder"),
     ("empty name", {"data__sources": [" "]}, "data.sources"),
+    ("weights of other sources", {"data__sources": ["a", "b"], "data__weights": [1, 2, 3]}, "data.weights"),
+    ("long documents in concat", {"data__long_documents": "drop"}, "data.long_documents"),
+    ("streaming of files", {"data__streaming": True}, "data.streaming"),
     ("foreign tokenizer of no folder", {"data__foreign_tokenizer": True}, "data.foreign_tokenizer"),
     (
         "trained tokenizer of a folder",

@@ -31,7 +31,7 @@ def test_a_misspelt_key_is_reported_and_its_value_read() -> None:
 
 
 def test_a_misspelt_key_of_another_kind_or_given_twice_is_not_read() -> None:
-    document, _ = tidied("zero: {stages: {a: 1}}\ntrain: {steps: 1, stepz: 2}")
+    document, _ = tidied("zero: {stagee: {a: 1}}\ntrain: {steps: 1, stepz: 2}")
     assert unread(document.value["zero"]["stage"]) and not unread(None)
     assert document.value["train"] == {"steps": 1}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 
@@ -35,6 +36,21 @@ def test_datasets_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="cannot load split 'none': no such split"):
         list(open_source("hf:x/y:none").documents())
     assert asked == [("x/y", None, "train"), ("x/y", "en", "test"), ("x/y", None, "none")]
+
+
+def test_rows_may_be_conversations_and_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "tool_calls": None}]
+    asked = []
+
+    def load_dataset(*_: str, **keywords: object) -> list[dict[str, object]]:
+        asked.append(keywords)
+        return [{"messages": talk, "id": 1}, {"text": "prose"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    found = [(document.kind, document.text) for document in open_source("hf:x/y", streaming=True).documents()]
+    assert found[1] == ("text", "prose") and found[0][0] == "chat"
+    assert json.loads(found[0][1]) == {"messages": [talk[0], {"role": "assistant", "content": "Ho"}]}
+    assert asked == [{"split": "train", "streaming": True}]
 
 
 def test_half_a_surrogate_pair_and_a_wrong_column_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_parts_of_all_ranks_are_the_row(
             assert {micro[key].dtype for key in KEYS if key != "document_ids"} == {torch.int64}
             for place, key in enumerate(KEYS):
                 whole[number, mesh.data_rank, :, place, where] = micro[key].long()
-    ids = loader.sample_ids(consumed)
+    ids = loader.row_ids(consumed)
     for index in np.ndindex(ids.shape):
         expected = expected_row(rows, int(ids[index]), padded)
         for place, key in enumerate(KEYS):
@@ -198,7 +198,7 @@ def test_eight_replicas_have_the_same_order(make_tokens: Make) -> None:
     for data in (1, 2, 4, 8):
         mesh = grid(0, data=data)
         loader = ShardedLoader(file, 4, micro_batch=16 // data, mesh=mesh, packing="concat", prefetch=0)
-        orders.append([row for at in range(0, 10_000, 16) for row in loader.sample_ids(at).flatten().tolist()])
+        orders.append([row for at in range(0, 10_000, 16) for row in loader.row_ids(at).flatten().tolist()])
     assert orders[1:] == orders[:1] * 3
 
 

@@ -1,4 +1,4 @@
-"""Builds of conversations: labels reach the loader, settings decide what is built anew, and counts are reported."""
+"""Builds of conversations: labels reach the loader, settings decide what is rebuilt, and counts are reported."""
 
 from __future__ import annotations
 

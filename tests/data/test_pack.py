@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.data.pack import PACKINGS, best_fit, pack
+from longctx.data.pack import PACKINGS, best_fit, longer_than_row, pack
 from longctx.errors import DataError
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
@@ -83,3 +83,21 @@ def test_bad_arguments() -> None:
         pack(offsets_of([3]), 1)
     with pytest.raises(DataError, match="document 1 has 0 tokens"):
         pack(np.array([0, 2, 2, 3]), 4)
+
+
+@pytest.mark.parametrize("long", ["truncate", "drop"])
+def test_documents_longer_than_a_row(long: str) -> None:
+    lengths = np.array([3, 25, 10, 11, 1, 40])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    packed = pack(offsets, 10, "best_fit", long)
+    pieces = [piece for row in range(packed.rows) for piece in zip(*packed.pieces(row), strict=True)]
+    kept = {0: 3, 2: 10, 4: 1} | ({1: 10, 3: 10, 5: 10} if long == "truncate" else {})
+    assert {document: length for _, length, document in pieces} == kept and len(pieces) == len(kept)
+    assert all(start == offsets[document] for start, _, document in pieces) and packed.tokens == sum(kept.values())
+    assert longer_than_row(offsets, 10) == (3, 76, 46)
+
+
+def test_what_to_do_with_long_documents_is_for_best_fit() -> None:
+    for method, long in (("concat", "drop"), ("best_fit", "shrink")):
+        with pytest.raises(DataError, match=f"long_documents '{long}' with packing '{method}'"):
+            pack(np.array([0, 5]), 4, method, long)

@@ -41,9 +41,11 @@ def test_every_counted_token_is_a_target_once(masked: tuple[TokenFile, np.ndarra
 
 def test_a_shard_has_the_labels_of_the_row(masked: tuple[TokenFile, np.ndarray]) -> None:
     file, _ = masked
-    whole = next(ShardedLoader(file, 8, 2, prefetch=0, layout="contiguous"))[0]["labels"]
+    whole = next(ShardedLoader(file, 8, micro_batch=2, prefetch=0, layout="contiguous"))[0]["labels"]
     shards = []
     for rank in range(4):
         mesh = Mesh(4, 1, 1, world_size=4, rank=rank)
-        shards.append(next(ShardedLoader(file, 8, 2, mesh=mesh, prefetch=0, layout="contiguous"))[0]["labels"])
+        shards.append(
+            next(ShardedLoader(file, 8, micro_batch=2, mesh=mesh, prefetch=0, layout="contiguous"))[0]["labels"]
+        )
     assert np.array_equal(np.concatenate(shards, axis=1), whole)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from drawn import definitions
-from drawn.draw import Draw, normal, places, worst
+from drawn.draw import Draw, global_indices, normal, worst
 
 from longctx.attention import simulate
 from longctx.attention.comm import Link
@@ -189,7 +189,7 @@ def _in_parts(case: BoundedCase, leaves: list[torch.Tensor], weight: torch.Tenso
 
 def _on_ring(case: BoundedCase, leaves: list[torch.Tensor], weight: torch.Tensor) -> list[torch.Tensor]:
     """Run one ring; each rank runs backward from its own tokens, since backward is a collective as well."""
-    index = [torch.tensor(own) for own in places(case.layout, case.rings[0][1], case.length)]
+    index = [torch.tensor(own) for own in global_indices(case.layout, case.rings[0][1], case.length)]
 
     def worker(link: Link) -> list[torch.Tensor]:
         return _of_rank(case, index[link.rank], leaves, weight, link, None)
@@ -210,7 +210,7 @@ def _of_rank(
 def of_rank(case: BoundedCase, mesh: Any) -> list[torch.Tensor]:
     """Return one process's result for a case of one part."""
     made, weight = inputs(case)
-    here = places(case.layout, case.rings[0][1], case.length)[mesh.ring_rank]
+    here = global_indices(case.layout, case.rings[0][1], case.length)[mesh.ring_rank]
     return _chunked(case, lambda: _of_rank(case, here, [x.to(case.dtype) for x in made], weight, None, mesh))
 
 
@@ -220,7 +220,7 @@ def has_two_ranks(case: BoundedCase) -> bool:
 
 def assembled(case: BoundedCase, answers: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
     """Return the ranks' results in the order of the sequence; gradients of replicated weights are summed."""
-    index = places(case.layout, case.rings[0][1], case.length)
+    index = global_indices(case.layout, case.rings[0][1], case.length)
     order = torch.tensor([place for here in index for place in here]).argsort()
     return [
         torch.cat(parts, 2)[:, :, order] if _has_tokens(case, place - 1) else torch.stack(parts).sum(0)
@@ -241,7 +241,7 @@ def _part(
     ids = None if case.ids is None else torch.tensor(case.ids)[:, here]
     if ring == 1:
         return _call(case, local, ids, None, state, wanted)
-    index = [torch.tensor(own) for own in places(case.layout, ring, here.stop - here.start)]
+    index = [torch.tensor(own) for own in global_indices(case.layout, ring, here.stop - here.start)]
     given = [[x[:, :, own] if x.dim() == 4 else x for x in local] for own in index]
 
     def worker(link: Link) -> tuple[torch.Tensor, Any]:

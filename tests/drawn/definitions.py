@@ -30,10 +30,10 @@ def attention(
     if sink is not None:
         column = sink[None, :, None, None].expand(*logits.shape[:3], 1)
         logits, v = torch.cat([logits, column], 3), torch.cat([v, torch.zeros_like(v[:, :, :1])], 2)
-    blind = (logits == -INFINITE).all(3, keepdim=True)
-    logits = logits.masked_fill(blind, 0.0)  # any finite number: the row is set to 0 below
-    out = (logits.softmax(3) @ v).masked_fill(blind, 0.0)
-    return out, logits.logsumexp(3).masked_fill(blind[..., 0], -INFINITE)
+    sees_none = (logits == -INFINITE).all(3, keepdim=True)
+    logits = logits.masked_fill(sees_none, 0.0)  # any finite number: the row is set to 0 below
+    out = (logits.softmax(3) @ v).masked_fill(sees_none, 0.0)
+    return out, logits.logsumexp(3).masked_fill(sees_none[..., 0], -INFINITE)
 
 
 def same_document(ids: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ def abc(
     count = written.cumsum(2) if causal else written.sum(2, keepdim=True).expand_as(written)
     empty = (count == 0).repeat_interleave(group, 1)
     logits = (scale * torch.einsum("bhtd,bhtmd->bhtm", q, slots)).masked_fill(empty, -INFINITE)
-    blind = empty.all(3, keepdim=True)
-    p = logits.masked_fill(blind, 0.0).softmax(3).masked_fill(blind, 0.0)
+    sees_none = empty.all(3, keepdim=True)
+    p = logits.masked_fill(sees_none, 0.0).softmax(3).masked_fill(sees_none, 0.0)
     return torch.einsum("bhtm,bhtmd->bhtd", p, contents)
 
 

@@ -77,7 +77,7 @@ def compare(
     assert not failed, f"{len(failed)} of {len(chosen)} cases:\n" + "\n".join(failed)
 
 
-def places(layout: str, ring: int, length: int) -> list[list[int]]:
+def global_indices(layout: str, ring: int, length: int) -> list[list[int]]:
     """Return the global indices of every rank's tokens, in local order; `length` must be divisible."""
     if layout == "striped":
         return [list(range(rank, length, ring)) for rank in range(ring)]

@@ -31,7 +31,10 @@ class Row:
 
 @dataclass(frozen=True)
 class EngineCase:
-    """One window. rows[replica][micro_batch]: two rows of one length; form: how documents and padding are given."""
+    """One accumulation window.
+
+    rows[replica][micro_batch]: two rows of one length. form: how documents and padding are given.
+    """
 
     seed: int
     world: int

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from attention.dense import kept
 from drawn import definitions
-from drawn.draw import LAYOUTS, Draw, normal, places, worst
+from drawn.draw import LAYOUTS, Draw, global_indices, normal, worst
 
 from longctx import ring_attention
 from longctx.attention import simulate
@@ -139,7 +139,7 @@ def found(case: RingCase) -> list[torch.Tensor]:
     sink, alibi = (None if x is None else torch.tensor(x).to(case.dtype) for x in (case.sink, case.alibi))
     dropout = (case.dropout, seeds(case) if case.dropout else None)
     scores = Scores(case.scale, case.softcap, alibi, *dropout)
-    index = [torch.tensor(here) for here in places(case.layout, case.ring, case.tokens * case.ring)]
+    index = [torch.tensor(here) for here in global_indices(case.layout, case.ring, case.tokens * case.ring)]
 
     def worker(link: Link) -> tuple[torch.Tensor, ...]:
         here = index[link.rank]
@@ -172,7 +172,7 @@ def has_two_ranks(case: RingCase) -> bool:
 
 def assembled(case: RingCase, answers: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
     """Return the ranks' results in the order of the sequence; gradients per head are summed."""
-    index = places(case.layout, case.ring, case.tokens * case.ring)
+    index = global_indices(case.layout, case.ring, case.tokens * case.ring)
     order, parts = torch.tensor([place for here in index for place in here]).argsort(), list(zip(*answers, strict=True))
     whole = [torch.cat(pieces, 2)[:, :, order] for pieces in parts[:5]]
     return whole + [torch.stack(pieces).sum(0) for pieces in parts[5:]]
@@ -180,7 +180,7 @@ def assembled(case: RingCase, answers: Sequence[Sequence[torch.Tensor]]) -> list
 
 def of_rank(case: RingCase, mesh: Any) -> list[torch.Tensor]:
     """Return one process's result, by the public function and autograd."""
-    here = places(case.layout, case.ring, case.tokens * case.ring)[mesh.ring_rank]
+    here = global_indices(case.layout, case.ring, case.tokens * case.ring)[mesh.ring_rank]
     q, k, v, dout, dlse = (x.to(case.dtype)[:, :, here] for x in inputs(case))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     sink, alibi = (

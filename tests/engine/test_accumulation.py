@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_tiny import make_engine, make_optimizer, ragged_rows, run_ranks, tiny_llama, unsharded_loss, weights_of
 
-from longctx.engine.step.accumulation import Accumulation, find_mark, mark
+from longctx.engine.step.accumulation import Accumulation, find_mark, mark_batches
 from longctx.errors import EngineError
 
 from tolerances import tolerance
@@ -126,16 +126,16 @@ def test_windows_that_are_not_one_step_are_refused_in_eval_mode_too() -> None:
 def test_micro_batches_may_come_in_any_order_and_windows_again() -> None:
     batches = [{"input_ids": torch.zeros(1, 2, dtype=torch.long)} for _ in range(2)]
     given = batches[0]["input_ids"]
-    mark(batches)
+    mark_batches(batches)
     assert find_mark({"input_ids": given}) is None  # the caller's own tensor is not marked
     for _ in range(2):  # two optimizer steps on one window
         steps = Accumulation()
-        steps.forward(find_mark(batches[1]))
+        steps.note_forward(find_mark(batches[1]))
         assert steps.is_last() is False
-        steps.backward()
-        steps.forward(find_mark(batches[0]))
-        steps.backward()
+        steps.note_backward()
+        steps.note_forward(find_mark(batches[0]))
+        steps.note_backward()
         assert steps.is_last() is True
         steps.check_complete()
-    steps.forward(None)
+    steps.note_forward(None)
     assert steps.is_last() is None

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from longctx.engine.zero.guard import clip_plain, drop_plain, is_plain, plain_norm, scaled, uncount_step
+from longctx.engine.zero.guard import (
+    clip_fp32_zero0,
+    drop_fp32_zero0,
+    fp32_zero0_norm,
+    is_fp32_zero0,
+    scaled,
+    uncount_step,
+)
 
 
 def engine(fp16: bool = False, bf16: bool = False, zero: bool = False, clip: float = 1.0) -> Any:
@@ -39,26 +46,26 @@ def test_a_finite_loss_is_multiplied_and_widened() -> None:
 
 
 def test_the_norm_is_ours_only_where_fp32_weights_are_updated_directly() -> None:
-    assert plain_norm(engine()) == 5.0 and is_plain(engine())
+    assert fp32_zero0_norm(engine()) == 5.0 and is_fp32_zero0(engine())
     for other in (engine(fp16=True), engine(bf16=True), engine(zero=True)):
-        assert plain_norm(other) is None and not is_plain(other)
+        assert fp32_zero0_norm(other) is None and not is_fp32_zero0(other)
     empty = engine()
     empty.module.zero_grad()
-    assert plain_norm(empty) == 0.0
+    assert fp32_zero0_norm(empty) == 0.0
 
 
 def test_gradients_are_clipped_to_the_norm() -> None:
     one = engine(clip=2.5)
-    clip_plain(one, plain_norm(one))
-    assert plain_norm(one) == pytest.approx(2.5, rel=1e-5)
+    clip_fp32_zero0(one, fp32_zero0_norm(one))
+    assert fp32_zero0_norm(one) == pytest.approx(2.5, rel=1e-5)
     one = engine(clip=6.0)
-    clip_plain(one, plain_norm(one))
-    assert plain_norm(one) == 5.0
+    clip_fp32_zero0(one, fp32_zero0_norm(one))
+    assert fp32_zero0_norm(one) == 5.0
 
 
 def test_dropped_and_skipped_steps_are_not_counted() -> None:
     one = engine()
-    drop_plain(one)
-    assert plain_norm(one) == 0.0 and one.micro_steps == 4
+    drop_fp32_zero0(one)
+    assert fp32_zero0_norm(one) == 0.0 and one.micro_steps == 4
     uncount_step(one)
     assert (one.global_steps, one.global_samples) == (4, 32)

@@ -24,7 +24,7 @@ from longctx.engine import heartbeat
 from longctx.mesh import Mesh
 dist.init_process_group("gloo")
 mesh = Mesh().connect()
-heartbeat.watch(mesh, 4)
+heartbeat.start_heartbeat(mesh, 4)
 import time; time.sleep(1)
 def a_step_of_the_loop():
     if mesh.rank == int(sys.argv[1]):
@@ -129,4 +129,4 @@ def test_a_place_is_the_phase_and_the_block_of_the_ring() -> None:
     found = outer(inner, SimpleNamespace(source=3), lambda: heartbeat.describe(sys._getframe(1)))
     line = run.__code__.co_firstlineno + 1
     assert found == f"backward, ring attention at the block of ring member 3 (test_heartbeat.py:{line})"
-    assert heartbeat.place().startswith("its own code (")
+    assert heartbeat.call_site().startswith("its own code (")

@@ -23,7 +23,7 @@ from tolerances import tolerance
 README = (ROOT / "examples" / "README.md").read_text()
 SECTIONS = {name: text for name, text in re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)}
 NUMBER = re.compile(r"\d+\.\d+")
-NOISE = re.compile(r"\[\d{4}-\d\d-\d\d |DeepSpeed ")  # DeepSpeed's log, which goes to stdout
+NOISE = re.compile(r"\[\d{4}-\d\d-\d\d |DeepSpeed |\{")  # logs of DeepSpeed and of Trainer, which go to stdout
 SECONDS = 600  # a start imports torch, transformers and DeepSpeed in every process, on a machine that others share too
 
 
@@ -92,7 +92,7 @@ def test_every_example_is_listed_and_every_file_is_an_example() -> None:
         assert path.name == "README.md" or len(path.read_text().splitlines()) <= 80, f"{path.name} has over 80 lines"
 
 
-@pytest.mark.parametrize("name", ["plain_loop.py", "custom_model.py"])
+@pytest.mark.parametrize("name", ["plain_loop.py", "custom_model.py", "huggingface_trainer.py"])
 def test_two_ranks_train_like_one_process(name: str, checkout: Path) -> None:
     alone, together = commands(name)
     whole, sharded = in_this_process(alone, checkout), in_a_shell(together, checkout)

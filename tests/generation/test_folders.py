@@ -12,8 +12,8 @@ from tokenizer_folders import write_folder
 
 import longctx
 from longctx.errors import ConfigError, ModelError
+from longctx.generation.generator import Generator
 from longctx.generation.request import Request
-from longctx.generation.run import Generator
 from longctx.mesh import Mesh
 
 from distributed import run_ranks

@@ -68,7 +68,7 @@ def test_other_controls_are_the_operators_strategies(kind: ABC, strategy: contro
 
 
 def test_random_controls_differ_between_layers() -> None:
-    first, second = (make(ABC(4, "random"), place=place).control(*tensors()[:2], None) for place in (0, 1))
+    first, second = (make(ABC(4, "random"), layer_index=index).control(*tensors()[:2], None) for index in (0, 1))
     assert first.seed != second.seed and 0 <= second.seed < 2**63
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 from command_line import run
 
-from longctx.config.derived import derive
 from longctx.config.load import load
-from longctx.launch import foresee, hardware
 from longctx.plan.machines import MACHINES
 from longctx.plan.stages import plan_stages
 
@@ -52,14 +49,3 @@ def test_plan_and_check_show_every_stage(tmp_path: Path) -> None:
     found = json.loads(run("plan", path, "--json").stdout)
     assert [stage["tokens"] for stage in found["stages"]] == [8192, 524288] and found["tokens"]["row"] == 524288
     assert "stage 2  steps 101 to 110: 1 rows of 524,288 tokens" in run("check", path).stdout
-
-
-def test_a_stage_too_large_for_the_gpus_is_said_before_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = load(written(tmp_path))
-    sizes = derive(config, 2)
-    assert foresee.too_large(config, sizes) == []
-    monkeypatch.setattr(hardware, "gpu_bytes", lambda: 6 * 2**30)
-    (said,) = foresee.too_large(config, sizes)
-    assert said.startswith("train.stages[1]: rows of 524,288 tokens are predicted to need") and "has 6.0;" in said

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_run import config, write
 
 from longctx.data.build import open_build
+from longctx.data.tokens.file import TokenFile
 from longctx.errors import DataError
 from longctx.train import corpus as module
 from longctx.train.corpus import build_corpus, prepare_corpus
@@ -47,20 +49,28 @@ def test_what_was_read_and_left_out_is_said(tmp_path: Path) -> None:
     assert again.report == found.report and any("image: 1 files" in line for line in said)
 
 
-def test_progress_is_said_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, said = [100.0], []
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
-    stages = module._Stages(said.append)
-    for done in range(0, 50, 2):
-        clock[0] += 1
-        stages("tokenising", done * 10**6, 100 * 10**6)
-    stages("checking train.tokens", 0, 0)
-    assert said == [
-        "data: tokenising",
-        "data: tokenising, 20 of 100 MB (20%)",
-        "data: tokenising, 40 of 100 MB (40%)",
-        "data: checking train.tokens",
-    ]
+def test_long_documents_and_masks_are_counted_and_said(tmp_path: Path) -> None:
+    write(tmp_path)
+    said: list[str] = []
+    built = build_corpus(config(tmp_path, "data.sequence_length=100"), said.append)
+    with TokenFile(built.train) as file:
+        lengths = np.diff(file.offsets)
+    long, beyond = int((lengths > 100).sum()), int(np.maximum(lengths - 100, 0).sum())
+    assert long and built.report["longer_than_row"] == long and built.report["tokens_beyond_row"] == beyond
+    line = f"data: {long} documents are longer than data.sequence_length 100 and are "
+    assert any(text.startswith(f"{line}split; {beyond:,} of their tokens are in rows without their") for text in said)
+    for choice, words in (("truncate", f"truncated, which leaves out {beyond:,} tokens"), ("drop", "left out, with")):
+        build_corpus(config(tmp_path, "data.sequence_length=100", f"data.long_documents={choice}"), said.append)
+        assert said[-1].startswith(line + words)
+    said.clear()
+    build_corpus(config(tmp_path, "data.sequence_length=4096", "data.loss=completion"), said.append)
+    assert "data: data.loss has no effect: no document is a conversation, and all tokens of texts are labels" in said
+    assert not any("longer than data.sequence_length" in line for line in said)
+    rows = [{"prompt": "a", "completion": f"b{number}"} for number in range(10)]
+    (tmp_path / "text" / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = build_corpus(config(tmp_path), said.append).report
+    labels = report["tokens"] + report["held_out_tokens"] - report["ignored_tokens"]
+    assert f"data: 10 conversations; {labels:,} of all tokens are labels (data.loss: assistant)" in said
 
 
 def test_the_data_of_checkpoints_are_not_overwritten(tmp_path: Path) -> None:

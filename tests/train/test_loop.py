@@ -15,7 +15,7 @@ from longctx.train.loop import Loop, LoopResult
 def loop(steps: int) -> Loop:
     """Return a loop whose job has no engine: only what the bookkeeping reads."""
     found = object.__new__(Loop)
-    loader = SimpleNamespace(samples_per_window=4, sample_ids=lambda begin: torch.arange(begin, begin + 4))
+    loader = SimpleNamespace(samples_per_window=4, row_ids=lambda begin: torch.arange(begin, begin + 4))
     corpus, config = SimpleNamespace(train="train.tokens"), SimpleNamespace(train=SimpleNamespace(steps=steps))
     found.job = SimpleNamespace(loader=loader, config=config, corpus=corpus)  # type: ignore[assignment]
     found.outcome = LoopResult(Progress())

@@ -1,20 +1,21 @@
 """ABC over the chunks of one block: forward, and backward from the same weights (docs/methods/abc.md "Backward").
 
-Rows are the queries of a group times the scale, n = H / G per token, so keys and weights are never expanded. `visible`
-sets pairs to 0 where token t does not read token j; w are the write weights (w_k of keys, w_v of values; see
-weights.py); K and V are the state before a chunk times `carry`. Forward:
+Rows: the queries of the n = H / G heads that share a key head, already multiplied by the softmax scale, so keys and
+weights are never expanded (and the caller multiplies dq by the scale). `visible` sets pairs to 0 where token t does not
+read token j; w are the write weights (w_k of keys, w_v of values; see weights.py); K and V are the state before a chunk
+times `carry`. Forward:
 
-    a = visible(q k^T)        logits = read (a w_k + q K^T)        p = softmax(logits)        r = read p
+    a = visible(q k^T)        u = a w_k + q K^T        logits = read u        p = softmax(logits)        r = read p
     b = visible(r w_v^T)      out = b v + r V
 
 Backward, with dK and dV the gradients of the state after the chunk:
 
-    db = visible(dout v^T)    dp = read (db w_v + dout V^T)        dl = p (dp - rowsum(p dp))  g = read dl
-    da = visible(g w_k^T)     dq = da k + g K                      dk = da^T q + w_k dK        dv = b^T dout + w_v dV
-    dw_k = a^T g + k dK^T     dw_v = db^T r + v dV^T
+    db = visible(dout v^T)    dp = read (db w_v + dout V^T)        dl = p (dp - rowsum(p dp))  du = read dl
+    da = visible(du w_k^T)    dq = da k + du K                     dk = da^T q + w_k dK        dv = b^T dout + w_v dV
+    dw_k = a^T du + k dK^T    dw_v = db^T r + v dV^T
 
-`read` and `w` are quotients of masses. c = dl logits (keys) and p dp (values), summed over a token's rows, is how much
-the loss falls as the mass that token t divides by grows.
+`read` and `w` are quotients of masses. c_t = -dloss / dlog total_t (weights.py) is dl logits (keys) and p dp (values),
+summed over a token's rows.
 """
 
 from __future__ import annotations
@@ -30,14 +31,19 @@ from longctx.bounded.chunks import ChunkMasks, times
 
 @dataclass
 class BlockState:
-    """The state between blocks: keys (B, G, M, D) and values (B, G, M, Dv).
-
-    Also its gradient: `mass` then holds the negative gradient of each control's log mass, (B, G, M, 1).
-    """
+    """The state between blocks: keys (B, G, M, D) and values (B, G, M, Dv)."""
 
     keys: torch.Tensor
     values: torch.Tensor
-    mass: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass
+class BlockGradient:
+    """The gradient of a `BlockState`, and minus that of each control's log mass, (B, G, M, 1) each."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    minus_mass: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,13 @@ class BlockWeights:
 
 
 class BlockPass:
-    """One block: q (B, G, chunks, n * C, D) times the scale, k (B, G, chunks, C, D), v, in the accumulator's dtype."""
+    """Forward or backward of one block, either alone; the constructor advances the state (`after`).
+
+    Args:
+        q: (B, G, chunks, n * C, D), times the scale. k: (B, G, chunks, C, D). v: (B, G, chunks, C, Dv). As all tensors
+            here in the accumulator's dtype, fp32 or fp64.
+        weights: (B, G, chunks, C, M) each.
+    """
 
     def __init__(
         self,
@@ -106,7 +118,7 @@ class BlockPass:
         self._softmax()
         return self.masks.add_read(self.b @ self.v, self.r, self._V)
 
-    def backward(self, dout: torch.Tensor, gradient: BlockState) -> tuple[list[torch.Tensor], BlockState]:
+    def backward(self, dout: torch.Tensor, gradient: BlockGradient) -> tuple[list[torch.Tensor], BlockGradient]:
         """Return [dq, dk, dv, ds of keys, ds of values], folded as the inputs, and the gradient of the state before.
 
         A shared control has one ds, which sums both.
@@ -118,33 +130,37 @@ class BlockPass:
         dp = w_v.times_read_(masks.add_read(db @ w_v.write, dout, self._V.transpose(-1, -2)))
         pdp = dp.mul_(self.p)
         dl = torch.addcmul(pdp, self.p, pdp.sum(-1, keepdim=True), value=-1.0)
-        g = w_k.times_read(dl)
-        da = masks.mask_pairs(g @ w_k.write.transpose(-1, -2))
-        dq = masks.add_read(da @ self.k, g, self._K)
+        du = w_k.times_read(dl)
+        da = masks.mask_pairs(du @ w_k.write.transpose(-1, -2))
+        dq = masks.add_read(da @ self.k, du, self._K)
         # Through the states: later chunks' reads arrive as dK and dV.
-        dk_state, keys_before = self._advance_back(gradient.keys, g, self.q, w_k)
+        dk_state, keys_before = self._advance_back(gradient.keys, du, self.q, w_k)
         dv_state, values_before = self._advance_back(gradient.values, self.r, dout, w_v)
         dk = masks.add_written(da.transpose(-1, -2) @ self.q, w_k.write, dk_state)
         dv = masks.add_written(self.b.transpose(-1, -2) @ dout, w_v.write, dv_state)
         # To the write weights, and from them to the control.
-        dw_k = masks.add_written(self.a.transpose(-1, -2) @ g, self.k, dk_state.transpose(-1, -2))
+        dw_k = masks.add_written(self.a.transpose(-1, -2) @ du, self.k, dk_state.transpose(-1, -2))
         dw_v = masks.add_written(db.transpose(-1, -2) @ self.r, self.v, dv_state.transpose(-1, -2))
         c_k, c_v = self._per_token(dl.mul_(self.logits)), self._per_token(pdp)
         controls = [(w_k, dw_k, c_k), (w_v, dw_v, c_v)]
         if self.weights.tied:
             controls = [(w_k, dw_k.add_(dw_v), c_k.add_(c_v))]
         masses, ds = [], []
-        for (w, dw, c), mass in zip(controls, gradient.mass, strict=True):
-            found, before = self._control_gradient(w, dw, c, mass)
+        for (w, dw, c), minus_mass in zip(controls, gradient.minus_mass, strict=True):
+            found, before = self._control_gradient(w, dw, c, minus_mass)
             ds.append(found)
             masses.append(before)
-        return [dq, dk, dv, *ds], BlockState(keys_before, values_before, tuple(masses))
+        return [dq, dk, dv, *ds], BlockGradient(keys_before, values_before, tuple(masses))
 
     def _advance_back(
-        self, gradient: torch.Tensor, g: torch.Tensor, x: torch.Tensor, w: Weights
+        self, gradient: torch.Tensor, rows: torch.Tensor, x: torch.Tensor, w: Weights
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the gradient of what each chunk wrote, and of the state before the block."""
-        local = self.masks.mask_rows(g).transpose(-1, -2) @ x
+        """Return the gradient of what each chunk wrote, and of the state before the block.
+
+        Args:
+            rows, x: the state is read as rows @ state (of keys: x = q; of values: x = dout), (B, G, chunks, n * C, …).
+        """
+        local = self.masks.mask_rows(rows).transpose(-1, -2) @ x
         return recurrence.backwards(gradient, local, w.carry, w.close, self.masks.kept)
 
     def _per_token(self, x: torch.Tensor) -> torch.Tensor:
@@ -153,11 +169,11 @@ class BlockPass:
         return x if x.shape[3] == size else x.unflatten(3, (-1, size)).sum(3)
 
     def _control_gradient(
-        self, w: Weights, dw: torch.Tensor, c: torch.Tensor, mass: torch.Tensor
+        self, w: Weights, dw: torch.Tensor, c: torch.Tensor, minus_mass: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ds, from the gradient of the write weights, and the (negative) gradient of the log mass before."""
+        """Return ds, from the gradient of the write weights, and minus the gradient of the log mass before."""
         if w.normalizer == Normalizer.SUM:
-            return dw, mass
+            return dw, minus_mass
         assert w.e is not None and w.inv_total is not None and w.d is not None
         running = w.normalizer == Normalizer.RUNNING
         # prefix: token t divides by total_t when it reads, which c measures. running: token j divides by total_j when
@@ -166,7 +182,7 @@ class BlockPass:
         c = (own if running else c) * w.inv_total
         # s_j is part of every total_t with t >= j: in this chunk by the masks, in later ones by the log mass.
         local = times(c, self.masks.before).sum(3, keepdim=True).transpose(-1, -2)
-        later, before = recurrence.backwards(mass, local, w.d, w.inv_end, self.masks.kept)
+        later, before = recurrence.backwards(minus_mass, local, w.d, w.inv_end, self.masks.kept)
         total = self.masks.visible.transpose(-1, -2) @ c + times(later.transpose(-1, -2), self.masks.after)
         if running:
             return own - total.mul_(w.e), before

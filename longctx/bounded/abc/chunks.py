@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from longctx.bounded.abc import weights
-from longctx.bounded.abc.block import BlockPass, BlockState, BlockWeights
+from longctx.bounded.abc.block import BlockGradient, BlockPass, BlockState, BlockWeights
 from longctx.bounded.abc.weights import Normalizer
 from longctx.bounded.chunks import Block, unfold
 from longctx.bounded.walk import ChunkWalk, blocks_of
@@ -81,7 +81,7 @@ class Chunked(torch.autograd.Function):
         dkeys = torch.zeros_like(x.keys) if dkeys is None else dkeys
         dvalues = torch.zeros_like(x.values) if dvalues is None else dvalues
         gains = walk.mass_gains((dkeys, last_keys), (dvalues, last_values))
-        gradient = BlockState(
+        gradient = BlockGradient(
             dkeys,
             dvalues,
             tuple(gain if dz is None else gain - dz[..., None] for gain, dz in zip(gains, (dz_k, dz_v), strict=False)),
@@ -118,8 +118,8 @@ class _ABCWalk(ChunkWalk):
         return block_pass.w_k.mass, mass_v, block_pass.after.keys, block_pass.after.values
 
     def backward(
-        self, block: Block, state: State, dout: torch.Tensor, gradient: BlockState, grads: list[torch.Tensor]
-    ) -> BlockState:
+        self, block: Block, state: State, dout: torch.Tensor, gradient: BlockGradient, grads: list[torch.Tensor]
+    ) -> BlockGradient:
         """Write one block's gradients into `grads` and return the gradient of the state before it."""
         block_pass = self._pass(block, state)
         assert block_pass is not None
@@ -153,9 +153,9 @@ class _ABCWalk(ChunkWalk):
             gains = [(gradient * state).sum(-1, keepdim=True) for gradient, state in pairs]
         return gains if len(self.controls) > 1 else [gains[0] + gains[1]]
 
-    def mass_gradient_before(self, gradient: BlockState) -> list[torch.Tensor]:
+    def mass_gradient_before(self, gradient: BlockGradient) -> list[torch.Tensor]:
         """Return the gradient of each control's log mass before the first token: the state acts as one more token."""
         gains = self.mass_gains((gradient.keys, self.x.keys), (gradient.values, self.x.values))
         if self.settings.normalizer == Normalizer.SUM:
             return [torch.zeros_like(gain[..., 0]) for gain in gains]
-        return [(gain - mass)[..., 0] for gain, mass in zip(gains, gradient.mass, strict=True)]
+        return [(gain - mass)[..., 0] for gain, mass in zip(gains, gradient.minus_mass, strict=True)]

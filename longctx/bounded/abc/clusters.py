@@ -68,13 +68,13 @@ def over_ranks(
     if ids is None:  # all tokens continue the document before
         document = torch.zeros_like(document)
         ids = document[:, None].expand(-1, k.shape[2])
-    chunks, link = local.chunks, local.link
-    owner = {chunk: rank for rank, here in enumerate(chunks.by_rank) for chunk in here}
+    stretches, link = local.stretches, local.link
+    owner = {stretch: rank for rank, here in enumerate(stretches.by_rank) for stretch in here}
     found = torch.zeros(k.shape[:3], dtype=torch.int64, device=k.device)
     state: Value = (seen, document)
     leaving = []
-    for chunk, part in sorted(zip(chunks.by_rank[link.rank], local.parts, strict=True), key=lambda pair: pair[0]):
-        before, behind = owner.get(chunk - 1, link.rank), owner.get(chunk + 1, link.rank)
+    for stretch, part in sorted(zip(stretches.by_rank[link.rank], local.parts, strict=True), key=lambda pair: pair[0]):
+        before, behind = owner.get(stretch - 1, link.rank), owner.get(stretch + 1, link.rank)
         if before != link.rank:
             state = tuple(Exchange(link, {}, {before: list(state)}).wait()[before])
         found[:, :, part], *after = follow(k[:, :, part], index[:, part], ids[:, part], *state)
@@ -84,7 +84,7 @@ def over_ranks(
     for exchange in leaving:
         exchange.wait()
     if total and link.ring > 1:
-        last = owner[chunks.total - 1]
+        last = owner[stretches.total - 1]
         state = collect([state], link, one_per_rank(link.ring), lambda source, here: source == last)[0][last]
     return found, state[0]
 

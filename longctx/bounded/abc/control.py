@@ -127,8 +127,8 @@ class Fifo(Control):
     """A queue of the document's tokens.
 
     recent: number of latest tokens in view, the token itself included. strided: number of older entries in view, one
-    every `stride` tokens. An entry is the last token of its stride, or with `pooled` the mean of the stride, in view
-    once the whole stretch has left the recent tokens.
+    every `stride` tokens (dilated's rate, compressive's ratio). An entry is the last token of its stride, or with
+    `pooled` the mean of the stride, in view once all of its tokens have left the recent ones.
     """
 
     recent: int
@@ -139,7 +139,7 @@ class Fifo(Control):
 
 
 def random(slots: int, seed: int = 0) -> Control:
-    """ABC_RD: write each token to one random slot."""
+    """Write each token to one random slot (ABC_RD in the paper)."""
     _check_positive("random", slots=slots)
     return Random(slots, seed)
 
@@ -150,33 +150,33 @@ def identity(slots: int | None = None) -> Control:
 
 
 def linformer(weight: torch.Tensor) -> Control:
-    """Linformer's projection, learned per position, causal or not; weight (G or 1, M, S_max), differentiable."""
+    """Project as Linformer does, learned per position, causal or not; weight (G or 1, M, S_max), differentiable."""
     if weight.dim() != 3 or not weight.is_floating_point():
         raise AttentionError(f"linformer weight {tuple(weight.shape)} of {weight.dtype}: expected (G or 1, M, S_max)")
     return Linformer(weight)
 
 
 def cluster(slots: int, iterations: int = 5) -> Control:
-    """ABC_CL: slots are clusters of keys."""
+    """Make slots clusters of keys (ABC_CL in the paper)."""
     _check_positive("cluster", slots=slots, iterations=iterations)
     return Cluster(slots, iterations)
 
 
 def window(slots: int) -> Control:
-    """ABC_WD: a queue of the last `slots` tokens."""
+    """Keep a queue of the last `slots` tokens (ABC_WD in the paper)."""
     _check_positive("window", slots=slots)
     return Fifo(slots)
 
 
 def dilated(slots: int, rate: int) -> Control:
-    """A queue of the token itself and the last tokens of the `slots - 1` strides of `rate` tokens before it."""
+    """Keep a queue of the token itself and the last tokens of the `slots - 1` strides of `rate` tokens before it."""
     _check_positive("dilated", slots=slots, rate=rate)
     return Fifo(slots) if rate == 1 else Fifo(1, slots - 1, rate)
 
 
 def compressive(slots: int, ratio: int) -> Control:
-    """The Compressive Transformer's queue: half of the slots hold the last tokens, the others means of `ratio` older
-    tokens each."""
+    """Keep the Compressive Transformer's queue: half of the slots hold the last tokens, the others means of `ratio`
+    older tokens each."""
     _check_positive("compressive", slots=slots, ratio=ratio)
     return Fifo(slots - slots // 2, slots // 2, ratio, pooled=True)
 

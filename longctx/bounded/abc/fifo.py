@@ -4,7 +4,7 @@ A queue is not a sum, so no scan can combine it. What a token reads lies within 
 holds those tokens, and a rank receives them from the ranks before it (the halo); their number does not depend on the
 length.
 
-Padding does not occupy a place in a queue. Where padding follows a token, tokens are compacted (padding first) before
+Padding takes no slot of a queue. Where padding follows a token, tokens are compacted (padding first) before
 the queue is read, and the halo extends back until it holds `reach` tokens.
 """
 
@@ -98,7 +98,7 @@ def attend(
 
 
 def _counts_after(local: LocalTokens, ids: torch.Tensor, before: QueueTokens) -> torch.Tensor:
-    """Count each token's place in its document after the state's tokens: (B, T), from 1."""
+    """Count each token's document up to and including it, the state's tokens too: (B, T) int64."""
     whole = replace(local, ids=ids)
     return whole.counts(before.index[:, -1] + 1, before.document[:, -1])[0]
 
@@ -142,40 +142,44 @@ def _halos(
     Returns:
         The halos; and the last valid tokens of all stretches in order if `total`, else `own`.
     """
-    chunks, sent = local.chunks, min(count, local.parts[0].stop - local.parts[0].start)
-    stretches = [own.cut(part) for part in local.parts]
-    tails: list[Value] = [here.last(sent) if local.ids is None else _last(here, None, sent) for here in stretches]
+    sent = min(count, local.parts[0].stop - local.parts[0].start)
+    tails: list[Value] = [
+        here.last(sent) if local.ids is None else _last(here, None, sent) for here in map(own.cut, local.parts)
+    ]
     filled = _filled(local)
 
-    def needed(source: int, chunk: int) -> bool:
-        """Whether in some row the stretches between source and chunk hold fewer than `count` tokens."""
-        return source < chunk and bool((filled[source + 1 : chunk].sum(0) < count).any())
+    def needed(source: int, stretch: int) -> bool:
+        """Whether in some row the stretches between source and stretch hold fewer than `count` tokens."""
+        return source < stretch and bool((filled[source + 1 : stretch].sum(0) < count).any())
 
     known, token = collect(
-        tails, local.link, chunks, lambda source, here: total or any(needed(source, chunk) for chunk in here)
+        tails,
+        local.link,
+        local.stretches,
+        lambda source, here: total or any(needed(source, stretch) for stretch in here),
     )
     halos: list[QueueTokens | None] = []
-    for chunk in chunks.by_rank[local.link.rank]:
+    for stretch in local.stretches.by_rank[local.link.rank]:
         halo = _absent(own, count) if before is None else before
         # The token ties the first stretch, which receives nothing, to the exchange, whose backward needs every rank.
         halo = halo._replace(keys=halo.keys + token.to(halo.keys.dtype))
-        for source in range(chunk):
-            if needed(source, chunk):
+        for source in range(stretch):
+            if needed(source, stretch):
                 halo = halo.then(QueueTokens(*known[source]))
         halos.append(halo.last(count) if local.ids is None else _last(halo, None, count))
     if not total:
         return halos, own
-    return halos, reduce(QueueTokens.then, (QueueTokens(*known[chunk]) for chunk in range(chunks.total)))
+    return halos, reduce(QueueTokens.then, (QueueTokens(*known[stretch]) for stretch in range(local.stretches.total)))
 
 
 def _filled(local: LocalTokens) -> torch.Tensor:
-    """Return the number of valid tokens of every stretch of the sequence, (chunks, B or 1), on the host."""
+    """Return the number of valid tokens of every stretch of the sequence, (stretches, B or 1), on the host."""
     sizes = [part.stop - part.start for part in local.parts]
     if local.valid is None:
-        return torch.full((local.chunks.total, 1), sizes[0])
+        return torch.full((local.stretches.total, 1), sizes[0])
     own: list[Value] = [(local.valid[:, part].sum(1),) for part in local.parts]
-    known, _ = collect(own, local.link, local.chunks, lambda source, here: True)
-    return torch.stack([known[chunk][0] for chunk in range(local.chunks.total)]).cpu()
+    known, _ = collect(own, local.link, local.stretches, lambda source, here: True)
+    return torch.stack([known[stretch][0] for stretch in range(local.stretches.total)]).cpu()
 
 
 def _stretch(q: torch.Tensor, own: QueueTokens, halo: QueueTokens | None, control: Fifo, scale: float) -> torch.Tensor:
@@ -185,7 +189,8 @@ def _stretch(q: torch.Tensor, own: QueueTokens, halo: QueueTokens | None, contro
     if not bool((absent[:, 1:] & ~absent[:, :-1]).any()):  # no padding after a token
         seen = seen.numbered()
         return _queue(q, seen.last(q.shape[2]), seen, control, scale)
-    # Compact the keys, padding first. Queries are compacted within the stretch; their outputs go back to their places.
+    # Compact the keys, padding first. Queries are compacted within the stretch; their outputs go back to the original
+    # order.
     seen = seen.reordered(_order(seen.document)).numbered()
     order, queries = _order(own.document), seen.last(q.shape[2])
     missing = _reordered(own.document, order) < 0  # at this stretch's padding `seen` has tokens of the halo
@@ -210,8 +215,8 @@ def _queue(q: torch.Tensor, queries: QueueTokens, seen: QueueTokens, control: Fi
     for start in range(0, q.shape[2], step):
         rows = slice(start, min(start + step, q.shape[2]))
         first = max(rows.start + offset - far, 0)
-        window = seen.cut(slice(first, rows.stop + offset))
-        outs.append(_strided(q[:, :, rows], queries.cut(rows), window, control, scale))
+        in_reach = seen.cut(slice(first, rows.stop + offset))
+        outs.append(_strided(q[:, :, rows], queries.cut(rows), in_reach, control, scale))
     return torch.cat(outs, 2)
 
 

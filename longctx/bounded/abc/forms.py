@@ -150,7 +150,7 @@ def _starts(x: ABCInputs, local: LocalTokens, state: ABCState | None, total: boo
     batch = x.k.shape[0]
     elements = [x.part(here).write(*local.tail(here, batch)) for here in local.parts]
     nothing = monoid.identity(elements[0])
-    before = associative_exclusive_scan(elements, x.combine, nothing, local.link, local.chunks, total=total)
+    before = associative_exclusive_scan(elements, x.combine, nothing, local.link, local.stretches, total=total)
     if state is not None:
         first = (*to_value(state), local.document_before(state.document, batch))
         before = [x.combine(first, value) for value in before]
@@ -159,7 +159,7 @@ def _starts(x: ABCInputs, local: LocalTokens, state: ABCState | None, total: boo
 
 def _running_starts(x: ABCInputs, local: LocalTokens, state: ABCState | None, total: bool) -> list[ABCState]:
     """Do the same for the running normalizer, where weights depend on all mass before: two scans."""
-    batch, ring = x.k.shape[0], (local.link, local.chunks)
+    batch, ring = x.k.shape[0], (local.link, local.stretches)
     parts = [x.part(here) for here in local.parts]
     tails = [local.tail(here, batch) for here in local.parts]
     # First the log masses.

@@ -57,8 +57,9 @@ def abc_attention(
         scale: of the reading softmax, any finite number; default 1 / sqrt(D).
         mesh: whose ring holds the sequence; None is one device. layout: "zigzag" or "contiguous".
         document_ids: (B, T) int64, on all ranks. A document is one run of an id; an id that returns after another id is
-            a new document. The state restarts with each. -1 is padding and is ignored: it ends no run and takes no
-            place in a queue. In cross attention they are the keys' ids.
+            a new document (`ring_attention` differs: there equal ids are one). The state restarts with each. -1 is
+            padding and is ignored: it ends no run and takes no slot of a queue. In cross attention they are the keys'
+            ids.
         length: the true global length; tokens beyond it are padding.
         state: of the tokens before; fp32 (fp64 for fp64 inputs); gradients flow into it. On a ring every rank passes
             the same state and gets its share of the gradient, as for a parameter: the sum is the whole.

@@ -8,8 +8,9 @@ masses are relative to it:
     total_t = d + sum_{j<=t} e_j                  mass that token t sees
     end                                           mass of the state after the chunk
 
-Every weight of the formulas is a quotient of these, for example exp(s_j - z_t) = e_j / total_t. So a chunk needs one
-exponential per logit, and the division comes last, as in any softmax.
+With z_t = log(total_t) + r, the log mass up to token t, every weight of the formulas is a quotient of these, for
+example exp(s_j - z_t) = e_j / total_t. So a chunk needs one exponential per logit, and the division comes last, as in
+any softmax.
 
 This is exact as long as no total_t underflows. If a slot gains more than exp(60) within one chunk (exp(600) in fp64),
 `make` returns None and the caller splits the block. A chunk of one token has total_t >= 1.
@@ -44,7 +45,7 @@ class Weights:
 
     normalizer: prefix, running or sum.
     write: token j is written as write_j x_j.
-    seen: whether a slot has been written to when token t reads it; None: all have.
+    seen: bool, whether a slot has been written to when token t reads it; None: all have.
     mass: (B, G, M), the log mass after the block.
     e, inv_total, d, inv_end: as above, the last three as used in quotients: 1 / total_t, d, 1 / end. None for `sum`.
     """
@@ -99,7 +100,7 @@ def make(s: torch.Tensor, mass: torch.Tensor, masks: ChunkMasks, normalizer: Nor
         s = s.masked_fill(~masks.valid, 0.0 if normalizer == Normalizer.SUM else -torch.inf)
     if normalizer == Normalizer.SUM:
         return _given(s, mass, masks)
-    # e relative to the chunk's own maximum first: the log masses between chunks, and with them r, come from its sum.
+    # 1. e relative to the chunk's own maximum: the log masses between chunks, and with them r, come from its sum.
     top = s.amax(3, keepdim=True)
     safe = top.masked_fill(top == -torch.inf, 0.0)
     e = (s - safe).exp_()
@@ -112,29 +113,39 @@ def make(s: torch.Tensor, mass: torch.Tensor, masks: ChunkMasks, normalizer: Nor
     if masks.before is not None and masks.kept is not None:  # a state that is neither read nor kept does not set r
         used = (masks.before.amax(3, keepdim=True) + masks.kept) > 0
         before = before.masked_fill(~used, -torch.inf)
-    # Now relative to r.
+    # 2. r, and e and d relative to it.
     r = torch.maximum(before, top)
     r = r.masked_fill(r == -torch.inf, 0.0)
     rescale = (top - r).exp_()
     e.mul_(rescale)
     d = (before - r).exp_()
+    # 3. What the weights divide by.
     total = masks.visible @ e
     total += times(d, masks.before)
-    inv_total, seen = total.reciprocal(), None
-    # Without documents total_t grows with t, so the first row tells whether all are large enough.
-    least = total if masks.before is not None else total[:, :, :, :1]
-    if not bool(least.amin() >= _SMALLEST[s.dtype]):
-        # A slot is empty if nothing was written to it. d may underflow to 0 beside the chunk's maximum, so look at z.
-        held = times((before > -torch.inf).to(s.dtype), masks.before)
-        seen = (masks.visible @ (s > -torch.inf).to(s.dtype)) + held > 0
-        if bool((seen & (total < _SMALLEST[s.dtype])).any()):
-            return None
-        inv_total = inv_total.masked_fill_(~seen, 0.0)
+    if (inverted := _invert(total, s, before, masks)) is None:
+        return None
+    inv_total, seen = inverted
     written = written.mul_(rescale) if masks.after is None else times(e, masks.after).sum(3, keepdim=True)
     end = written + times(d, masks.kept)
     inv_end = torch.where(end > 0, end.reciprocal(), 0.0)
     write = e if normalizer == Normalizer.PREFIX else e * inv_total
     return Weights(normalizer, write, seen, masses[:, :, -1], e, inv_total, d, inv_end)
+
+
+def _invert(
+    total: torch.Tensor, s: torch.Tensor, before: torch.Tensor, masks: ChunkMasks
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Return 1 / total_t, 0 for empty slots, and `Weights.seen`; None if a total has underflowed."""
+    # Without documents total_t grows with t, so the first row tells whether all are large enough.
+    least = total if masks.before is not None else total[:, :, :, :1]
+    if bool(least.amin() >= _SMALLEST[s.dtype]):
+        return total.reciprocal(), None
+    # A slot is empty if nothing was written to it. d may underflow to 0 beside the chunk's maximum, so look at z.
+    held = times((before > -torch.inf).to(s.dtype), masks.before)
+    seen = (masks.visible @ (s > -torch.inf).to(s.dtype)) + held > 0
+    if bool((seen & (total < _SMALLEST[s.dtype])).any()):
+        return None
+    return total.reciprocal().masked_fill_(~seen, 0.0), seen
 
 
 def _masses(mass: torch.Tensor, local: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:

@@ -124,7 +124,7 @@ def _begin(x: CosineInputs, size: torch.Tensor, local: LocalTokens, total: bool)
         tokens, document = local.tail(here, x.k.shape[0])
         scale = None if x.on_query else size[:, :, here]
         elements.append((write_state(x.k[:, :, here], x.v[:, :, here], scale, tokens), document))
-    return begin_scan(elements, monoid.add, monoid.identity(elements[0]), local.link, local.chunks, total=total)
+    return begin_scan(elements, monoid.add, monoid.identity(elements[0]), local.link, local.stretches, total=total)
 
 
 def _after(state: CosineState, local: LocalTokens, start: Value) -> Value:

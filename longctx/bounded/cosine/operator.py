@@ -44,7 +44,7 @@ def cosine_attention(
         causal: a token reads itself and earlier tokens; else all tokens, and n is their number throughout.
         scale_on: where the scale is applied, "value" (the authors' code and checkpoints) or "query" (the paper's
             equation). Without `causal` both are the same. With "value", H exponents and G < H the state has H heads.
-        mesh, layout, document_ids, length, state, return_state: as of `abc_attention`.
+        mesh, layout, document_ids, length, state, return_state: as of `abc_attention`; a document is one run of an id.
         backend: "chunked", matrix products of torch; "triton", kernels for causal attention in bf16, fp16 and fp32,
             head dimensions up to 256; "auto", the kernels on a GPU where possible.
 

@@ -19,8 +19,9 @@ Value = tuple[torch.Tensor, ...]
 Operation = Callable[[Value, Value], Value]
 
 
-class ChunkMap(NamedTuple):
-    """The chunks of the sequence, numbered in its order, that each rank holds, in local order."""
+class StretchMap(NamedTuple):
+    """Which stretches (consecutive tokens) of the sequence each rank holds, in local order; numbered as in the
+    sequence."""
 
     by_rank: tuple[tuple[int, ...], ...]
 
@@ -28,14 +29,14 @@ class ChunkMap(NamedTuple):
     def total(self) -> int:
         return sum(len(here) for here in self.by_rank)
 
-    def reversed(self) -> ChunkMap:
+    def reversed(self) -> StretchMap:
         """Return the map of the same sequence, numbered from its end."""
-        return ChunkMap(tuple(tuple(self.total - 1 - chunk for chunk in here) for here in self.by_rank))
+        return StretchMap(tuple(tuple(self.total - 1 - stretch for stretch in here) for here in self.by_rank))
 
 
-def one_per_rank(ring: int) -> ChunkMap:
-    """Return the map of one chunk per rank, in the order of the ranks."""
-    return ChunkMap(tuple((rank,) for rank in range(ring)))
+def one_per_rank(ring: int) -> StretchMap:
+    """Return the map of one stretch per rank, in the order of the ranks."""
+    return StretchMap(tuple((rank,) for rank in range(ring)))
 
 
 class PendingStates:
@@ -54,23 +55,27 @@ class PendingStates:
         """Wait for the states.
 
         Returns:
-            {chunk: state}, this rank's own included; and a token, which is 0. Add it to something that the loss
+            {stretch: state}, this rank's own included; and a token, which is 0. Add it to something that the loss
             depends on, so that backward reaches this exchange on every rank.
         """
         if self._transfer is None:
             return self._known, self._sent
-        counts = {rank: len(chunks) for rank, chunks in self._requested.items()}
+        counts = {rank: len(stretches) for rank, stretches in self._requested.items()}
         token, *received = _Receive.apply(self._transfer, counts, self._sent)
         parts = iter(received)
-        for chunks in self._requested.values():
-            for chunk in chunks:
-                self._known[chunk] = tuple(next(parts) for _ in self._transfer.like)
+        for stretches in self._requested.values():
+            for stretch in stretches:
+                self._known[stretch] = tuple(next(parts) for _ in self._transfer.like)
         return self._known, token
 
 
 @dataclass
 class _Transfer:
-    """What `_Send` and `_Receive` of one exchange share: shapes of a state, gradients to come back, the messages."""
+    """What `_Send` and `_Receive` of one exchange share: shapes of a state, gradients to come back, the messages.
+
+    `_Receive` takes `_Send`'s output as an input, so autograd runs `_Receive.backward`, which starts the exchange of
+    gradients, before `_Send.backward`, which waits for it; what forward computed between the two is in between again.
+    """
 
     link: Link
     like: list[torch.Tensor]
@@ -84,17 +89,17 @@ class _Transfer:
 
 
 def begin(
-    states: Sequence[Value], link: Link, chunks: ChunkMap, needed: Callable[[int, tuple[int, ...]], bool]
+    states: Sequence[Value], link: Link, stretches: StretchMap, needed: Callable[[int, tuple[int, ...]], bool]
 ) -> PendingStates:
-    """Start to fetch every chunk's state for which `needed(chunk, chunks of the receiving rank)` holds.
+    """Start to fetch every stretch's state for which `needed(stretch, stretches of the receiving rank)` holds.
 
     All ranks pass the same rule. In backward the exchange of gradients starts at `finish` and ends here, so it overlaps
     with the backward of what forward computed in between.
     """
-    here = chunks.by_rank[link.rank]
+    here = stretches.by_rank[link.rank]
     others = [rank for rank in range(link.ring) if rank != link.rank]
-    requested = {rank: [c for c in chunks.by_rank[rank] if needed(c, here)] for rank in others}
-    given = {rank: [i for i, c in enumerate(here) if needed(c, chunks.by_rank[rank])] for rank in others}
+    requested = {rank: [c for c in stretches.by_rank[rank] if needed(c, here)] for rank in others}
+    given = {rank: [i for i, c in enumerate(here) if needed(c, stretches.by_rank[rank])] for rank in others}
     known = dict(zip(here, states, strict=True))
     flat = [x for state in states for x in state]
     if link.ring == 1:
@@ -107,10 +112,10 @@ def begin(
 
 
 def collect(
-    states: Sequence[Value], link: Link, chunks: ChunkMap, needed: Callable[[int, tuple[int, ...]], bool]
+    states: Sequence[Value], link: Link, stretches: StretchMap, needed: Callable[[int, tuple[int, ...]], bool]
 ) -> tuple[dict[int, Value], torch.Tensor]:
     """Call `begin` and `finish` at once."""
-    return begin(states, link, chunks, needed).finish()
+    return begin(states, link, stretches, needed).finish()
 
 
 def shift(state: Value, identity: Value, link: Link, by: int) -> Value:

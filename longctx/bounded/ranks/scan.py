@@ -1,7 +1,8 @@
-"""Exclusive scan of an associative state over the chunks of a sequence on several ranks, with autograd.
+"""Exclusive scan of an associative state over the stretches of a sequence on several ranks, with autograd.
 
-Every chunk of the sequence has a state. Each chunk receives the combination of the states of all chunks before it (or
-after it), in the order of the sequence. There are two forms with equal results, chosen by the sizes of ring and state:
+Every stretch (consecutive tokens on one rank; two per rank with zigzag) has a state. Each receives the combination of
+the states of all stretches before it (or after it), in the order of the sequence. There are two forms with equal
+results, chosen by the sizes of ring and state:
 
     gather   every rank sends its states to all later ranks: one stage, up to R - 1 messages per rank
     steps    Hillis and Steele's scan: ceil(log2 R) + 1 stages of one message per rank; zigzag needs two such passes
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from longctx.attention.comm import Link
-from longctx.bounded.ranks.exchange import ChunkMap, Operation, Value, begin, collect, one_per_rank, shift
+from longctx.bounded.ranks.exchange import Operation, StretchMap, Value, begin, collect, one_per_rank, shift
 from longctx.errors import AttentionError
 from longctx.layout import Layout, get_layout
 
@@ -25,11 +26,11 @@ _GATHER_RING = 8
 _GATHER_BYTES = 64 << 20
 
 
-def map_chunks(layout: str | Layout, ring: int) -> ChunkMap:
-    """Return the chunks of a layout whose ranks hold contiguous stretches of the sequence.
+def map_stretches(layout: str | Layout, ring: int) -> StretchMap:
+    """Return which rank holds which stretches in a layout.
 
     Raises:
-        AttentionError: the layout interleaves tokens, so no rank holds a contiguous stretch.
+        AttentionError: the layout interleaves tokens, so no rank holds consecutive tokens.
     """
     layout = get_layout(layout)
     spans = [layout.spans(rank, ring, layout.multiple(ring)) for rank in range(ring)]
@@ -38,7 +39,7 @@ def map_chunks(layout: str | Layout, ring: int) -> ChunkMap:
             f"layout {layout.name!r} interleaves tokens over the ranks, so a state would have to visit every rank "
             "at every token; a bounded state needs layout 'zigzag' or 'contiguous'"
         )
-    return ChunkMap(tuple(tuple(span.start for span in here) for here in spans))
+    return StretchMap(tuple(tuple(span.start for span in here) for here in spans))
 
 
 def associative_exclusive_scan(
@@ -46,32 +47,32 @@ def associative_exclusive_scan(
     op: Operation,
     identity: Value,
     link: Link,
-    chunks: ChunkMap,
+    stretches: StretchMap,
     *,
     reverse: bool = False,
     form: str = "auto",
     total: bool = False,
 ) -> list[Value]:
-    """Combine, for every chunk of this rank, the states of all chunks before it.
+    """Combine, for every stretch of this rank, the states of all stretches before it.
 
     Args:
-        states: this rank's states, one per chunk, in local order; tuples of tensors with equal shapes on all ranks.
+        states: this rank's states, one per stretch, in local order; tuples of tensors with equal shapes on all ranks.
         op: (earlier, later) -> combination; associative, differentiable, and the same on every rank.
-        identity: what the first chunk receives; op(identity, x) = x = op(x, identity).
-        link: this rank's end of the ring. chunks: which rank holds which chunks.
-        reverse: combine the chunks after each chunk instead of those before; op still takes the earlier one first.
+        identity: what the first stretch receives; op(identity, x) = x = op(x, identity).
+        link: this rank's end of the ring. stretches: which rank holds which stretches.
+        reverse: combine the stretches after each stretch instead of those before; op still takes the earlier one first.
         form: "gather", "steps", or "auto".
-        total: also return the combination of all chunks on every rank. Each rank then receives all states ("gather"),
+        total: also return the combination of all stretches on every rank. Each rank then gets all states ("gather"),
             or the last rank's result ("steps").
 
     Returns:
-        A state per chunk of this rank, followed by that of `total`. Differentiable; a collective of all ranks, forward
-        and backward.
+        A state per stretch of this rank, followed by that of `total`. Differentiable; a collective of all ranks,
+        forward and backward.
 
     Raises:
         AttentionError: the form is unknown.
     """
-    return begin_scan(states, op, identity, link, chunks, reverse=reverse, form=form, total=total)()
+    return begin_scan(states, op, identity, link, stretches, reverse=reverse, form=form, total=total)()
 
 
 def begin_scan(
@@ -79,7 +80,7 @@ def begin_scan(
     op: Operation,
     identity: Value,
     link: Link,
-    chunks: ChunkMap,
+    stretches: StretchMap,
     *,
     reverse: bool = False,
     form: str = "auto",
@@ -96,21 +97,21 @@ def begin_scan(
         size = sum(x.numel() * x.element_size() for state in states for x in state)
         form = "gather" if link.ring <= _GATHER_RING or link.ring * size <= _GATHER_BYTES else "steps"
     if reverse:
-        op, chunks = _mirrored(op), chunks.reversed()
+        op, stretches = _mirrored(op), stretches.reversed()
     if form == "steps" and link.ring > 1:
-        return lambda: _by_steps(states, op, identity, link, chunks, total)
-    pending = begin(states, link, chunks, lambda source, here: total or source < max(here))
+        return lambda: _by_steps(states, op, identity, link, stretches, total)
+    pending = begin(states, link, stretches, lambda source, here: total or source < max(here))
 
     def finish() -> list[Value]:
         known, token = pending.finish()
-        mine = chunks.by_rank[link.rank]
-        # The first chunk receives nothing. The token ties it to the exchange, whose backward needs every rank.
+        mine = stretches.by_rank[link.rank]
+        # The first stretch receives nothing. The token ties it to the exchange, whose backward needs every rank.
         running = _tied(identity, token)
         found = {}
-        for chunk in range(chunks.total if total else max(mine) + 1):
-            found[chunk] = running
-            running = op(running, known[chunk])
-        return [found[chunk] for chunk in mine] + ([running] if total else [])
+        for stretch in range(stretches.total if total else max(mine) + 1):
+            found[stretch] = running
+            running = op(running, known[stretch])
+        return [found[stretch] for stretch in mine] + ([running] if total else [])
 
     return finish
 
@@ -124,12 +125,25 @@ def _tied(state: Value, token: torch.Tensor) -> Value:
 
 
 def _by_steps(
-    states: Sequence[Value], op: Operation, identity: Value, link: Link, chunks: ChunkMap, total: bool
+    states: Sequence[Value], op: Operation, identity: Value, link: Link, stretches: StretchMap, total: bool
 ) -> list[Value]:
-    """Scan over the ranks by doubling steps: one pass up the ring for each rank's first chunk in the sequence's order,
-    one pass back for its second (zigzag)."""
-    order = sorted(range(len(states)), key=lambda local: chunks.by_rank[link.rank][local])
-    upwards = min(chunks.by_rank[0]) < min(chunks.by_rank[-1])
+    """Scan over the ranks by doubling steps: one pass up the ring for each rank's first stretch in the sequence's
+    order, one pass back for its second (zigzag).
+
+    What `inclusive` covers on a ring of 4 with zigzag:
+
+                                 rank 0   rank 1   rank 2   rank 3
+        pass 1, own stretch      0        1        2        3
+          after step 1           0        0-1      1-2      2-3
+          after step 2           0        0-1      0-2      0-3      -> carried: complete on rank 3 alone
+          from the rank before   nothing  0        0-1      0-2      -> results
+        pass 2, own stretch      7        6        5        0-4      (4 and what was carried)
+          after step 1           6-7      5-6      0-5      0-4
+          after step 2           0-7      0-6      0-5      0-4
+          from the rank after    0-6      0-5      0-4      0-3      -> results (rank 3: carried)
+    """
+    order = sorted(range(len(states)), key=lambda local: stretches.by_rank[link.rank][local])
+    upwards = min(stretches.by_rank[0]) < min(stretches.by_rank[-1])
     results: dict[int, Value] = {}
     # A pass ends on the rank where the next one begins, so only that rank adds what the earlier passes found.
     carried = identity
@@ -146,6 +160,6 @@ def _by_steps(
     found = [results[local] for local in range(len(states))]
     if not total:
         return found
-    owner = next(rank for rank, here in enumerate(chunks.by_rank) if chunks.total - 1 in here)
+    owner = next(rank for rank, here in enumerate(stretches.by_rank) if stretches.total - 1 in here)
     known, token = collect([carried], link, one_per_rank(link.ring), lambda source, here: source == owner)
     return [_tied(state, token) for state in (*found, known[owner])]

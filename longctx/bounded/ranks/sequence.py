@@ -1,4 +1,7 @@
-"""Locate a call's local tokens in the sequence: the ring and rank, their global indices, their documents."""
+"""Locate a call's local tokens in the sequence: the ring and rank, their global indices, their documents.
+
+A stretch is a run of consecutive tokens of the sequence on one rank: one per rank if contiguous, two with zigzag.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import torch
 from longctx.attention.comm import Link, LocalLink, ProcessLink
 from longctx.bounded.chunks import Runs
 from longctx.bounded.ranks import monoid
-from longctx.bounded.ranks.exchange import ChunkMap
-from longctx.bounded.ranks.scan import associative_exclusive_scan, map_chunks
+from longctx.bounded.ranks.exchange import StretchMap
+from longctx.bounded.ranks.scan import associative_exclusive_scan, map_stretches
 from longctx.errors import AttentionError
 from longctx.layout import Layout, get_layout
 from longctx.mesh import Mesh
@@ -21,14 +24,14 @@ from longctx.mesh import Mesh
 class LocalTokens:
     """The local tokens of one call.
 
-    chunks: which rank holds which chunks.
-    parts: the contiguous stretches held here, as slices of the local tokens, beside `chunks.by_rank[link.rank]`.
+    stretches: which rank holds which stretches.
+    parts: the contiguous stretches held here, as slices of the local tokens, beside `stretches.by_rank[link.rank]`.
     index: (T,) int64, global indices.
     ids: (B, T) int64, documents with -1 at padding; None for one document without padding.
     """
 
     link: Link
-    chunks: ChunkMap
+    stretches: StretchMap
     parts: tuple[slice, ...]
     index: torch.Tensor
     ids: torch.Tensor | None
@@ -67,6 +70,7 @@ class LocalTokens:
             that of this rank's last token.
         """
         if self.ids is None:
+            # One document without padding: the last token counts all ranks' tokens.
             found, last = self.index[None] + 1, self.index.new_full((1,), self.link.ring * len(self.index))
             return (found, last) if count is None else (found + count[:, None], last + count)
         here = [Runs(self.ids[:, part], None) for part in self.parts]
@@ -74,7 +78,7 @@ class LocalTokens:
         if self.link.ring > 1:
             ends = [(run.tail().sum(1), run.ending) for run in here]
             starts = associative_exclusive_scan(  # type: ignore[assignment]
-                ends, monoid.add, monoid.identity(ends[0]), self.link, self.chunks, total=total
+                ends, monoid.add, monoid.identity(ends[0]), self.link, self.stretches, total=total
             )
             if count is not None and document is not None:
                 starts = [monoid.add((count, document), start) for start in starts]  # type: ignore[misc,arg-type]
@@ -88,16 +92,19 @@ class LocalTokens:
         return found, found[:, -1] if whole is None else whole
 
 
-_SEVERAL = -2
+_SEVERAL = -2  # in `only_document` alone; monoid.begun(0), the same number, never meets it
+
+
+def has_several(ids: torch.Tensor) -> torch.Tensor:
+    """Return whether each row of ids (B, T) holds more than one document: (B,) bool. Padding (-1) is none."""
+    return ((ids >= 0) & (ids != ids.amax(1, keepdim=True))).any(1)
 
 
 def only_document(ids: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
     """Return the one document (B,) of each row: -1 if it has none, -2 if it has several."""
     if ids is None:
         return torch.zeros(batch, dtype=torch.int64, device=device)
-    top = ids.amax(1)
-    several = ((ids >= 0) & (ids != top[:, None])).any(1)
-    return top.clamp_min(-1).masked_fill(several, _SEVERAL)
+    return ids.amax(1).clamp_min(-1).masked_fill(has_several(ids), _SEVERAL)
 
 
 def check_one_document(documents: list[torch.Tensor]) -> None:
@@ -139,7 +146,7 @@ def locate(
     if link is None:
         link = LocalLink() if mesh is None or mesh.ring_size == 1 else ProcessLink(mesh)
     layout = get_layout(layout)
-    chunks = map_chunks(layout, link.ring)
+    stretches = map_stretches(layout, link.ring)
     padded = tokens * link.ring
     if padded % layout.multiple(link.ring) and link.ring > 1:
         raise AttentionError(
@@ -161,4 +168,4 @@ def locate(
         if document_ids is None:
             document_ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
         document_ids = document_ids.masked_fill(index >= length, -1)
-    return LocalTokens(link, chunks, parts, index, document_ids)
+    return LocalTokens(link, stretches, parts, index, document_ids)

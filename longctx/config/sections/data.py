@@ -23,9 +23,9 @@ class DataSection(Section):
     """Text sources, the tokenizer, and how documents are packed into rows."""
 
     sources: Annotated[Sources, Field(min_length=1)] = environment_field(
-        description="files of text, JSON lines, JSON, CSV or parquet (recognised by content; also gzip, bzip2, xz), "
-        "folders of them, hf:NAME[[:CONFIG]:SPLIT], python-stdlib (this Python's own source code), or one folder "
-        "that `longctx data build` wrote",
+        description="files of text, JSON lines, JSON, CSV, parquet, Arrow or tokens (recognised by content; also gzip, "
+        "bzip2, xz, zstd), folders of them, hf:NAME[[:CONFIG]:SPLIT], python-stdlib (this Python's own source), or "
+        "one folder that `longctx data build` wrote",
     )
     weights: Weights = Field(
         (),
@@ -40,17 +40,23 @@ class DataSection(Section):
     text_field: str = Field(
         "text", min_length=1, description="key or column that holds the text in JSON, tables and datasets"
     )
-    format: Literal["auto", "text", "chat"] = Field(
+    format: Literal["auto", "text", "chat", "tokens"] = Field(
         "auto",
         description="auto: JSON and tables are recognised by content, and a record without text_field by its messages, "
         "or prompt and completion; text: each file is one document, unparsed (source code, for example); chat: "
-        "conversations are read from records that have a text too",
+        "conversations are read from records that have a text too; tokens: token files of nanoGPT, Megatron or "
+        "datatrove, made with data.tokenizer (the latter two are recognised by content)",
     )
     loss: Literal["all", "completion", "assistant"] = Field(
         "assistant",
         description="which tokens of a conversation are labels; assistant: those of assistant turns, or of a text "
         "completion; completion: of the completion, or the last assistant turn; all: every token. All tokens of texts "
         "are labels",
+    )
+    streaming: bool = Field(
+        False,
+        description="read hf: sources as they arrive, once per pass over the data, instead of keeping a copy in the "
+        "cache of the package datasets",
     )
     exclude: Texts = Field(
         (), description="patterns such as '*.bin' or 'old/*' of files to leave out of folders (they are reported)"
@@ -80,6 +86,11 @@ class DataSection(Section):
     packing: Literal["concat", "best_fit"] = Field(
         "concat",
         description="concat: documents end to end, split at row ends; best_fit: documents kept whole where they fit",
+    )
+    long_documents: Literal["split", "truncate", "drop"] = Field(
+        "split",
+        description="what is done with documents longer than a row; split: a row for each part; with packing: best_fit "
+        "also truncate (their first tokens are a row) and drop. They are counted and reported",
     )
     held_out: float = Field(
         0.02,

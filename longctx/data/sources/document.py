@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-Kind = Literal["text", "pair", "chat"]
+Kind = Literal["text", "pair", "chat", "tokens"]
 TEXT: Kind = "text"
 PAIR: Kind = "pair"
 CHAT: Kind = "chat"
+TOKENS: Kind = "tokens"
 
 
 class Document(NamedTuple):
@@ -19,11 +20,11 @@ class Document(NamedTuple):
         name: where it came from.
         pieces: the text in parts, to be read once, before the next document is requested.
         kind: "text"; or "pair" (a prompt and its completion) or "chat" (a conversation): the text is the JSON that
-            records.py writes of them.
+            records.py writes of them; or "tokens": the parts are (n,) uint32 ids.
     """
 
     name: str
-    pieces: Iterable[str]
+    pieces: Iterable[Any]
     kind: Kind = TEXT
 
     @property

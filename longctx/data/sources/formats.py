@@ -37,7 +37,7 @@ _UNREADABLE: tuple[tuple[bytes, str, str, tuple[str, ...]], ...] = (
     (b"%PDF-", "a PDF file", "convert it: pdftotext", (".pdf",)),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document", "convert it to text", ()),
     (TOKENS, "a token file of longctx", "give the folder that `longctx data build` made as the only source", ()),
-    (b"MMIDIDX\x00\x00", "a Megatron index", "import it with longctx.data.sources.readers", ()),
+    (b"MMIDIDX\x00\x00", "a Megatron index", "give it as a source of its own, or set data.format: tokens", ()),
     (b"version https://git-lfs.", "a pointer of Git LFS instead of the data", "fetch it: git lfs pull", ()),
 )
 # Suffixes of formats that are read here; a file with other content is damaged or misnamed.
@@ -103,7 +103,7 @@ def refuse_unreadable(head: bytes, file: PurePath, suffix: str) -> None:
         suffix: of its name, without that of a compression.
     """
     for mark, what, fix, suffixes in _UNREADABLE:
-        if head.startswith(mark) and (not mark.isalnum() or not _is_text(head)):
+        if head.startswith(mark) and (not mark.isalnum() or not is_text(head)):
             raise DataError(f"{file}: offset 0: this is {what}, which is not read here; {fix}")
         if suffix in suffixes:
             raise DataError(f"{file}: its name says that it is {what}, its first bytes do not; copy it again")
@@ -121,6 +121,11 @@ def refuse_unreadable(head: bytes, file: PurePath, suffix: str) -> None:
             )
 
 
+def has_mark(head: bytes) -> bool:
+    """Return whether a file begins with the mark of a format that is not read here."""
+    return any(head.startswith(mark) for mark, *_ in _UNREADABLE)
+
+
 def require_promise(head: bytes, file: PurePath) -> None:
     """Raise DataError if the file's suffix (.gz, .parquet …) contradicts its first bytes."""
     marks, what = _PROMISES.get(file.suffix, ((b"",), ""))
@@ -133,9 +138,9 @@ def require_promise(head: bytes, file: PurePath) -> None:
 
 def columnar(head: bytes) -> str | None:
     """Return ``PARQUET`` or ``ARROW`` if a file with these first bytes is one, else None."""
-    if head.startswith(b"PAR1") and not _is_text(head):
+    if head.startswith(b"PAR1") and not is_text(head):
         return PARQUET
-    return ARROW if head.startswith(_ARROW) and not _is_text(head) else None
+    return ARROW if head.startswith(_ARROW) and not is_text(head) else None
 
 
 def recognise(head: bytes, whole: bool, file: PurePath, suffix: str, field: str | None) -> tuple[str, str]:
@@ -211,7 +216,8 @@ def _rows(lines: list[str], delimiter: str) -> Iterator[list[str]]:
         return
 
 
-def _is_text(head: bytes) -> bool:
+def is_text(head: bytes) -> bool:
+    """Return whether a file with these first bytes is UTF-8."""
     try:
         codecs.utf_8_decode(head, "strict", False)  # its last character may be incomplete
     except UnicodeDecodeError:

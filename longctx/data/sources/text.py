@@ -22,12 +22,13 @@ from longctx.data.sources.jsontext import json_lines, json_values
 from longctx.data.sources.pieces import pieces
 from longctx.data.sources.streams import Stream, opened
 from longctx.data.sources.tables import csv_rows
+from longctx.data.sources.tokenfiles import NANOGPT, Ids, TokenFiles, require_ids, token_format
 from longctx.errors import DataError
 
 STDLIB = "python-stdlib"
-AUTO, PLAIN, CONVERSATIONS = "auto", "text", "chat"
-FORMATS = (AUTO, PLAIN, CONVERSATIONS)
-"""of ``open_source``: records are recognised; files are read verbatim; only conversations are read"""
+AUTO, PLAIN, CONVERSATIONS, IDS = "auto", "text", "chat", "tokens"
+FORMATS = (AUTO, PLAIN, CONVERSATIONS, IDS)
+"""of ``open_source``: content is recognised; files are read verbatim; only conversations; only token files"""
 
 
 class Files:
@@ -119,16 +120,25 @@ class PythonFiles(Files):
 
 
 def open_source(
-    given: str | Path, field: str | None = "text", *, format: str = AUTO, exclude: Sequence[str] = ()
+    given: str | Path,
+    field: str | None = "text",
+    *,
+    format: str = AUTO,
+    exclude: Sequence[str] = (),
+    ids: Ids | None = None,
+    streaming: bool = False,
 ) -> Source:
     """Return the source that ``given`` names.
 
     Args:
         given: a file, a folder, "python-stdlib", or "hf:NAME", "hf:NAME:SPLIT", "hf:NAME:CONFIG:SPLIT".
         field: key or column of the text in JSON, tables and datasets.
-        format: "auto", "text" (every file is one document, verbatim, including any markup), or "chat" (records are
-            read as conversations, even if they have a text under ``field``).
+        format: "auto", "text" (every file is one document, verbatim, including any markup), "chat" (records are read
+            as conversations, even if they have a text under ``field``), or "tokens" (files are token files of nanoGPT,
+            Megatron or datatrove).
         exclude: patterns of files to leave out of folders (folder.py).
+        ids: of the tokenizer of token files; None: there is none yet.
+        streaming: read "hf:" rows as they arrive, without the copy that ``datasets`` keeps in its cache.
 
     Raises:
         DataError: no such file or folder, or a folder that cannot be read.
@@ -142,8 +152,12 @@ def open_source(
         name, *rest = str(given)[3:].split(":")
         if not name or len(rest) > 2:
             raise DataError(f"{given}: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
-        return HuggingFace(name, rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train", field)
+        subset, split = rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
+        return HuggingFace(name, subset, split, field, streaming=streaming)
     path = Path(given).expanduser()
+    kind = token_format(path) if format == AUTO and not path.is_dir() else None
+    if format == IDS or (kind is not None and (kind != NANOGPT or ids is not None)):
+        return _tokens(str(given), path, exclude, require_ids(ids, path), certain=format == IDS)
     if path.is_dir():
         saved = saved_dataset(path)
         if saved is not None:
@@ -158,6 +172,12 @@ def open_source(
             f"{path} does not exist; give text files, JSONL files, folders, {STDLIB!r} or 'hf:NAME' (a dataset)"
         )
     return Files(str(given), [path], path.parent, field, plain=plain)
+
+
+def _tokens(name: str, path: Path, exclude: Sequence[str], ids: Ids, certain: bool) -> Source:
+    left_out: dict[str, LeftOut] = {}
+    root, files = (path, walk(path, exclude, left_out)) if path.is_dir() else (path.parent, [path])
+    return TokenFiles(name, files, root, ids, certain=certain, skipped=left_out)
 
 
 def standard_library() -> Source:

@@ -1,9 +1,10 @@
-"""Track which micro-batch of which window is being trained, and whether the optimizer step follows it.
+"""Track which micro-batch of which accumulation window is being trained, and whether the optimizer step follows it.
 
-DeepSpeed takes every ``gradient_accumulation_steps``-th call of ``step()`` for the end of a window. That is wrong for
-the short last window of an epoch and for loops that call ``step()`` once per window. Here the tensors that
-``engine.shard`` and ``engine.weigh`` return are marked with their window's size and their index in it, which does not
-depend on how the loop is written.
+An accumulation window (below: window) is the list of micro-batches of one optimizer step. DeepSpeed takes every
+``gradient_accumulation_steps``-th call of ``step()`` for the end of a window. That is wrong for the short last window
+of an epoch and for loops that call ``step()`` once per window. Here the tensors that ``engine.shard`` and
+``engine.weigh`` return are marked with their window's size and their index in it, which does not depend on how the loop
+is written.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _MARKED = ("num_items_in_batch", "document_ids", "position_ids", "input_ids")
 
 @dataclass(eq=False)
 class WindowMark:
-    """One window: its number of micro-batches, and whether it may be trained."""
+    """One accumulation window: its number of micro-batches, and whether it may be trained."""
 
     size: int
     trained: bool = True  # False: sharded under torch.no_grad(), with any number of micro-batches
@@ -38,7 +39,7 @@ class MicroBatchMark:
 
 
 def size_problem(window: Any, wanted: int, last: bool) -> EngineError | None:
-    """Return an error if a window that is to be trained has the wrong number of micro-batches, else None.
+    """Return an error if an accumulation window that is to be trained has the wrong number of micro-batches, else None.
 
     Args:
         window: a list of micro-batches, or one as a dictionary.
@@ -57,26 +58,26 @@ def size_problem(window: Any, wanted: int, last: bool) -> EngineError | None:
     )
 
 
-def mark(batches: list[dict[str, Any]], *, trained: bool = True) -> None:
-    """Mark each micro-batch's tensors with its place. Views replace the tensors, so the caller's are not marked."""
+def mark_batches(batches: list[dict[str, Any]], *, trained: bool = True) -> None:
+    """Mark each micro-batch's tensors with its index and window. The caller's are replaced by views."""
     window = WindowMark(len(batches), trained)
     for index, batch in enumerate(batches):
         divisor = batch.get("num_items_in_batch")
-        place = MicroBatchMark(window, index, batch.get("shift_labels"), divisor)
+        mark = MicroBatchMark(window, index, batch.get("shift_labels"), divisor)
         for key in _MARKED:
             value = batch.get(key)
             if isinstance(value, torch.Tensor) and not value.requires_grad:
                 batch[key] = value.view_as(value)
-                setattr(batch[key], _MARK, place)
+                setattr(batch[key], _MARK, mark)
 
 
 def find_mark(keywords: dict[str, Any]) -> MicroBatchMark | None:
     """Return the mark of the micro-batch in a forward's keywords, or None if all of its tensors are copies."""
     for key in _MARKED:
-        place = getattr(keywords.get(key), _MARK, None)
-        if place is not None:
-            assert isinstance(place, MicroBatchMark)
-            return place
+        mark = getattr(keywords.get(key), _MARK, None)
+        if mark is not None:
+            assert isinstance(mark, MicroBatchMark)
+            return mark
     return None
 
 
@@ -90,25 +91,25 @@ class Accumulation:
     _waiting: set[WindowMark] = field(default_factory=set)  # forward passes since the latest backward
     _trained: set[WindowMark] = field(default_factory=set)
 
-    def forward(self, place: MicroBatchMark | None) -> None:
+    def note_forward(self, mark: MicroBatchMark | None) -> None:
         """Count a forward pass with gradients.
 
         Raises:
             EngineError: the window was sharded under ``torch.no_grad()``.
         """
-        self.current = place
-        if place is None:
+        self.current = mark
+        if mark is None:
             return
-        if not place.window.trained:
+        if not mark.window.trained:
             raise EngineError(
                 "this batch comes from engine.shard under torch.no_grad(), where the number of micro-batches is not "
                 "checked: call engine.shard outside of it for a window that is trained, and run forward passes that "
                 "are not trained under torch.no_grad()"
             )
-        self._seen.setdefault(place.window, set()).add(place.index)
-        self._waiting.add(place.window)
+        self._seen.setdefault(mark.window, set()).add(mark.index)
+        self._waiting.add(mark.window)
 
-    def backward(self) -> None:
+    def note_backward(self) -> None:
         """Count a backward pass."""
         self.backwards += 1
         self._trained |= self._waiting

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from longctx.engine.exchange import exchange
-from longctx.engine.step.accumulation import mark
+from longctx.engine.step.accumulation import mark_batches
 from longctx.engine.step.rows import IGNORED, PADDING, Batch, explicit_rows, fill_padding
 from longctx.errors import EngineError
 from longctx.layout import Layout, get_layout
@@ -60,7 +60,7 @@ def shard_window(
         problem: an error that this rank found before; it is raised here, so that the other ranks raise too.
         average: over which ranks the trainer averages gradients: "world" (all; DDP, FSDP, DeepSpeed without mpu),
             "data" (replicas; a longctx engine), or "none" (it sums over all ranks).
-        at: the public call, for errors; one of ``exchange.PLACES``.
+        at: the public call, for errors; one of ``exchange.CALL_SITES``.
 
     Returns:
         a list for a list, a dict for a dict. Each micro-batch has input_ids (B, T) or inputs_embeds (B, T, D),
@@ -73,15 +73,15 @@ def shard_window(
         EngineError: on every rank, if any rank's window is rejected or the windows of the ranks do not match.
     """
     batches: Window = []
-    checksum = 0
+    row_hash = 0
     try:
         for batch in _listed(window) if problem is None else ():
-            checksum, shard = shard_compared(batch, mesh, layout, rule, checksum)
+            row_hash, shard = shard_compared(batch, mesh, layout, rule, row_hash)
             batches.append(shard)
     except Exception as error:  # the other ranks wait in the exchange, so report it there
         problem = error
-    weigh(batches, mesh, checksum, problem, at, step, averaged_over(mesh, average))
-    mark(batches, trained=trained)
+    weigh(batches, mesh, row_hash, problem, at, step, averaged_over(mesh, average))
+    mark_batches(batches, trained=trained)
     return batches[0] if isinstance(window, dict) else batches
 
 
@@ -104,11 +104,11 @@ def weigh_window(
         EngineError: on every rank, if any rank's window is rejected or the numbers of micro-batches differ.
     """
     batches: Window = []
-    checksum = 0
+    row_hash = 0
     try:
         for given in _listed(window) if problem is None else ():
             batch = _moved(given, mesh.device)
-            checksum = row_checksum(batch, mesh, checksum, sharded=True)
+            row_hash = row_checksum(batch, mesh, row_hash, sharded=True)
             batch.pop("row_ids", None)
             if "document_ids" not in batch or "position_ids" not in batch:
                 raise EngineError(
@@ -125,8 +125,8 @@ def weigh_window(
             batches.append({**batch, "use_cache": False})
     except Exception as error:  # the other ranks wait in the exchange, so report it there
         problem = error
-    weigh(batches, mesh, checksum, problem, "engine.weigh", step, mesh.data_size)
-    mark(batches, trained=trained)
+    weigh(batches, mesh, row_hash, problem, "engine.weigh", step, mesh.data_size)
+    mark_batches(batches, trained=trained)
     return batches[0] if isinstance(window, dict) else batches
 
 
@@ -139,11 +139,11 @@ def shard_rows(batch: Batch, mesh: Mesh, layout: str | Layout = "zigzag", rule: 
 
 
 def shard_compared(
-    batch: Batch, mesh: Mesh, layout: str | Layout, rule: PositionRule, checksum: int
+    batch: Batch, mesh: Mesh, layout: str | Layout, rule: PositionRule, row_hash: int
 ) -> tuple[int, Batch]:
-    """Return the checksum of the window's rows, this batch included (``row_checksum``), and this rank's shard of it."""
+    """Return the checksum of the rows so far, this batch included (``row_checksum``), and this rank's shard of it."""
     rows = explicit_rows(_moved(batch, mesh.device), rule)
-    return row_checksum(rows, mesh, checksum), _shard(rows, mesh, layout)
+    return row_checksum(rows, mesh, row_hash), _shard(rows, mesh, layout)
 
 
 def averaged_over(mesh: Mesh, average: Average) -> int:
@@ -170,7 +170,7 @@ def tokens_to_divide_by(global_count: int, averaged: int) -> float:
 
 
 def weigh(
-    batches: Window, mesh: Mesh, checksum: int, problem: Exception | None, at: str, step: int, averaged: int
+    batches: Window, mesh: Mesh, row_hash: int, problem: Exception | None, at: str, step: int, averaged: int
 ) -> int:
     """Count valid labels over all ranks and add the divisor to every micro-batch; return the count.
 
@@ -184,7 +184,7 @@ def weigh(
     # One exchange carries status, window size, label count and row checksum: nothing is computed on bad input.
     count = sum(int((labels != IGNORED).sum()) for labels in labelled)
     status = _FINE if problem is None else _REFUSED
-    everyone = exchange([status, len(batches), count, checksum, int(bool(labelled))], mesh, at, step)
+    everyone = exchange([status, len(batches), count, row_hash, int(bool(labelled))], mesh, at, step)
     if problem is not None:
         raise problem
     _agree(everyone, mesh)

@@ -33,7 +33,7 @@ def require_supported(settings: Settings) -> None:
         )
 
 
-def scale_left_to_us(engine: Any) -> float:
+def manual_loss_scale(engine: Any) -> float:
     """Return the scale that the caller must apply to a loss: 1 except on ZeRO 0 in fp16, where DeepSpeed does not."""
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
@@ -43,11 +43,11 @@ def scale_left_to_us(engine: Any) -> float:
 
 
 def loss_scale(engine: Any) -> float | None:
-    """Return the loss scale of the next window; None without fp16."""
+    """Return the loss scale of the next step; None without fp16."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
-def hold_scale(engine: Any) -> None:
+def defer_scale_increase(engine: Any) -> None:
     """Delay increases of an fp16 optimizer's loss scale until ``finish_step``, and raise NonFiniteError for an overflow
     at the smallest scale."""
     optimizer = engine.optimizer

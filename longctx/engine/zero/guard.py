@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
 
-def close_doors(engine: DeepSpeedEngine) -> None:
+def correct_optimizer(engine: DeepSpeedEngine) -> None:
     """Correct three things in a new engine's optimizer.
 
     ZeRO 1 and 2 always check for gradients that are not finite, which bf16 may have disabled. Half-precision optimizers
@@ -28,7 +28,7 @@ def close_doors(engine: DeepSpeedEngine) -> None:
     forget_with_trace(optimizer)
     if hasattr(optimizer, "check_grad_overflow"):
         optimizer.check_grad_overflow = True
-    elif engine.zero_optimization_stage() < 2 and not is_plain(engine) and hasattr(optimizer, "mpu"):
+    elif engine.zero_optimization_stage() < 2 and not is_fp32_zero0(engine) and hasattr(optimizer, "mpu"):
         optimizer.mpu = None
 
 
@@ -42,20 +42,20 @@ def scaled(loss: torch.Tensor, factor: float) -> torch.Tensor:
     return wide * torch.where(loss.detach().isfinite(), factor, math.nan).to(wide.dtype)
 
 
-def is_plain(engine: DeepSpeedEngine) -> bool:
+def is_fp32_zero0(engine: DeepSpeedEngine) -> bool:
     """Return whether the optimizer updates fp32 weights directly, without a wrapper of DeepSpeed (ZeRO 0 in fp32)."""
     return not (engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled())
 
 
-def plain_norm(engine: DeepSpeedEngine) -> float | None:
+def fp32_zero0_norm(engine: DeepSpeedEngine) -> float | None:
     """Return the gradient's norm on ZeRO 0 in fp32, where every rank holds the whole gradient, else None."""
-    if not is_plain(engine):
+    if not is_fp32_zero0(engine):
         return None
     norms = [torch.linalg.vector_norm(p.grad.double()) for p in engine.module.parameters() if p.grad is not None]
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
-def clip_plain(engine: DeepSpeedEngine, norm: float | None) -> None:
+def clip_fp32_zero0(engine: DeepSpeedEngine, norm: float | None) -> None:
     """Clip gradients to ``gradient_clipping`` by the formula of DeepSpeed's other stages."""
     assert norm is not None
     scale = (norm + 1e-6) / engine.gradient_clipping()
@@ -65,19 +65,19 @@ def clip_plain(engine: DeepSpeedEngine, norm: float | None) -> None:
                 parameter.grad.mul_(1 / scale)
 
 
-def report_plain_norm(engine: DeepSpeedEngine) -> None:
-    """Make a stock engine's ``get_global_grad_norm`` return the norm before clipping on ZeRO 0 in fp32 as well."""
+def report_fp32_zero0_norm(engine: DeepSpeedEngine) -> None:
+    """Make DeepSpeed's ``get_global_grad_norm`` return the norm before clipping on ZeRO 0 in fp32 as well."""
     clip = engine.clip_fp32_gradients
 
     def measured() -> None:
-        engine._global_grad_norm = plain_norm(engine)
+        engine._global_grad_norm = fp32_zero0_norm(engine)
         clip()
 
     engine.clip_fp32_gradients = measured
 
 
-def drop_plain(engine: DeepSpeedEngine) -> None:
-    """Drop a window's gradients without an update, on ZeRO 0 in fp32."""
+def drop_fp32_zero0(engine: DeepSpeedEngine) -> None:
+    """Drop an accumulation window's gradients without an update, on ZeRO 0 in fp32."""
     engine.zero_grad()
     engine.micro_steps += 1
 

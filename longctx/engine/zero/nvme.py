@@ -44,15 +44,15 @@ def mend_reads(engine: Any) -> None:
     read_states = swapper._swap_in_parameter
 
     def read_gradients(handle: Any, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-        places = list(swapper.swap_params_info[swapper.parameter_id(parameter)].swapped_gradients.values())
+        pieces = list(swapper.swap_params_info[swapper.parameter_id(parameter)].swapped_gradients.values())
         # Unpinned memory makes the operator read into an aligned buffer of its own and copy from there.
-        parts = [torch.empty(place.length, dtype=gradient.dtype) for place in places]
-        for part, place in zip(parts, places, strict=True):
-            _require_whole(place.path, part.nbytes)
-            handle.async_pread(part, place.path, 0)
+        parts = [torch.empty(piece.length, dtype=gradient.dtype) for piece in pieces]
+        for part, piece in zip(parts, pieces, strict=True):
+            _require_whole(piece.path, part.nbytes)
+            handle.async_pread(part, piece.path, 0)
         handle.wait()
-        for part, place in zip(parts, places, strict=True):
-            gradient.narrow(0, place.offset, place.length).copy_(part)
+        for part, piece in zip(parts, pieces, strict=True):
+            gradient.narrow(0, piece.offset, piece.length).copy_(part)
 
     def checked(aio_handle: Any, parameter: torch.Tensor, dest_buffers: list[torch.Tensor]) -> None:
         info = swapper.swap_params_info[swapper.parameter_id(parameter)]

@@ -19,7 +19,7 @@ _STAGE_3 = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
 
 
 class ReductionOrder:
-    """Digest of the buckets that this rank's optimizer has reduced since the last window.
+    """Digest of the buckets that this rank's optimizer has reduced since the last optimizer step.
 
     Args:
         optimizer: DeepSpeed's. On ZeRO 0, which reduces in parameter order, nothing is recorded.
@@ -40,17 +40,17 @@ class ReductionOrder:
         def watched(*arguments: Any, **keywords: Any) -> Any:
             for bucket in optimizer.ipg_buckets.values():
                 if bucket.params:
-                    places = [getattr(entry, "ds_id", entry) for entry in bucket.params]
-                    self._add(places if ordered else sorted(places))
+                    numbers = [getattr(entry, "ds_id", entry) for entry in bucket.params]
+                    self._add(numbers if ordered else sorted(numbers))
             return reduce(*arguments, **keywords)
 
         setattr(optimizer, name, watched)
 
-    def _add(self, places: list[Any]) -> None:
-        self._digest = zlib.crc32(repr(places).encode(), self._digest)
+    def _add(self, numbers: list[Any]) -> None:
+        self._digest = zlib.crc32(repr(numbers).encode(), self._digest)
 
     def take(self) -> list[float]:
-        """Return the window's digest and its square, to be summed over all ranks, and reset the digest."""
+        """Return the digest since the last step and its square, to be summed over all ranks, and reset the digest."""
         number, self._digest = float(self._digest % _MODULUS), 0
         return [number, number * number]
 

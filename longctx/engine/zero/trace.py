@@ -29,3 +29,11 @@ def forget_with_trace(optimizer: Any) -> None:
             cache.cache_clear()
 
     coordinator._invalidate_trace = invalidate_and_forget
+
+
+def forget_order(engine: Any) -> None:
+    """Make ZeRO-3 record the order of modules again, after a forward pass of other modules than training runs."""
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    coordinator = None if offload is None else offload.get_param_coordinator()
+    if coordinator is not None and not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()

@@ -26,7 +26,7 @@ class RankPlace(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """The places of all ranks."""
+    """Which host runs which rank."""
 
     places: tuple[RankPlace, ...]
     hosts: tuple[tuple[str, int], ...]
@@ -41,7 +41,7 @@ class Placement(NamedTuple):
         return tuple(place for place in self.places if place.host == host)
 
 
-def place(hosts: Sequence[tuple[str, int]], ring: int, ulysses: int, data: int) -> Placement:
+def place_ranks(hosts: Sequence[tuple[str, int]], ring: int, ulysses: int, data: int) -> Placement:
     """Place ``ring · ulysses · data`` ranks on ``hosts``, given as (name, slots).
 
     Raises:

@@ -25,7 +25,7 @@ from longctx.launch import hardware
 from longctx.launch.cluster import control, jobspec
 from longctx.launch.cluster.commands import Command, commands, require_tools
 from longctx.launch.cluster.hosts import hosts_of, with_slots
-from longctx.launch.cluster.placement import Placement, place
+from longctx.launch.cluster.placement import Placement, place_ranks
 from longctx.launch.cluster.supervise import JobOutcome, Supervisor
 from longctx.launch.environment import travelling
 from longctx.network import address_of, address_towards
@@ -57,7 +57,7 @@ def plan_job(config: RunConfig, sizes: Derived) -> ClusterJob:
 
 
 def _job(config: RunConfig, hosts: Sequence[tuple[str, int]], grid: tuple[int, int, int]) -> ClusterJob:
-    launch, placement = config.launch, place(hosts, *grid)
+    launch, placement = config.launch, place_ranks(hosts, *grid)
     python, folder = launch.python or sys.executable, launch.folder or os.getcwd()
     path = Path(folder, config.output.folder).absolute() / jobspec.FOLDER / jobspec.NAME
     found = commands(launch, placement.hosts, python, hardware.python_path(), str(path))

@@ -131,4 +131,5 @@ def _outermost(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 def _takes_one(module: torch.nn.Module) -> bool:
     """Return whether forward needs one argument besides self."""
     parameters = inspect.signature(type(module).forward).parameters.values()
+    # two without a default: self and the input
     return sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters) == 2

@@ -64,7 +64,7 @@ def _add(module: torch.nn.Module, kind: Kind, config: Any, index: int) -> None:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or width // heads,
         max_length=config.max_position_embeddings,
-        place=index,
+        layer_index=index,
     )
     assert mixer is not None
     like = next(module.parameters())

@@ -35,9 +35,9 @@ class Checkpoints:
     Args:
         root: the folder, on storage that all ranks share.
         keep: number of checkpoints to keep.
-        facts: a manifest of this run without progress and files. A checkpoint that differs from it is rejected, or the
-            change is printed (``same_run``). The hashes of model and data may be set between ``find`` and
-            ``require_content``.
+        facts: the manifest that a checkpoint of this run has, without progress and files. One that differs is
+            rejected, or the change is printed (``same_run``). The hashes of model and data may be set between ``find``
+            and ``require_content``.
         say: prints notices for the user.
     """
 

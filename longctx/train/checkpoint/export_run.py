@@ -91,12 +91,12 @@ def _checkpoint(root: Path, step: int | None) -> tuple[Path, Manifest]:
 def _tokenizer(config: RunConfig, run: Path) -> Path:
     """Return the folder of a run's tokenizer, which is next to its token files."""
     built = [Path(source) for source in config.data.sources if (Path(source) / RECORD).is_file()]
-    places = [folder / "tokenizer" for folder in (*built[:1], token_folder(config), run / "tokens")]
-    for place in places:
-        if (place / "tokenizer.json").is_file():
-            return place
+    folders = [folder / "tokenizer" for folder in (*built[:1], token_folder(config), run / "tokens")]
+    for folder in folders:
+        if (folder / "tokenizer.json").is_file():
+            return folder
     raise ConfigError(
-        f"export {run}: no tokenizer in {places[0]}; restore the run's token files, or build them again with `longctx "
+        f"export {run}: no tokenizer in {folders[0]}; restore the run's token files, or build them again with `longctx "
         f"data build {run / 'config.yaml'}`"
     )
 

@@ -19,8 +19,8 @@ from longctx.mesh import Mesh
 logger = logging.getLogger(__name__)
 
 
-class StockEngine(DeepSpeedEngine):
-    """Base of ``Engine``: what it overrides of DeepSpeed's engine apart from training itself."""
+class EngineOverrides(DeepSpeedEngine):
+    """Base of ``Engine``: DeepSpeed's methods that it overrides apart from training itself."""
 
     mesh: Mesh
     _in_training = False  # mode of the latest forward pass with gradients
@@ -88,7 +88,7 @@ class StockEngine(DeepSpeedEngine):
         """
         raise EngineError(
             "engine.scale(loss).backward() divides the loss by the number of micro-batches, but it is already weighted "
-            "over the whole window, and the reported loss would miss it: call engine.backward(loss)"
+            "over the whole accumulation window, and the reported loss would miss it: call engine.backward(loss)"
         )
 
     def load_checkpoint(self, *arguments: Any, **keywords: Any) -> Any:
@@ -102,9 +102,9 @@ class StockEngine(DeepSpeedEngine):
         return loaded
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change the rows per optimizer step, over all data replicas, by changing the micro-batches per window.
+        """Change the rows per optimizer step, over all data replicas, by changing the number of micro-batches.
 
-        Call it on all ranks, between two windows; the next window has ``gradient_accumulation_steps()`` micro-batches.
+        Call it on all ranks, between two accumulation windows; the next has ``gradient_accumulation_steps()`` of them.
 
         Raises:
             EngineError: it is not a multiple of ``train_micro_batch_size_per_gpu`` · data replicas, or a window is not
@@ -121,7 +121,7 @@ class StockEngine(DeepSpeedEngine):
         self._change_batch(self.train_micro_batch_size_per_gpu(), train_batch_size // rows)
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Change the rows per micro-batch and data replica; a window keeps its number of micro-batches.
+        """Change the rows per micro-batch and data replica; an accumulation window keeps its number of micro-batches.
 
         Raises:
             EngineError: it is not a positive integer, or a window is not finished.

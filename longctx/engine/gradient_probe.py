@@ -75,10 +75,8 @@ def probe_settings(settings: Settings) -> Settings:
         if isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
             zero[part] = {"device": "cpu"}
     if isinstance(small.get("fp16"), dict):
-        small["fp16"] = {
-            **small["fp16"],
-            "loss_scale": _SCALE,
-        }  # static; a result that is off by it shows that it was misapplied
+        # Static; a result that is off by it shows that it was misapplied.
+        small["fp16"] = {**small["fp16"], "loss_scale": _SCALE}
     return small
 
 
@@ -112,13 +110,13 @@ def _measure(settings: Settings, mesh: Mesh, mpu: Any) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with own_group(settings):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(settings), mpu=mpu)
-    guard.close_doors(engine)
+    guard.correct_optimizer(engine)
     try:
         micro_batches = engine.gradient_accumulation_steps()
         for micro_batch in range(micro_batches):
             loss = engine(_contribution(mesh.rank, micro_batch))
             # Scaled as in Engine.backward: ZeRO 0 divides a direct model output by the accumulation steps.
-            engine.backward(guard.scaled(loss, fp16.scale_left_to_us(engine)), scale_wrt_gas=False)
+            engine.backward(guard.scaled(loss, fp16.manual_loss_scale(engine)), scale_wrt_gas=False)
             engine.step()
         norm = engine.get_global_grad_norm() if (unscaled := fp16.finish_step(engine)) is None else unscaled
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
@@ -129,10 +127,12 @@ def _measure(settings: Settings, mesh: Mesh, mpu: Any) -> float:
         engine.destroy()
     every = (_contribution(rank, index) for rank in range(mesh.world_size) for index in range(micro_batches))
     true = pattern * sum(every) / mesh.data_size
-    return _judge(got, true, None if norm is None else float(norm), mesh, _TOLERANCE[dtype], dtype == torch.float16)
+    return _factor_from(
+        got, true, None if norm is None else float(norm), mesh, _TOLERANCE[dtype], dtype == torch.float16
+    )
 
 
-def _judge(
+def _factor_from(
     got: torch.Tensor, true: torch.Tensor, norm: float | None, mesh: Mesh, slack: float, scaled: bool = False
 ) -> float:
     """Return true / got: one constant on all ranks, and under fp16's loss scale an integer or the inverse of one."""

@@ -19,7 +19,7 @@ from longctx.errors import ConfigError, LongctxError
 from longctx.generation.beams import share_beams, unshare_beams
 from longctx.generation.el import disable_el, enable_el
 from longctx.generation.generate import generate
-from longctx.generation.projections import refuse, spec_of
+from longctx.generation.projections import spec_of, unsupported
 from longctx.generation.request import Request
 from longctx.generation.stream import TextStream
 from longctx.mesh import Mesh
@@ -36,17 +36,18 @@ class Generated(NamedTuple):
     prompt_tokens: int
     tokens: int
     seconds: float
-    reading: float | None
-    """Seconds until the first token, with the prompt's forward; None for beam search, which returns all at the end."""
+    seconds_to_first_token: float | None
+    """The prompt's forward included; None for beam search, which returns all at the end."""
     cache_bytes: int
     attention: CacheChoice
 
     def summary(self, ranks: int) -> str:
         """Return two lines for the terminal."""
         shared = f" on this rank, one of {ranks}" if ranks > 1 else ""
-        after = self.tokens if self.reading is None else self.tokens - 1
-        rate = after / max(self.seconds - (self.reading or 0.0), 1e-9)
-        first = "reading included" if self.reading is None else f"the first after {self.reading:.2f} s"
+        reading = self.seconds_to_first_token
+        after = self.tokens if reading is None else self.tokens - 1
+        rate = after / max(self.seconds - (reading or 0.0), 1e-9)
+        first = f"the first after {reading:.2f} s" if reading is not None else "reading included"
         return (
             f"{self.prompt_tokens:,} tokens read, {self.tokens:,} written in {self.seconds:.2f} s, {first}: "
             f"{rate:,.1f} tokens/s; cache {size(self.cache_bytes)}{shared}\n"
@@ -61,7 +62,8 @@ class Generator:
         self.mesh = mesh
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.model: Any = load_pretrained(folder).to(mesh.device).eval()
-        if mesh.sequence_size == 1 and not converted(self.model.config):  # longctx computes bounded states
+        # A converted model keeps attn_implementation="longctx", which runs its bounded layers.
+        if mesh.sequence_size == 1 and not converted(self.model.config):
             self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
 
     def answer(self, request: Request, write: Callable[[str], Any]) -> Generated:
@@ -77,7 +79,7 @@ class Generator:
         if ids.shape[1] < least:
             raise ConfigError(f"generate: the prompt has {ids.shape[1]} tokens, at least {least} are needed; extend it")
         self._check_length(ids.shape[1], request.max_new_tokens)
-        attention = self._attend(request, ids.shape[1])
+        attention = self._select_attention(request, ids.shape[1])
         stream = TextStream(self.tokenizer, write) if request.beams == 1 else None
         started = time.perf_counter()
         try:
@@ -97,9 +99,9 @@ class Generator:
         text = self.tokenizer.decode(new.cpu().numpy())
         if stream is None:
             write(text)
-        reading = stream.first - started if stream is not None and stream.first is not None else None
+        first = stream.first - started if stream is not None and stream.first is not None else None
         kept = cache_bytes(made.past_key_values)
-        return Generated(text, ids.shape[1], len(new), seconds, reading, kept, attention)
+        return Generated(text, ids.shape[1], len(new), seconds, first, kept, attention)
 
     def _check_length(self, prompt: int, new: int) -> None:
         """Reject lengths beyond the model's table of positions; the last token is written but not read."""
@@ -112,8 +114,8 @@ class Generator:
                 f"of {rows:,} positions; {fix}"
             )
 
-    def _attend(self, request: Request, prompt: int) -> CacheChoice:
-        """Enable the requested kind of attention, or the cheaper one for auto; the same on every rank."""
+    def _select_attention(self, request: Request, prompt: int) -> CacheChoice:
+        """Enable EL-attention or shared beams as requested, or as is cheaper for auto; return the choice."""
         disable_el(self.model)
         unshare_beams(self.model)
         choice = CacheChoice(request.attention, "as asked")
@@ -133,7 +135,7 @@ class Generator:
                 return CacheChoice(
                     "kv", f"{bounded} of {self.model.config.num_hidden_layers} layers have a bounded state"
                 )
-            return CacheChoice("kv", str(refuse(self.model)).split(":")[0])
+            return CacheChoice("kv", str(unsupported(self.model)).split(":")[0])
         ranks = self.mesh.sequence_size
         free = torch.tensor(_free_memory(self.mesh.device) // 2, device=self.mesh.device)
         if ranks > 1:  # the minimum over ranks, so that all choose the same
@@ -151,14 +153,11 @@ class Generator:
         return self.mesh.sequence_size == 1 and not odd and bool(self.model._supports_sdpa)
 
 
-def options_of(request: Request, folder: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+def options_of(request: Request, generation_config: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the options of transformers' generate() for a request.
 
-    Options that a request does not have (stop tokens, penalties, suppressed tokens) come from the model's generation
-    config.
-
-    Args:
-        folder: the model's generation config.
+    Options that a request does not have (stop tokens, penalties, suppressed tokens) come from the model's
+    ``generation_config``.
     """
     sampling = request.temperature > 0 and request.beams == 1
     options: dict[str, Any] = {
@@ -167,12 +166,11 @@ def options_of(request: Request, folder: Any, tokenizer: Tokenizer) -> dict[str,
         "temperature": request.temperature if sampling else 1.0,  # transformers warns about settings without effect
         "top_k": request.top_k if sampling else 50, "top_p": request.top_p if sampling else 1.0,
     }  # fmt: skip
-    stop = folder.eos_token_id
-    if folder.pad_token_id is None and stop is not None:
-        options["pad_token_id"] = (
-            stop[0] if isinstance(stop, list) else stop
-        )  # as transformers does, but without its warning
-    if folder.stop_strings is not None:
+    stop = generation_config.eos_token_id
+    if generation_config.pad_token_id is None and stop is not None:
+        # As transformers does, but without its warning.
+        options["pad_token_id"] = stop[0] if isinstance(stop, list) else stop
+    if generation_config.stop_strings is not None:
         options["tokenizer"] = tokenizer.transformers
     return options
 

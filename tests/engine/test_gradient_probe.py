@@ -10,7 +10,7 @@ import pytest
 import torch
 from engine_tiny import run_ranks
 
-from longctx.engine import probe
+from longctx.engine import gradient_probe as probe
 from longctx.engine.settings import load_settings
 from longctx.errors import EngineError
 from longctx.mesh import Mesh
@@ -107,7 +107,7 @@ def judged(rank: int, world: int, fault: str) -> str:
     if fault == "norm":
         norm = float(got.norm()) * 1.4
     with pytest.raises(EngineError) as error:
-        probe._judge(got, true, norm, mesh, 1e-5)
+        probe._factor_from(got, true, norm, mesh, 1e-5)
     return str(error.value)
 
 

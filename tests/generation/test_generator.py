@@ -16,8 +16,8 @@ import longctx
 from longctx.data.tokenizers.tokenizer import ByteTokenizer, train_bpe
 from longctx.errors import ConfigError
 from longctx.generation import run
+from longctx.generation.generator import Generator
 from longctx.generation.request import Request, model_folder
-from longctx.generation.run import Generator
 from longctx.generation.stream import TextStream
 from longctx.mesh import Mesh
 
@@ -129,7 +129,7 @@ def test_hidden_states_give_the_same_text_from_half_the_cache(checkpoints: dict[
     hidden = generator.answer(beams, lambda text: None)
     kept = generator.answer(Request(**(vars(beams) | {"attention": "kv"})), lambda text: None)
     assert hidden.text == kept.text and kept.cache_bytes == 2 * hidden.cache_bytes, "beams share their prompt in both"
-    assert hidden.reading is None and 0 < made["kv"].reading <= made["kv"].seconds
+    assert hidden.seconds_to_first_token is None and 0 < made["kv"].seconds_to_first_token <= made["kv"].seconds
 
 
 def test_learned_positions_end_where_they_end(checkpoints: dict[str, Path]) -> None:

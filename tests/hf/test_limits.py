@@ -1,0 +1,80 @@
+"""What would be wrong on a shard is refused before training starts, by name, on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hf_tiny import arguments, collate, deepspeed_config, packed_rows, run_ranks, tiny_model
+
+from longctx.errors import EngineError
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "neftune_noise_alpha": ("ddp", {"neftune_noise_alpha": 5.0}, {}),
+    "auto_find_batch_size": ("ddp", {"auto_find_batch_size": True}, {}),
+    "dispatch_batches": ("ddp", {"accelerator_config": {"dispatch_batches": True}}, {}),
+    "sequence_parallel_size": ("ddp", {"deepspeed": deepspeed_config(1) | {"sequence_parallel_size": 2}}, {}),
+    "memory.loss_tile with label smoothing": (
+        "ddp", {"label_smoothing_factor": 0.1}, {"memory": {"loss_tile": "auto"}},
+    ),
+    "memory.recompute with gradient_checkpointing": (
+        "ddp", {"gradient_checkpointing": True}, {"memory": {"recompute": "layer"}},
+    ),
+    "batch_rebalance": ("ddp", {"train_sampling_strategy": "batch_rebalance"}, {}),
+}  # fmt: skip
+
+
+def message(rank: int, world: int, folder: str, name: str) -> str:
+    from transformers import TrainingArguments
+
+    import longctx
+
+    backend, given, keywords = CASES[name]
+    try:
+        args = TrainingArguments(**arguments(folder, backend, **given))
+        trainer = longctx.hf.Trainer(
+            model=tiny_model(), args=args, train_dataset=packed_rows(4), data_collator=collate,
+            mesh=longctx.Mesh(ring=2), **keywords,
+        )  # fmt: skip
+        trainer.train()
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_settings_that_would_be_wrong(tmp_path: Path, name: str) -> None:
+    for found in run_ranks(2, message, str(tmp_path), name):
+        assert name in found
+
+
+def test_classes_that_would_be_wrong() -> None:
+    import transformers
+
+    from longctx.hf import ring
+
+    class Own(transformers.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, **keywords: Any) -> Any:
+            return 0
+
+    with pytest.raises(EngineError, match="Own has a compute_loss of its own"):
+        ring(Own)
+    Own.ring_loss = True  # type: ignore[attr-defined]
+    assert ring.__wrapped__(Own).__name__ == "RingOwn"
+    with pytest.raises(EngineError, match="Seq2SeqTrainer has a prediction_step of its own.*not supported"):
+        ring(transformers.Seq2SeqTrainer)
+    with pytest.raises(EngineError, match="give a subclass of transformers.Trainer"):
+        ring(int)
+    trainer = ring(transformers.Trainer)
+    assert ring(trainer) is trainer and ring(transformers.Trainer) is trainer
+
+
+def test_trl_classes_that_would_be_wrong() -> None:
+    import trl
+
+    from longctx.hf import ring
+
+    for name in ("GRPOTrainer", "RewardTrainer", "KTOTrainer"):
+        with pytest.raises(EngineError, match=f"{name} has a .* of its own.*not supported"):
+            ring(getattr(trl, name))
