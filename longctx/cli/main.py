@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +17,7 @@ from longctx import __version__
 from longctx.cli.explain import explain
 from longctx.cli.export import export
 from longctx.cli.generate import generate
+from longctx.cli.init import init
 from longctx.cli.plan import plan
 from longctx.errors import ConfigError, LaunchError, LongctxError
 from longctx.launch.early import StoppedEarly
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Build token files from text, and inspect them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command()(init)
 app.command()(explain)
 app.command()(generate)
 app.command()(export)
@@ -145,34 +146,6 @@ def schema() -> None:
             RunConfig.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}, indent=1
         )
     )
-
-
-@app.command()
-def init(
-    output: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="file to write; default: stdout")] = None,
-    preset: Annotated[str, typer.Option(help="cpu-tiny, 1-gpu-32k, 8-gpu-1M, 32-gpu-8M, …: see configs/")] = "cpu-tiny",
-    full: Annotated[bool, typer.Option("--full", help="write every other key too, commented out, at its default")] = (
-        False
-    ),
-) -> None:
-    """Write a commented configuration file to start from."""
-    from longctx.config.presets import PRESETS, render
-
-    if preset not in PRESETS:
-        raise ConfigError(f"init --preset {preset}: there is no such preset; choose one of {', '.join(PRESETS)}")
-    text = render(preset, full=full)
-    if output is None:
-        typer.echo(text, nl=False)
-        return
-    try:
-        with output.open("x") as stream:
-            stream.write(text)
-    except FileExistsError:
-        raise ConfigError(f"{output} already exists and is left alone; give another name") from None
-    except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error.strerror}; give another name") from None
-    name = shlex.quote(str(output))
-    typer.echo(f"wrote {output}; next: longctx check {name} && longctx train {name}")
 
 
 @data_app.command("build")

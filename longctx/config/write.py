@@ -49,24 +49,30 @@ def dump(config: RunConfig) -> str:
     return "\n".join([*blocks, f"deepspeed: {scalar(config.deepspeed)}"]) + "\n"
 
 
-def template(values: dict[str, Any], title: str, *, full: bool = False) -> str:
+def template(values: dict[str, Any], title: str, *, full: bool = False, reasons: dict[str, str] | None = None) -> str:
     """Return a commented YAML in which ``values`` (dotted key -> value) are set.
 
     Args:
         values: the keys to set; a valid file needs at least the required ones.
         title: comment lines for the top.
         full: also show every other key, commented out, at its default.
+        reasons: comments of keys in place of their meanings; None shows the meanings.
     """
+
+    def comment(leaf: Leaf) -> str:
+        return leaf.meaning if reasons is None or leaf.key not in values else reasons.get(leaf.key, "")
+
     lines = [f"# {line}".rstrip() for line in title.splitlines()]
     for name, kind in sections().items():
         shown = [leaf for leaf in leaves().values() if leaf.path[:-1] == (name,) and (full or leaf.key in values)]
         if shown:
-            lines += ["", *_comment(" ".join((kind.__doc__ or "").split())), f"{name}:"]
+            about = _comment(" ".join((kind.__doc__ or "").split())) if reasons is None else []
+            lines += ["", *about, f"{name}:"]
         for leaf in shown:
-            lines += [*_comment(leaf.meaning, "  "), f"  {_entry(leaf, values)}"]
+            lines += [*_comment(comment(leaf), "  "), f"  {_entry(leaf, values)}"]
     block = leaves()["deepspeed"]
     if full or block.key in values:
-        lines += ["", *_comment(block.meaning), _entry(block, values)]
+        lines += ["", *_comment(comment(block)), _entry(block, values)]
     return "\n".join([*lines, ""])
 
 

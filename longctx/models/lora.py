@@ -82,10 +82,8 @@ def save_adapter(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> 
         model: a PeftModel; its own weights are not read.
         weights: as for ``merged``.
     """
-    whole = any(
-        part in ("embed_tokens", "lm_head", "wte") for part in model.peft_config["default"].modules_to_save or ()
-    )
-    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=whole)
+    # the base's own embeddings stay with the base: an embedding that is trained is among `modules_to_save`
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's is a form to fill in
 
 

@@ -17,6 +17,7 @@ from longctx.errors import CheckpointError, MissingPackageError
 from longctx.mesh import Mesh
 from longctx.train import durable, folder
 from longctx.train.checkpoint import store
+from longctx.train.checkpoint.card import model_card
 from longctx.train.checkpoint.export import export_model
 from longctx.train.checkpoint.manifest import Progress
 from longctx.train.checkpoint.swap import swap_folder
@@ -94,7 +95,9 @@ def run(
                 f"`longctx export {job.config.output.folder}` writes its model"
             )
             return PREEMPTED
-        _finish(job, summary, display)  # before the engine is destroyed: the export gathers its weights
+        _finish(
+            job, outcome.progress, summary, display
+        )  # before the engine is destroyed: the export gathers its weights
     return 0
 
 
@@ -176,9 +179,10 @@ def _epochs(job: Job, progress: Progress) -> float:
     return progress.samples / len(rows) if len(job.stages) == 1 else progress.tokens / rows.token_count
 
 
-def _finish(job: Job, summary: dict[str, Any], display: ProgressDisplay) -> None:
+def _finish(job: Job, progress: Progress, summary: dict[str, Any], display: ProgressDisplay) -> None:
     """Write the results: the model as a transformers folder, loss.png, a sample, summary.json."""
-    model = export_model(job.engine, Path(job.corpus.tokenizer), job.output, job.source, job.config)
+    card = model_card(job.config, job.stage.description, progress)
+    model = export_model(job.engine, Path(job.corpus.tokenizer), job.output, job.source, job.config, card)
     sample = None
     with together():  # the other ranks wait for rank 0, so that they fail too if it does
         if job.mesh.rank == 0:

@@ -29,6 +29,7 @@ from longctx.train.model import adapted
 
 FOLDER = "model"
 GENERATION = "generation_config.json"
+CARD = "README.md"
 Weights = dict[str, torch.Tensor]
 _SET_BY_SAVING = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 """config keys that transformers overwrites when it saves"""
@@ -68,7 +69,12 @@ def read_source(folder: str | Path | None) -> PretrainedFiles | None:
 
 
 def export_model(
-    engine: Any, tokenizer: Path, output: Path, source: PretrainedFiles | None = None, config: RunConfig | None = None
+    engine: Any,
+    tokenizer: Path,
+    output: Path,
+    source: PretrainedFiles | None = None,
+    config: RunConfig | None = None,
+    card: str | None = None,
 ) -> Path:
     """Write ``output/model`` (config.json, model.safetensors, tokenizer files) and return it. All ranks call it.
 
@@ -78,6 +84,7 @@ def export_model(
         tokenizer: folder of the run's tokenizer.
         source: returned by ``read_source``; None for a model from scratch.
         config: of a run with `model.lora`, as `model.lora.export` says.
+        card: text of README.md, which is written unless an earlier export has one.
 
     Raises:
         LongctxError: on every rank, if rank 0 could not write.
@@ -93,6 +100,8 @@ def export_model(
                 write_lora(config, inner_model(engine.module).config, weights, tokenizer, target, source)
             else:
                 write_model(engine.module, weights, tokenizer, target, source)
+            if card is not None:
+                write_card(target, card)
     return target
 
 
@@ -158,12 +167,21 @@ def _written(target: Path, tokenizer: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     yield aside
     tokenizer_folder.copy(tokenizer, aside)
+    if (target / CARD).is_file():  # of an earlier export; its owner may have written it
+        shutil.copyfile(target / CARD, aside / CARD)
     mode = file_mode()
     for path in aside.rglob("*"):
         if path.is_file():
             path.chmod(mode)  # safetensors creates files with mode 0600, whatever the umask
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Write a model card into an exported folder, unless it has one."""
+    path = folder / CARD
+    if not path.exists():
+        path.write_text(text, encoding="utf-8")
 
 
 def gather_weights(engine: Any) -> Weights | None:

@@ -17,7 +17,8 @@ from longctx.data.tokenizers.tokenizer import load_tokenizer
 from longctx.errors import CheckpointError, ConfigError
 from longctx.models.load.pretrained import make_model
 from longctx.train.checkpoint import manifest, store
-from longctx.train.checkpoint.export import FOLDER, Weights, read_source, write_lora, write_model
+from longctx.train.checkpoint.card import model_card
+from longctx.train.checkpoint.export import FOLDER, Weights, read_source, write_card, write_lora, write_model
 from longctx.train.checkpoint.manifest import Manifest
 from longctx.train.checkpoint.safe_load import safe_load
 from longctx.train.model import model_config
@@ -60,10 +61,11 @@ def export_run(run: Path, output: Path | None = None, step: int | None = None, d
         if config.model.lora is not None:
             assert source is not None
             write_lora(config, description, weights, tokenizer, target, source, kind)
-            return target
-        with torch.device("meta"):
-            module = make_model(description)
-        write_model(module, weights, tokenizer, target, source, kind)
+        else:
+            with torch.device("meta"):
+                module = make_model(description)
+            write_model(module, weights, tokenizer, target, source, kind)
+        write_card(target, model_card(config, description, found.progress))
     except OSError as error:
         shutil.rmtree(target.with_name(f".{target.name}.tmp"), ignore_errors=True)
         raise CheckpointError(f"{target} cannot be written: {error.strerror}; give another --output") from None
