@@ -17,7 +17,7 @@ from longctx.engine.attach import attach
 from longctx.engine.step.rows import Batch
 from longctx.engine.step.window import shard_rows
 from longctx.errors import EngineError
-from longctx.hf.evaluation import Evaluation
+from longctx.hf.evaluation import RowEvaluation
 from longctx.hf.limits import check_dpo
 from longctx.hf.trainer import RingTrainer
 from longctx.models.hook.binding import binding_of
@@ -58,7 +58,7 @@ class RingDPO(RingTrainer):
         self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         """As TRL's own: the hooks shard the rows."""
-        return super(Evaluation, self).prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return super(RowEvaluation, self).prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
 
 class RowHooks:

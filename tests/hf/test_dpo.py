@@ -9,8 +9,6 @@ import pytest
 import torch
 from hf_tiny import VOCABULARY, arguments, run_ranks, tiny_model, tokenizer, words
 
-pytest.importorskip("trl")
-
 
 def pairs() -> list[dict[str, str]]:
     generator = torch.Generator().manual_seed(5)

@@ -11,7 +11,6 @@ import torch
 from hf_tiny import arguments, collate, dense_loss, packed_rows, run_ranks, tiny_model, tokenizer
 from house_files import ROOT
 
-pytest.importorskip("trl")
 UNNEEDED = ("output_dir", "gradient_accumulation_steps", "max_steps")
 
 

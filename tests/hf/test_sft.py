@@ -20,8 +20,6 @@ from hf_tiny import (
     words,
 )
 
-pytest.importorskip("trl")
-
 
 def documents() -> list[list[int]]:
     found = []
