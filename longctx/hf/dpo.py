@@ -73,7 +73,7 @@ class RowHooks:
     def before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: Batch) -> Any:
         """Shard the rows of a call."""
         binding: Any = binding_of(model)
-        if binding.seen is not None:  # the probe that measures how the model counts positions
+        if binding.probe_records is not None:  # the probe that measures how the model counts positions
             return None
         if args or not kwargs.get("fused_lm_head"):
             raise EngineError(
@@ -88,7 +88,7 @@ class RowHooks:
 
     def after(self, model: torch.nn.Module, args: Any, output: Any) -> Any:
         """Gather the outputs of a call; the label of a row's last token is no output of TRL's."""
-        if getattr(binding_of(model), "seen", None) is not None:
+        if getattr(binding_of(model), "probe_records", None) is not None:
             return None
         for name in _PER_TOKEN:
             value = getattr(output, name, None)
