@@ -14,11 +14,14 @@ from longctx.hf.loaders import EpochSampler, Loaders
 
 def rows_read(replica: int, replicas: int, **keywords: Any) -> list[list[int]]:
     from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
 
     clean_state()
     loaders = Loaders()
     loaders.mesh = SimpleNamespace(data_size=replicas, data_rank=replica)  # type: ignore[assignment]
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(
+        cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=3)
+    )
     loaders.share_rows(accelerator)
     loader = accelerator.prepare(torch.utils.data.DataLoader(range(10), **keywords))  # type: ignore[arg-type]
     return [batch.tolist() for batch in loader]

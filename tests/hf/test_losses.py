@@ -80,3 +80,51 @@ def test_label_smoothing(tmp_path: Path, kind: str) -> None:
 def test_a_mean_over_local_tokens_is_refused_on_every_rank(tmp_path: Path) -> None:
     for message in run_ranks(2, trained, str(tmp_path), "mean", 2, {}):
         assert message.startswith("EngineError: compute_loss_func does not divide a sum over tokens")
+
+
+def masked_model() -> Any:
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    return BertForMaskedLM(BertConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    ))  # fmt: skip
+
+
+def masked_rows() -> list[dict[str, torch.Tensor]]:
+    """Labels at the tokens themselves, as masked language models have them."""
+    return [
+        {"input_ids": row["input_ids"], "labels": row["labels"].masked_fill(torch.arange(66) % (2 + i) > 0, -100)}
+        for i, row in enumerate(packed_rows(4))
+    ]
+
+
+def masked(rank: int, world: int, folder: str) -> Any:
+    from transformers import TrainingArguments
+
+    import longctx
+
+    args = TrainingArguments(**arguments(folder, "ddp", max_steps=2))
+    trainer = longctx.hf.Trainer(
+        model=masked_model(), args=args, train_dataset=masked_rows(), data_collator=collate,
+        eval_dataset=masked_rows()[:3], mesh=longctx.Mesh(ring=2),
+    )  # fmt: skip
+    trainer.train()
+    return history(trainer)
+
+
+def test_a_masked_language_model_keeps_its_labels_in_place(tmp_path: Path) -> None:
+    model, rows, losses = masked_model(), masked_rows(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for window in (rows[:2], rows[2:]):
+        batch = collate(window)
+        logits = model(input_ids=batch["input_ids"]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    for found in run_ranks(2, masked, str(tmp_path)):
+        assert found["losses"] == pytest.approx(losses, abs=1e-6)
