@@ -138,13 +138,22 @@ def windows_of(rows: list[Any], steps: int, size: int) -> list[list[Any]]:
     return [rows[step * size : (step + 1) * size] for step in range(steps)]
 
 
+CHAT = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ ' t4 ' }}{% generation %}"
+    "{{ message['content'] }}{% endgeneration %}{% else %}{{ ' t5 ' + message['content'] }}{% endif %}{% endfor %}"
+)
+
+
 def tokenizer() -> Any:
     """One token per word t0, t1, …"""
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     table = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t1"))
-    return PreTrainedTokenizerFast(tokenizer_object=table, eos_token="t2", pad_token="t3", unk_token="t1")
+    table.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    found = PreTrainedTokenizerFast(tokenizer_object=table, eos_token="t2", pad_token="t3", unk_token="t1")
+    found.chat_template = CHAT
+    return found
 
 
 def words(ids: list[int]) -> str:

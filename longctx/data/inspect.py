@@ -116,8 +116,8 @@ def _shards(rows: PackedRows, sample: int, layout: Layout, ring: int, ulysses: i
 
 def _bar(document_ids: np.ndarray, shown: np.ndarray | None = None) -> Text:
     bar = Text()
-    for place, document in enumerate(document_ids.tolist()):
-        if shown is not None and not shown[place]:
+    for index, document in enumerate(document_ids.tolist()):
+        if shown is not None and not shown[index]:
             bar.append(" ")
         else:
             bar.append("·" if document < 0 else "█", style="dim" if document < 0 else _colour(document))

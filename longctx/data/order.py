@@ -38,13 +38,13 @@ class SampleOrder:
     def __call__(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Return the rows of the given sample numbers (integers from 0, any shape; the result has that shape)."""
         samples = np.asarray(samples, dtype=np.int64)
-        epochs, places = np.divmod(samples, self.rows)
+        epochs, numbers = np.divmod(samples, self.rows)
         if not self.shuffle or self.rows == 1:
-            return places
-        result = np.empty_like(places)
+            return numbers
+        result = np.empty_like(numbers)
         for epoch in np.unique(epochs):
             inside = epochs == epoch
-            result[inside] = permute(places[inside], self.rows, self.seed, int(epoch))
+            result[inside] = permute(numbers[inside], self.rows, self.seed, int(epoch))
         return result
 
     def until_repeated(self) -> int:
@@ -52,11 +52,11 @@ class SampleOrder:
         return self.rows
 
 
-def permute(places: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Apply the permutation of ``range(size)`` that (seed, epoch) names. places: any shape, each in ``range(size)``."""
+def permute(numbers: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Apply the permutation of ``range(size)`` that (seed, epoch) names to ``numbers`` in that range, of any shape."""
     half = max(((size - 1).bit_length() + 1) // 2, 1)
     keys = _keys(seed, epoch)
-    value = places.astype(np.uint64)
+    value = numbers.astype(np.uint64)
     outside = np.ones(value.shape, dtype=bool)
     while bool(outside.any()):  # the domain is at most 4·size, so few walks are needed
         value[outside] = _feistel(value[outside], half, keys)

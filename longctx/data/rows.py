@@ -151,7 +151,7 @@ def _documents_of(store: TokenStore) -> list[tuple[str, int, int]]:
     if not isinstance(sources, list):
         raise DataError(f"{store.path} does not say which source its documents are of; build it again to weigh sources")
     ends = np.cumsum([0, *(documents for _, documents in sources)]).tolist()
-    return [(name, ends[place], ends[place + 1]) for place, (name, _) in enumerate(sources)]
+    return [(name, ends[index], ends[index + 1]) for index, (name, _) in enumerate(sources)]
 
 
 def empty_part(count: int) -> Part:

@@ -17,7 +17,7 @@ from longctx.engine.attach import attach
 from longctx.engine.step.rows import Batch
 from longctx.engine.step.window import shard_rows
 from longctx.errors import EngineError
-from longctx.hf.evaluation import ShardedEvaluation
+from longctx.hf.evaluation import RowEvaluation
 from longctx.hf.limits import check_dpo
 from longctx.hf.trainer import RingTrainer
 from longctx.models.hook.binding import binding_of
@@ -58,7 +58,7 @@ class RingDPO(RingTrainer):
         self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         """As TRL's own: the hooks shard the rows."""
-        return super(ShardedEvaluation, self).prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return super(RowEvaluation, self).prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
 
 class RowHooks:
@@ -88,7 +88,7 @@ class RowHooks:
 
     def after(self, model: torch.nn.Module, args: Any, output: Any) -> Any:
         """Gather the outputs of a call; the label of a row's last token is no output of TRL's."""
-        if getattr(binding_of(model), "seen", None) is not None:
+        if getattr(binding_of(model), "probe_records", None) is not None:
             return None
         for name in _PER_TOKEN:
             value = getattr(output, name, None)

@@ -1,4 +1,4 @@
-"""Evaluation: sharded forward passes, the mean loss over all valid tokens, and whole rows of logits for metrics."""
+"""RowEvaluation: sharded forward passes, the mean loss over all valid tokens, and whole rows of logits for metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from longctx.mesh import Mesh
 from longctx.sharding import unshard
 
 
-class ShardedEvaluation(Host):
+class RowEvaluation(Host):
     """Overrides of Trainer's evaluation and prediction."""
 
     mesh: Mesh

@@ -36,18 +36,23 @@ def check_trainer(trainer: Any) -> None:
     Raises:
         EngineError: with the setting and the reason.
     """
-    _check_world(trainer)
-    args, state = trainer.args, trainer.accelerator.state
-    zero = getattr(state, "deepspeed_plugin", None)
+    count = trainer.accelerator.num_processes
+    if count != trainer.mesh.world_size:
+        raise EngineError(
+            f"accelerate counts {count} processes, the mesh {trainer.mesh.world_size} ranks: start them with torchrun "
+            "or accelerate launch, and on CPUs set use_cpu=True in TrainingArguments"
+        )
+    refuse(_backends(trainer) | _settings(trainer))
+
+
+def _backends(trainer: Any) -> dict[str, bool]:
+    """Return problems of how ranks share the model, and whether each is there."""
+    state = trainer.accelerator.state
+    zero, fsdp = getattr(state, "deepspeed_plugin", None), getattr(state, "fsdp_plugin", None)
     config = {} if zero is None else zero.deepspeed_config
-    fsdp = getattr(state, "fsdp_plugin", None)
-    dispatch = args.accelerator_config.dispatch_batches
-    memory = trainer.memory
-    tiled = memory.loss_tile is not None or bool(memory.z_loss)
-    own_loss = trainer.compute_loss_func is not None or args.label_smoothing_factor != 0
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     others = {name: getattr(parallel, name, 1) for name in ("tp_size", "cp_size", "sp_size")} if parallel else {}
-    problems = {
+    return {
         f"parallelism_config with {others}: the mesh shards sequences, and other dimensions are not supported": any(
             size > 1 for size in others.values()
         ),
@@ -62,6 +67,19 @@ def check_trainer(trainer: Any) -> None:
         ),
         "deepspeed: tensor_parallel: not supported together with a mesh": bool(config.get("tensor_parallel")),
         "deepspeed: compile.deepcompile: not supported": bool((config.get("compile") or {}).get("deepcompile")),
+        "a model that from_pretrained(distributed_config=…) has sharded": getattr(
+            trainer, "is_distributed_loading_by_transformers", False
+        ),
+        "several GPUs in one process (DataParallel): start one process per GPU": trainer.args.n_gpu > 1,
+    }
+
+
+def _settings(trainer: Any) -> dict[str, bool]:
+    """Return problems of training settings, and whether each is there."""
+    args, memory = trainer.args, trainer.memory
+    tiled = memory.loss_tile is not None or bool(memory.z_loss)
+    own_loss = trainer.compute_loss_func is not None or args.label_smoothing_factor != 0
+    return {
         "neftune_noise_alpha: its noise depends on the length of the row, and a rank sees a shard": bool(
             getattr(args, "neftune_noise_alpha", None)
         ),
@@ -69,10 +87,7 @@ def check_trainer(trainer: Any) -> None:
         "use_liger_kernel: its loss has not been verified on shards; memory={'loss_tile': 'auto'} saves the same "
         "memory": args.use_liger_kernel,
         "accelerator_config.dispatch_batches=True: rank 0 would give the ranks of a ring different rows; leave it out, "
-        "and every rank reads its replica's rows itself": dispatch is True,
-        "a model that from_pretrained(distributed_config=…) has sharded": getattr(
-            trainer, "is_distributed_loading_by_transformers", False
-        ),
+        "and every rank reads its replica's rows itself": args.accelerator_config.dispatch_batches is True,
         "memory.loss_tile with label smoothing or compute_loss_func: a tiled loss has no logits": tiled and own_loss,
         "memory.recompute with gradient_checkpointing: both recompute layers; use one of them": (
             memory.recompute != "none" and args.gradient_checkpointing
@@ -80,18 +95,7 @@ def check_trainer(trainer: Any) -> None:
         "memory.loss_tile with metrics on logits: a tiled loss has none; set prediction_loss_only=True": (
             tiled and trainer.compute_metrics is not None
         ),
-        "several GPUs in one process (DataParallel): start one process per GPU": args.n_gpu > 1,
     }
-    refuse(problems)
-
-
-def _check_world(trainer: Any) -> None:
-    counted, ranks = trainer.accelerator.num_processes, trainer.mesh.world_size
-    if counted != ranks:
-        raise EngineError(
-            f"accelerate counts {counted} processes, the mesh {ranks} ranks: start them with torchrun or accelerate "
-            "launch, and on CPUs set use_cpu=True in TrainingArguments"
-        )
 
 
 def check_sft(trainer: Any) -> None:

@@ -14,7 +14,7 @@ import transformers
 from longctx.engine.activations import ActivationSettings, apply_settings, read_settings
 from longctx.engine.attach import attach
 from longctx.engine.exchange import control_group
-from longctx.hf.evaluation import ShardedEvaluation
+from longctx.hf.evaluation import RowEvaluation
 from longctx.hf.limits import check_trainer
 from longctx.hf.loaders import Loaders
 from longctx.hf.losses import Losses
@@ -30,7 +30,7 @@ _COMPARED = (
 )  # fmt: skip
 
 
-class RingTrainer(WindowSharding, Loaders, Losses, ShardedEvaluation, Saving):
+class RingTrainer(WindowSharding, Loaders, Losses, RowEvaluation, Saving):
     """Mixin in front of a Trainer class, see ``ring``; batch sizes count rows per data replica."""
 
     def __init__(

@@ -87,9 +87,9 @@ def _keep_no_cache(model: torch.nn.Module, binding: Binding) -> None:
             binding.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
-def _without_cache(place: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook: add ``use_cache=False`` unless the caller sets it."""
-    if len(args) > place or kwargs.get("use_cache") is not None:
+def _without_cache(position: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Add ``use_cache=False`` in a forward pre-hook, unless the caller sets it by name or at ``position``."""
+    if len(args) > position or kwargs.get("use_cache") is not None:
         return None
     return args, {**kwargs, "use_cache": False}
 

@@ -110,6 +110,7 @@ def _loaders(
         "mesh": mesh,
         "layout": config.attention.layout,
         "packing": data.packing,
+        "long_documents": data.long_documents,
     }
     loader = ShardedLoader(
         corpus.train,

@@ -69,6 +69,7 @@ def test_pairs_on_a_ring_of_two(tmp_path: Path, backend: str) -> None:
 @pytest.mark.deep
 def test_two_replicas(tmp_path: Path) -> None:
     (expected,) = run_ranks(1, trained, str(tmp_path), "ddp", 0, "", {"gradient_accumulation_steps": 4})
+    del expected["mean_token_accuracy"], expected["entropy"]  # TRL's means of each micro-batch's means
     check(run_ranks(4, trained, str(tmp_path), "ddp", 2, "", {}), expected)
 
 

@@ -44,6 +44,16 @@ def trained(rank: int, world: int, folder: str, backend: str, ring: int, kind: s
     samples: list[Any] = [{"input_ids": document} for document in documents()]
     if "completion" in kind:
         samples = [{"prompt": words(d[: len(d) // 2]), "completion": words(d[len(d) // 2 :])} for d in documents()]
+    if "assistant" in kind:
+        samples = [
+            {
+                "messages": [
+                    {"role": role, "content": words(part)}
+                    for role, part in (("user", d[: len(d) // 2]), ("assistant", d[len(d) // 2 :]))
+                ]
+            }
+            for d in documents()
+        ]
     common = {"max_length": LENGTH, "gradient_checkpointing": False, "max_steps": 2}
     args = SFTConfig(**arguments(folder, backend, **(common | given)))
     trainer = longctx.hf.SFTTrainer(
@@ -103,6 +113,7 @@ CASES: dict[str, tuple[int, str, str, dict[str, Any]]] = {
     "unpacked": (2, "ddp", "", {}),
     "padding-free": (2, "ddp", "", {"padding_free": True, "max_length": None}),
     "unpacked, two rows": (2, "zero1", "", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}),
+    "assistant only, packed": (2, "ddp", "assistant", {"packing": True, "assistant_only_loss": True}),
     "completion only": (2, "ddp", "completion", {}),
     "completion only, packed": (4, "fsdp2", "completion", {"packing": True}),
     "packed, fsdp2": (2, "fsdp2", "", {"packing": True}),

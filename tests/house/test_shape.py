@@ -14,12 +14,7 @@ LONGEST_FUNCTION = 50
 LONGER_FILES: dict[str, str] = {}
 LONGER_FUNCTIONS: dict[str, str] = {}
 # what these offer loads on first use
-LAZY_PACKAGES = (
-    "longctx/kernels/__init__.py",
-    "longctx/engine/__init__.py",
-    "longctx/nn/__init__.py",
-    "longctx/hf/__init__.py",
-)
+LAZY_PACKAGES = tuple(f"longctx/{name}/__init__.py" for name in ("kernels", "engine", "hf", "nn"))
 # these were modules once, whose names they still give
 MOVED_PACKAGES = (
     "longctx/attention/hybrid/__init__.py",

@@ -90,6 +90,18 @@ def test_resumed_in_a_stage_equals_uninterrupted(
         assert all(torch.equal(straight[key], broken[key]) for key in straight)
 
 
+@pytest.mark.parametrize("long", ["split", "truncate", "drop"])
+def test_long_documents_are_what_the_yaml_says(tmp_path: Path, long: str) -> None:
+    write(tmp_path)
+    settings = config(tmp_path, "mesh.ring=1", "data.sequence_length=100", f"data.long_documents={long}")
+    corpus = prepare_corpus(settings, lambda text: None)
+    (stage,) = training_stages(settings, 1, Mesh(world_size=1), corpus)
+    report, tokens = corpus.report, stage.loader.rows.token_count
+    left_out = {"split": 0, "truncate": report["tokens_beyond_row"], "drop": report["longer_than_row_tokens"]}[long]
+    assert report["longer_than_row"] and tokens == report["tokens"] - left_out
+    assert stage.held_out is not None and stage.held_out.rows.long_documents == long
+
+
 def test_each_stage_reads_its_own_rows(tmp_path: Path) -> None:
     write(tmp_path)
     settings = config(tmp_path, *STAGES, "mesh.ring=1", "output.folder=" + str(tmp_path / "run"))

@@ -2,7 +2,8 @@
 
 Attributes that longctx sets on a model's modules: `longctx_binding`, `longctx_module_index` (here); `longctx_notes`,
 `longctx_checks`, `longctx_hooks` (bounded_layer.py); `longctx_tiled_mlp`, `longctx_tiled_loss` (activations/). On
-tensors: `longctx_rule`, the mask's rule (masks.py); `longctx_micro_batch` (engine/step).
+tensors: `longctx_rule`, the mask's rule (masks.py); `longctx_micro_batch` (engine/step), `longctx_prompt`
+(decode/caches). On models that generate: `longctx_el`, `longctx_beams` (generation/).
 """
 
 from __future__ import annotations

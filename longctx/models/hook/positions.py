@@ -61,8 +61,8 @@ def count_positions(
     if rule.counts == "tokens" and tokens is not None:
         counted = tokens.ne(-1 if rule.pad_token is None else rule.pad_token)
     before = counted.cumsum(1) - counted.long()  # counted tokens to the left
-    place = before - before.gather(1, begin)
-    return torch.where(counted, place + rule.first, max(rule.first - 1, 0))
+    offset = before - before.gather(1, begin)
+    return torch.where(counted, offset + rule.first, max(rule.first - 1, 0))
 
 
 def _beginnings(document_ids: torch.Tensor) -> torch.Tensor:
