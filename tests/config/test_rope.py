@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from config_samples import load_variant, variant
 from config_samples import text_of as text
+from house_files import ROOT
 from pretrained_folders import pretrained_folder
 
 from longctx.config.architecture import pretrained_changes, transformers_keywords
@@ -130,6 +132,14 @@ def test_a_model_from_scratch() -> None:
     assert made.rope_parameters["sliding_attention"]["rope_type"] == "default"
     dynamic = load_variant(model__rope={"rope_type": "dynamic", "factor": 1}, model__max_positions=1024).config
     assert transformers_keywords(dynamic, 1000)["max_position_embeddings"] == 1024
+
+
+def test_the_blocks_of_the_page_are_accepted() -> None:
+    blocks = re.findall(r"```yaml\n(model:.*?)```", (ROOT / "docs" / "models.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        config = loads(block + "train: {steps: 1}\noutput: {folder: runs/page}\n").config
+        assert config.model.rope is not None and config.model.rope.rope_type == "yarn"
 
 
 def test_the_exported_file_can_be_read(tmp_path: Path) -> None:
