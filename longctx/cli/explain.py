@@ -48,6 +48,9 @@ def _print_rows(rows: list[Row], long: bool) -> None:
             value = f" = {row.value}" if row.value else ""
             typer.echo(f"{row.key}{value}  ({row.source})\n    {row.meaning}\n    {row.expected}")
         return
+    if not sys.stdout.isatty():
+        _print_lines(rows)
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -57,4 +60,12 @@ def _print_rows(rows: list[Row], long: bool) -> None:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(row.key, row.value, row.source, row.meaning)
-    Console(width=None if sys.stdout.isatty() else 2000, markup=False, highlight=False).print(table)
+    Console(markup=False, highlight=False).print(table)
+
+
+def _print_lines(rows: list[Row]) -> None:
+    """Print one line per key, for a pipe or a file; a value of more than 40 characters does not widen its column."""
+    lines = [("key", "value", "source", "meaning"), *((row.key, row.value, row.source, row.meaning) for row in rows)]
+    widths = [min(max(len(line[column]) for line in lines), 40) for column in range(3)]
+    for key, value, source, meaning in lines:
+        typer.echo(f"{key:<{widths[0]}} {value:<{widths[1]}} {source:<{widths[2]}} {meaning}")

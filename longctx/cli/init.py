@@ -14,6 +14,7 @@ from longctx.errors import ConfigError
 
 def init(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="file to write; default: stdout")] = None,
+    *,
     preset: Annotated[
         str | None, typer.Option(help="cpu-tiny (default), 1-gpu-32k, 8-gpu-1M, 32-gpu-8M, …: see configs/")
     ] = None,

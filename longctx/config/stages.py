@@ -103,7 +103,7 @@ def fill_in(tree: dict[str, Any]) -> None:
     if not stages or not isinstance(train, dict) or not isinstance(data, dict):
         return
     for block, key, total in ((train, "steps", sum), (data, "sequence_length", max)):
-        blocks = stages if isinstance(stages, list) else [stages]
+        blocks = stages if isinstance(stages, list) else [None]
         values: list[Any] = [human_int(stage.get(key)) if isinstance(stage, dict) else None for stage in blocks]
         if block.get(key) is None:  # a wrong stage is reported once, under its own key
             block[key] = total(values) if all(type(value) is int for value in values) else Unread()

@@ -54,7 +54,7 @@ def add_adapters(model: Any, config: Any, folder: str) -> Any:
     """
     from peft import get_peft_model
 
-    config.base_model_name_or_path = folder
+    config.base_model_name_or_path = model.name_or_path = folder
     try:
         return get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as problem:

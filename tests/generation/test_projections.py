@@ -15,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from longctx.generation.projections import refuse, spec_of
+from longctx.generation.projections import spec_of, unsupported
 
 SIZES = dict(vocab_size=16, num_hidden_layers=1, num_attention_heads=2)
 
@@ -54,5 +54,5 @@ def test_bart_is_read_by_its_own_names() -> None:
 def test_rope_is_the_reason_that_is_given(message: str) -> None:
     model = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, **SIZES))
     assert not any(spec_of(module) for module in model.modules())
-    assert message in str(refuse(model))
-    assert "Linear has no attention module" in str(refuse(torch.nn.Linear(2, 2)))
+    assert message in str(unsupported(model))
+    assert "Linear has no attention module" in str(unsupported(torch.nn.Linear(2, 2)))
