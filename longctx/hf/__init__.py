@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["SFTTrainer", "Trainer", "ring"]
 
 if TYPE_CHECKING:
-    from longctx.hf.ring import ring as ring
+    from longctx.hf.subclass import ring as ring
     from longctx.hf.trainer import Trainer as Trainer
 
     SFTTrainer: Any
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _load(name: str) -> Any:
-    from longctx.hf.ring import ring
+    from longctx.hf.subclass import ring
     from longctx.hf.trainer import Trainer
 
     if name == "SFTTrainer":

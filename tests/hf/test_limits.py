@@ -47,34 +47,3 @@ def message(rank: int, world: int, folder: str, name: str) -> str:
 def test_settings_that_would_be_wrong(tmp_path: Path, name: str) -> None:
     for found in run_ranks(2, message, str(tmp_path), name):
         assert name in found
-
-
-def test_classes_that_would_be_wrong() -> None:
-    import transformers
-
-    from longctx.hf import ring
-
-    class Own(transformers.Trainer):
-        def compute_loss(self, model: Any, inputs: Any, **keywords: Any) -> Any:
-            return 0
-
-    with pytest.raises(EngineError, match="Own has a compute_loss of its own"):
-        ring(Own)
-    Own.ring_loss = True  # type: ignore[attr-defined]
-    assert ring.__wrapped__(Own).__name__ == "RingOwn"
-    with pytest.raises(EngineError, match="Seq2SeqTrainer has a prediction_step of its own.*not supported"):
-        ring(transformers.Seq2SeqTrainer)
-    with pytest.raises(EngineError, match="give a subclass of transformers.Trainer"):
-        ring(int)
-    trainer = ring(transformers.Trainer)
-    assert ring(trainer) is trainer and ring(transformers.Trainer) is trainer
-
-
-def test_trl_classes_that_would_be_wrong() -> None:
-    import trl
-
-    from longctx.hf import ring
-
-    for name in ("GRPOTrainer", "RewardTrainer", "KTOTrainer"):
-        with pytest.raises(EngineError, match=f"{name} has a .* of its own.*not supported"):
-            ring(getattr(trl, name))
