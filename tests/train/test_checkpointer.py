@@ -42,7 +42,8 @@ class StubEngine:
         self.module = torch.nn.Linear(10, 10)
         self.optimizer = None
 
-    def save_checkpoint(self, root: str, tag: str, save_latest: bool) -> None:
+    def save_checkpoint(self, root: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
+        assert not exclude_frozen_parameters  # the whole model is trained here
         assert not save_latest  # DeepSpeed would move the pointer before the checkpoint is there
         for name in FILES:
             self.checkpoint_engine.save(os.urandom(64), str(Path(root, tag, name)))
