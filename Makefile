@@ -26,7 +26,7 @@ quickstart: $(INSTALLED)  ## train a small Llama on this machine's own text, seq
 smoke: $(INSTALLED)  ## the same in under a minute
 	$(BIN)/longctx train configs/smoke.yaml
 
-test: $(INSTALLED)  ## lint, types, layering and every kind of test, about ten minutes
+test: $(INSTALLED)  ## lint, types, layering and every kind of test, about twenty minutes
 	$(BIN)/python -m pytest
 
 test-deep: $(INSTALLED)  ## the rest of the suite: larger grids, whole runs, more ranks; under 40 minutes
