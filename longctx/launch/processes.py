@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 Process = subprocess.Popen[bytes]
+DESCENDANTS_SECONDS = (
+    5.0  # for the kernel to end descendants; a host whose first process reaps nobody keeps them as zombies
+)
 
 
 def exit_code(process: Process) -> int | None:
@@ -25,12 +31,23 @@ def exit_code(process: Process) -> int | None:
 
 
 def kill(processes: Sequence[Process]) -> None:
-    """Kill every process and its session by id, and wait until the processes have exited."""
-    for process in processes:
-        if process.returncode is None:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)  # its session's id is its process id
-            except ProcessLookupError:
-                pass
+    """Kill every process and its session by id, and wait until they have exited, descendants for a few seconds."""
+    killed = [process for process in processes if process.returncode is None]
+    for process in killed:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its session's id is its process id
     for process in processes:
         process.wait()
+    deadline = time.monotonic() + DESCENDANTS_SECONDS
+    while any(_has_members(process.pid) for process in killed) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _has_members(group: int) -> bool:
+    """Return whether a process of the group runs; a zombie that no parent has reaped does not."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                return True
+    return False
