@@ -54,6 +54,7 @@ def attach(model_or_engine: Any, mesh: Mesh, layout: str | Layout = "zigzag", *,
 
 def _prepare(engine: Any, mesh: Mesh, layout: Layout) -> dict[str, Any]:
     """Check an engine against the mesh, attach its model's attention and return its settings. No communication."""
+    from longctx.engine.global_mpu import check_own_size, forget_mpu
     from longctx.engine.initialize import announce_clipping
     from longctx.engine.settings import load_settings
 
@@ -63,6 +64,8 @@ def _prepare(engine: Any, mesh: Mesh, layout: Layout) -> dict[str, Any]:
             "configuration), on which the ranks of one sequence keep different gradients: make it with mpu=mesh, or "
             "with longctx.initialize"
         )
+    check_own_size(engine)
+    forget_mpu(engine.mpu)
     sequence = engine.sequence_parallel_size
     if sequence not in (1, mesh.sequence_size):
         raise EngineError(

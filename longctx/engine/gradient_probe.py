@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from longctx.engine.exchange import exchange
+from longctx.engine.global_mpu import only_mpu
 from longctx.engine.settings import Settings
 from longctx.engine.zero import fp16, guard
 from longctx.engine.zero.hpz import own_group
@@ -108,7 +109,7 @@ def _measure(settings: Settings, mesh: Mesh, mpu: Any) -> float:
 
     model = _ProbeModel()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    with own_group(settings):
+    with own_group(settings), only_mpu(mpu):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(settings), mpu=mpu)
     guard.correct_optimizer(engine)
     try:

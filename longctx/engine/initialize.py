@@ -12,6 +12,7 @@ from longctx.engine.cpu_extension import load_extension
 from longctx.engine.description import describe
 from longctx.engine.engine import Engine
 from longctx.engine.exchange import control_group
+from longctx.engine.global_mpu import only_mpu
 from longctx.engine.gradient_probe import gradient_factor
 from longctx.engine.heartbeat import start_heartbeat
 from longctx.engine.loader import RowLoader
@@ -83,7 +84,7 @@ def initialize(
     stock = {key: value for key, value in stock.items() if value is not None}
     if args is not None and config is not None:
         stock["args"] = args
-    with own_group(settings):
+    with own_group(settings), only_mpu(mesh):
         engine, optimizer, _, scheduler = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from longctx.engine.global_mpu import stale_mpu
 from longctx.errors import EngineError
 
 _OVERRIDES = ("compute_loss", "training_step", "prediction_step", "evaluation_loop", "get_batch_samples")
@@ -64,6 +65,10 @@ def _backends(trainer: Any) -> dict[str, bool]:
         ),
         "deepspeed: fp16 on ZeRO 0: DeepSpeed does not apply the loss scale; use ZeRO 1, or bf16": (
             (config.get("fp16") or {}).get("enabled") is True and getattr(zero, "zero_stage", 0) == 0
+        ),
+        "deepspeed: an earlier engine of this process was made with mpu=, and DeepSpeed would divide gradients by its "
+        "sequence_parallel_size too: set deepspeed.utils.groups.mpu = None before making the trainer": (
+            zero is not None and stale_mpu()
         ),
         "deepspeed: tensor_parallel: not supported together with a mesh": bool(config.get("tensor_parallel")),
         "deepspeed: compile.deepcompile: not supported": bool((config.get("compile") or {}).get("deepcompile")),

@@ -25,6 +25,23 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def after_an_mpu(rank: int, world: int, folder: str) -> str:
+    from deepspeed.utils import groups
+
+    import longctx
+    from longctx.patched import patched
+
+    mesh = longctx.Mesh(ring=2).connect()
+    CASES["an earlier engine"] = ("zero1", {}, {})
+    with patched(groups, mpu=mesh):
+        return message(rank, world, folder, "an earlier engine")
+
+
+def test_an_mpu_of_an_earlier_engine(tmp_path: Path) -> None:
+    for found in run_ranks(2, after_an_mpu, str(tmp_path)):
+        assert "set deepspeed.utils.groups.mpu = None" in found
+
+
 def message(rank: int, world: int, folder: str, name: str) -> str:
     from transformers import TrainingArguments
 

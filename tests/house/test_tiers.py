@@ -11,6 +11,7 @@ TIERS = {"deep", "slow"}
 # A file of one long test: another file exercises the same code in `make test`.
 WHOLE_FILES = {
     "tests/engine/test_universal.py": "converts checkpoints with DeepSpeed's script; test_save.py writes them",
+    "tests/train/test_mixed_run.py": "whole runs; tests/data mixes sources, test_resume.py resumes",
     "tests/train/test_hybrid.py": "a whole run; test_parity.py trains with ulysses",
 }
 
